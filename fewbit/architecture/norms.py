@@ -1,0 +1,35 @@
+"""Which norm feeds a linear layer: the gains that stand in for input power when there is no data."""
+
+import re
+from typing import Any
+
+from fewbit.checkpoints.safetensors_io import TensorEntry
+
+_ATTENTION_INPUT = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|W_pack)\.weight$")
+_MLP_INPUT = re.compile(r"\.(gate_proj|up_proj|gate_up_proj|fc1|c_fc|dense_h_to_4h|w1|w3)\.weight$")
+_ATTENTION_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "attn_norm")
+_MLP_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "final_layer_norm", "ln_2", "ffn_norm")
+_BLOCK_PREFIX = re.compile(r"^(?:[^.]+\.)*?(?:layers|h|blocks|layer|block)\.\d+\.")
+
+
+def gain_before(name: str, entries: dict[str, TensorEntry]) -> TensorEntry | None:
+    """The gain of the norm whose output is the input of linear layer `name`; None where it is no norm's output."""
+    block = _BLOCK_PREFIX.match(name)
+    if not block:
+        return None
+    if _ATTENTION_INPUT.search(name):
+        candidates = _ATTENTION_NORMS
+    elif _MLP_INPUT.search(name):
+        candidates = _MLP_NORMS
+    else:
+        return None
+    for norm in candidates:
+        entry = entries.get(f"{block[0]}{norm}.weight")
+        if entry is not None and len(entry.shape) == 1:
+            return entry
+    return None
+
+
+def gain_offset(config: dict[str, Any]) -> float:
+    """What the architecture adds to a stored gain: Gemma stores gain - 1."""
+    return 1.0 if str(config.get("model_type", "")).startswith("gemma") else 0.0

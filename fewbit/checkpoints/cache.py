@@ -1,0 +1,30 @@
+"""Where fetched and converted models are kept, and how a folder comes to be there in one step."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """`$FEWBIT_CACHE`, else `fewbit` in the user's cache folder."""
+    if named := os.environ.get("FEWBIT_CACHE"):
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fewbit"
+
+
+def build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """Return `target`, building it first if it is not there; `build` fills a temporary folder that is then renamed."""
+    if target.is_dir():
+        return target
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        build(partial)
+        if not target.is_dir():
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target

@@ -1,0 +1,67 @@
+"""GGUF in: a `.gguf` file becomes a Hugging Face folder of bfloat16 safetensors, by way of transformers."""
+
+import contextlib
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from fewbit.checkpoints.cache import build_once, cache_folder
+from fewbit.errors import FewbitError, missing_extra
+
+
+def folder_of_gguf(path: Path) -> Path:
+    """The converted folder of a GGUF file, from the cache if this very file was converted before."""
+    stat = path.stat()
+    with path.open("rb") as file:
+        head = file.read(1 << 20)
+    if head[:4] != b"GGUF":
+        raise FewbitError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)")
+    key = hashlib.sha256(head + f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    return build_once(cache_folder() / "gguf" / f"{path.stem}-{key}", lambda out: convert_gguf(path, out))
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write config, tokenizer and bfloat16 weights of a GGUF file into `folder`."""
+    try:
+        import gguf  # noqa: F401
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise missing_extra(error.name or "transformers", "hf") from error
+    source: dict[str, Any] = {"gguf_file": path.name}
+    with _quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.bfloat16, **source, **_dequantized()
+            )
+        except (ValueError, KeyError, OSError, NotImplementedError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise FewbitError(f"{path}: transformers cannot read this GGUF file ({first})") from error
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _dequantized() -> dict[str, Any]:
+    """Newer releases keep GGUF weights packed unless told otherwise; older ones always unpack and know no config."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Any:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

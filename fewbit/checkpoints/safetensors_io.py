@@ -1,0 +1,223 @@
+"""Reading and writing safetensors by position: headers checked strictly, data streamed, nothing mapped.
+
+The safetensors library maps whole files, which counts them as resident memory, and writes only what it holds in
+memory; a stream needs neither. `tests/test_safetensors_io.py` checks files both ways against the library.
+"""
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FewbitError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000
+_COPY_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: bytes `start` to `stop` of `file`."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def bytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        return self.bytes // self.dtype.itemsize
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Entries and metadata of a safetensors file.
+
+    Raises FewbitError when the header is cut off, is not JSON, or describes anything but tensors that fill the
+    file without gaps or overlaps.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise ValueError("the file is shorter than 8 bytes")
+            length = struct.unpack("<Q", prefix)[0]
+            if length > min(_MAX_HEADER, size - 8):
+                raise ValueError(f"its header claims {length:,} bytes, the file has {size:,}")
+            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError("its header is not an object")
+        metadata = header.pop("__metadata__", {})
+        entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
+        _check_layout(entries, 8 + length, size)
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise FewbitError(f"{path}: not a whole safetensors file ({error}): fetch or copy it again") from error
+    return entries, metadata
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return result
+
+
+def _entry(path: Path, name: str, value: dict[str, Any], base: int) -> TensorEntry:
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"tensor {name} has the unknown dtype {value['dtype']!r}")
+    dtype = DTYPES[value["dtype"]]
+    shape = tuple(value["shape"])
+    start, stop = value["data_offsets"]
+    if any(not isinstance(v, int) or isinstance(v, bool) or v < 0 for v in (*shape, start, stop)):
+        raise ValueError(f"tensor {name} has a shape or offsets that are not whole numbers")
+    expected = dtype.itemsize
+    for size in shape:
+        expected *= size
+    if stop - start != expected:
+        raise ValueError(f"tensor {name} has {stop - start} bytes, its shape needs {expected}")
+    return TensorEntry(name, path, dtype, shape, base + start, base + stop)
+
+
+def _check_layout(entries: dict[str, TensorEntry], base: int, size: int) -> None:
+    end = base
+    for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
+        if entry.start != end:
+            raise ValueError(f"tensor {entry.name} starts at byte {entry.start}, not at {end}")
+        end = entry.stop
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end:,}, the file at {size:,}")
+
+
+class FileReader:
+    """Reads parts of tensors by position; thread-safe, keeps one descriptor a file, maps nothing."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+
+    def __enter__(self) -> "FileReader":
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def descriptor(self, path: Path) -> int:
+        """The open descriptor of `path`; call once from one thread before sharing."""
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return self._descriptors[path]
+
+    def read(self, entry: TensorEntry, first: int = 0, count: int | None = None) -> Tensor:
+        """Elements `first` to `first + count` of the flat tensor, 1-D, in its own dtype."""
+        count = entry.numel - first if count is None else count
+        data = torch.empty(count, dtype=entry.dtype)
+        if count == 0:
+            return data
+        view = memoryview(data.view(torch.uint8).numpy())
+        position = entry.start + first * entry.dtype.itemsize
+        descriptor = self.descriptor(entry.file)
+        while len(view):
+            got = os.preadv(descriptor, [view], position)
+            if got == 0:
+                raise FewbitError(f"{entry.file}: ends inside tensor {entry.name}: fetch or copy it again")
+            view, position = view[got:], position + got
+        return data
+
+    def tensor(self, entry: TensorEntry) -> Tensor:
+        """The whole tensor in its shape and dtype."""
+        return self.read(entry).view(entry.shape)
+
+
+class ShardWriter:
+    """Writes one safetensors file as tensors arrive, and gives it its name only when it is whole.
+
+    The header comes first in the file but is known last: room for it is reserved and filled up with the spaces that
+    the format allows. Tensors that would put their followers out of alignment wait until the end.
+    """
+
+    def __init__(self, path: Path, header_room: int, metadata: dict[str, str] | None = None) -> None:
+        self._path, self._partial = path, path.with_name(path.name + ".partial")
+        self._room = -(-header_room // 8) * 8
+        self._header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+        self._late: list[tuple[str, Tensor]] = []
+        self._offset = 0
+        self._file = self._partial.open("wb")
+        self._file.seek(8 + self._room)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor (any device)."""
+        if tensor.numel() * tensor.element_size() % 8:
+            self._late.append((name, tensor))
+        else:
+            self._write(name, tensor)
+
+    def copy(self, entry: TensorEntry, reader: FileReader) -> None:
+        """Write a tensor as it stands in another file, a piece at a time."""
+        if entry.bytes % 8:
+            self._late.append((entry.name, reader.tensor(entry)))
+            return
+        self._describe(entry.name, entry.dtype, entry.shape, entry.bytes)
+        step = max(1, _COPY_BYTES // entry.dtype.itemsize)
+        for first in range(0, entry.numel, step):
+            piece = reader.read(entry, first, min(step, entry.numel - first))
+            self._file.write(memoryview(piece.view(torch.uint8).numpy()))
+
+    def close(self) -> None:
+        """Finish the file: late tensors, header, flush to disk, name."""
+        for name, tensor in sorted(self._late, key=lambda item: (-item[1].element_size(), item[0])):
+            self._write(name, tensor)
+        text = json.dumps(self._header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > self._room:
+            raise AssertionError(f"{len(text)} bytes of header, room for {self._room}")
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._room) + text.ljust(self._room))
+        self._file.close()
+        self._partial.rename(self._path)
+
+    def abandon(self) -> None:
+        """Drop an unfinished file."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        data = tensor.detach().cpu().contiguous()
+        self._describe(name, data.dtype, tuple(data.shape), data.numel() * data.element_size())
+        self._file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+
+    def _describe(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], size: int) -> None:
+        offsets = [self._offset, self._offset + size]
+        self._header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        self._offset += size
+
+
+def header_room(names: list[str]) -> int:
+    """Bytes that certainly hold the header of a file with these tensors."""
+    return 256 + sum(200 + len(json.dumps(name, ensure_ascii=False).encode()) for name in names)

@@ -1,0 +1,106 @@
+"""An output folder that appears only when it is whole, and a run that goes on where it was killed.
+
+Work happens in a sibling folder, `.NAME.fewbit-partial`, that holds the run's fingerprint and every finished shard.
+The last act is one rename.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fewbit.errors import FewbitError
+
+_JOB = "job.json"
+
+
+def check_output(out: Path, source: Path, overwrite: bool) -> None:
+    """FewbitError when `out` exists without `overwrite`, or one of the two folders lies inside the other."""
+    there, model = out.resolve(), source.resolve()
+    if there == model or model in there.parents:
+        raise FewbitError(f"{out}: lies inside the model's own folder {source}: choose another place")
+    if there in model.parents:
+        raise FewbitError(f"{out}: contains the model's folder {source}: choose another place")
+    if out.exists() and not overwrite:
+        raise FewbitError(f"{out}: already exists: choose another name or pass --overwrite")
+    if out.exists() and not _may_replace(out):
+        raise FewbitError(f"{out}: is not a folder that fewbit made, so --overwrite does not touch it: remove it first")
+
+
+def _may_replace(out: Path) -> bool:
+    return out.is_dir() and (not any(out.iterdir()) or (out / "fewbit_report.json").is_file())
+
+
+class WorkFolder:
+    """The folder in which one run builds its output."""
+
+    def __init__(self, out: Path, job: dict[str, Any], restart: bool = False) -> None:
+        """Open or continue the work on `out`.
+
+        job: plain JSON values that fix the result; a half-done run with others is refused unless `restart`.
+        """
+        self.out = out
+        self.path = out.with_name(f".{out.name}.fewbit-partial")
+        if restart and self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        job_path = self.path / _JOB
+        before = _read(job_path)
+        if before is None:
+            for leftover in self.path.iterdir():
+                leftover.unlink()
+            write_json(job_path, job)
+        elif before != job:
+            differs = sorted(k for k in before.keys() | job.keys() if before.get(k) != job.get(k))
+            shown = "; ".join(f"{k} was {_short(before.get(k))}, is {_short(job.get(k))}" for k in differs)
+            raise FewbitError(
+                f"{out}: a run with other arguments was interrupted here ({shown}): repeat those arguments to go on, "
+                "or pass --overwrite to begin again"
+            )
+
+    def finished(self, shard: str) -> list[dict[str, Any]] | None:
+        """The records of a shard that an earlier run finished, else None."""
+        record = _read(self.path / f"{shard}.json")
+        if record is None or not (self.path / shard).is_file():
+            return None
+        if (self.path / shard).stat().st_size != record["bytes"]:
+            return None
+        return record["tensors"]
+
+    def finish(self, shard: str, tensors: list[dict[str, Any]]) -> None:
+        """Note that a shard is written."""
+        write_json(
+            self.path / f"{shard}.json", {"bytes": (self.path / shard).stat().st_size, "tensors": tensors}
+        )
+
+    def publish(self) -> None:
+        """Give the work its name; an older output of that name goes away in the same moment."""
+        for record in [*self.path.glob("*.safetensors.json"), self.path / _JOB]:
+            record.unlink()
+        if self.out.exists():
+            old = self.out.with_name(f".{self.out.name}.fewbit-old-{os.getpid()}")
+            self.out.rename(old)
+            self.path.rename(self.out)
+            shutil.rmtree(old)
+        else:
+            self.path.rename(self.out)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON by write-then-rename, indented, ending in a newline."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,56 @@
+"""The `quantization_config` of a native folder, checked at the boundary."""
+
+import math
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from fewbit.errors import FewbitError
+from fewbit.formats.scheme import FORMAT_VERSION, Scheme, StoredWeight
+
+
+class _Weight(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    scheme: NonNegativeInt
+    shape: list[PositiveInt]
+    outliers: NonNegativeInt = 0
+    positions: str = "none"
+    transposed: bool = False
+    original_shape: list[PositiveInt] | None = None
+
+
+class _Config(BaseModel):
+    quant_method: str
+    format_version: int
+    schemes: list[dict[str, Any]]
+    weights: dict[str, _Weight]
+
+
+def read_weights(config: dict[str, Any]) -> dict[str, StoredWeight]:
+    """Module name -> how its weight is stored; FewbitError for another format, version, or values out of range."""
+    if config.get("quant_method") != "fewbit":
+        raise FewbitError(f"quantized by {config.get('quant_method')!r}, not by fewbit")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise FewbitError(
+            f"format version {config.get('format_version')}: this fewbit reads version {FORMAT_VERSION}: upgrade fewbit"
+        )
+    try:
+        checked = _Config.model_validate(config)
+        schemes = [Scheme.from_dict(scheme) for scheme in checked.schemes]
+        return {name: _stored(weight, schemes) for name, weight in checked.weights.items()}
+    except (ValidationError, ValueError, IndexError, TypeError) as error:
+        first = str(error).replace("\n", " ")[:200]
+        raise FewbitError(f"damaged quantization_config: {first}") from error
+
+
+def _stored(weight: _Weight, schemes: list[Scheme]) -> StoredWeight:
+    scheme = schemes[weight.scheme]
+    rows, columns = weight.shape
+    if columns % scheme.group_size:
+        raise ValueError(f"groups of {scheme.group_size} do not divide {columns} columns")
+    if weight.original_shape is not None and math.prod(weight.original_shape) != rows * columns:
+        raise ValueError("original_shape does not fit shape")
+    if weight.outliers > rows * columns:
+        raise ValueError("more outliers than weights")
+    original = tuple(weight.original_shape) if weight.original_shape else None
+    return StoredWeight(scheme, (rows, columns), weight.outliers, weight.positions, weight.transposed, original)

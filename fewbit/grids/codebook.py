@@ -1,0 +1,110 @@
+"""Non-uniform codebooks: ``w = scale * levels[code]``, a signed scale a group, searched for the least error.
+
+The levels are normal quantiles as in NF4 (QLoRA, arXiv 2305.14314, appendix E), which always hold 0 and one more
+level on the positive side; the sign of a group's scale turns that side to where the longer tail is.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+
+@lru_cache
+def normal_float(bits: int) -> tuple[float, ...]:
+    """2^b ascending levels in [-1, 1]: evenly spaced quantiles of a normal distribution, 0 among them."""
+    inverse = NormalDist().inv_cdf
+    edge = 0.5 * ((1 - 1 / (2 * 2**bits)) + (1 - 1 / (2 * (2**bits - 1))))
+    half = 2 ** (bits - 1)
+    positive = [inverse(0.5 + (edge - 0.5) * i / half) for i in range(half + 1)]
+    negative = [inverse(0.5 + (edge - 0.5) * i / (half - 1)) for i in range(1, half)]
+    levels = [-v for v in reversed(negative)] + positive
+    return tuple(v / positive[-1] if v > 0 else (v / negative[-1] if v < 0 else 0.0) for v in levels)
+
+
+@lru_cache
+def integer_levels(bits: int) -> tuple[float, ...]:
+    """2^b evenly spaced levels in [-1, 1), 0 among them: the uniform codebook with a signed scale."""
+    half = 2 ** (bits - 1)
+    return tuple(v / half for v in range(-half, half))
+
+
+@dataclass(frozen=True)
+class ScaleSearch:
+    """Which scales to try, as shares of the group's largest magnitude.
+
+    error_power: the exponent of the error, 2 for squared error.
+    """
+
+    smallest: float = 0.6
+    largest: float = 1.0
+    step: float = 0.05
+    error_power: float = 2.0
+
+    def ratios(self) -> list[float]:
+        count = round((self.largest - self.smallest) / self.step)
+        return [self.largest - self.step * i for i in range(count + 1)]
+
+
+def search_scale(x: Tensor, importance: Tensor | None, levels: tuple[float, ...], search: ScaleSearch) -> Tensor:
+    """The signed scale `(groups, 1)` of each group with the least ``sum_i c_i |x_i - q_i|^p`` over the candidates.
+
+    `x` is `(groups, g)` float32 with outliers set to 0; `importance` (c) broadcasts to it, or is None for 1.
+    The longer tail lies on the negative side of an `integer_levels` codebook and either way round for others, so
+    both signs are tried at every other ratio.
+    """
+    low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+    widest = torch.maximum(high, -low)
+    toward = torch.where(-low >= high, 1.0, -1.0)
+    best_error = torch.full_like(widest, float("inf"))
+    best = torch.zeros_like(widest)
+    for i, ratio in enumerate(search.ratios()):
+        for sign in (1.0, -1.0) if i % 2 == 0 else (1.0,):
+            scale = toward * (sign * ratio) * widest
+            error = _error(x, scale, importance, levels, search.error_power)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best = torch.where(better, scale, best)
+    return best
+
+
+def _error(x: Tensor, scale: Tensor, importance: Tensor | None, levels: tuple[float, ...], power: float) -> Tensor:
+    residual = x / _nonzero(scale)
+    residual = quantize(residual, levels).sub_(residual).mul_(scale)
+    cost = residual.square_() if power == 2.0 else residual.abs_().pow_(power)
+    if importance is not None:
+        cost = cost.mul_(importance)
+    return cost.sum(dim=1, keepdim=True)
+
+
+def quantize(u: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """The level nearest to each element of `u` (float32), as a value."""
+    out = torch.full_like(u, levels[0])
+    for below, above in zip(levels[:-1], levels[1:], strict=True):
+        # A step function by saturation: three contiguous passes, several times faster than a comparison and a select.
+        step = (u - 0.5 * (below + above)).mul_(_STEEP).clamp_(0.0, 1.0)
+        out.add_(step, alpha=above - below)
+    return out
+
+
+def encode(x: Tensor, scale: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """Codes (uint8) of the nearest levels; a scale of 0 gives the code of level 0."""
+    u = x / _nonzero(scale)
+    codes = torch.zeros(u.shape, dtype=torch.uint8, device=u.device)
+    for below, above in zip(levels[:-1], levels[1:], strict=True):
+        codes += u > 0.5 * (below + above)
+    return codes
+
+
+def decode(codes: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+    """Weights ``scale * levels[code]``; `levels` is a float32 tensor of 2^b entries on the codes' device."""
+    return levels[codes.to(torch.int32)] * scale
+
+
+_STEEP = 1e30
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    return scale.masked_fill(scale == 0, 1.0)

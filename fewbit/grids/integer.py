@@ -1,0 +1,56 @@
+"""Integer grids: codes 0 .. 2^b - 1 on an evenly spaced line, one line a group.
+
+Shapes: weights `x` are `(groups, g)` float32; a mask `(groups, g)` bool says which weights the grid is fitted to;
+scales, zero-points and minima are `(groups, 1)`.
+"""
+
+import torch
+from torch import Tensor
+
+_LARGE = torch.finfo(torch.float32).max / 4
+
+
+def extremes(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of each group (of those in `mask`); (0, 0) for an empty subset."""
+    if mask is None:
+        return x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+    outside = (~mask).to(x.dtype)
+    low = torch.add(x, outside, alpha=_LARGE).amin(dim=1, keepdim=True)
+    high = torch.add(x, outside, alpha=-_LARGE).amax(dim=1, keepdim=True)
+    empty = low > high
+    return low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
+
+
+def zero_point_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and integer zero-point of ``w = scale * (code - zero)`` for the range [low, high] widened to hold 0.
+
+    Zero is then always a level. A group of zeros gets scale 0.
+    """
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = (high - low) / (2**bits - 1)
+    zero = (-low / _nonzero(scale)).round_()
+    return scale, zero
+
+
+def symmetric_grid(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Scale of ``w = scale * (code - 2^(b-1))`` with the largest magnitude on the outermost positive level."""
+    return torch.maximum(high, -low).clamp(min=0.0) / (2 ** (bits - 1) - 1)
+
+
+def minimum_grid(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Scale of ``w = low + scale * code`` (min-max with a real-valued minimum, as AdpQ publishes it)."""
+    return (high - low) / (2**bits - 1)
+
+
+def encode(x: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
+    """Codes (float32, whole numbers) of ``w = scale * (code - zero)``; a scale of 0 gives the code of 0."""
+    return (x / _nonzero(scale)).round_().add_(zero).clamp_(0, 2**bits - 1)
+
+
+def encode_minimum(x: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
+    """Codes (float32, whole numbers) of ``w = minimum + scale * code``."""
+    return ((x - minimum) / _nonzero(scale)).round_().clamp_(0, 2**bits - 1)
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    return scale.masked_fill(scale == 0, 1.0)

@@ -1,0 +1,57 @@
+"""Scales and minima as stored: floating bit patterns held in integer tensors, or two levels.
+
+Packed tensors are all of integer types because loaders cast floating tensors to whatever dtype the user asks for,
+which would change the scales, and so the weights.
+"""
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FewbitError
+from fewbit.grids.packing import pack, unpack
+
+_PATTERNS = {
+    "float16": (torch.float16, torch.int16),
+    "bfloat16": (torch.bfloat16, torch.int16),
+    "float32": (torch.float32, torch.int32),
+}
+
+_MAGNITUDE_LEVELS = 63
+_SIGN = 64
+
+
+def to_pattern(values: Tensor, number_format: str) -> Tensor:
+    """Bit patterns of float32 `values` rounded to `number_format`; FewbitError if one does not fit its range."""
+    dtype, word = _PATTERNS[number_format]
+    rounded = values.to(dtype)
+    if not bool(torch.isfinite(rounded).all()):
+        raise FewbitError(f"a scale does not fit {number_format}: use --scale-format float32")
+    return rounded.view(word)
+
+
+def from_pattern(pattern: Tensor, number_format: str) -> Tensor:
+    """Float32 values of bit patterns made by :func:`to_pattern`."""
+    return pattern.view(_PATTERNS[number_format][0]).to(torch.float32)
+
+
+def to_two_level(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Signed scales `(rows, groups)` as 7-bit codes and one bfloat16 scale a row.
+
+    ``scale = sign * magnitude / 63 * row_scale``. A scale that is not 0 keeps a magnitude of at least 1.
+    Returns packed codes uint8 `(rows, bytes)` and row scale patterns int16 `(rows,)`.
+    """
+    largest = scales.abs().amax(dim=1, keepdim=True)
+    row_scales = to_pattern(largest, "bfloat16")
+    unit = from_pattern(row_scales, "bfloat16") / _MAGNITUDE_LEVELS
+    magnitude = (scales.abs() / unit.masked_fill(unit == 0, 1.0)).round_().clamp_(0, _MAGNITUDE_LEVELS)
+    magnitude = torch.where((scales != 0) & (unit > 0), magnitude.clamp(min=1), magnitude)
+    codes = magnitude.to(torch.uint8) + (scales < 0).to(torch.uint8) * _SIGN
+    return pack(codes, 7), row_scales.squeeze(1)
+
+
+def from_two_level(packed: Tensor, row_scales: Tensor, groups: int) -> Tensor:
+    """Inverse of :func:`to_two_level`: float32 signed scales `(rows, groups)`."""
+    codes = unpack(packed, 7, groups)
+    unit = from_pattern(row_scales, "bfloat16").unsqueeze(1) / _MAGNITUDE_LEVELS
+    magnitude = (codes & (_SIGN - 1)).to(torch.float32) * unit
+    return torch.where(codes >= _SIGN, -magnitude, magnitude)

@@ -1,0 +1,283 @@
+"""A zero-shot run from end to end: plan, stream every tensor, write shards, publish the folder."""
+
+import contextlib
+import errno
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit import __version__
+from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
+from fewbit.checkpoints.source import INDEX_NAME, Checkpoint, open_checkpoint
+from fewbit.checkpoints.workdir import WorkFolder, check_output, write_json
+from fewbit.errors import FewbitError
+from fewbit.formats.scheme import FORMAT_VERSION, Scheme
+from fewbit.pipeline.plan import Plan, PlannedTensor, make_plan, output_tensors, stored_to_dict
+from fewbit.pipeline.quantize_tensor import Workers, available_cores, quantize_tensor
+from fewbit.recipe import Recipe
+
+DEFAULT_SHARD_SIZE = 5_000_000_000
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What does not change the weights: file sizes, workers, where rows are computed, what may be replaced."""
+
+    shard_size: int = DEFAULT_SHARD_SIZE
+    overwrite: bool = False
+    report_only: bool = False
+    workers: int = 0
+    device: str = "cpu"
+    progress: Progress | None = None
+
+
+def quantize(
+    model: str | Path, out: str | Path | None, recipe: Recipe, options: RunOptions | None = None
+) -> dict[str, Any]:
+    """Quantize a model without data and write it in the native format.
+
+    model: a folder, a `.gguf` file, a named model or a hub name. out: the folder to make (None with `report_only`).
+    Returns the report, also written as `fewbit_report.json`, with a `run` entry (seconds, peak memory).
+    Raises FewbitError for bad input; then nothing is left at `out`.
+    """
+    options = options or RunOptions()
+    started = time.perf_counter()
+    folder = locate(model)
+    checkpoint = open_checkpoint(folder)
+    plan = make_plan(checkpoint, recipe, options.shard_size)
+    if options.report_only:
+        work = None
+    else:
+        if out is None:
+            raise FewbitError("name the folder to write, or pass --report-only")
+        check_output(Path(out), folder, options.overwrite)
+        work = WorkFolder(Path(out), _job(checkpoint, recipe, options), options.overwrite)
+        _check_space(plan, work.path)
+    try:
+        with _workers(options) as workers, FileReader() as reader:
+            results = _stream(plan, checkpoint, recipe, _Run(workers, reader, work, options.progress))
+        report = _report(str(model), checkpoint, recipe, plan, results)
+        if work is not None:
+            _write_companions(work, checkpoint, recipe, plan, results)
+            report["output"]["file_bytes"] = sum(
+                p.stat().st_size for p in work.path.glob("*.safetensors")
+            )
+            write_json(work.path / "fewbit_report.json", report)
+            run = _run_facts(started, options)
+            write_json(work.path / "fewbit_run.json", run)
+            work.publish()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = work.path.parent if work else folder
+            raise FewbitError(
+                f"{where}: the disk is full: free {plan.bytes / 1e9:.1f} GB and run the same command again, "
+                "finished shards are kept"
+            ) from error
+        raise
+    return {**report, "run": _run_facts(started, options)}
+
+
+@dataclass(frozen=True)
+class _Run:
+    workers: Workers
+    reader: FileReader
+    work: WorkFolder | None
+    progress: Progress | None
+
+
+def _stream(plan: Plan, checkpoint: Checkpoint, recipe: Recipe, run: _Run) -> list[list[dict[str, Any]]]:
+    """Per shard, the records of its tensors; finished shards of an interrupted run are not done again."""
+    total = sum(item.tensor.entry.bytes for shard in plan.shards for item in shard)
+    done = 0
+    results = []
+    for index, shard in enumerate(plan.shards):
+        name = plan.shard_name(index)
+        records = run.work.finished(name) if run.work else None
+        if records is None:
+            records = _write_shard(name, shard, checkpoint, recipe, run, (done, total))
+        done += sum(item.tensor.entry.bytes for item in shard)
+        if run.progress:
+            run.progress(done, total, name)
+        results.append(records)
+    return results
+
+
+def _write_shard(
+    name: str,
+    shard: list[PlannedTensor],
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    run: _Run,
+    position: tuple[int, int],
+) -> list[dict[str, Any]]:
+    done, total = position
+    writer = None
+    if run.work:
+        room = header_room([tensor for item in shard for tensor in output_tensors(item)])
+        writer = ShardWriter(run.work.path / name, room)
+    records = []
+    try:
+        for item in shard:
+            records.append(_write_tensor(item, checkpoint, recipe, run, writer))
+            done += item.tensor.entry.bytes
+            if run.progress:
+                run.progress(done, total, item.tensor.entry.name)
+        if writer:
+            writer.close()
+    except BaseException:
+        if writer:
+            writer.abandon()
+        raise
+    if run.work:
+        run.work.finish(name, records)
+    return records
+
+
+def _write_tensor(
+    item: PlannedTensor, checkpoint: Checkpoint, recipe: Recipe, run: _Run, writer: ShardWriter | None
+) -> dict[str, Any]:
+    entry = item.tensor.entry
+    if item.stored is None:
+        if writer:
+            writer.copy(entry, run.reader)
+        return {"kept": {"name": entry.name, "shape": list(entry.shape), "reason": item.tensor.reason}}
+    stored, parts, record = quantize_tensor(item, checkpoint, run.reader, recipe, run.workers)
+    if writer:
+        for part, tensor in parts.items():
+            writer.add(f"{item.tensor.module}.{part}", tensor)
+    return {
+        "layer": record,
+        "module": item.tensor.module,
+        "stored": stored_to_dict(stored, 0),
+        "scheme": stored.scheme.to_dict(),
+        "parts": list(parts),
+    }
+
+
+@contextlib.contextmanager
+def _workers(options: RunOptions) -> Iterator[Workers]:
+    """A pool whose threads do not start threads of their own: chunks are small and there is one for every core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(options.workers or available_cores()) as pool:
+            yield Workers(pool, torch.device(options.device))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _job(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+    files = sorted({entry.file for entry in checkpoint.entries.values()})
+    return {
+        "model": str(checkpoint.folder.resolve()),
+        "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        "recipe": recipe.to_dict(),
+        "shard_size": options.shard_size,
+        "fewbit": __version__,
+    }
+
+
+def _check_space(plan: Plan, folder: Path) -> None:
+    done = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    if plan.bytes - done > free:
+        raise FewbitError(
+            f"{folder.parent}: the output needs {plan.bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        )
+
+
+def _write_companions(
+    work: WorkFolder, checkpoint: Checkpoint, recipe: Recipe, plan: Plan, results: list[list[dict[str, Any]]]
+) -> None:
+    for path in checkpoint.companions:
+        shutil.copyfile(path, work.path / path.name)
+    quantization = quantization_config(recipe, [r for shard in results for r in shard if "layer" in r])
+    write_json(work.path / "config.json", {**checkpoint.config, "quantization_config": quantization})
+    if len(plan.shards) > 1:
+        weight_map: dict[str, str] = {}
+        for index, records in enumerate(results):
+            for record in records:
+                names = (
+                    [record["kept"]["name"]]
+                    if "kept" in record
+                    else [f"{record['module']}.{part}" for part in record["parts"]]
+                )
+                weight_map.update(dict.fromkeys(names, plan.shard_name(index)))
+        size = sum(p.stat().st_size for p in work.path.glob("*.safetensors"))
+        write_json(work.path / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def quantization_config(recipe: Recipe, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The `quantization_config` of config.json: everything that a reader needs beside the tensors."""
+    schemes: list[dict[str, Any]] = []
+    weights: dict[str, Any] = {}
+    for record in records:
+        if record["scheme"] not in schemes:
+            schemes.append(record["scheme"])
+        weights[record["module"]] = {**record["stored"], "scheme": schemes.index(record["scheme"])}
+    for scheme in schemes:
+        Scheme.from_dict(scheme)
+    return {
+        "quant_method": "fewbit",
+        "format_version": FORMAT_VERSION,
+        "fewbit_version": __version__,
+        "recipe": recipe.to_dict(),
+        "schemes": schemes,
+        "weights": weights,
+    }
+
+
+def _report(
+    model: str, checkpoint: Checkpoint, recipe: Recipe, plan: Plan, results: list[list[dict[str, Any]]]
+) -> dict[str, Any]:
+    records = [record for shard in results for record in shard]
+    layers = [record["layer"] for record in records if "layer" in record]
+    weights, size = sum(r["weights"] for r in layers), sum(r["bytes"] for r in layers)
+    kept = [record["kept"] for record in records if "kept" in record]
+    kept_bytes = sum(i.bytes for shard in plan.shards for i in shard if i.stored is None)
+    return {
+        "model": model,
+        "method": recipe.method,
+        "recipe": recipe.to_dict(),
+        "source": {"bytes": checkpoint.bytes, "tensors": len(checkpoint.entries)},
+        "output": {
+            "weights_quantized": weights,
+            "bytes": size,
+            "bits_per_weight": 8 * size / weights,
+            "kept_bytes": kept_bytes,
+            "file_bytes": size + kept_bytes,
+            "outliers": sum(r["outliers"] for r in layers),
+        },
+        "layers": layers,
+        "kept": kept,
+        "fewbit_version": __version__,
+    }
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process, from the operating system."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _run_facts(started: float, options: RunOptions) -> dict[str, Any]:
+    return {
+        "seconds": time.perf_counter() - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "workers": options.workers or available_cores(),
+        "device": options.device,
+        "torch": torch.__version__,
+    }

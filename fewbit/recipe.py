@@ -1,0 +1,133 @@
+"""Recipes: one choice per axis. A published method is a row of the table PRESETS, not a class."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from fewbit.errors import FewbitError
+from fewbit.grids.codebook import ScaleSearch, normal_float
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "grid": ("zero-point", "symmetric", "minimum", "normal-float"),
+    "scale_format": ("float16", "float32", "two-level"),
+    "outliers": ("none", "adaptive-lasso"),
+    "outlier_scope": ("tensor", "group"),
+    "outlier_grid": ("minmax", "sign-magnitude", "row"),
+    "column_weights": ("none", "norm-gain"),
+}
+MIN_BITS, MAX_BITS = 2, 8
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are quantized.
+
+    method: the preset this began as. bits: 2 to 8.
+    group_size: "auto" (the largest divisor of a layer's columns up to 128), "row", a number, or several separated
+    by commas, of which the first that divides a layer's columns is taken ("64,auto").
+    grid: zero-point (integer zero-point, 0 always a level), symmetric, minimum (real-valued minimum, as AdpQ
+    publishes it), normal-float (non-uniform codebook with a signed scale).
+    scale_format: float16, float32 or two-level (7 bits a group, 16 a row).
+    outliers: none or adaptive-lasso. outlier_fraction: at most this share of the weights. outlier_scope: the
+    quantile is taken over the whole tensor, or each group has equally many. outlier_grid: minmax or
+    sign-magnitude (a grid a group) or row (a linear scale a row). outlier_bits: 0 for as many as `bits`.
+    search: which ranges to try for each group by least error; None for plain min-max.
+    column_weights: norm-gain weighs squared errors by the squared gain of the norm before the layer.
+    """
+
+    method: str = "rtn"
+    bits: int = 4
+    group_size: str = "auto"
+    grid: str = "zero-point"
+    scale_format: str = "float16"
+    outliers: str = "none"
+    outlier_fraction: float = 0.05
+    outlier_scope: str = "tensor"
+    outlier_grid: str = "minmax"
+    outlier_bits: int = 0
+    search: ScaleSearch | None = None
+    column_weights: str = "none"
+    include: tuple[str, ...] = field(default=())
+    exclude: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+            raise FewbitError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {self.bits}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise FewbitError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        check_group_size(self.group_size)
+        if not 0 <= self.outlier_fraction < 0.5:
+            raise FewbitError(f"outlier_fraction must be from 0 to below 0.5, not {self.outlier_fraction}")
+        if self.outlier_bits and not self.bits <= self.outlier_bits <= MAX_BITS:
+            raise FewbitError(f"outlier_bits must be 0 or from bits ({self.bits}) to 8, not {self.outlier_bits}")
+        if self.scale_format == "two-level" and self.grid in ("zero-point", "minimum"):
+            raise FewbitError("scale_format two-level goes with the symmetric and normal-float grids")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; :meth:`from_dict` is the inverse."""
+        data = asdict(self)
+        return {**data, "include": list(self.include), "exclude": list(self.exclude)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Recipe":
+        """A recipe from :meth:`to_dict`'s values; FewbitError for an unknown key."""
+        unknown = set(data) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise FewbitError(f"unknown recipe keys: {', '.join(sorted(unknown))}")
+        search = data.get("search")
+        return cls(
+            **{
+                **data,
+                "search": ScaleSearch(**search) if search else None,
+                "include": tuple(data.get("include", ())),
+                "exclude": tuple(data.get("exclude", ())),
+            }
+        )
+
+    def levels(self) -> tuple[float, ...]:
+        """The codebook of the grid; empty for the evenly spaced ones."""
+        return normal_float(self.bits) if self.grid == "normal-float" else ()
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "rtn": {},
+    "adpq": {"group_size": "128,64,auto", "grid": "minimum", "outliers": "adaptive-lasso"},
+    "adpq+": {
+        "group_size": "64,auto",
+        "grid": "normal-float",
+        "scale_format": "two-level",
+        "outliers": "adaptive-lasso",
+        "outlier_fraction": 1 / 32,
+        "outlier_scope": "group",
+        "outlier_grid": "row",
+        "outlier_bits": 8,
+        "search": ScaleSearch(),
+    },
+}
+"""Published methods (and our own) as choices that differ from a plain Recipe. Sources: `docs/methods.md`."""
+
+
+def preset(method: str, **choices: Any) -> Recipe:
+    """The recipe of a named method with some choices replaced; FewbitError for an unknown name."""
+    if method not in PRESETS:
+        raise FewbitError(f"unknown method {method!r}: there are {', '.join(PRESETS)}")
+    return replace(Recipe(method=method, **PRESETS[method]), **choices)
+
+
+def check_group_size(text: str) -> None:
+    """FewbitError unless `text` is a comma-separated list of auto, row and positive numbers."""
+    for choice in str(text).split(","):
+        if choice not in ("auto", "row") and not (choice.isdecimal() and int(choice) > 0):
+            raise FewbitError(f"group size must be a number, auto, row, or several (64,auto), not {text!r}")
+
+
+def group_size_for(columns: int, choices: str) -> int | None:
+    """The group size of a layer with `columns` columns, or None if no choice divides them."""
+    for choice in choices.split(","):
+        if choice == "row":
+            return columns
+        if choice == "auto":
+            return max(size for size in range(1, min(128, columns) + 1) if columns % size == 0)
+        if columns % int(choice) == 0:
+            return int(choice)
+    return None
