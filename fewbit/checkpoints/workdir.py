@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.source import INDEX_NAME
 from fewbit.errors import FewbitError
 
 _JOB = "job.json"
@@ -92,6 +93,20 @@ def write_json(path: Path, data: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def copy_companions(companions: tuple[Path, ...], work: WorkFolder) -> None:
+    """Copy tokenizer, generation config, chat template and the like into the work folder."""
+    for path in companions:
+        shutil.copyfile(path, work.path / path.name)
+
+
+def write_index(work: WorkFolder, shards: dict[str, list[str]]) -> None:
+    """Write the index of several shards (file name -> tensor names); a single file needs none."""
+    if len(shards) > 1:
+        size = sum((work.path / name).stat().st_size for name in shards)
+        weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+        write_json(work.path / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def _read(path: Path) -> Any:

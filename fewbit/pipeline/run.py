@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +15,11 @@ import torch
 from fewbit import __version__
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
-from fewbit.checkpoints.source import INDEX_NAME, Checkpoint, open_checkpoint
-from fewbit.checkpoints.workdir import WorkFolder, check_output, write_json
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.checkpoints.workdir import WorkFolder, check_output, copy_companions, write_index, write_json
 from fewbit.errors import FewbitError
 from fewbit.formats.scheme import FORMAT_VERSION, Scheme
+from fewbit.memory import peak_rss_bytes
 from fewbit.pipeline.plan import Plan, PlannedTensor, make_plan, output_tensors, stored_to_dict
 from fewbit.pipeline.quantize_tensor import Workers, available_cores, quantize_tensor
 from fewbit.recipe import Recipe
@@ -198,22 +198,20 @@ def _check_space(plan: Plan, folder: Path) -> None:
 def _write_companions(
     work: WorkFolder, checkpoint: Checkpoint, recipe: Recipe, plan: Plan, results: list[list[dict[str, Any]]]
 ) -> None:
-    for path in checkpoint.companions:
-        shutil.copyfile(path, work.path / path.name)
+    copy_companions(checkpoint.companions, work)
     quantization = quantization_config(recipe, [r for shard in results for r in shard if "layer" in r])
     write_json(work.path / "config.json", {**checkpoint.config, "quantization_config": quantization})
-    if len(plan.shards) > 1:
-        weight_map: dict[str, str] = {}
-        for index, records in enumerate(results):
-            for record in records:
-                names = (
-                    [record["kept"]["name"]]
-                    if "kept" in record
-                    else [f"{record['module']}.{part}" for part in record["parts"]]
-                )
-                weight_map.update(dict.fromkeys(names, plan.shard_name(index)))
-        size = sum(p.stat().st_size for p in work.path.glob("*.safetensors"))
-        write_json(work.path / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_index(work, {plan.shard_name(i): _tensor_names(records) for i, records in enumerate(results)})
+
+
+def _tensor_names(records: list[dict[str, Any]]) -> list[str]:
+    names: list[str] = []
+    for record in records:
+        if "kept" in record:
+            names.append(record["kept"]["name"])
+        else:
+            names.extend(f"{record['module']}.{part}" for part in record["parts"])
+    return names
 
 
 def quantization_config(recipe: Recipe, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -261,16 +259,6 @@ def _report(
         "kept": kept,
         "fewbit_version": __version__,
     }
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process, from the operating system."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _run_facts(started: float, options: RunOptions) -> dict[str, Any]:

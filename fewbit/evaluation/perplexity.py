@@ -1,0 +1,84 @@
+"""Perplexity by a named protocol, and the distance of a model's predictions from the original's.
+
+All sums are in float32 or wider, whatever the model's dtype.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FewbitError
+
+_TOKENS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How text becomes windows.
+
+    sequence_length: tokens a window. windows: how many, from the start; 0 for all whole ones. bos: auto (as the
+    tokenizer does), always or never. With BOS a window is the BOS and the first `sequence_length - 1` of its tokens,
+    all of them scored; without, its first token is not scored.
+    """
+
+    sequence_length: int = 1024
+    windows: int = 0
+    bos: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise FewbitError(f"windows need at least 2 tokens, not {self.sequence_length}")
+        if self.windows < 0:
+            raise FewbitError(f"the number of windows cannot be {self.windows}")
+        if self.bos not in ("auto", "always", "never"):
+            raise FewbitError(f"bos must be auto, always or never, not {self.bos!r}")
+
+
+def cut_windows(token_ids: Tensor, protocol: Protocol, bos_id: int | None) -> Tensor:
+    """Non-overlapping windows `(windows, sequence_length)` of token ids `(tokens,)`, each behind a BOS if one is given.
+
+    Raises FewbitError when there are fewer tokens than asked for.
+    """
+    length = protocol.sequence_length
+    available = token_ids.numel() // length
+    wanted = protocol.windows or available
+    if wanted < 1 or wanted > available:
+        raise FewbitError(
+            f"the text has {token_ids.numel():,} tokens, {available} windows of {length}; "
+            f"asked for {max(wanted, 1)}: take fewer or shorter windows, or more text"
+        )
+    windows = token_ids[: wanted * length].view(wanted, length)
+    if bos_id is not None:
+        windows = torch.cat([torch.full((wanted, 1), bos_id, dtype=windows.dtype), windows[:, :-1]], dim=1)
+    return windows
+
+
+@dataclass
+class Totals:
+    """Sums over scored tokens."""
+
+    nll: float = 0.0
+    tokens: int = 0
+    same_top: int = 0
+    divergences: list[Tensor] = field(default_factory=list)
+
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
+        """Add one window: logits `(tokens, vocabulary)` predict targets `(tokens,)`; `reference` are the original's."""
+        for first in range(0, targets.numel(), _TOKENS_AT_ONCE):
+            part = slice(first, first + _TOKENS_AT_ONCE)
+            log_q = torch.log_softmax(logits[part].float(), dim=-1)
+            self.nll -= float(log_q.gather(1, targets[part, None]).double().sum())
+            if reference is not None:
+                log_p = torch.log_softmax(reference[part].to(log_q.device).float(), dim=-1)
+                divergence = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+                self.divergences.append(divergence.cpu())
+                self.same_top += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+        self.tokens += targets.numel()
+
+
+def quantile(values: Iterable[Tensor], share: float) -> float:
+    """The smallest value that at least `share` of the values do not exceed."""
+    ordered = torch.cat(list(values)).sort().values
+    return float(ordered[max(0, min(ordered.numel() - 1, -int(-share * ordered.numel() // 1) - 1))])

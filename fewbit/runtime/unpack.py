@@ -1,0 +1,135 @@
+"""Packed layers to plain ones, in memory or on disk, for whatever cannot use the packed form."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewbit.checkpoints.safetensors_io import DTYPES, FileReader, ShardWriter, TensorEntry, header_room
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.checkpoints.workdir import WorkFolder, check_output, copy_companions, write_index, write_json
+from fewbit.errors import FewbitError
+from fewbit.formats import native
+from fewbit.formats.config import read_weights
+from fewbit.formats.scheme import StoredWeight, part_layout
+from fewbit.runtime.packed_linear import PackedLinear
+
+
+def unpack_modules(model: nn.Module) -> Any:
+    """Replace every packed layer of `model` by a plain linear layer with the same weights and logits, in place.
+
+    Takes the memory of the 16-bit model; worth it when the model runs over much text.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, PackedLinear):
+                plain = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
+                plain.weight = nn.Parameter(child.weight, requires_grad=False)
+                plain.bias = child.bias
+                setattr(parent, name, plain)
+    return model
+
+
+def read_parts(checkpoint: Checkpoint, reader: FileReader, module: str, stored: StoredWeight) -> dict[str, Any]:
+    """The parts of one packed weight; FewbitError when one is missing or has another dtype or shape."""
+    parts = {}
+    for part in part_layout(stored):
+        entry = checkpoint.entries.get(f"{module}.{part}")
+        if entry is None:
+            raise FewbitError(f"{checkpoint.folder}: {module}.{part} is missing: the folder is not whole")
+        parts[part] = reader.tensor(entry)
+    try:
+        native.check_parts(parts, stored)
+    except ValueError as error:
+        raise FewbitError(f"{checkpoint.folder}: {module}: {error}") from error
+    return parts
+
+
+def read_weight(checkpoint: Checkpoint, reader: FileReader, module: str, stored: StoredWeight) -> torch.Tensor:
+    """The decoded weight `(out, in)` in float32."""
+    return native.decode(read_parts(checkpoint, reader, module, stored), stored)
+
+
+def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_size: int = 5_000_000_000) -> Path:
+    """Write a native folder as an ordinary 16-bit one that any tool loads, one tensor in memory at a time.
+
+    Returns `out`. Raises FewbitError when `folder` is not a whole native folder or `out` cannot be written.
+    """
+    checkpoint = open_checkpoint(Path(folder))
+    weights = read_weights(checkpoint.quantization or {})
+    check_output(Path(out), checkpoint.folder, overwrite)
+    dtype = _dtype(checkpoint)
+    parts = {f"{module}.{part}": module for module, stored in weights.items() for part in part_layout(stored)}
+    order: dict[str, TensorEntry | StoredWeight] = {}
+    for name, entry in checkpoint.entries.items():
+        module = parts.get(name)
+        if module is None:
+            order[name] = entry
+        else:
+            order.setdefault(module, weights[module])
+    work = WorkFolder(Path(out), {"unpack": str(checkpoint.folder.resolve())}, restart=True)
+    shards = _split(order, dtype, shard_size)
+    names = [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        for i in range(len(shards))
+    ]
+    written: list[list[str]] = []
+    with FileReader() as reader:
+        for shard, name in zip(shards, names, strict=True):
+            writer = ShardWriter(work.path / name, header_room([f"{key}.weight" for key in shard]))
+            try:
+                written.append([_write(writer, checkpoint, reader, key, order[key], dtype) for key in shard])
+                writer.close()
+            except BaseException:
+                writer.abandon()
+                raise
+    copy_companions(checkpoint.companions, work)
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    write_json(work.path / "config.json", config)
+    write_json(work.path / "fewbit_report.json", {"unpacked_from": checkpoint.quantization})
+    write_index(work, dict(zip(names, written, strict=True)))
+    work.publish()
+    return Path(out)
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16"
+    dtype = getattr(torch, str(named), torch.bfloat16)
+    return dtype if dtype in DTYPES.values() else torch.bfloat16
+
+
+def _split(
+    order: dict[str, TensorEntry | StoredWeight], dtype: torch.dtype, shard_size: int
+) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, item in order.items():
+        size = item.bytes if isinstance(item, TensorEntry) else item.weights * dtype.itemsize
+        if shards[-1] and filled + size > shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write(
+    writer: ShardWriter,
+    checkpoint: Checkpoint,
+    reader: FileReader,
+    name: str,
+    item: TensorEntry | StoredWeight,
+    dtype: torch.dtype,
+) -> str:
+    if isinstance(item, TensorEntry):
+        writer.copy(item, reader)
+        return name
+    weight = read_weight(checkpoint, reader, name, item).to(dtype)
+    if item.transposed:
+        weight = weight.t().contiguous()
+    if item.original_shape is not None:
+        writer.add(name, weight.view(item.original_shape))
+        return name
+    writer.add(f"{name}.weight", weight)
+    return f"{name}.weight"
