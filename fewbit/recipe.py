@@ -106,12 +106,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Published methods (and our own) as choices that differ from a plain Recipe. Sources: `docs/methods.md`."""
 
+PRESETS_FROM_5_BITS: dict[str, dict[str, Any]] = {"adpq+": {"grid": "symmetric"}}
+"""What a preset does otherwise from 5 bits on: with many levels an even spacing has less error than normal quantiles
+(gemma3-270m, 6 bits: 0.00034 against 0.00073 relative squared error)."""
+
 
 def preset(method: str, **choices: Any) -> Recipe:
     """The recipe of a named method with some choices replaced; FewbitError for an unknown name."""
     if method not in PRESETS:
         raise FewbitError(f"unknown method {method!r}: there are {', '.join(PRESETS)}")
-    return replace(Recipe(method=method, **PRESETS[method]), **choices)
+    row = dict(PRESETS[method])
+    bits = choices.get("bits", Recipe.bits)
+    if isinstance(bits, int) and bits >= 5:
+        row.update(PRESETS_FROM_5_BITS.get(method, {}))
+    return Recipe(**{"method": method, **row, **choices})
 
 
 def check_group_size(text: str) -> None:
@@ -131,3 +139,34 @@ def group_size_for(columns: int, choices: str) -> int | None:
         if columns % int(choice) == 0:
             return int(choice)
     return None
+
+
+def recipe_from_choices(method: str, choices: dict[str, Any]) -> Recipe:
+    """A recipe from a preset and what a user chose; a choice that is None leaves the preset's.
+
+    Beside a Recipe's own fields: `symmetric` picks the symmetric grid or (False) the method's asymmetric one;
+    `clip_search` turns the range search on or off; `error_power` sets the exponent of its error. Asking for outliers
+    of a method that has none turns the split on; a fraction of 0 turns it off.
+    """
+    given = {key: value for key, value in choices.items() if value is not None}
+    base = preset(method, **({"bits": given["bits"]} if "bits" in given else {}))
+    symmetric = given.pop("symmetric", None)
+    clip_search = given.pop("clip_search", None)
+    error_power = given.pop("error_power", None)
+    if symmetric is not None:
+        if "grid" in given:
+            raise FewbitError("give either --grid or --symmetric/--asymmetric, not both")
+        asymmetric = base.grid if base.grid in ("zero-point", "minimum") else "zero-point"
+        given["grid"] = "symmetric" if symmetric else asymmetric
+    if given.get("grid") in ("zero-point", "minimum") and base.scale_format == "two-level":
+        given.setdefault("scale_format", "float16")
+    if given.get("outlier_fraction") == 0:
+        given["outliers"] = "none"
+    elif any(key.startswith("outlier_") for key in given) and base.outliers == "none":
+        given.setdefault("outliers", "adaptive-lasso")
+    if clip_search is not None:
+        given["search"] = ScaleSearch() if clip_search else None
+    if error_power is not None:
+        search = given.get("search", base.search) or ScaleSearch()
+        given["search"] = replace(search, error_power=error_power)
+    return replace(base, **given)

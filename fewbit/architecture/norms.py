@@ -7,8 +7,14 @@ from fewbit.checkpoints.safetensors_io import TensorEntry
 
 _ATTENTION_INPUT = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|W_pack)\.weight$")
 _MLP_INPUT = re.compile(r"\.(gate_proj|up_proj|gate_up_proj|fc1|c_fc|dense_h_to_4h|w1|w3)\.weight$")
-_ATTENTION_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "attn_norm")
-_MLP_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "final_layer_norm", "ln_2", "ffn_norm")
+_ATTENTION_NORMS: tuple[str, ...] = ("input_layernorm", "self_attn_layer_norm", "ln_1", "attn_norm")
+_MLP_NORMS: tuple[str, ...] = (
+    "pre_feedforward_layernorm",
+    "post_attention_layernorm",
+    "final_layer_norm",
+    "ln_2",
+    "ffn_norm",
+)
 _BLOCK_PREFIX = re.compile(r"^(?:[^.]+\.)*?(?:layers|h|blocks|layer|block)\.\d+\.")
 
 

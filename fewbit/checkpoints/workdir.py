@@ -71,9 +71,7 @@ class WorkFolder:
 
     def finish(self, shard: str, tensors: list[dict[str, Any]]) -> None:
         """Note that a shard is written."""
-        write_json(
-            self.path / f"{shard}.json", {"bytes": (self.path / shard).stat().st_size, "tensors": tensors}
-        )
+        write_json(self.path / f"{shard}.json", {"bytes": (self.path / shard).stat().st_size, "tensors": tensors})
 
     def publish(self) -> None:
         """Give the work its name; an older output of that name goes away in the same moment."""

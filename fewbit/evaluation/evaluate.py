@@ -1,7 +1,6 @@
 """`fewbit eval`: perplexity of models, and their distance from the original, window by window."""
 
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit import __version__
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
@@ -22,6 +20,7 @@ from fewbit.formats.scheme import stored_bytes
 from fewbit.memory import available_bytes, peak_rss_bytes
 from fewbit.runtime.load import load
 from fewbit.runtime.unpack import unpack_modules
+from fewbit.versions import versions
 
 Progress = Callable[[int, int, str], None]
 
@@ -64,18 +63,6 @@ def evaluate(
             "loss": "next token, mean over scored tokens, float32",
         },
         "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what took part in a result."""
-    import transformers
-
-    return {
-        "fewbit": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
     }
 
 
@@ -177,7 +164,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     quantization = checkpoint.quantization
     if quantization is None:
         widths = {entry.dtype.itemsize * 8 for entry in checkpoint.entries.values() if len(entry.shape) >= 2}
-        return {"method": "original", "bits_per_weight": float(max(widths, default=16)), "bytes": checkpoint.bytes}
+        return {
+            "method": "original",
+            "bits_per_weight": float(max(widths, default=16)),
+            "bytes": checkpoint.bytes,
+        }
     if quantization.get("quant_method") != "fewbit":
         return {"method": str(quantization.get("quant_method")), "bytes": checkpoint.bytes}
     weights = read_weights(quantization).values()

@@ -65,13 +65,15 @@ def decode(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype
 def outlier_positions(parts: Mapping[str, Tensor], stored: StoredWeight) -> Tensor:
     """Ascending flat positions (int64) of the outliers."""
     return positions.decode(
-        parts["outlier_positions"], stored.positions, stored.weights, stored.outliers, stored.scheme.group_size
+        parts["outlier_positions"],
+        stored.positions,
+        stored.weights,
+        stored.outliers,
+        stored.scheme.group_size,
     )
 
 
-def _decode_outliers(
-    parts: Mapping[str, Tensor], stored: StoredWeight, dense: Tensor, where: Tensor
-) -> Tensor:
+def _decode_outliers(parts: Mapping[str, Tensor], stored: StoredWeight, dense: Tensor, where: Tensor) -> Tensor:
     scheme = stored.scheme
     code = dense.to(torch.int32)
     if scheme.outlier_bits > scheme.bits:

@@ -6,10 +6,13 @@ level on the positive side; the sign of a group's scale turns that side to where
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
+
+from fewbit.grids.scales import divisor
 
 
 @lru_cache
@@ -52,17 +55,14 @@ def search_scale(x: Tensor, importance: Tensor | None, levels: tuple[float, ...]
     """The signed scale `(groups, 1)` of each group with the least ``sum_i c_i |x_i - q_i|^p`` over the candidates.
 
     `x` is `(groups, g)` float32 with outliers set to 0; `importance` (c) broadcasts to it, or is None for 1.
-    The longer tail lies on the negative side of an `integer_levels` codebook and either way round for others, so
-    both signs are tried at every other ratio.
     """
     low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
     widest = torch.maximum(high, -low)
-    toward = torch.where(-low >= high, 1.0, -1.0)
     best_error = torch.full_like(widest, float("inf"))
     best = torch.zeros_like(widest)
-    for i, ratio in enumerate(search.ratios()):
-        for sign in (1.0, -1.0) if i % 2 == 0 else (1.0,):
-            scale = toward * (sign * ratio) * widest
+    for ratio in search.ratios():
+        for sign in (1.0, -1.0):
+            scale = sign * ratio * widest
             error = _error(x, scale, importance, levels, search.error_power)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
@@ -71,7 +71,7 @@ def search_scale(x: Tensor, importance: Tensor | None, levels: tuple[float, ...]
 
 
 def _error(x: Tensor, scale: Tensor, importance: Tensor | None, levels: tuple[float, ...], power: float) -> Tensor:
-    residual = x / _nonzero(scale)
+    residual = x / divisor(scale)
     residual = quantize(residual, levels).sub_(residual).mul_(scale)
     cost = residual.square_() if power == 2.0 else residual.abs_().pow_(power)
     if importance is not None:
@@ -82,7 +82,7 @@ def _error(x: Tensor, scale: Tensor, importance: Tensor | None, levels: tuple[fl
 def quantize(u: Tensor, levels: tuple[float, ...]) -> Tensor:
     """The level nearest to each element of `u` (float32), as a value."""
     out = torch.full_like(u, levels[0])
-    for below, above in zip(levels[:-1], levels[1:], strict=True):
+    for below, above in pairwise(levels):
         # A step function by saturation: three contiguous passes, several times faster than a comparison and a select.
         step = (u - 0.5 * (below + above)).mul_(_STEEP).clamp_(0.0, 1.0)
         out.add_(step, alpha=above - below)
@@ -91,9 +91,9 @@ def quantize(u: Tensor, levels: tuple[float, ...]) -> Tensor:
 
 def encode(x: Tensor, scale: Tensor, levels: tuple[float, ...]) -> Tensor:
     """Codes (uint8) of the nearest levels; a scale of 0 gives the code of level 0."""
-    u = x / _nonzero(scale)
+    u = x / divisor(scale)
     codes = torch.zeros(u.shape, dtype=torch.uint8, device=u.device)
-    for below, above in zip(levels[:-1], levels[1:], strict=True):
+    for below, above in pairwise(levels):
         codes += u > 0.5 * (below + above)
     return codes
 
@@ -104,7 +104,3 @@ def decode(codes: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
 
 
 _STEEP = 1e30
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    return scale.masked_fill(scale == 0, 1.0)

@@ -7,6 +7,8 @@ scales, zero-points and minima are `(groups, 1)`.
 import torch
 from torch import Tensor
 
+from fewbit.grids.scales import divisor
+
 _LARGE = torch.finfo(torch.float32).max / 4
 
 
@@ -28,7 +30,7 @@ def zero_point_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tenso
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = (high - low) / (2**bits - 1)
-    zero = (-low / _nonzero(scale)).round_()
+    zero = (-low / divisor(scale)).round_()
     return scale, zero
 
 
@@ -44,13 +46,9 @@ def minimum_grid(low: Tensor, high: Tensor, bits: int) -> Tensor:
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
     """Codes (float32, whole numbers) of ``w = scale * (code - zero)``; a scale of 0 gives the code of 0."""
-    return (x / _nonzero(scale)).round_().add_(zero).clamp_(0, 2**bits - 1)
+    return (x / divisor(scale)).round_().add_(zero).clamp_(0, 2**bits - 1)
 
 
 def encode_minimum(x: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
     """Codes (float32, whole numbers) of ``w = minimum + scale * code``."""
-    return ((x - minimum) / _nonzero(scale)).round_().clamp_(0, 2**bits - 1)
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    return scale.masked_fill(scale == 0, 1.0)
+    return ((x - minimum) / divisor(scale)).round_().clamp_(0, 2**bits - 1)

@@ -43,7 +43,7 @@ def to_two_level(scales: Tensor) -> tuple[Tensor, Tensor]:
     largest = scales.abs().amax(dim=1, keepdim=True)
     row_scales = to_pattern(largest, "bfloat16")
     unit = from_pattern(row_scales, "bfloat16") / _MAGNITUDE_LEVELS
-    magnitude = (scales.abs() / unit.masked_fill(unit == 0, 1.0)).round_().clamp_(0, _MAGNITUDE_LEVELS)
+    magnitude = (scales.abs() / divisor(unit)).round_().clamp_(0, _MAGNITUDE_LEVELS)
     magnitude = torch.where((scales != 0) & (unit > 0), magnitude.clamp(min=1), magnitude)
     codes = magnitude.to(torch.uint8) + (scales < 0).to(torch.uint8) * _SIGN
     return pack(codes, 7), row_scales.squeeze(1)
@@ -55,3 +55,8 @@ def from_two_level(packed: Tensor, row_scales: Tensor, groups: int) -> Tensor:
     unit = from_pattern(row_scales, "bfloat16").unsqueeze(1) / _MAGNITUDE_LEVELS
     magnitude = (codes & (_SIGN - 1)).to(torch.float32) * unit
     return torch.where(codes >= _SIGN, -magnitude, magnitude)
+
+
+def divisor(scale: Tensor) -> Tensor:
+    """The scale, or 1 where it is 0: a group that is constant zero divides by it and gets the code of 0."""
+    return scale.masked_fill(scale == 0, 1.0)

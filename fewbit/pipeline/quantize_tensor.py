@@ -62,7 +62,9 @@ def quantize_tensor(
     try:
         results = list(workers.pool.map(work, source.spans))
     except NotFiniteError as error:
-        raise FewbitError(f"{item.tensor.entry.name}: a weight is NaN or infinite: the checkpoint is damaged") from error
+        raise FewbitError(
+            f"{item.tensor.entry.name}: a weight is NaN or infinite: the checkpoint is damaged"
+        ) from error
     except FewbitError as error:
         raise FewbitError(f"{item.tensor.entry.name}: {error}") from error
     return _assemble(item, stored, results, source.spans, recipe)
@@ -126,9 +128,7 @@ def _assemble(
         where = torch.cat(moved).cpu()
         codes = torch.cat([r.outlier_codes for r in results if r.outlier_codes is not None]).cpu()
         count = where.numel()
-        stored = replace(
-            stored, outliers=count, positions=place_outliers(stored.shape, stored.scheme, recipe, count)
-        )
+        stored = replace(stored, outliers=count, positions=place_outliers(stored.shape, stored.scheme, recipe, count))
         parts.update(native.pack_outliers(codes, where, stored))
     native.check_parts(parts, stored)
     norm = sum(r.squared_norm for r in results)

@@ -14,7 +14,7 @@ from fewbit.formats import native
 from fewbit.formats.scheme import Scheme
 from fewbit.grids import codebook, integer
 from fewbit.grids.packing import pack
-from fewbit.grids.scales import from_pattern, to_pattern
+from fewbit.grids.scales import divisor, from_pattern, to_pattern
 from fewbit.outliers.adaptive_lasso import group_mask
 from fewbit.recipe import Recipe
 
@@ -171,7 +171,7 @@ def _encode_outliers(
         largest = x.abs().mul_(mask).view(rows, -1).amax(dim=1)
         pattern = to_pattern(largest / (half - 1), "bfloat16")
         scale = from_pattern(pattern, "bfloat16")[where // (x.numel() // rows)]
-        codes = ((values / _nonzero(scale)).round_() + half).clamp_(0, top)
+        codes = ((values / divisor(scale)).round_() + half).clamp_(0, top)
         return codes.to(torch.int32), (codes - half) * scale, {"outlier_scales": pattern}
     signed = scheme.outlier_grid == "minmax"
     low, high = integer.extremes(x if signed else x.abs(), mask)
@@ -181,7 +181,7 @@ def _encode_outliers(
     group = where // scheme.group_size
     scale, minimum = scale.view(-1)[group], minimum.view(-1)[group]
     magnitudes = values if signed else values.abs()
-    codes = ((magnitudes - minimum) / _nonzero(scale)).round_().clamp_(0, steps)
+    codes = ((magnitudes - minimum) / divisor(scale)).round_().clamp_(0, steps)
     decoded = codes * scale + minimum
     if not signed:
         negative = values < 0
@@ -189,7 +189,3 @@ def _encode_outliers(
         codes = torch.where(negative, codes + half, codes)
     parts = {"outlier_scales": scale_pattern, "outlier_minima": minimum_pattern}
     return codes.to(torch.int32), decoded, parts
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    return scale.masked_fill(scale == 0, 1.0)

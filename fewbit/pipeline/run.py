@@ -68,9 +68,7 @@ def quantize(
         report = _report(str(model), checkpoint, recipe, plan, results)
         if work is not None:
             _write_companions(work, checkpoint, recipe, plan, results)
-            report["output"]["file_bytes"] = sum(
-                p.stat().st_size for p in work.path.glob("*.safetensors")
-            )
+            report["output"]["file_bytes"] = sum(p.stat().st_size for p in work.path.glob("*.safetensors"))
             write_json(work.path / "fewbit_report.json", report)
             run = _run_facts(started, options)
             write_json(work.path / "fewbit_run.json", run)
@@ -190,9 +188,7 @@ def _check_space(plan: Plan, folder: Path) -> None:
     done = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     free = shutil.disk_usage(folder).free
     if plan.bytes - done > free:
-        raise FewbitError(
-            f"{folder.parent}: the output needs {plan.bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        )
+        raise FewbitError(f"{folder.parent}: the output needs {plan.bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
 def _write_companions(

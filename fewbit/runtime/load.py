@@ -6,6 +6,7 @@ from typing import Any
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.errors import FewbitError, missing_extra
+from fewbit.quiet import quiet_transformers
 
 
 def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> Any:
@@ -23,7 +24,8 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
     folder = locate(model)
     open_checkpoint(folder)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        with quiet_transformers():
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (ValueError, KeyError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FewbitError(f"{folder}: transformers cannot load it ({first})") from error

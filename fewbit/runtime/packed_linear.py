@@ -36,4 +36,5 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         scheme = self.stored.scheme
-        return f"{self.in_features} -> {self.out_features}, {scheme.bits} bits, {scheme.grid}, {self.stored.outliers} outliers"
+        shape = f"{self.in_features} -> {self.out_features}"
+        return f"{shape}, {scheme.bits} bits, {scheme.grid}, {self.stored.outliers} outliers"

@@ -26,7 +26,7 @@ def unpack_modules(model: nn.Module) -> Any:
             if isinstance(child, PackedLinear):
                 plain = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
                 plain.weight = nn.Parameter(child.weight, requires_grad=False)
-                plain.bias = child.bias
+                plain.register_parameter("bias", child.bias)
                 setattr(parent, name, plain)
     return model
 
@@ -99,9 +99,7 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     return dtype if dtype in DTYPES.values() else torch.bfloat16
 
 
-def _split(
-    order: dict[str, TensorEntry | StoredWeight], dtype: torch.dtype, shard_size: int
-) -> list[list[str]]:
+def _split(order: dict[str, TensorEntry | StoredWeight], dtype: torch.dtype, shard_size: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
     for name, item in order.items():

@@ -1,0 +1,141 @@
+"""The demonstration: one small model, quantized six ways without data, measured, and made to speak.
+
+Each model is quantized by the command line in a process of its own, so that seconds and peak memory are those of a
+user's run.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fewbit.checkpoints.named import fetch_named
+from fewbit.errors import FewbitError
+from fewbit.evaluation.evaluate import evaluate
+from fewbit.evaluation.perplexity import Protocol
+from fewbit.progress import progress_line
+from fewbit.report import plots
+from fewbit.report.html import Figure, Section, evaluation_section, write_page
+from fewbit.runtime.load import load
+from fewbit.sizes import show_size
+
+MODEL = "smollm2-135m"
+RUNS = [("rtn", 4), ("adpq", 4), ("adpq+", 4), ("rtn", 3), ("adpq", 3), ("adpq+", 3)]
+PROMPT = "In one sentence, what is a language model?"
+
+
+def demo(out: Path, windows: int = 24, sequence_length: int = 512) -> dict[str, Any]:
+    """Fetch, quantize, evaluate, generate; prints a table and writes `report.html` and `report.json` into `out`."""
+    say = Console(stderr=True).print
+    out.mkdir(parents=True, exist_ok=True)
+    say(f"fetching {MODEL} (93 MB the first time, then converted: half a minute) …")
+    fetch_named(MODEL)
+    reports = []
+    for method, bits in RUNS:
+        say(f"quantizing with {method} to {bits} bits …")
+        reports.append(_quantize(method, bits, out / f"{MODEL}-{method}-{bits}bit"))
+    folders = [str(out / f"{MODEL}-{method}-{bits}bit") for method, bits in RUNS]
+    with progress_line("evaluating the original and six models") as progress:
+        result = evaluate([MODEL, *folders], "topics", Protocol(sequence_length, windows), MODEL, progress=progress)
+    for row, report in zip(result["models"][1:], reports, strict=True):
+        row["name"] = Path(row["name"]).name
+        row["quantize_seconds"] = report["run"]["seconds"]
+        row["quantize_peak_rss_bytes"] = report["run"]["peak_rss_bytes"]
+    four = [i for i, (_, bits) in enumerate(RUNS) if bits == 4]
+    best = min(four, key=lambda i: result["models"][1 + i]["kl_mean"])
+    say("generating …")
+    spoken = [(MODEL, MODEL), (result["models"][1 + best]["name"], folders[best])]
+    quotes = [{"who": who, "text": _generate(folder)} for who, folder in spoken]
+    _print_table(result)
+    for quote in quotes:
+        print(f"\n{quote['who']}: {quote['text']}")
+    _write_page(out / "report.html", result, reports, quotes)
+    (out / "report.json").write_text(json.dumps({**result, "generations": quotes}, indent=1) + "\n", encoding="utf-8")
+    print(f"\nReport: {out / 'report.html'}")
+    return result
+
+
+def _quantize(method: str, bits: int, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "fewbit.cli", "quantize", MODEL, str(folder)]
+    command += ["--method", method, "--bits", str(bits), "--overwrite", "--json"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise FewbitError(f"the step  {' '.join(command[1:])}  failed: see above")
+    return json.loads(result.stdout)["report"]
+
+
+def _generate(folder: str) -> str:
+    from transformers import AutoTokenizer
+
+    from fewbit.checkpoints.locate import locate
+
+    tokenizer = AutoTokenizer.from_pretrained(locate(folder))
+    model = load(folder)
+    messages = [{"role": "user", "content": PROMPT}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**ids.to(model.device), max_new_tokens=48, do_sample=False)
+    return tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    table = Table()
+    for name in (
+        "model",
+        "method",
+        "bits/weight",
+        "perplexity",
+        "ratio",
+        "KL/token",
+        "same top",
+        "seconds",
+        "peak memory",
+    ):
+        table.add_column(name, justify="left" if name in ("model", "method") else "right", no_wrap=True)
+    for row in result["models"]:
+        quantized = "quantize_seconds" in row
+        table.add_row(
+            row["name"],
+            row["method"],
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['perplexity_ratio']:.3f}",
+            f"{row['kl_mean']:.4f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+            f"{row['quantize_seconds']:.1f}" if quantized else "",
+            show_size(row["quantize_peak_rss_bytes"]) if quantized else "",
+        )
+    console = Console()
+    (console if console.is_terminal else Console(width=130)).print(table)
+
+
+def _write_page(
+    path: Path, result: dict[str, Any], reports: list[dict[str, Any]], quotes: list[dict[str, str]]
+) -> None:
+    sizes = ", ".join(f"{show_size(row['bytes'])} ({row['name']})" for row in result["models"][:1])
+    lead = f"{MODEL} without any data, on {time.strftime('%Y-%m-%d')}. The original takes {sizes}."
+    errors = Figure(plots.layer_errors(reports), "sum (w - q)^2 / sum w^2; dotted 4 bits, solid 3 bits")
+    runs = [
+        [
+            f"{report['method']}, {report['recipe']['bits']} bits",
+            f"{report['run']['seconds']:.1f}",
+            show_size(report["run"]["peak_rss_bytes"]),
+            show_size(report["output"]["file_bytes"]),
+        ]
+        for report in reports
+    ]
+    sections = [
+        evaluation_section(result, "What it costs"),
+        Section(
+            "Time and memory",
+            columns=["run", "seconds", "peak memory", "files"],
+            rows=runs,
+        ),
+        Section("Where the error is", figures=[errors]),
+        Section("What it says", [f"Asked: {PROMPT}"], quotes=quotes),
+    ]
+    write_page(path, "fewbit: a real model in 4 and 3 bits", lead, sections)

@@ -1,0 +1,157 @@
+"""`fewbit inspect`: what the weights of a model look like, and what quantizing did to them."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewbit.architecture.coverage import cover
+from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.safetensors_io import FileReader, TensorEntry
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.errors import FewbitError
+from fewbit.formats.config import read_weights
+from fewbit.formats.scheme import StoredWeight, part_layout, stored_bytes
+from fewbit.inspection import statistics
+from fewbit.runtime.unpack import read_weight
+from fewbit.versions import versions
+
+Progress = Callable[[int, int, str], None]
+_CHUNK = 1 << 22
+
+
+def inspect(model: str | Path, reference: str | Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """Statistics of every floating tensor of a model.
+
+    For a native folder each quantized weight is decoded, and compared with the tensor of `reference` (by default the
+    model it was made from, if that is still there). Returns ``{"model", "estimator", "tensors": [...], "versions"}``.
+    Raises FewbitError for bad input.
+    """
+    checkpoint = open_checkpoint(locate(model))
+    with FileReader() as reader:
+        if checkpoint.quantization is None:
+            tensors = _original(checkpoint, reader, progress)
+            made_from = None
+        else:
+            original = _find_reference(checkpoint, reference)
+            tensors = _quantized(checkpoint, original, reader, progress)
+            made_from = str(original.folder) if original else None
+    return {
+        "model": str(model),
+        "reference": made_from,
+        "estimator": statistics.ESTIMATOR,
+        "tensors": tensors,
+        "versions": versions(),
+    }
+
+
+def _original(checkpoint: Checkpoint, reader: FileReader, progress: Progress | None) -> list[dict[str, Any]]:
+    actions = {
+        t.entry.name: (t.action, t.reason) for t in cover(checkpoint.entries.values(), checkpoint.config).tensors
+    }
+    floats = [e for e in checkpoint.entries.values() if e.dtype.is_floating_point and e.dtype.itemsize in (2, 4)]
+    total, done = sum(e.bytes for e in floats), 0
+    rows = []
+    for entry in floats:
+        action, reason = actions[entry.name]
+        row = {"name": entry.name, "shape": list(entry.shape), "action": action, "reason": reason}
+        rows.append({**row, "bits": 8.0 * entry.dtype.itemsize, **_describe(_chunks(entry, reader))})
+        done += entry.bytes
+        if progress:
+            progress(done, total, entry.name)
+    return rows
+
+
+def _quantized(
+    checkpoint: Checkpoint, original: Checkpoint | None, reader: FileReader, progress: Progress | None
+) -> list[dict[str, Any]]:
+    weights = read_weights(checkpoint.quantization or {})
+    parts = {f"{module}.{part}" for module, stored in weights.items() for part in part_layout(stored)}
+    kept = [e for name, e in checkpoint.entries.items() if name not in parts and e.dtype.is_floating_point]
+    rows = []
+    steps = len(weights) + len(kept)
+    for done, (module, stored) in enumerate(weights.items(), 1):
+        rows.append(_compare(checkpoint, original, reader, module, stored))
+        if progress:
+            progress(done, steps, module)
+    for done, entry in enumerate(kept, len(weights) + 1):
+        row = {
+            "name": entry.name,
+            "shape": list(entry.shape),
+            "action": "keep",
+            "bits": 8.0 * entry.dtype.itemsize,
+        }
+        rows.append({**row, **_describe(_chunks(entry, reader))})
+        if progress:
+            progress(done, steps, entry.name)
+    return rows
+
+
+def _compare(
+    checkpoint: Checkpoint, original: Checkpoint | None, reader: FileReader, module: str, stored: StoredWeight
+) -> dict[str, Any]:
+    weight = read_weight(checkpoint, reader, module, stored)
+    name = module if stored.original_shape else f"{module}.weight"
+    row: dict[str, Any] = {
+        "name": name,
+        "shape": list(stored.original_shape or stored.shape),
+        "action": "quantized",
+        "bits": 8 * stored_bytes(stored) / stored.weights,
+        **_describe([lambda: weight.view(-1)]),
+    }
+    if original is None:
+        return row
+    entry = original.entries.get(name)
+    if entry is None or entry.numel != stored.weights:
+        raise FewbitError(f"{original.folder}: has no tensor {name} of that shape: is it the model this was made from?")
+    before = reader.tensor(entry).float()
+    before = (before.t() if stored.transposed else before).reshape(stored.shape)
+    squared = float(before.double().square().sum())
+    row["relative_squared_error"] = float((weight - before).double().square().sum()) / squared if squared else 0.0
+    span = statistics.measure_range([lambda: before.view(-1)])
+    p = statistics.histogram([lambda: before.reshape(-1)], span)
+    q = statistics.histogram([lambda: weight.view(-1)], span)
+    row["entropy_bits_original"] = statistics.entropy(p)
+    row["entropy_bits"] = statistics.entropy(q)
+    row["kl_divergence_bits"] = statistics.kl_divergence(p, q)
+    row["jensen_shannon_bits"] = statistics.jensen_shannon(p, q)
+    return row
+
+
+def _describe(chunks: statistics.Chunks) -> dict[str, Any]:
+    span = statistics.measure_range(chunks)
+    if not span.finite or not span.count:
+        return {"finite": span.finite}
+    row: dict[str, Any] = {"finite": True, "kurtosis": statistics.kurtosis(chunks, span)}
+    row.update(statistics.energy_shares(chunks, span.count))
+    if span.high > span.low:
+        row["entropy_bits"] = statistics.entropy(statistics.histogram(chunks, span))
+    else:
+        row["entropy_bits"] = 0.0
+    if row["kurtosis"] != row["kurtosis"]:
+        del row["kurtosis"]
+    return row
+
+
+def _chunks(entry: TensorEntry, reader: FileReader) -> list[Callable[[], Tensor]]:
+    return [
+        partial(reader.read, entry, first, min(_CHUNK, entry.numel - first)) for first in range(0, entry.numel, _CHUNK)
+    ]
+
+
+def _find_reference(checkpoint: Checkpoint, reference: str | Path | None) -> Checkpoint | None:
+    if reference is not None:
+        return open_checkpoint(locate(reference))
+    report = checkpoint.folder / "fewbit_report.json"
+    if not report.is_file():
+        return None
+    name = json.loads(report.read_text(encoding="utf-8")).get("model")
+    if not name:
+        return None
+    try:
+        return open_checkpoint(locate(name))
+    except FewbitError:
+        return None

@@ -1,0 +1,47 @@
+"""Progress on standard error: a bar with an end time on a terminal, few plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_PLAIN_EVERY = 10.0
+_QUIET_FOR = 2.0
+
+
+@contextmanager
+def progress_line(what: str, unit: float = 1.0) -> Iterator[Callable[[int, int, str], None]]:
+    """A callable (done, total, current) that shows progress of `what`; `unit` divides the counts for display."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[current]}", style="dim"),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=None, current="")
+
+            def show(done: int, total: int, current: str) -> None:
+                bar.update(task, completed=done / unit, total=total / unit, current=current[-60:])
+
+            yield show
+        return
+    began = last = time.monotonic()
+
+    def plain(done: int, total: int, current: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - began < _QUIET_FOR or (now - last < _PLAIN_EVERY and done < total) or not done:
+            return
+        last = now
+        left = (now - began) * (total - done) / done
+        print(f"{what}: {100 * done // total}%  {left:.0f} s left  {current}", file=sys.stderr, flush=True)
+
+    yield plain

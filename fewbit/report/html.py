@@ -1,0 +1,162 @@
+"""Self-contained HTML pages, drawn from the JSON of a result and from nothing else."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fewbit.errors import FewbitError, missing_extra
+from fewbit.report import plots
+from fewbit.sizes import show_size
+from fewbit.versions import versions
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing and what it shows."""
+
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: text, figures, a table, quotations, and the data behind it as JSON."""
+
+    heading: str
+    paragraphs: Sequence[str] = ()
+    figures: Sequence[Figure] = ()
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    best: int = -1
+    quotes: Sequence[dict[str, str]] = ()
+    data: str = field(default="")
+
+
+def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -> None:
+    """Render a page; FewbitError when it cannot be written or jinja2 is not installed."""
+    try:
+        from jinja2 import Environment, PackageLoader
+    except ImportError as error:
+        raise missing_extra("jinja2", "report") from error
+    environment = Environment(loader=PackageLoader("fewbit", "report"), autoescape=True, trim_blocks=True)
+    footer = ", ".join(f"{name} {version}" for name, version in versions().items())
+    text = environment.get_template("page.html.j2").render(title=title, lead=lead, sections=sections, footer=footer)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FewbitError(f"{path}: cannot write the page ({error.strerror})") from error
+
+
+def write_quantize_page(report: dict[str, Any], path: Path) -> None:
+    """The page of one run of `fewbit quantize`."""
+    output = report["output"]
+    lead = (
+        f"{output['weights_quantized']:,} weights at {output['bits_per_weight']:.3f} bits a weight on disk; "
+        f"{show_size(report['source']['bytes'])} became {show_size(output['file_bytes'])}."
+    )
+    rows = [
+        [
+            r["name"],
+            "x".join(map(str, r["shape"])),
+            f"{r['bits_per_weight']:.3f}",
+            f"{r['relative_squared_error']:.5f}",
+        ]
+        for r in report["layers"]
+    ]
+    kept = [[k["name"], "x".join(map(str, k["shape"])), k["reason"]] for k in report["kept"]]
+    sections = [
+        Section("Error by layer", figures=[Figure(plots.layer_errors([report]), "sum (w - q)^2 / sum w^2")]),
+        Section("Quantized", columns=["tensor", "shape", "bits", "relative squared error"], rows=rows),
+        Section("Kept in 16 bits", columns=["tensor", "shape", "why"], rows=kept),
+        Section("Recipe", data=json.dumps(report["recipe"], indent=1)),
+    ]
+    write_page(path, f"{report['model']}: {report['method']}, {report['recipe']['bits']} bits", lead, sections)
+
+
+def evaluation_section(result: dict[str, Any], heading: str = "Models") -> Section:
+    """The table and figures of an evaluation; the quantized model with the least divergence stands out."""
+    rows = result["models"]
+    quantized = [i for i, row in enumerate(rows) if row["method"] != "original" and "kl_mean" in row]
+    best = min(quantized, key=lambda i: rows[i]["kl_mean"], default=-1)
+    figures = [Figure(plots.bits_against_perplexity(rows), "Down and to the left is better.")]
+    if quantized:
+        figures.append(Figure(plots.divergence_bars(rows), "How far the predictions moved; lower is better."))
+    protocol = result["protocol"]
+    return Section(
+        heading,
+        [
+            f"{protocol['windows']} windows of {protocol['sequence_length']} tokens of {protocol['data']} "
+            f"(sha256 {protocol['data_sha256'][:16]}), BOS {protocol['bos']}; loss: {protocol['loss']}."
+        ],
+        figures,
+        [
+            "model",
+            "method",
+            "bits/weight",
+            "size",
+            "perplexity",
+            "ratio",
+            "KL mean",
+            "KL 99 %",
+            "same top token",
+        ],
+        [_evaluation_row(row) for row in rows],
+        best,
+        data=json.dumps(result, indent=1),
+    )
+
+
+def _evaluation_row(row: dict[str, Any]) -> list[str]:
+    def cell(key: str, style: str) -> str:
+        return format(row[key], style) if key in row else ""
+
+    return [
+        row["name"],
+        row["method"],
+        cell("bits_per_weight", ".2f"),
+        show_size(row["bytes"]),
+        cell("perplexity", ".2f"),
+        cell("perplexity_ratio", ".3f"),
+        cell("kl_mean", ".4f"),
+        cell("kl_p99", ".3f"),
+        f"{100 * row['top1_agreement']:.1f} %" if "top1_agreement" in row else "",
+    ]
+
+
+def write_evaluation_page(result: dict[str, Any], path: Path) -> None:
+    """The page of `fewbit eval`."""
+    reference = result["protocol"]["reference"]
+    lead = f"Distances are from {reference}." if reference else "Perplexity only: no reference was given."
+    write_page(path, "Evaluation", lead, [evaluation_section(result)])
+
+
+def write_inspection_page(result: dict[str, Any], path: Path) -> None:
+    """The page of `fewbit inspect`."""
+    matrices = [row for row in result["tensors"] if len(row["shape"]) >= 2]
+    keys = [
+        ("kurtosis", "kurtosis"),
+        ("energy_top_0.01", "energy share of the top 1 %"),
+        ("relative_squared_error", "relative squared error"),
+        ("kl_divergence_bits", "D_KL(f_W || f_Q), bits"),
+        ("jensen_shannon_bits", "Jensen-Shannon divergence, bits"),
+    ]
+    used = [(key, label) for key, label in keys if any(key in row for row in matrices)]
+    figures = [Figure(plots.tensor_values(matrices, key, label), label) for key, label in used]
+    columns = ["tensor", "shape", "bits", "entropy, bits", *[label for _, label in used]]
+    rows = [
+        [
+            row["name"],
+            "x".join(map(str, row["shape"])),
+            f"{row['bits']:.2f}",
+            *[f"{row[key]:.4g}" if key in row else "" for key in ("entropy_bits", *[k for k, _ in used])],
+        ]
+        for row in matrices
+    ]
+    sections = [
+        Section("Matrices in order", figures=figures),
+        Section("Every matrix", [f"Estimator: {result['estimator']}."], columns=columns, rows=rows),
+    ]
+    write_page(path, f"Weights of {result['model']}", f"Compared with {result['reference'] or 'nothing'}.", sections)

@@ -1,0 +1,158 @@
+"""Results as tables for the terminal and as the stable keys of `--json`."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fewbit.checkpoints.named import NAMED_MODELS, named_folder
+from fewbit.sizes import show_size
+from fewbit.versions import versions
+
+
+def quantize_json(report: dict[str, Any]) -> dict[str, Any]:
+    """The report of a run under the stable keys, with the whole report beside them."""
+    row = {
+        "name": report["model"],
+        "method": report["method"],
+        "bits_per_weight": report["output"]["bits_per_weight"],
+        "bytes": report["output"]["file_bytes"],
+        "seconds": report["run"]["seconds"],
+        "peak_rss_bytes": report["run"]["peak_rss_bytes"],
+    }
+    return {"models": [row], "protocol": None, "versions": versions(), "report": report}
+
+
+def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
+    """A few lines for people."""
+    output, run = report["output"], report["run"]
+    errors = sorted(report["layers"], key=lambda layer: -layer["relative_squared_error"])
+    worst = errors[0]
+    lines = [
+        f"{report['method']}: {output['weights_quantized']:,} weights in {len(errors)} layers at "
+        f"{output['bits_per_weight']:.2f} bits a weight on disk; {len(report['kept'])} tensors kept",
+        f"{show_size(report['source']['bytes'])} -> {show_size(output['file_bytes'])} in {run['seconds']:.1f} s, "
+        f"peak memory {show_size(run['peak_rss_bytes'])}",
+        f"largest relative squared error {worst['relative_squared_error']:.4f} in {worst['name']}",
+    ]
+    lines.append(f"wrote {out}" if out is not None else "nothing written (--report-only)")
+    if out is not None:
+        lines.append(f"measure it:  fewbit eval {out} --data FILE --reference {report['model']}")
+    return "\n".join(lines)
+
+
+def evaluation_table(result: dict[str, Any]) -> None:
+    """Print the models of an evaluation."""
+    table = Table()
+    columns: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("model", "name", _short),
+        ("method", "method", str),
+        ("bits/weight", "bits_per_weight", lambda v: f"{v:.2f}"),
+        ("size", "bytes", show_size),
+        ("perplexity", "perplexity", _figure),
+        ("ratio", "perplexity_ratio", lambda v: f"{v:.3f}"),
+        ("KL mean", "kl_mean", lambda v: f"{v:.4f}"),
+        ("KL 99 %", "kl_p99", lambda v: f"{v:.3f}"),
+        ("same top", "top1_agreement", lambda v: f"{100 * v:.1f} %"),
+        ("seconds", "seconds", lambda v: f"{v:.0f}"),
+    ]
+    used = [c for c in columns if any(c[1] in row for row in result["models"])]
+    for title, _, _ in used:
+        table.add_column(title, justify="left" if title in ("model", "method") else "right")
+    for row in result["models"]:
+        table.add_row(*(show(row[key]) if key in row else "" for _, key, show in used))
+    console = _console()
+    console.print(table)
+    protocol = result["protocol"]
+    console.print(
+        f"{protocol['windows']} windows of {protocol['sequence_length']} tokens of {protocol['data']} "
+        f"(sha256 {protocol['data_sha256'][:12]}), BOS {protocol['bos']}, {protocol['loss']}",
+        highlight=False,
+    )
+
+
+def inspection_table(result: dict[str, Any]) -> None:
+    """Print the tensors of an inspection."""
+    table = Table()
+    compared = any("kl_divergence_bits" in row for row in result["tensors"])
+    columns: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("tensor", "name", str),
+        ("shape", "shape", lambda v: "x".join(map(str, v))),
+        ("what", "action", str),
+        ("bits", "bits", lambda v: f"{v:.2f}"),
+        ("kurtosis", "kurtosis", lambda v: f"{v:.1f}"),
+        ("top 0.1 %", "energy_top_0.001", _percent),
+        ("top 1 %", "energy_top_0.01", _percent),
+        ("top 5 %", "energy_top_0.05", _percent),
+        ("entropy", "entropy_bits", lambda v: f"{v:.2f}"),
+    ]
+    if compared:
+        columns += [
+            ("rel. sq. error", "relative_squared_error", lambda v: f"{v:.5f}"),
+            ("D_KL", "kl_divergence_bits", lambda v: f"{v:.3f}"),
+            ("JS", "jensen_shannon_bits", lambda v: f"{v:.4f}"),
+        ]
+    for title, _, _ in columns:
+        wide = title == "tensor"
+        table.add_column(
+            title,
+            justify="left" if title in ("tensor", "what") else "right",
+            no_wrap=not wide,
+            overflow="fold",
+        )
+    for row in result["tensors"]:
+        if len(row["shape"]) >= 2:
+            table.add_row(*(show(row[key]) if key in row else "" for _, key, show in columns))
+    console = _console()
+    console.print(table)
+    vectors = sum(len(row["shape"]) < 2 for row in result["tensors"])
+    console.print(f"{vectors} vectors not shown (--json has them). Estimator: {result['estimator']}", highlight=False)
+
+
+def models_json() -> dict[str, Any]:
+    """Named models and whether they are cached."""
+    rows = [
+        {
+            "name": model.name,
+            "cached": named_folder(model).is_dir(),
+            "folder": str(named_folder(model)),
+            "download_bytes": model.download_bytes,
+            "licence": model.licence,
+            "description": model.description,
+        }
+        for model in NAMED_MODELS.values()
+    ]
+    return {"models": rows, "versions": versions()}
+
+
+def models_table() -> None:
+    """Print the named models."""
+    table = Table()
+    for title in ("name", "download", "licence", "cached", "what"):
+        table.add_column(title)
+    for row in models_json()["models"]:
+        cached = row["folder"] if row["cached"] else "no"
+        table.add_row(row["name"], show_size(row["download_bytes"]), row["licence"], cached, row["description"])
+    _console().print(table)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def _figure(value: float) -> str:
+    if not math.isfinite(value):
+        return "inf"
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 40 else "…" + name[-39:]

@@ -1,0 +1,71 @@
+"""Tiny models built on the spot, and the shared text."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+SHARED = Path(__file__).parent / "../../shared/data"
+
+
+def build_tiny(folder: Path, dtype: str = "bfloat16", shard_size: str = "60KB", **changes: Any) -> Path:
+    """A random Llama of two blocks with a tokenizer, saved in several shards."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).to(getattr(torch, dtype))
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer whose tokens are bytes; `<s>` is its BOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:254]
+    vocabulary = {"<s>": 0, "<unk>": 1, **{c: i + 2 for i, c in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny sharded bfloat16 Llama with tied weights."""
+    return build_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def run_cli(*arguments: Any, env: dict[str, str] | None = None, code: int | None = 0) -> subprocess.CompletedProcess:
+    """Run the command line in a process of its own; fails unless it exits with `code` (None: any)."""
+    result = subprocess.run(
+        [sys.executable, "-m", "fewbit.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+    )
+    assert code is None or result.returncode == code, f"{result.returncode}: {result.stderr}{result.stdout}"
+    return result
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file of an output but the one that holds times and memory."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "fewbit_run.json"}

@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fewbit.errors import FewbitError
+from fewbit.grids import codebook, integer, scales
+
+FINITE = st.floats(-4, 4, width=32)
+
+
+@given(st.lists(FINITE, min_size=1, max_size=30), st.integers(2, 8))
+@settings(max_examples=200, deadline=None)
+def test_zero_point_grid_against_float64(values: list[float], bits: int) -> None:
+    x = torch.tensor([values], dtype=torch.float32)
+    scale, zero = integer.zero_point_grid(*integer.extremes(x), bits)
+    codes = integer.encode(x, scale, zero, bits)
+    assert codes.min() >= 0
+    assert codes.max() <= 2**bits - 1
+    low, high = min(0.0, *values), max(0.0, *values)
+    wide = (high - low) / (2**bits - 1)
+    decoded = ((codes - zero) * scale).double().numpy()
+    assert np.abs(decoded - np.array([values])).max() <= wide * 1.001 + 1e-6
+    assert float(integer.encode(torch.zeros(1, 1), scale, zero, bits)) == float(zero)
+
+
+@given(st.lists(FINITE, min_size=1, max_size=30), st.integers(2, 8))
+@settings(max_examples=200, deadline=None)
+def test_minimum_grid_reaches_both_ends_and_is_off_by_half_a_step(values: list[float], bits: int) -> None:
+    x = torch.tensor([values], dtype=torch.float32)
+    low, high = integer.extremes(x)
+    scale = integer.minimum_grid(low, high, bits)
+    decoded = integer.encode_minimum(x, scale, low, bits) * scale + low
+    assert float((decoded - x).abs().max()) <= float(scale) / 2 * 1.001 + 1e-6
+
+
+def test_extremes_of_a_subset() -> None:
+    x = torch.tensor([[-3.0, 1.0, 2.0], [5.0, 6.0, 7.0]])
+    mask = torch.tensor([[False, True, True], [False, False, False]])
+    low, high = integer.extremes(x, mask)
+    assert low.tolist() == [[1.0], [0.0]]
+    assert high.tolist() == [[2.0], [0.0]]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_normal_float_levels(bits: int) -> None:
+    levels = codebook.normal_float(bits)
+    assert len(levels) == 2**bits
+    assert list(levels) == sorted(levels)
+    assert (levels[0], levels[-1]) == (-1.0, 1.0)
+    assert 0.0 in levels
+
+
+def test_normal_float_of_4_bits_is_nf4() -> None:
+    # Values printed in QLoRA (arXiv 2305.14314), appendix E.
+    nf4 = [-1.0, -0.6961928, -0.5250730, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
+    nf4 += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
+    assert np.abs(np.array(codebook.normal_float(4)) - nf4).max() < 2e-6
+
+
+@given(st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=50), st.integers(2, 4))
+@settings(max_examples=100, deadline=None)
+def test_codebook_picks_the_nearest_level(values: list[float], bits: int) -> None:
+    levels = np.array(codebook.normal_float(bits))
+    u = torch.tensor([values], dtype=torch.float32)
+    codes = codebook.encode(u, torch.ones(1, 1), tuple(levels))[0].numpy()
+    distance = np.abs(np.array(values)[:, None] - levels[None])
+    assert (distance[np.arange(len(values)), codes] <= distance.min(1) + 1e-6).all()
+    value = codebook.quantize(u, tuple(levels))[0].numpy()
+    assert np.abs(value - levels[codes]).max() < 1e-5
+
+
+def test_scale_search_is_the_best_of_its_candidates_in_float64() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(20, 64, generator=generator)
+    importance = torch.rand(20, 64, generator=generator)
+    levels = codebook.normal_float(3)
+    search = codebook.ScaleSearch(error_power=2.0)
+    found = codebook.search_scale(x, importance, levels, search)
+
+    def error(row: int, scale: float) -> float:
+        w, c, book = x[row].double().numpy(), importance[row].double().numpy(), np.array(levels) * scale
+        return float((c * np.abs(w[:, None] - book[None]).min(1) ** 2).sum())
+
+    for row in range(20):
+        widest = float(x[row].abs().max())
+        best = min(error(row, sign * ratio * widest) for ratio in search.ratios() for sign in (1, -1))
+        assert error(row, float(found[row])) <= best * 1.0001
+
+
+@given(st.lists(st.lists(st.floats(-1, 1, width=32), min_size=5, max_size=5), min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_two_level_scales(values: list[list[float]]) -> None:
+    wanted = torch.tensor(values, dtype=torch.float32)
+    seen = scales.from_two_level(*scales.to_two_level(wanted), 5)
+    largest = wanted.abs().amax(dim=1, keepdim=True)
+    assert bool(((seen - wanted).abs() <= largest * (1 / 63 + 0.005) + 1e-38).all())
+    normal = (wanted.abs() > 1e-30) & (largest < 1e30)
+    assert bool((torch.sign(seen) == torch.sign(wanted))[normal & (largest > 1e-30)].all())
+
+
+def test_scales_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(FewbitError, match="use --scale-format float32"):
+        scales.to_pattern(torch.tensor([1e6]), "float16")
+
+
+def test_a_group_of_zeros_stays_zero_on_every_grid() -> None:
+    x = torch.zeros(2, 8)
+    scale, zero = integer.zero_point_grid(*integer.extremes(x), 3)
+    assert float(((integer.encode(x, scale, zero, 3) - zero) * scale).abs().sum()) == 0
+    found = codebook.search_scale(x, None, codebook.normal_float(3), codebook.ScaleSearch())
+    levels = torch.tensor(codebook.normal_float(3))
+    codes = codebook.encode(x, found, codebook.normal_float(3))
+    assert float(codebook.decode(codes, found, levels).abs().sum()) == 0

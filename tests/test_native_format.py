@@ -1,0 +1,190 @@
+"""The format read by someone who knows docs/format.md and nothing of the package."""
+
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fewbit
+from fewbit.errors import FewbitError
+from fewbit.formats.config import read_weights
+from fewbit.formats.scheme import Scheme, stored_bytes
+from fewbit.pipeline.run import RunOptions
+from fewbit.recipe import recipe_from_choices
+from fewbit.runtime.unpack import unpack
+
+# --- a reader from the specification alone: NumPy and the standard library -----------------------------------------
+
+
+def read_file(path: Path) -> dict[str, np.ndarray]:
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    kinds = {"U8": "u1", "I16": "<i2", "I32": "<i4", "F32": "<f4", "BF16": "<u2", "F16": "<f2"}
+    header = {k: v for k, v in json.loads(data[8 : 8 + size]).items() if k != "__metadata__"}
+    return {
+        name: np.frombuffer(data[8 + size :][slice(*h["data_offsets"])], kinds[h["dtype"]]).reshape(h["shape"])
+        for name, h in header.items()
+    }
+
+
+def bits_of(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    codes, start, shift = np.zeros((*packed.shape[:-1], count), np.int64), 0, 0
+    for width in [w for w in (8, 4, 2, 1) if bits & w]:
+        size = (count * width + 7) // 8
+        plane = np.unpackbits(packed[..., start : start + size], axis=-1, bitorder="little")[..., : count * width]
+        codes |= (plane.reshape(*codes.shape, width) << np.arange(width)).sum(-1) << shift
+        start, shift = start + size, shift + width
+    return codes
+
+
+def wide_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    if bits <= 8:
+        return bits_of(packed, bits, count) if bits else np.zeros(count, np.int64)
+    return bits_of(packed[:count], 8, count) | wide_bits(packed[count:], bits - 8, count) << 8
+
+
+def floats(pattern: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "bfloat16":
+        return (pattern.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return pattern.view(np.float16 if kind == "float16" else np.float32).astype(np.float32)
+
+
+def outlier_places(data: np.ndarray, how: str, weights: int, count: int, group: int) -> np.ndarray:
+    if how == "bitmap":
+        return np.flatnonzero(bits_of(data, 1, weights))
+    if how == "indices":
+        inside = wide_bits(data, max(1, (group - 1).bit_length()), count)
+        return np.arange(count) // (count * group // weights) * group + inside
+    low = int(np.log2(weights / count))
+    size = sum((count * w + 7) // 8 for width in ([8] * (low // 8) + [low % 8]) for w in (8, 4, 2, 1) if width & w)
+    ones = np.flatnonzero(np.unpackbits(data[size:], bitorder="little"))[:count]
+    return (ones - np.arange(count)) << low | wide_bits(data[:size], low, count)
+
+
+def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, Any]) -> np.ndarray:
+    (rows, columns), bits, group = w["shape"], s["bits"], s["group_size"]
+    groups, kind = columns // group, "float32" if s["scale_format"] == "float32" else "float16"
+    codes = bits_of(parts["codes"], bits, columns).reshape(rows, groups, group)
+    if s["scale_format"] == "two-level":
+        code = bits_of(parts["scales"], 7, groups)
+        unit = floats(parts["row_scales"], "bfloat16")[:, None] / np.float32(63)
+        scale = np.where(code >= 64, -1, 1).astype(np.float32) * ((code & 63).astype(np.float32) * unit)
+    else:
+        scale = floats(parts["scales"], kind)
+    scale, value = scale[..., None], codes.astype(np.float32)
+    if s["grid"] == "codebook":
+        weight = np.array(s["levels"], np.float32)[codes] * scale
+    elif s["grid"] == "minimum":
+        weight = value * scale + floats(parts["minima"], kind)[..., None]
+    elif s["grid"] == "zero-point":
+        weight = (value - bits_of(parts["zeros"], bits, groups)[..., None].astype(np.float32)) * scale
+    else:
+        weight = (value - np.float32(2 ** (bits - 1))) * scale
+    weight = weight.reshape(-1)
+    if s["outlier_grid"] != "none" and w["outliers"]:
+        place = outlier_places(parts["outlier_positions"], w["positions"], rows * columns, w["outliers"], group)
+        code, wide = codes.reshape(-1)[place], s["outlier_bits"]
+        if wide > bits:
+            code = code | bits_of(parts["outlier_codes"], wide - bits, w["outliers"]) << bits
+        value, half = code.astype(np.float32), 2 ** (wide - 1)
+        if s["outlier_grid"] == "row":
+            weight[place] = (value - half) * floats(parts["outlier_scales"], "bfloat16")[place // columns]
+        else:
+            step = floats(parts["outlier_scales"], kind).reshape(-1)[place // group]
+            least = floats(parts["outlier_minima"], kind).reshape(-1)[place // group]
+            if s["outlier_grid"] == "minmax":
+                weight[place] = value * step + least
+            else:
+                weight[place] = np.where(code >= half, -1, 1) * ((code % half).astype(np.float32) * step + least)
+    return weight.reshape(rows, columns)
+
+
+# --- the tests ---------------------------------------------------------------------------------------------------
+
+CASES = [
+    ("rtn", {}),
+    ("rtn", {"symmetric": True, "scale_format": "float32"}),
+    ("rtn", {"symmetric": True, "scale_format": "two-level"}),
+    ("rtn", {"group_size": "row", "clip_search": True}),
+    ("adpq", {}),
+    ("adpq", {"scale_format": "float32", "outlier_fraction": 0.4}),
+    ("adpq", {"outlier_grid": "sign-magnitude", "outlier_scope": "group"}),
+    ("adpq", {"grid": "zero-point", "outlier_bits": 8}),
+    ("adpq", {"outlier_fraction": 0.0005}),
+    ("adpq+", {}),
+    ("adpq+", {"outlier_fraction": 0.0, "column_weights": "norm-gain"}),
+]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize(("method", "choices"), CASES)
+def test_a_reader_from_the_specification_gets_the_same_weights(
+    tiny: Path, tmp_path: Path, method: str, choices: dict[str, Any], bits: int
+) -> None:
+    out = tmp_path / "out"
+    recipe = recipe_from_choices(method, {**choices, "bits": bits})
+    report = fewbit.quantize(tiny, out, recipe, RunOptions(shard_size=60_000))
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    tensors: dict[str, np.ndarray] = {}
+    for path in sorted(out.glob("*.safetensors")):
+        tensors.update(read_file(path))
+    unpack(out, tmp_path / "plain")
+    plain: dict[str, np.ndarray] = {}
+    for path in sorted((tmp_path / "plain").glob("*.safetensors")):
+        plain.update(read_file(path))
+    error = norm = 0.0
+    original: dict[str, np.ndarray] = {}
+    for path in sorted(tiny.glob("*.safetensors")):
+        original.update(read_file(path))
+    assert len(config["weights"]) == 14
+    for module, w in config["weights"].items():
+        prefix = f"{module}."
+        parts = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        weight = read_weight(parts, w, config["schemes"][w["scheme"]])
+        rounded = torch.from_numpy(weight).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        assert np.array_equal(rounded, plain[f"{module}.weight"])
+        before = floats(original[f"{module}.weight"].view(np.int16), "bfloat16").astype(np.float64)
+        error += ((weight - before) ** 2).sum()
+        norm += (before**2).sum()
+        assert sum(v.nbytes for v in parts.values()) == next(
+            r["bytes"] for r in report["layers"] if r["name"] == f"{module}.weight"
+        )
+    reported = [(r["relative_squared_error"], r["weights"]) for r in report["layers"]]
+    assert error / norm < 4.0 ** (2.0 - bits)
+    assert abs(error / norm - np.average([e for e, _ in reported], weights=[n for _, n in reported])) < 0.2 * error / norm
+
+
+def test_bits_per_weight_is_bytes_on_disk(tiny: Path, tmp_path: Path) -> None:
+    report = fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("adpq+", bits=3))
+    weights = read_weights(json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"])
+    size = sum(stored_bytes(w) for w in weights.values())
+    assert report["output"]["bits_per_weight"] == 8 * size / sum(w.weights for w in weights.values())
+    header = struct.unpack("<Q", (tmp_path / "out" / "model.safetensors").read_bytes()[:8])[0]
+    total = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert total == report["output"]["file_bytes"] == size + report["output"]["kept_bytes"] + 8 + header
+
+
+def test_config_of_another_version_or_damaged_is_refused(tiny: Path, tmp_path: Path) -> None:
+    fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("rtn", bits=4))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    with pytest.raises(FewbitError, match="format version 2: this fewbit reads version 1"):
+        read_weights({**config, "format_version": 2})
+    with pytest.raises(FewbitError, match="damaged quantization_config: unknown keys"):
+        read_weights({**config, "schemes": [{**config["schemes"][0], "surprise": 1}]})
+    with pytest.raises(FewbitError, match="damaged"):
+        read_weights({**config, "weights": {"a": {"scheme": 7, "shape": [4, 64]}}})
+    with pytest.raises(FewbitError, match="damaged"):
+        read_weights({**config, "weights": {"a": {"scheme": 0, "shape": [4, 65]}}})
+
+
+def test_schemes_check_themselves() -> None:
+    good = Scheme(3, 64, "zero-point")
+    assert Scheme.from_dict(good.to_dict()) == good
+    for change in ({"bits": 9}, {"grid": "x"}, {"scale_format": "two-level"}, {"levels": (1.0,)}):
+        with pytest.raises(ValueError, match="cannot have this"):
+            replace(good, **change)  # type: ignore[arg-type]
