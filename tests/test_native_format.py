@@ -156,7 +156,9 @@ def test_a_reader_from_the_specification_gets_the_same_weights(
         )
     reported = [(r["relative_squared_error"], r["weights"]) for r in report["layers"]]
     assert error / norm < 4.0 ** (2.0 - bits)
-    assert abs(error / norm - np.average([e for e, _ in reported], weights=[n for _, n in reported])) < 0.2 * error / norm
+    assert (
+        abs(error / norm - np.average([e for e, _ in reported], weights=[n for _, n in reported])) < 0.2 * error / norm
+    )
 
 
 def test_bits_per_weight_is_bytes_on_disk(tiny: Path, tmp_path: Path) -> None:

@@ -121,7 +121,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tiny: Path, tmp_path: Pat
     assert not out.exists()
     finished = {p.name: p.stat().st_mtime_ns for p in partial.glob("*.safetensors")}
     assert finished
-    with pytest.raises(FewbitError, match=r"other arguments was interrupted here \(recipe was .*repeat those arguments"):
+    with pytest.raises(
+        FewbitError, match=r"other arguments was interrupted here \(recipe was .*repeat those arguments"
+    ):
         fewbit.quantize(tiny, out, fewbit.preset("rtn", bits=3), RunOptions(shard_size=20_000))
     shown: list[str] = []
     options = RunOptions(shard_size=20_000, progress=lambda done, total, what: shown.append(what))
@@ -172,7 +174,9 @@ finally:
     loaded = [m for m in ("transformers", "huggingface_hub", "datasets", "requests", "httpx") if m in sys.modules]
     assert not loaded, loaded
 """
-    done = subprocess.run([sys.executable, "-c", program, str(tiny), str(tmp_path / "out")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tiny), str(tmp_path / "out")], capture_output=True, text=True
+    )
     assert "AssertionError" not in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "config.json").is_file()

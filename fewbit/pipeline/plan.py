@@ -123,7 +123,7 @@ def _check_group_sizes(coverage: Coverage, recipe: Recipe) -> None:
     all_columns = {t.matrix_shape[1] for t in coverage.of("quantize")}
     fits = [str(size) for size in (16, 32, 48, 64, 96, 128, 256) if all(c % size == 0 for c in all_columns)]
     described = "; ".join(
-        f"{len(names)} layers with {columns} columns ({names[0]}{', …' if len(names) > 1 else ''})"
+        f"{len(names)} layers with {columns} columns ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         for columns, names in sorted(wrong.items())
     )
     advice = f"sizes that divide every layer: {', '.join(fits)}; or " if fits else "use "

@@ -1,0 +1,165 @@
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_cli
+
+import fewbit
+from fewbit.errors import FewbitError
+from fewbit.evaluation.perplexity import Protocol, Totals, cut_windows, quantile
+from fewbit.evaluation.text import read_text
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_windows_without_and_with_bos() -> None:
+    ids = torch.arange(10, 33)
+    plain = cut_windows(ids, Protocol(5, 0), None)
+    assert plain.tolist() == [list(range(10 + 5 * i, 15 + 5 * i)) for i in range(4)]
+    behind = cut_windows(ids, Protocol(5, 2), 1)
+    assert behind.tolist() == [[1, 10, 11, 12, 13], [1, 15, 16, 17, 18]]
+    with pytest.raises(FewbitError, match="the text has 23 tokens, 4 windows of 5; asked for 5"):
+        cut_windows(ids, Protocol(5, 5), None)
+    with pytest.raises(FewbitError, match="asked for 1: take fewer or shorter windows"):
+        cut_windows(ids, Protocol(50, 0), None)
+
+
+def test_totals_against_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, 50, generator=generator)
+    reference = logits + 0.3 * torch.randn(300, 50, generator=generator)
+    targets = torch.randint(0, 50, (300,), generator=generator)
+    totals = Totals()
+    totals.add(logits, targets, reference)
+
+    def log_softmax(z: np.ndarray) -> np.ndarray:
+        return z - np.log(np.exp(z).sum(1, keepdims=True))
+
+    log_q, log_p = log_softmax(logits.double().numpy()), log_softmax(reference.double().numpy())
+    divergence = (np.exp(log_p) * (log_p - log_q)).sum(1)
+    assert totals.tokens == 300
+    assert totals.nll == pytest.approx(-log_q[np.arange(300), targets].sum(), rel=1e-5)
+    assert torch.cat(totals.divergences).numpy() == pytest.approx(divergence, abs=1e-5)
+    assert totals.same_top == (log_q.argmax(1) == log_p.argmax(1)).sum()
+    assert quantile(totals.divergences, 0.99) == pytest.approx(np.sort(divergence)[296], abs=1e-5)
+
+
+def test_quantile_is_the_smallest_value_that_enough_do_not_exceed() -> None:
+    values = [torch.arange(1.0, 101.0)]
+    assert quantile(values, 0.99) == 99.0
+    assert quantile(values, 1.0) == 100.0
+    assert quantile([torch.tensor([3.0])], 0.99) == 3.0
+
+
+@pytest.mark.parametrize("bos", ["never", "always"])
+def test_perplexity_against_a_slow_loop(tiny: Path, text: Path, bos: str) -> None:
+    result = fewbit.evaluate(tiny, text, Protocol(32, 5, bos))
+    model = fewbit.load(tiny)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    ids = tokenizer(TEXT, add_special_tokens=False).input_ids
+    losses = []
+    for w in range(5):
+        window = ids[32 * w : 32 * w + 32]
+        window = [tokenizer.bos_token_id, *window[:-1]] if bos == "always" else window
+        with torch.no_grad():
+            z = model(torch.tensor([window])).logits[0].double().numpy()
+        for t in range(1, 32):
+            losses.append(np.log(np.exp(z[t - 1]).sum()) - z[t - 1][window[t]])
+    row = result["models"][0]
+    assert row["nll"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert row["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    assert row["method"] == "original"
+    assert row["bits_per_weight"] == 16
+    assert "kl_mean" not in row
+    assert result["protocol"]["bos"] == bos
+    assert result["protocol"]["tokens_scored"] == 155
+
+
+def test_bos_auto_follows_the_tokenizer(tiny: Path, text: Path) -> None:
+    assert fewbit.evaluate(tiny, text, Protocol(32, 1))["protocol"]["bos"] == "never"
+
+
+def test_distance_from_itself_is_zero_and_from_fewer_bits_is_more(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bits in (8, 3):
+        fewbit.quantize(tiny, tmp_path / str(bits), fewbit.preset("rtn", bits=bits))
+    models = [tiny, tmp_path / "8", tmp_path / "3"]
+    kept = fewbit.evaluate(models, text, Protocol(32, 4), reference=tiny)
+    same, eight, three = kept["models"]
+    assert same["kl_mean"] == 0
+    assert same["top1_agreement"] == 1
+    assert same["perplexity_ratio"] == 1
+    assert eight["kl_mean"] < three["kl_mean"]
+    assert three["bits_per_weight"] < 4 < eight["bits_per_weight"]
+    monkeypatch.setattr("fewbit.evaluation.evaluate.available_bytes", lambda: 0)
+    again = fewbit.evaluate(models, text, Protocol(32, 4), reference=tiny)
+    for a, b in zip(kept["models"], again["models"], strict=True):
+        assert a["kl_mean"] == b["kl_mean"]
+
+
+def test_json_has_the_stable_keys_and_nothing_else_on_standard_output(tiny: Path, text: Path, tmp_path: Path) -> None:
+    html = tmp_path / "page.html"
+    result = run_cli(
+        "eval", tiny, "--data", text, "--seq-len", 32, "--windows", 2, "--reference", tiny, "--json", "--html", html
+    )
+    data = json.loads(result.stdout)
+    expected = "name method bits_per_weight bytes perplexity nll kl_mean kl_p99 top1_agreement seconds peak_rss_bytes"
+    assert set(expected.split()) <= set(data["models"][0])
+    assert data["protocol"]["data_sha256"] == read_text(text).sha256
+    assert {"fewbit", "torch", "transformers", "python"} <= set(data["versions"])
+    check_page(html)
+
+
+class Page(HTMLParser):
+    """Collects tags and everything that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "data") and value and not value.startswith("#"):
+                self.fetched.append(value)
+
+
+def check_page(path: Path) -> None:
+    """A page with drawings that fetches nothing."""
+    page = Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    assert "svg" in page.tags
+    assert "table" in page.tags
+    assert "script" not in page.tags
+    assert page.fetched == []
+    assert "url(http" not in path.read_text(encoding="utf-8")
+
+
+def test_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    assert read_text(tmp_path / "a.jsonl").content == "one\n\ntwo"
+    (tmp_path / "a.txt").write_bytes(b"kept\r\nas it is\n")
+    assert read_text(tmp_path / "a.txt").content == "kept\r\nas it is\n"
+    assert len(read_text("topics").content) > 100_000
+
+
+def test_quantize_and_inspect_pages(tiny: Path, tmp_path: Path) -> None:
+    run_cli("quantize", tiny, tmp_path / "out", "--html", tmp_path / "q.html")
+    check_page(tmp_path / "q.html")
+    run_cli("inspect", tmp_path / "out", "--html", tmp_path / "i.html")
+    check_page(tmp_path / "i.html")
