@@ -62,16 +62,13 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16"}))
 
 
-def timed(command: list[str], out: Path) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a command; what it wrote is removed."""
+def timed(command: list[str], out: Path) -> tuple[float, int | None]:
+    """Seconds of a command, and the peak resident bytes that it reports; what it wrote is removed."""
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
     seconds = time.perf_counter() - began
-    if status:
-        raise SystemExit(f"failed: {' '.join(command)}")
     shutil.rmtree(out)
-    return seconds, usage.ru_maxrss * 1024
+    return seconds, json.loads(done.stdout)["models"][0]["peak_rss_bytes"] if done.stdout else None
 
 
 def measure(model: Path, out: Path, repeats: int) -> list[dict[str, Any]]:
@@ -85,12 +82,12 @@ def measure(model: Path, out: Path, repeats: int) -> list[dict[str, Any]]:
     for path in sorted(model.glob("*.safetensors")):
         path.read_bytes()
     seconds: dict[str, list[float]] = {name: [] for name in commands}
-    peak: dict[str, int] = {}
+    peak: dict[str, int | None] = {}
     for _ in range(repeats):
         for name, command in commands.items():
             taken, memory = timed(command, out)
             seconds[name].append(taken)
-            peak[name] = max(peak.get(name, 0), memory)
+            peak[name] = memory if memory is None else max(peak.get(name) or 0, memory)
     base = statistics.median(seconds["cp"])
     return [
         {
@@ -122,7 +119,7 @@ def main() -> None:
         for row in rows:
             print(
                 f"{gigabytes:g} GB  {row['what']:14} {row['seconds']:7.2f} s  {row['times_cp']:5.2f} x cp  "
-                f"{row['peak_rss_bytes'] / 1e6:7.0f} MB"
+                f"{(row['peak_rss_bytes'] or 0) / 1e6:7.0f} MB"
             )
         results.append({"bytes": size, "rows": rows})
         shutil.rmtree(model)

@@ -25,7 +25,6 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("adpq as published", "adpq", {}),
     ("adpq+", "adpq+", {}),
     ("adpq+, error power 2", "adpq+", {"error_power": 2.0}),
-    ("adpq+, error power 2.5", "adpq+", {"error_power": 2.5}),
     ("adpq+, error power 3", "adpq+", {"error_power": 3.0}),
     ("adpq+, norm-gain column weights", "adpq+", {"column_weights": "norm-gain"}),
     ("adpq+, evenly spaced levels (zero-point grid)", "adpq+", {"grid": "zero-point"}),

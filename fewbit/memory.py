@@ -5,7 +5,14 @@ import sys
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process in bytes; 0 where the system does not say."""
+    """Peak resident memory of this process in bytes; 0 where the system does not say.
+
+    Linux counts the parent's memory into `ru_maxrss` of a process that was forked from it, so its own high-water mark
+    is read instead.
+    """
+    own = _field("/proc/self/status", "VmHWM:")
+    if own is not None:
+        return own
     try:
         import resource
     except ImportError:
@@ -16,14 +23,19 @@ def peak_rss_bytes() -> int:
 
 def available_bytes() -> int:
     """Memory that could be used now without swapping, in bytes; 4 GiB where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    available = _field("/proc/meminfo", "MemAvailable:")
+    if available is not None:
+        return available
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, ValueError, OSError):
         return 4 << 30
+
+
+def _field(path: str, name: str) -> int | None:
+    """A field in kB of one of Linux's status files, in bytes; None elsewhere."""
+    try:
+        with open(path, encoding="ascii") as file:  # noqa: PTH123
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith(name)), None)
+    except OSError:
+        return None

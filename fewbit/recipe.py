@@ -101,7 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "outlier_scope": "group",
         "outlier_grid": "row",
         "outlier_bits": 8,
-        "search": ScaleSearch(),
+        "search": ScaleSearch(error_power=2.5),
     },
 }
 """Published methods (and our own) as choices that differ from a plain Recipe. Sources: `docs/methods.md`."""

@@ -73,7 +73,11 @@ def search_scale(x: Tensor, importance: Tensor | None, levels: tuple[float, ...]
 def _error(x: Tensor, scale: Tensor, importance: Tensor | None, levels: tuple[float, ...], power: float) -> Tensor:
     residual = x / divisor(scale)
     residual = quantize(residual, levels).sub_(residual).mul_(scale)
-    cost = residual.square_() if power == 2.0 else residual.abs_().pow_(power)
+    if power == 2.5:
+        # |r|^2.5 without the general power, which is an order of magnitude slower.
+        cost = residual.square().mul_(residual.abs_().sqrt_())
+    else:
+        cost = residual.square_() if power == 2.0 else residual.abs_().pow_(power)
     if importance is not None:
         cost = cost.mul_(importance)
     return cost.sum(dim=1, keepdim=True)

@@ -100,11 +100,12 @@ def _stream(plan: Plan, checkpoint: Checkpoint, recipe: Recipe, run: _Run) -> li
     for index, shard in enumerate(plan.shards):
         name = plan.shard_name(index)
         records = run.work.finished(name) if run.work else None
+        size = sum(item.tensor.entry.bytes for item in shard)
         if records is None:
             records = _write_shard(name, shard, checkpoint, recipe, run, (done, total))
-        done += sum(item.tensor.entry.bytes for item in shard)
-        if run.progress:
-            run.progress(done, total, name)
+        elif run.progress:
+            run.progress(done + size, total, f"{name} was finished before")
+        done += size
         results.append(records)
     return results
 
