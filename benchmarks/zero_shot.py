@@ -27,7 +27,7 @@ SHAPES = {
     **{f"mlp.{k}_proj": (INTERMEDIATE, HIDDEN) for k in ("gate", "up")},
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
-METHODS = [("rtn", 4), ("adpq", 4), ("adpq+", 4), ("adpq+", 3)]
+METHODS = ["rtn:4", "adpq:4", "adpq+:4", "adpq+:3"]
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> None:
@@ -71,13 +71,14 @@ def timed(command: list[str], out: Path) -> tuple[float, int | None]:
     return seconds, json.loads(done.stdout)["models"][0]["peak_rss_bytes"] if done.stdout else None
 
 
-def measure(model: Path, out: Path, repeats: int) -> list[dict[str, Any]]:
+def measure(model: Path, out: Path, methods: list[str], repeats: int) -> list[dict[str, Any]]:
     """Medians over `repeats` rounds; each round runs every command once."""
     commands = {"cp": ["cp", "-r", str(model), str(out)]}
-    for method, bits in METHODS:
+    for choice in methods:
+        method, bits = choice.split(":")
         commands[f"{method}, {bits} bits"] = [
             *[sys.executable, "-m", "fewbit.cli", "quantize", str(model), str(out)],
-            *["--method", method, "--bits", str(bits), "--json"],
+            *["--method", method, "--bits", bits, "--json"],
         ]
     for path in sorted(model.glob("*.safetensors")):
         path.read_bytes()
@@ -106,22 +107,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--gigabytes", type=float, action="append", required=True)
+    parser.add_argument("--method", action="append", help=f"METHOD:BITS; default {' '.join(METHODS)}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "zero_shot.json")
     arguments = parser.parse_args()
-    results = []
+    results = json.loads(arguments.results.read_text())["results"] if arguments.results.exists() else []
     for gigabytes in arguments.gigabytes:
         model = arguments.folder / f"fewbit-benchmark-{gigabytes:g}GB"
         if not model.exists():
             make_checkpoint(model, gigabytes)
         size = sum(p.stat().st_size for p in model.glob("*.safetensors"))
-        rows = measure(model, arguments.folder / "fewbit-benchmark-out", arguments.repeats)
+        rows = measure(model, arguments.folder / "fewbit-benchmark-out", arguments.method or METHODS, arguments.repeats)
         for row in rows:
             print(
                 f"{gigabytes:g} GB  {row['what']:14} {row['seconds']:7.2f} s  {row['times_cp']:5.2f} x cp  "
                 f"{(row['peak_rss_bytes'] or 0) / 1e6:7.0f} MB"
             )
-        results.append({"bytes": size, "rows": rows})
+        results = [r for r in results if r["bytes"] != size] + [{"bytes": size, "rows": rows}]
         shutil.rmtree(model)
     arguments.results.parent.mkdir(exist_ok=True)
     host = {"cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}

@@ -29,6 +29,17 @@ def _print_json(data: Any) -> None:
     print(json.dumps(data, indent=1, ensure_ascii=False))
 
 
+def _announce(*models: str | None) -> None:
+    """Say so when a named model will be fetched first, which takes a while."""
+    from fewbit.checkpoints.named import NAMED_MODELS, named_folder
+    from fewbit.sizes import show_size
+
+    for name in models:
+        if name in NAMED_MODELS and not Path(name).exists() and not named_folder(NAMED_MODELS[name]).is_dir():
+            size = show_size(NAMED_MODELS[name].download_bytes)
+            print(f"fetching {name} ({size}) and converting it, once: about a minute …", file=sys.stderr)
+
+
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a name from `fewbit models`, or a hub name.")],
@@ -101,6 +112,7 @@ def quantize(
             "exclude": tuple(exclude or ()),
         },
     )
+    _announce(model)
     with progress_line(f"{recipe.method} {recipe.bits} bits") as progress:
         options = RunOptions(parse_size(shard_size), overwrite, report_only, workers, device, progress)
         report = run(model, out, recipe, options)
@@ -138,6 +150,7 @@ def evaluate_command(
     from fewbit.evaluation.perplexity import Protocol
     from fewbit.report.text import evaluation_table
 
+    _announce(*models, reference)
     with progress_line("evaluating") as progress:
         result = evaluate(list(models), data, Protocol(seq_len, windows, bos), reference, device, progress)
     if html:
@@ -171,6 +184,7 @@ def inspect_command(
     from fewbit.inspection.inspect import inspect
     from fewbit.report.text import inspection_table
 
+    _announce(model, reference)
     with progress_line("inspecting") as progress:
         result = inspect(model, reference, progress)
     if html:
@@ -224,7 +238,7 @@ def fetch_model(name: Annotated[str, typer.Argument(help="A name from `fewbit mo
     """Fetch a named model, check it, convert it to safetensors, keep it in the cache; print its folder."""
     from fewbit.checkpoints.named import fetch_named
 
-    print("fetching and converting: about a minute the first time", file=sys.stderr)
+    _announce(name)
     print(fetch_named(name))
 
 

