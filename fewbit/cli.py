@@ -25,8 +25,25 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on
 HtmlFlag = Annotated[Path | None, typer.Option("--html", help="Write a self-contained HTML page here.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from fewbit import __version__
+
+        print(f"fewbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=1, ensure_ascii=False))
+    print(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def _announce(*models: str | None) -> None:
@@ -90,6 +107,7 @@ def quantize(
     from fewbit.pipeline.run import RunOptions
     from fewbit.pipeline.run import quantize as run
     from fewbit.recipe import recipe_from_choices
+    from fewbit.report.html import check_page, write_quantize_page
     from fewbit.report.text import quantize_json, quantize_summary
     from fewbit.sizes import parse_size
 
@@ -112,18 +130,21 @@ def quantize(
             "exclude": tuple(exclude or ()),
         },
     )
+    check_page(html)
     _announce(model)
     with progress_line(f"{recipe.method} {recipe.bits} bits") as progress:
         options = RunOptions(parse_size(shard_size), overwrite, report_only, workers, device, progress)
-        report = run(model, out, recipe, options)
-    if html:
-        from fewbit.report.html import write_quantize_page
-
-        write_quantize_page(report, html)
+        try:
+            report = run(model, out, recipe, options)
+        except KeyboardInterrupt:
+            print("fewbit: interrupted: the same command goes on where this one stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
     if as_json:
         _print_json(quantize_json(report))
     else:
-        print(quantize_summary(report, out))
+        print(quantize_summary(report, None if report_only else out))
+    if html:
+        write_quantize_page(report, html)
 
 
 @app.command("eval")
@@ -148,19 +169,19 @@ def evaluate_command(
     """
     from fewbit.evaluation.evaluate import evaluate
     from fewbit.evaluation.perplexity import Protocol
+    from fewbit.report.html import check_page, write_evaluation_page
     from fewbit.report.text import evaluation_table
 
+    check_page(html)
     _announce(*models, reference)
     with progress_line("evaluating") as progress:
         result = evaluate(list(models), data, Protocol(seq_len, windows, bos), reference, device, progress)
-    if html:
-        from fewbit.report.html import write_evaluation_page
-
-        write_evaluation_page(result, html)
     if as_json:
         _print_json(result)
     else:
         evaluation_table(result)
+    if html:
+        write_evaluation_page(result, html)
 
 
 @app.command("inspect")
@@ -182,19 +203,19 @@ def inspect_command(
       fewbit inspect small --html small.html
     """
     from fewbit.inspection.inspect import inspect
+    from fewbit.report.html import check_page, write_inspection_page
     from fewbit.report.text import inspection_table
 
+    check_page(html)
     _announce(model, reference)
     with progress_line("inspecting") as progress:
         result = inspect(model, reference, progress)
-    if html:
-        from fewbit.report.html import write_inspection_page
-
-        write_inspection_page(result, html)
     if as_json:
         _print_json(result)
     else:
         inspection_table(result)
+    if html:
+        write_inspection_page(result, html)
 
 
 @app.command()
@@ -202,11 +223,19 @@ def unpack(
     folder: Annotated[Path, typer.Argument(help="A quantized folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if fewbit made it.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Write a quantized folder as plain 16-bit weights, for tools that do not know the format."""
+    from fewbit.checkpoints.source import open_checkpoint
     from fewbit.runtime.unpack import unpack as run
+    from fewbit.versions import versions
 
-    print(f"wrote {run(folder, out, overwrite)}")
+    written = run(folder, out, overwrite)
+    if as_json:
+        row = {"name": str(written), "method": "unpacked", "bytes": open_checkpoint(written).bytes}
+        _print_json({"models": [row], "protocol": None, "versions": versions()})
+    else:
+        print(f"wrote {written}")
 
 
 @app.command()
@@ -234,12 +263,19 @@ def list_models(context: typer.Context, as_json: JsonFlag = False) -> None:
 
 
 @models_app.command("fetch")
-def fetch_model(name: Annotated[str, typer.Argument(help="A name from `fewbit models`.")]) -> None:
+def fetch_model(
+    name: Annotated[str, typer.Argument(help="A name from `fewbit models`.")], as_json: JsonFlag = False
+) -> None:
     """Fetch a named model, check it, convert it to safetensors, keep it in the cache; print its folder."""
     from fewbit.checkpoints.named import fetch_named
+    from fewbit.versions import versions
 
     _announce(name)
-    print(fetch_named(name))
+    folder = fetch_named(name)
+    if as_json:
+        _print_json({"models": [{"name": name, "folder": str(folder)}], "protocol": None, "versions": versions()})
+    else:
+        print(folder)
 
 
 def main() -> None:
@@ -249,11 +285,11 @@ def main() -> None:
     except FewbitError as error:
         print(f"fewbit: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("fewbit: interrupted: the same command goes on where this one stopped", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:
+        print(f"fewbit: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

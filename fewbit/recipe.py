@@ -27,7 +27,8 @@ class Recipe:
     grid: zero-point (integer zero-point, 0 always a level), symmetric, minimum (real-valued minimum, as AdpQ
     publishes it), normal-float (non-uniform codebook with a signed scale).
     scale_format: float16, float32 or two-level (7 bits a group, 16 a row).
-    outliers: none or adaptive-lasso. outlier_fraction: at most this share of the weights. outlier_scope: the
+    outliers: none or adaptive-lasso. outlier_fraction: at most this share of the weights (in
+    group scope rounded to a whole number in each group, at least one). outlier_scope: the
     quantile is taken over the whole tensor, or each group has equally many. outlier_grid: minmax or
     sign-magnitude (a grid a group) or row (a linear scale a row). outlier_bits: 0 for as many as `bits`.
     search: which ranges to try for each group by least error; None for plain min-max.
@@ -60,6 +61,10 @@ class Recipe:
             raise FewbitError(f"outlier_fraction must be from 0 to below 0.5, not {self.outlier_fraction}")
         if self.outlier_bits and not self.bits <= self.outlier_bits <= MAX_BITS:
             raise FewbitError(f"outlier_bits must be 0 or from bits ({self.bits}) to 8, not {self.outlier_bits}")
+        if self.search is not None and not 0 < self.search.error_power <= 16:
+            raise FewbitError(f"error_power must be above 0 and at most 16, not {self.search.error_power}")
+        if self.column_weights != "none" and self.search is None:
+            raise FewbitError("column_weights weigh the errors of the range search: turn it on with --clip-search")
         if self.scale_format == "two-level" and self.grid in ("zero-point", "minimum"):
             raise FewbitError("scale_format two-level goes with the symmetric and normal-float grids")
 
@@ -164,9 +169,11 @@ def recipe_from_choices(method: str, choices: dict[str, Any]) -> Recipe:
         given["outliers"] = "none"
     elif any(key.startswith("outlier_") for key in given) and base.outliers == "none":
         given.setdefault("outliers", "adaptive-lasso")
-    if clip_search is not None:
-        given["search"] = ScaleSearch() if clip_search else None
-    if error_power is not None:
-        search = given.get("search", base.search) or ScaleSearch()
-        given["search"] = replace(search, error_power=error_power)
+    if clip_search is False and error_power is not None:
+        raise FewbitError("--error-power belongs to the search that --no-clip-search turns off")
+    if clip_search is False:
+        given["search"] = None
+    elif clip_search or error_power is not None:
+        search = base.search or ScaleSearch()
+        given["search"] = replace(search, error_power=error_power) if error_power is not None else search
     return replace(base, **given)

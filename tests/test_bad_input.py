@@ -189,3 +189,70 @@ def test_hub_name_without_network(tmp_path: Path) -> None:
 def test_help_shows_examples() -> None:
     for command in ("quantize", "eval", "inspect"):
         assert "fewbit " + command in run_cli(command, "--help").stdout
+
+
+def test_a_folder_that_is_not_whole_gives_no_figures(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("some words " * 50)
+    measure = ("--data", tmp_path / "t.txt", "--seq-len", 16)
+    run_cli("quantize", tiny, tmp_path / "out", "--method", "rtn")
+    config_path = tmp_path / "out" / "config.json"
+    good = config_path.read_text()
+    config = json.loads(good)
+    del config["quantization_config"]["weights"]["model.layers.0.mlp.up_proj"]
+    config_path.write_text(json.dumps(config))
+    assert "belongs to no weight in config.json" in refused("eval", tmp_path / "out", *measure)
+    config["quantization_config"] = "x"
+    config_path.write_text(json.dumps(config))
+    assert "its quantization_config is not an object" in refused("inspect", tmp_path / "out")
+    config_path.write_text(good)
+    weights = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop("model.layers.0.mlp.up_proj.scales")
+    save_file(tensors, weights)
+    for command in (("eval", *measure), ("inspect",), ("unpack", tmp_path / "x")):
+        line = refused(command[0], tmp_path / "out", *command[1:])
+        assert "model.layers.0.mlp.up_proj.scales is missing: the folder is not whole" in line
+    model = tmp_path / "model"
+    model.mkdir()
+    tensors = {k: v for path in tiny.glob("*.safetensors") for k, v in load_file(path).items()}
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_text((tiny / name).read_text())
+    line = refused("eval", model, *measure)
+    assert "missing weights (model.layers.1.mlp.up_proj.weight): the folder is not whole" in line
+    assert "not quantized by fewbit" in refused("unpack", tiny, tmp_path / "x")
+
+
+def test_places_and_devices(tiny: Path, tmp_path: Path) -> None:
+    assert "the number of workers cannot be -1" in quantize_refused(tiny, tmp_path, "--workers", "-1")
+    assert "device 'nonsense' cannot be used here" in quantize_refused(tiny, tmp_path, "--device", "nonsense")
+    (tmp_path / "file").write_text("")
+    assert refused("quantize", tiny, tmp_path / "file" / "out").endswith("Not a directory")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    assert "is a symbolic link" in refused("quantize", tiny, tmp_path / "link")
+    assert "is a folder: name the HTML file" in quantize_refused(tiny, tmp_path, "--html", tmp_path)
+
+
+def test_choices_that_would_do_nothing(tiny: Path, tmp_path: Path) -> None:
+    line = quantize_refused(tiny, tmp_path, "--method", "rtn", "--column-weights", "norm-gain")
+    assert "turn it on with --clip-search" in line
+    assert "turns off" in quantize_refused(tiny, tmp_path, "--no-clip-search", "--error-power", "3")
+    assert "error_power must be above 0" in quantize_refused(tiny, tmp_path, "--error-power", "0")
+    assert "nothing to compare" in refused("inspect", tiny, "--reference", tiny)
+
+
+def test_weights_too_small_for_their_scales_and_columns_without_divisors(tiny: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "x"}')
+    save_file({"model.layers.0.a.weight": torch.full((8, 64), 1e-7)}, model / "model.safetensors")
+    assert "too small for float16 scales" in refused("quantize", model, tmp_path / "o1", "--method", "rtn")
+    run_cli("quantize", model, tmp_path / "o2", "--method", "rtn", "--scale-format", "float32")
+    save_file({"model.layers.0.a.weight": torch.randn(8, 257)}, model / "model.safetensors")
+    assert "257 columns have no divisor from 8 to 128" in refused("quantize", model, tmp_path / "o3", "--method", "rtn")
+    run_cli("quantize", model, tmp_path / "o4", "--method", "rtn", "--group-size", "row")
+    save_file({"model.layers.0.a.weight": torch.full((8, 64), 0.5)}, model / "model.safetensors")
+    report = json.loads(run_cli("quantize", model, tmp_path / "o5", "--method", "adpq", "--json").stdout)["report"]
+    assert report["output"]["outliers"] == 0
+    assert report["layers"][0]["relative_squared_error"] == 0

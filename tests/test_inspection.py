@@ -45,7 +45,7 @@ def test_inspection_of_an_original_and_its_quantized_folder(tiny: Path, tmp_path
     report = fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("adpq", bits=3))
     after = json.loads(run_cli("inspect", tmp_path / "out", "--json").stdout)
     assert after["reference"] == str(tiny)
-    assert "256 equal bins" in after["estimator"]
+    assert "256 equal bins" in after["protocol"]["estimator"]
     rows = {t["name"]: t for t in after["tensors"] if t["action"] == "quantized"}
     assert len(rows) == 14
     for layer in report["layers"]:

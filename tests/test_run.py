@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,3 +206,38 @@ def test_json_of_a_run_has_the_stable_keys(tiny: Path, tmp_path: Path) -> None:
     assert row["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert data["report"]["recipe"]["bits"] == 3
     assert 50e6 < row["peak_rss_bytes"] < 1.5e9
+
+
+def test_a_second_run_on_the_same_output_is_refused(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(tiny), str(out)], stderr=subprocess.DEVNULL)
+    while not (tmp_path / ".out.fewbit-partial" / "job.json").exists():
+        time.sleep(0.02)
+    with pytest.raises(FewbitError, match="another run is writing it"):
+        fewbit.quantize(tiny, out, fewbit.preset("adpq+", bits=3), RunOptions(shard_size=20_000, overwrite=True))
+    assert process.wait() == 0
+    assert (out / "config.json").is_file()
+
+
+def test_overwrite_goes_on_with_its_own_work(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = RunOptions(shard_size=20_000, overwrite=True)
+    with pytest.raises(RuntimeError, match="stop"):
+        fewbit.quantize(tiny, out, fewbit.preset("rtn", bits=3), _stopping(options, after=12))
+    partial = tmp_path / ".out.fewbit-partial"
+    finished = {p.name: p.stat().st_mtime_ns for p in partial.glob("*.safetensors")}
+    assert finished
+    fewbit.quantize(tiny, out, fewbit.preset("rtn", bits=3), options)
+    assert all((out / name).stat().st_mtime_ns == stamp for name, stamp in finished.items())
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+def _stopping(options: RunOptions, after: int) -> RunOptions:
+    seen = []
+
+    def progress(done: int, total: int, what: str) -> None:
+        seen.append(what)
+        if len(seen) == after:
+            raise RuntimeError("stop")
+
+    return replace(options, progress=progress)

@@ -111,7 +111,7 @@ def _decide(
         return decision("keep", "not a 16 or 32-bit float")
     if dimensions < 2 or (dimensions == 2 and 1 in entry.shape):
         return decision("keep", "vector (norm, bias or scale)")
-    if _MINOR.search(name):
+    if _MINOR.search(name) or (dimensions == 4 and name.endswith((".attn.bias", ".attention.bias"))):
         return decision("keep", "not a linear layer")
     if match:
         rest = match["rest"]

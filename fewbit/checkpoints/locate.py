@@ -33,12 +33,19 @@ def locate(model: str | Path) -> Path:
 def _from_hub(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
     except ImportError as error:
         raise missing_extra("huggingface_hub", "hf") from error
     known = ", ".join(NAMED_MODELS)
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except GatedRepoError as error:
+        raise FewbitError(f"{name}: gated: accept its licence on the hub, then run  hf auth login") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise FewbitError(
             f"{name}: no such folder here and no such model on the hub (named models: {known})"

@@ -191,7 +191,7 @@ class ShardWriter:
             self._file.write(_bytes_of(piece))
 
     def close(self) -> None:
-        """Finish the file: late tensors, header, flush to disk, name."""
+        """Finish the file: late tensors, header, name."""
         for name, tensor in sorted(self._late, key=lambda item: (-item[1].element_size(), item[0])):
             self._write(name, tensor)
         text = json.dumps(self._header, separators=(",", ":"), ensure_ascii=False).encode()

@@ -31,6 +31,11 @@ class Checkpoint:
         """The `quantization_config` of a folder that is already quantized."""
         return self.config.get("quantization_config")
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the folder is in fewbit's own format."""
+        return self.quantization is not None and self.quantization.get("quant_method") == "fewbit"
+
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the config and all headers of a folder; FewbitError says what is missing or broken."""
@@ -44,6 +49,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not config_path.is_file():
         raise FewbitError(f"{folder}: no config.json: is this a Hugging Face model folder?")
     config = _read_json(config_path)
+    if not isinstance(config.get("quantization_config", {}), dict | None):
+        raise FewbitError(f"{config_path}: its quantization_config is not an object")
     files = _weight_files(folder)
     entries: dict[str, TensorEntry] = {}
     for file, expected in files.items():

@@ -18,7 +18,11 @@ _JOB = "job.json"
 
 def check_output(out: Path, source: Path, overwrite: bool) -> None:
     """FewbitError when `out` exists without `overwrite`, or one of the two folders lies inside the other."""
+    if out.is_symlink():
+        raise FewbitError(f"{out}: is a symbolic link: name the folder itself")
     there, model = out.resolve(), source.resolve()
+    if there == Path.cwd():
+        raise FewbitError(f"{out}: is the folder you are in: name a new one")
     if there == model or model in there.parents:
         raise FewbitError(f"{out}: lies inside the model's own folder {source}: choose another place")
     if there in model.parents:
@@ -37,18 +41,17 @@ class WorkFolder:
     """The folder in which one run builds its output."""
 
     def __init__(self, out: Path, job: dict[str, Any], restart: bool = False) -> None:
-        """Open or continue the work on `out`.
+        """Open or continue the work on `out`; one process at a time.
 
-        job: plain JSON values that fix the result; a half-done run with others is refused unless `restart`.
+        job: plain JSON values that fix the result; a half-done run with others is refused, or with `restart` dropped.
         """
-        self.out = out
-        self.path = out.with_name(f".{out.name}.fewbit-partial")
-        if restart and self.path.exists():
-            shutil.rmtree(self.path)
+        self.out = out.absolute()
+        self.path = self.out.with_name(f".{self.out.name}.fewbit-partial")
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path, out)
         job_path = self.path / _JOB
         before = _read(job_path)
-        if before is None:
+        if before is None or (restart and before != job):
             for leftover in self.path.iterdir():
                 leftover.unlink()
             write_json(job_path, job)
@@ -74,16 +77,18 @@ class WorkFolder:
         write_json(self.path / f"{shard}.json", {"bytes": (self.path / shard).stat().st_size, "tensors": tensors})
 
     def publish(self) -> None:
-        """Give the work its name; an older output of that name goes away in the same moment."""
-        for record in [*self.path.glob("*.safetensors.json"), self.path / _JOB]:
-            record.unlink()
+        """Give the work its name, in place of an older output of that name.
+
+        Killed at any point, either output is whole under `out`, or all of the new work is kept for the next run.
+        """
         if self.out.exists():
-            old = self.out.with_name(f".{self.out.name}.fewbit-old-{os.getpid()}")
-            self.out.rename(old)
-            self.path.rename(self.out)
+            self.out.rename(self.out.with_name(f".{self.out.name}.fewbit-old-{os.getpid()}"))
+        self.path.rename(self.out)
+        for record in [*self.out.glob("*.safetensors.json"), self.out / _JOB]:
+            record.unlink()
+        for old in self.out.parent.glob(f".{self.out.name}.fewbit-old-*"):
             shutil.rmtree(old)
-        else:
-            self.path.rename(self.out)
+        os.close(self._lock)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -91,6 +96,21 @@ def write_json(path: Path, data: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _lock(folder: Path, out: Path) -> int:
+    """A descriptor that holds the folder's lock until it is closed; FewbitError when another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError as error:
+        os.close(descriptor)
+        raise FewbitError(f"{out}: another run is writing it: wait for that one or choose another name") from error
+    return descriptor
 
 
 def copy_companions(companions: tuple[Path, ...], work: WorkFolder) -> None:

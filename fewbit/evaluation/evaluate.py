@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from fewbit.checkpoints.locate import locate
-from fewbit.checkpoints.source import Checkpoint, open_checkpoint
-from fewbit.errors import FewbitError
+from fewbit.checkpoints.source import open_checkpoint
+from fewbit.errors import FewbitError, missing_extra
 from fewbit.evaluation.perplexity import Protocol, Totals, cut_windows, quantile
 from fewbit.evaluation.text import Text, read_text
-from fewbit.formats.config import read_weights
-from fewbit.formats.scheme import stored_bytes
+from fewbit.formats.config import describe
 from fewbit.memory import available_bytes, peak_rss_bytes
 from fewbit.runtime.load import load
 from fewbit.runtime.unpack import unpack_modules
@@ -79,8 +78,10 @@ class _Counter:
 
 
 def _windows(folder: Path, text: Text, protocol: Protocol) -> tuple[Tensor, bool]:
-    from transformers import AutoTokenizer
-
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise missing_extra("transformers", "hf") from error
     open_checkpoint(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -121,7 +122,11 @@ class _Original:
 @torch.inference_mode()
 def _logits(model: Any, window: Tensor) -> Tensor:
     """Logits `(tokens - 1, vocabulary)` that predict every token of a window but its first."""
-    return model(window[None].to(model.device), use_cache=False).logits[0, :-1]
+    try:
+        return model(window[None].to(model.device), use_cache=False).logits[0, :-1]
+    except (IndexError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise FewbitError(f"the model cannot run a window of {window.numel()} tokens ({first})") from error
 
 
 def _evaluate_one(
@@ -142,36 +147,20 @@ def _evaluate_one(
             baseline.add(expected.to(model.device), targets, None)
         shown.step(str(name))
     nll = totals.nll / totals.tokens
+    if not math.isfinite(nll) or nll > 700:
+        raise FewbitError(f"{name}: its loss is {nll}, not a number to report: are the weights damaged?")
     row: dict[str, Any] = {
         "name": str(name),
         **describe(checkpoint),
-        "perplexity": math.exp(nll) if nll < 700 else math.inf,
+        "perplexity": math.exp(nll),
         "nll": nll,
     }
     if original is not None:
         row["kl_mean"] = float(torch.cat(totals.divergences).double().mean())
         row["kl_p99"] = quantile(totals.divergences, 0.99)
         row["top1_agreement"] = totals.same_top / totals.tokens
-        row["perplexity_ratio"] = math.exp(min(700.0, nll - baseline.nll / baseline.tokens))
+        row["perplexity_ratio"] = math.exp(nll - baseline.nll / baseline.tokens)
     row["dtype"] = str(model.dtype).removeprefix("torch.")
     row["seconds"] = time.perf_counter() - started
     row["peak_rss_bytes"] = peak_rss_bytes()
     return row
-
-
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Method, bits per weight (of what was quantized, from the bytes that replaced it) and file size of a folder."""
-    quantization = checkpoint.quantization
-    if quantization is None:
-        widths = {entry.dtype.itemsize * 8 for entry in checkpoint.entries.values() if len(entry.shape) >= 2}
-        return {
-            "method": "original",
-            "bits_per_weight": float(max(widths, default=16)),
-            "bytes": checkpoint.bytes,
-        }
-    if quantization.get("quant_method") != "fewbit":
-        return {"method": str(quantization.get("quant_method")), "bytes": checkpoint.bytes}
-    weights = read_weights(quantization).values()
-    bits = 8 * sum(stored_bytes(w) for w in weights) / sum(w.weights for w in weights)
-    method = quantization.get("recipe", {}).get("method", "fewbit")
-    return {"method": method, "bits_per_weight": bits, "bytes": checkpoint.bytes}

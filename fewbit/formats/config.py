@@ -5,8 +5,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
+from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
-from fewbit.formats.scheme import FORMAT_VERSION, Scheme, StoredWeight
+from fewbit.formats.scheme import FORMAT_VERSION, Scheme, StoredWeight, part_layout, stored_bytes
 
 
 class _Weight(BaseModel):
@@ -53,4 +54,24 @@ def _stored(weight: _Weight, schemes: list[Scheme]) -> StoredWeight:
     if weight.outliers > rows * columns:
         raise ValueError("more outliers than weights")
     original = tuple(weight.original_shape) if weight.original_shape else None
-    return StoredWeight(scheme, (rows, columns), weight.outliers, weight.positions, weight.transposed, original)
+    stored = StoredWeight(scheme, (rows, columns), weight.outliers, weight.positions, weight.transposed, original)
+    part_layout(stored)
+    return stored
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Method, bits per weight (of what was quantized, from the bytes that replaced it) and file size of a folder."""
+    quantization = checkpoint.quantization
+    if quantization is None:
+        widths = {entry.dtype.itemsize * 8 for entry in checkpoint.entries.values() if len(entry.shape) >= 2}
+        return {
+            "method": "original",
+            "bits_per_weight": float(max(widths, default=16)),
+            "bytes": checkpoint.bytes,
+        }
+    if quantization.get("quant_method") != "fewbit":
+        return {"method": str(quantization.get("quant_method")), "bytes": checkpoint.bytes}
+    weights = read_weights(quantization).values()
+    bits = 8 * sum(stored_bytes(w) for w in weights) / sum(w.weights for w in weights)
+    method = quantization.get("recipe", {}).get("method", "fewbit")
+    return {"method": method, "bits_per_weight": bits, "bytes": checkpoint.bytes}

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from fewbit.architecture.coverage import cover
 from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.named import NAMED_MODELS, named_folder
 from fewbit.checkpoints.safetensors_io import FileReader, TensorEntry
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
-from fewbit.formats.config import read_weights
+from fewbit.formats.config import describe, read_weights
 from fewbit.formats.scheme import StoredWeight, part_layout, stored_bytes
 from fewbit.inspection import statistics
-from fewbit.runtime.unpack import read_weight
+from fewbit.runtime.unpack import check_all_parts, read_weight
 from fewbit.versions import versions
 
 Progress = Callable[[int, int, str], None]
@@ -27,22 +28,26 @@ def inspect(model: str | Path, reference: str | Path | None = None, progress: Pr
     """Statistics of every floating tensor of a model.
 
     For a native folder each quantized weight is decoded, and compared with the tensor of `reference` (by default the
-    model it was made from, if that is still there). Returns ``{"model", "estimator", "tensors": [...], "versions"}``.
+    model it was made from, if that is still there; nothing is fetched for it). Returns ``{"models": [...], "reference",
+    "protocol", "tensors": [...], "versions"}``.
     Raises FewbitError for bad input.
     """
     checkpoint = open_checkpoint(locate(model))
     with FileReader() as reader:
         if checkpoint.quantization is None:
+            if reference is not None:
+                raise FewbitError(f"{model}: is no quantized folder, so there is nothing to compare with --reference")
             tensors = _original(checkpoint, reader, progress)
             made_from = None
         else:
+            check_all_parts(checkpoint)
             original = _find_reference(checkpoint, reference)
             tensors = _quantized(checkpoint, original, reader, progress)
             made_from = str(original.folder) if original else None
     return {
-        "model": str(model),
+        "models": [{"name": str(model), **describe(checkpoint)}],
         "reference": made_from,
-        "estimator": statistics.ESTIMATOR,
+        "protocol": {"estimator": statistics.ESTIMATOR},
         "tensors": tensors,
         "versions": versions(),
     }
@@ -52,7 +57,7 @@ def _original(checkpoint: Checkpoint, reader: FileReader, progress: Progress | N
     actions = {
         t.entry.name: (t.action, t.reason) for t in cover(checkpoint.entries.values(), checkpoint.config).tensors
     }
-    floats = [e for e in checkpoint.entries.values() if e.dtype.is_floating_point and e.dtype.itemsize in (2, 4)]
+    floats = [e for e in checkpoint.entries.values() if _is_described(e)]
     total, done = sum(e.bytes for e in floats), 0
     rows = []
     for entry in floats:
@@ -70,7 +75,7 @@ def _quantized(
 ) -> list[dict[str, Any]]:
     weights = read_weights(checkpoint.quantization or {})
     parts = {f"{module}.{part}" for module, stored in weights.items() for part in part_layout(stored)}
-    kept = [e for name, e in checkpoint.entries.items() if name not in parts and e.dtype.is_floating_point]
+    kept = [e for name, e in checkpoint.entries.items() if name not in parts and _is_described(e)]
     rows = []
     steps = len(weights) + len(kept)
     for done, (module, stored) in enumerate(weights.items(), 1):
@@ -136,6 +141,10 @@ def _describe(chunks: statistics.Chunks) -> dict[str, Any]:
     return row
 
 
+def _is_described(entry: TensorEntry) -> bool:
+    return entry.dtype.is_floating_point and entry.dtype.itemsize in (2, 4)
+
+
 def _chunks(entry: TensorEntry, reader: FileReader) -> list[Callable[[], Tensor]]:
     return [
         partial(reader.read, entry, first, min(_CHUNK, entry.numel - first)) for first in range(0, entry.numel, _CHUNK)
@@ -145,13 +154,12 @@ def _chunks(entry: TensorEntry, reader: FileReader) -> list[Callable[[], Tensor]
 def _find_reference(checkpoint: Checkpoint, reference: str | Path | None) -> Checkpoint | None:
     if reference is not None:
         return open_checkpoint(locate(reference))
-    report = checkpoint.folder / "fewbit_report.json"
-    if not report.is_file():
-        return None
-    name = json.loads(report.read_text(encoding="utf-8")).get("model")
-    if not name:
-        return None
     try:
-        return open_checkpoint(locate(name))
-    except FewbitError:
+        report = json.loads((checkpoint.folder / "fewbit_report.json").read_text(encoding="utf-8"))
+        name, size = str(report["model"]), report["source"]["bytes"]
+        folder = named_folder(NAMED_MODELS[name]) if name in NAMED_MODELS else Path(name)
+        original = open_checkpoint(folder)
+    except (OSError, ValueError, KeyError, TypeError, FewbitError):
         return None
+    # What the user typed then may mean another folder here and now.
+    return original if original.bytes == size else None

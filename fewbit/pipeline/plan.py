@@ -11,6 +11,8 @@ from fewbit.grids import positions
 from fewbit.outliers.adaptive_lasso import outlier_count
 from fewbit.recipe import Recipe, group_size_for
 
+_SMALLEST_AUTO = 8
+
 
 @dataclass(frozen=True)
 class PlannedTensor:
@@ -116,7 +118,13 @@ def _check_group_sizes(coverage: Coverage, recipe: Recipe) -> None:
         columns = tensor.matrix_shape[1]
         if columns < 1:
             raise FewbitError(f"{tensor.entry.name}: it has no columns: keep it with --exclude")
-        if group_size_for(columns, recipe.group_size) is None:
+        size = group_size_for(columns, recipe.group_size)
+        if size is not None and size < min(columns, _SMALLEST_AUTO) and not recipe.group_size.isdecimal():
+            raise FewbitError(
+                f"{tensor.entry.name}: {columns} columns have no divisor from {_SMALLEST_AUTO} to 128 for groups: "
+                "use --group-size row, or keep it with --exclude"
+            )
+        if size is None:
             wrong.setdefault(columns, []).append(tensor.module)
     if not wrong:
         return

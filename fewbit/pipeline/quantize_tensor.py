@@ -22,6 +22,7 @@ from fewbit.recipe import Recipe
 
 # A quarter of a million float32 weights stay in a core's second-level cache through all passes over them.
 _CHUNK_WEIGHTS = 1 << 18
+_SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,20 @@ def _assemble(
         where = torch.cat(moved).cpu()
         codes = torch.cat([r.outlier_codes for r in results if r.outlier_codes is not None]).cpu()
         count = where.numel()
-        stored = replace(stored, outliers=count, positions=place_outliers(stored.shape, stored.scheme, recipe, count))
-        parts.update(native.pack_outliers(codes, where, stored))
+        if count:
+            placed = place_outliers(stored.shape, stored.scheme, recipe, count)
+            stored = replace(stored, outliers=count, positions=placed)
+            parts.update(native.pack_outliers(codes, where, stored))
+        else:
+            scheme = replace(stored.scheme, outlier_grid="none", outlier_bits=0)
+            stored = replace(stored, scheme=scheme, outliers=0, positions="none")
+            parts = {name: part for name, part in parts.items() if not name.startswith("outlier_")}
     native.check_parts(parts, stored)
+    largest = float(native.read_scales(parts, stored).abs().max())
+    if stored.scheme.scale_format == "float16" and 0 < largest < _SMALLEST_NORMAL_FLOAT16:
+        raise FewbitError(
+            f"{item.tensor.entry.name}: its weights are too small for float16 scales: use --scale-format float32"
+        )
     norm = sum(r.squared_norm for r in results)
     record = {
         "name": item.tensor.entry.name,

@@ -57,7 +57,7 @@ def quantize_rows(weight: Tensor, context: RowsContext) -> QuantizedRows:
     scheme = context.scheme
     rows, columns = weight.shape
     x = weight.to(torch.float32).reshape(-1, scheme.group_size)
-    if not bool(torch.isfinite(x.sum())):
+    if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
         raise NotFiniteError
     mask = _outlier_mask(x, context)
     core = None if mask is None else ~mask

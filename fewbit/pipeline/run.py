@@ -17,6 +17,7 @@ from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, check_output, copy_companions, write_index, write_json
+from fewbit.device import check_device
 from fewbit.errors import FewbitError
 from fewbit.formats.scheme import FORMAT_VERSION, Scheme
 from fewbit.memory import peak_rss_bytes
@@ -50,6 +51,9 @@ def quantize(
     Raises FewbitError for bad input; then nothing is left at `out`.
     """
     options = options or RunOptions()
+    if options.workers < 0:
+        raise FewbitError(f"the number of workers cannot be {options.workers}")
+    check_device(options.device)
     started = time.perf_counter()
     folder = locate(model)
     checkpoint = open_checkpoint(folder)

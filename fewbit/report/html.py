@@ -1,5 +1,6 @@
 """Self-contained HTML pages, drawn from the JSON of a result and from nothing else."""
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,21 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise FewbitError(f"{path}: cannot write the page ({error.strerror})") from error
+
+
+def check_page(path: Path | None) -> None:
+    """FewbitError now, before long work, if a page could not be written to `path` later; None asks for no page."""
+    if path is None:
+        return
+    for package in ("jinja2", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise missing_extra(package, "report")
+    if path.is_dir():
+        raise FewbitError(f"{path}: is a folder: name the HTML file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FewbitError(f"{path}: cannot write there ({error.strerror})") from error
 
 
 def write_quantize_page(report: dict[str, Any], path: Path) -> None:
@@ -157,6 +173,11 @@ def write_inspection_page(result: dict[str, Any], path: Path) -> None:
     ]
     sections = [
         Section("Matrices in order", figures=figures),
-        Section("Every matrix", [f"Estimator: {result['estimator']}."], columns=columns, rows=rows),
+        Section("Every matrix", [f"Estimator: {result['protocol']['estimator']}."], columns=columns, rows=rows),
     ]
-    write_page(path, f"Weights of {result['model']}", f"Compared with {result['reference'] or 'nothing'}.", sections)
+    write_page(
+        path,
+        f"Weights of {result['models'][0]['name']}",
+        f"Compared with {result['reference'] or 'nothing'}.",
+        sections,
+    )

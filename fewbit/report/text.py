@@ -108,8 +108,12 @@ def inspection_table(result: dict[str, Any]) -> None:
             table.add_row(*(show(row[key]) if key in row else "" for _, key, show in columns))
     console = _console()
     console.print(table)
+    if result["models"][0]["method"] != "original" and result["reference"] is None:
+        console.print("Its original was not found, so nothing is compared: name it with --reference", highlight=False)
     vectors = sum(len(row["shape"]) < 2 for row in result["tensors"])
-    console.print(f"{vectors} vectors not shown (--json has them). Estimator: {result['estimator']}", highlight=False)
+    console.print(
+        f"{vectors} vectors not shown (--json has them). Estimator: {result['protocol']['estimator']}", highlight=False
+    )
 
 
 def models_json() -> dict[str, Any]:

@@ -5,8 +5,10 @@ from typing import Any
 
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
+from fewbit.device import check_device
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.quiet import quiet_transformers
+from fewbit.runtime.unpack import check_all_parts
 
 
 def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> Any:
@@ -22,12 +24,19 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
     except ImportError as error:
         raise missing_extra(error.name or "transformers", "hf") from error
     folder = locate(model)
-    open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.is_native:
+        check_all_parts(checkpoint)
+    target = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         with quiet_transformers():
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (ValueError, KeyError, ImportError) as error:
+            loaded, keys = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (ValueError, KeyError, ImportError, RuntimeError, OSError, AttributeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FewbitError(f"{folder}: transformers cannot load it ({first})") from error
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # transformers fills what is missing with random numbers and says so in a log; no figure may come from those.
+    for kind in ("missing_keys", "mismatched_keys"):
+        if keys.get(kind):
+            names = ", ".join(sorted(str(key) for key in keys[kind])[:3])
+            raise FewbitError(f"{folder}: {kind.replace('_keys', '')} weights ({names}): the folder is not whole")
     return loaded.to(target).eval()

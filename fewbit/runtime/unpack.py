@@ -46,6 +46,23 @@ def read_parts(checkpoint: Checkpoint, reader: FileReader, module: str, stored: 
     return parts
 
 
+def check_all_parts(checkpoint: Checkpoint) -> None:
+    """FewbitError unless every packed weight that the config lists is there in full, and no part of another one is."""
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for module, stored in read_weights(checkpoint.quantization or {}).items():
+        for part, (dtype, shape) in part_layout(stored).items():
+            expected[f"{module}.{part}"] = (dtype, shape)
+    for name, (dtype, shape) in expected.items():
+        entry = checkpoint.entries.get(name)
+        if entry is None:
+            raise FewbitError(f"{checkpoint.folder}: {name} is missing: the folder is not whole")
+        if (entry.dtype, entry.shape) != (dtype, shape):
+            raise FewbitError(f"{checkpoint.folder}: {name} is {entry.dtype} {list(entry.shape)}, not {list(shape)}")
+    for name in checkpoint.entries:
+        if name.endswith(".codes") and name not in expected:
+            raise FewbitError(f"{checkpoint.folder}: {name} belongs to no weight in config.json: the folder is damaged")
+
+
 def read_weight(checkpoint: Checkpoint, reader: FileReader, module: str, stored: StoredWeight) -> torch.Tensor:
     """The decoded weight `(out, in)` in float32."""
     return native.decode(read_parts(checkpoint, reader, module, stored), stored)
@@ -57,6 +74,9 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
     Returns `out`. Raises FewbitError when `folder` is not a whole native folder or `out` cannot be written.
     """
     checkpoint = open_checkpoint(Path(folder))
+    if not checkpoint.is_native:
+        raise FewbitError(f"{folder}: not quantized by fewbit, nothing to unpack")
+    check_all_parts(checkpoint)
     weights = read_weights(checkpoint.quantization or {})
     check_output(Path(out), checkpoint.folder, overwrite)
     dtype = _dtype(checkpoint)
