@@ -48,7 +48,7 @@ class WorkFolder:
         self.out = out.absolute()
         self.path = self.out.with_name(f".{self.out.name}.fewbit-partial")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path, out)
+        self._lock: int | None = _lock(self.path, out)
         job_path = self.path / _JOB
         before = _read(job_path)
         if before is None or (restart and before != job):
@@ -56,12 +56,19 @@ class WorkFolder:
                 leftover.unlink()
             write_json(job_path, job)
         elif before != job:
+            self.release()
             differs = sorted(k for k in before.keys() | job.keys() if before.get(k) != job.get(k))
             shown = "; ".join(f"{k} was {_short(before.get(k))}, is {_short(job.get(k))}" for k in differs)
             raise FewbitError(
                 f"{out}: a run with other arguments was interrupted here ({shown}): repeat those arguments to go on, "
                 "or pass --overwrite to begin again"
             )
+
+    def release(self) -> None:
+        """Let other processes at the folder; called when work ends, well or not."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def finished(self, shard: str) -> list[dict[str, Any]] | None:
         """The records of a shard that an earlier run finished, else None."""
@@ -88,7 +95,7 @@ class WorkFolder:
             record.unlink()
         for old in self.out.parent.glob(f".{self.out.name}.fewbit-old-*"):
             shutil.rmtree(old)
-        os.close(self._lock)
+        self.release()
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -138,12 +138,12 @@ def _assemble(
             stored = replace(stored, scheme=scheme, outliers=0, positions="none")
             parts = {name: part for name, part in parts.items() if not name.startswith("outlier_")}
     native.check_parts(parts, stored)
-    largest = float(native.read_scales(parts, stored).abs().max())
-    if stored.scheme.scale_format == "float16" and 0 < largest < _SMALLEST_NORMAL_FLOAT16:
-        raise FewbitError(
-            f"{item.tensor.entry.name}: its weights are too small for float16 scales: use --scale-format float32"
-        )
-    norm = sum(r.squared_norm for r in results)
+    norm, error = sum(r.squared_norm for r in results), sum(r.squared_error for r in results)
+    if stored.scheme.scale_format == "float16" and error > 0.1 * norm:
+        if float(native.read_scales(parts, stored).abs().max()) < _SMALLEST_NORMAL_FLOAT16:
+            raise FewbitError(
+                f"{item.tensor.entry.name}: its weights are too small for float16 scales: use --scale-format float32"
+            )
     record = {
         "name": item.tensor.entry.name,
         "shape": list(item.tensor.entry.shape),
@@ -152,6 +152,6 @@ def _assemble(
         "outliers": stored.outliers,
         "bytes": stored_bytes(stored),
         "bits_per_weight": 8 * stored_bytes(stored) / stored.weights,
-        "relative_squared_error": sum(r.squared_error for r in results) / norm if norm else 0.0,
+        "relative_squared_error": error / norm if norm else 0.0,
     }
     return stored, parts, record

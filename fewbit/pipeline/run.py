@@ -65,8 +65,9 @@ def quantize(
             raise FewbitError("name the folder to write, or pass --report-only")
         check_output(Path(out), folder, options.overwrite)
         work = WorkFolder(Path(out), _job(checkpoint, recipe, options), options.overwrite)
-        _check_space(plan, work.path)
     try:
+        if work is not None:
+            _check_space(plan, work.path)
         with _workers(options) as workers, FileReader() as reader:
             results = _stream(plan, checkpoint, recipe, _Run(workers, reader, work, options.progress))
         report = _report(str(model), checkpoint, recipe, plan, results)
@@ -85,6 +86,9 @@ def quantize(
                 "finished shards are kept"
             ) from error
         raise
+    finally:
+        if work is not None:
+            work.release()
     return {**report, "run": _run_facts(started, options)}
 
 

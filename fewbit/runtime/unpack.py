@@ -103,6 +103,7 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
                 writer.close()
             except BaseException:
                 writer.abandon()
+                work.release()
                 raise
     copy_companions(checkpoint.companions, work)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
