@@ -104,6 +104,7 @@ def quantize(
 
       fewbit quantize ./llama --report-only --bits 2 --json
     """
+    from fewbit.memory import keep_freed_memory
     from fewbit.pipeline.run import RunOptions
     from fewbit.pipeline.run import quantize as run
     from fewbit.recipe import recipe_from_choices
@@ -132,6 +133,7 @@ def quantize(
     )
     check_page(html)
     _announce(model)
+    keep_freed_memory()
     with progress_line(f"{recipe.method} {recipe.bits} bits") as progress:
         options = RunOptions(parse_size(shard_size), overwrite, report_only, workers, device, progress)
         try:

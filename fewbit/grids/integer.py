@@ -23,6 +23,13 @@ def extremes(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
 
 
+def extremes_of(values: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest of the `values` (1-D) that fall into each group, `(groups,)`; 0 for a group with none."""
+    low = values.new_zeros(groups).scatter_reduce_(0, group, values, "amin", include_self=False)
+    high = values.new_zeros(groups).scatter_reduce_(0, group, values, "amax", include_self=False)
+    return low, high
+
+
 def zero_point_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and integer zero-point of ``w = scale * (code - zero)`` for the range [low, high] widened to hold 0.
 

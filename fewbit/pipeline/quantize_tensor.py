@@ -90,6 +90,10 @@ class _Rows:
         return flat.view(count, self.columns)
 
 
+def _too_small(parts: dict[str, Tensor], stored: StoredWeight) -> bool:
+    return float(native.read_scales(parts, stored).abs().max()) < _SMALLEST_NORMAL_FLOAT16
+
+
 def _threshold(source: _Rows, stored: StoredWeight, recipe: Recipe, workers: Workers) -> float | None:
     if recipe.outliers == "none" or recipe.outlier_scope != "tensor":
         return None
@@ -139,11 +143,10 @@ def _assemble(
             parts = {name: part for name, part in parts.items() if not name.startswith("outlier_")}
     native.check_parts(parts, stored)
     norm, error = sum(r.squared_norm for r in results), sum(r.squared_error for r in results)
-    if stored.scheme.scale_format == "float16" and error > 0.1 * norm:
-        if float(native.read_scales(parts, stored).abs().max()) < _SMALLEST_NORMAL_FLOAT16:
-            raise FewbitError(
-                f"{item.tensor.entry.name}: its weights are too small for float16 scales: use --scale-format float32"
-            )
+    if stored.scheme.scale_format == "float16" and error > 0.1 * norm and _too_small(parts, stored):
+        raise FewbitError(
+            f"{item.tensor.entry.name}: its weights are too small for float16 scales: use --scale-format float32"
+        )
     record = {
         "name": item.tensor.entry.name,
         "shape": list(item.tensor.entry.shape),

@@ -65,14 +65,19 @@ def quantize_rows(weight: Tensor, context: RowsContext) -> QuantizedRows:
     where = outlier_codes = None
     if mask is not None:
         where = mask.view(-1).nonzero().squeeze(1)
-        outlier_codes, values, outlier_parts = _encode_outliers(x, mask, where, rows, context)
+        outlier_codes, values, outlier_parts = _encode_outliers(x, where, rows, context)
         parts.update(outlier_parts)
         codes.view(-1)[where] = (outlier_codes & (2**scheme.bits - 1)).to(torch.uint8)
         decoded.view(-1)[where] = values
-    squared_norm = float(x.square().sum(dtype=torch.float64))
-    squared_error = float(decoded.sub_(x).square_().sum(dtype=torch.float64))
+    squared_norm = _sum_of_squares(x)
+    squared_error = _sum_of_squares(decoded.sub_(x))
     parts["codes"] = pack(codes.view(rows, columns), scheme.bits)
     return QuantizedRows(parts, where, outlier_codes, squared_error, squared_norm)
+
+
+def _sum_of_squares(x: Tensor) -> float:
+    """Over groups in float32, over the rest in float64: a float64 copy of everything would cost more than the rest."""
+    return float(x.square().sum(dim=1).sum(dtype=torch.float64))
 
 
 def _outlier_mask(x: Tensor, context: RowsContext) -> Tensor | None:
@@ -160,7 +165,7 @@ def _grouped_importance(x: Tensor, context: RowsContext) -> Tensor | None:
 
 
 def _encode_outliers(
-    x: Tensor, mask: Tensor, where: Tensor, rows: int, context: RowsContext
+    x: Tensor, where: Tensor, rows: int, context: RowsContext
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Codes (int32, 1-D), decoded values and parts of the outliers at flat positions `where`."""
     scheme = context.scheme
@@ -168,17 +173,18 @@ def _encode_outliers(
     top = 2**scheme.outlier_bits - 1
     half = 2 ** (scheme.outlier_bits - 1)
     if scheme.outlier_grid == "row":
-        largest = x.abs().mul_(mask).view(rows, -1).amax(dim=1)
+        row = where // (x.numel() // rows)
+        _, largest = integer.extremes_of(values.abs(), row, rows)
         pattern = to_pattern(largest / (half - 1), "bfloat16")
-        scale = from_pattern(pattern, "bfloat16")[where // (x.numel() // rows)]
+        scale = from_pattern(pattern, "bfloat16")[row]
         codes = ((values / divisor(scale)).round_() + half).clamp_(0, top)
         return codes.to(torch.int32), (codes - half) * scale, {"outlier_scales": pattern}
     signed = scheme.outlier_grid == "minmax"
-    low, high = integer.extremes(x if signed else x.abs(), mask)
+    group = where // scheme.group_size
+    low, high = integer.extremes_of(values if signed else values.abs(), group, x.shape[0])
     steps = top if signed else half - 1
     scale_pattern, scale = native.pack_floats(((high - low) / max(steps, 1)).view(rows, -1), scheme)
     minimum_pattern, minimum = native.pack_floats(low.view(rows, -1), scheme)
-    group = where // scheme.group_size
     scale, minimum = scale.view(-1)[group], minimum.view(-1)[group]
     magnitudes = values if signed else values.abs()
     codes = ((magnitudes - minimum) / divisor(scale)).round_().clamp_(0, steps)
