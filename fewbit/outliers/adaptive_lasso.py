@@ -44,14 +44,15 @@ def _counts(
     def count(read: Callable[[], Tensor]) -> tuple[np.ndarray, torch.dtype]:
         chunk = read()
         word = torch.int16 if chunk.dtype.itemsize == 2 else torch.int32
-        bits = chunk.detach().cpu().contiguous().view(word).numpy().reshape(-1)
+        bits = chunk.detach().contiguous().view(word).reshape(-1)
         if word == torch.int16:
             bits = bits & 0x7FFF
         elif upper is None:
             bits = (bits >> 16) & 0x7FFF
         else:
             bits = bits[(bits >> 16) & 0x7FFF == upper] & 0xFFFF
-        return np.bincount(bits, minlength=1 << 16), chunk.dtype
+        # torch's count, unlike NumPy's, lets other threads run meanwhile and takes 16-bit integers as they are.
+        return torch.bincount(bits, minlength=1 << 16).cpu().numpy(), chunk.dtype
 
     total = np.zeros(1 << 16, dtype=np.int64)
     dtype = torch.float32

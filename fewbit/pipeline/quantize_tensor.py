@@ -1,6 +1,7 @@
 """One tensor of a checkpoint, streamed: rows are read, quantized by several workers, and put together in order."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,11 +41,12 @@ def available_cores() -> int:
 
 def quantize_tensor(
     item: PlannedTensor, checkpoint: Checkpoint, reader: FileReader, recipe: Recipe, workers: Workers
-) -> tuple[StoredWeight, dict[str, Tensor], dict[str, Any]]:
+) -> Callable[[], tuple[StoredWeight, dict[str, Tensor], dict[str, Any]]]:
     """Quantize one planned tensor.
 
-    Returns how it is stored, its parts on the CPU, and its record for the report. Raises FewbitError naming the
-    tensor when a weight is NaN or infinite or a scale cannot be stored.
+    Returns a function that puts the rows together (another thread can call it while the next tensor is quantized): how
+    it is stored, its parts on the CPU, and its record for the report. Raises FewbitError naming the tensor when a
+    weight is NaN or infinite or a scale cannot be stored.
     """
     stored = item.stored
     assert stored is not None
@@ -68,7 +70,7 @@ def quantize_tensor(
         ) from error
     except FewbitError as error:
         raise FewbitError(f"{item.tensor.entry.name}: {error}") from error
-    return _assemble(item, stored, results, source.spans, recipe)
+    return partial(_assemble, item, stored, results, source.spans, recipe)
 
 
 class _Rows:

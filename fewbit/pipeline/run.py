@@ -5,7 +5,7 @@ import errno
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,13 +131,19 @@ def _write_shard(
     if run.work:
         room = header_room([tensor for item in shard for tensor in output_tensors(item)])
         writer = ShardWriter(run.work.path / name, room)
-    records = []
+    pending: list[Future[dict[str, Any]]] = []
     try:
-        for item in shard:
-            records.append(_write_tensor(item, checkpoint, recipe, run, writer))
-            done += item.tensor.entry.bytes
-            if run.progress:
-                run.progress(done, total, item.tensor.entry.name)
+        with ThreadPoolExecutor(1) as behind:
+            for item in shard:
+                write = _quantize_then_write(item, checkpoint, recipe, run, writer)
+                # Writing stays one tensor behind, so that no more than two are ever in memory.
+                if pending:
+                    pending[-1].result()
+                pending.append(behind.submit(write))
+                done += item.tensor.entry.bytes
+                if run.progress:
+                    run.progress(done, total, item.tensor.entry.name)
+        records = [future.result() for future in pending]
         if writer:
             writer.close()
     except BaseException:
@@ -149,25 +155,32 @@ def _write_shard(
     return records
 
 
-def _write_tensor(
+def _quantize_then_write(
     item: PlannedTensor, checkpoint: Checkpoint, recipe: Recipe, run: _Run, writer: ShardWriter | None
-) -> dict[str, Any]:
+) -> Callable[[], dict[str, Any]]:
+    """Quantize a tensor now; the function that is returned writes it, or copies one that is kept, and describes it."""
     entry = item.tensor.entry
-    if item.stored is None:
+    run.reader.descriptor(entry.file)
+    assemble = quantize_tensor(item, checkpoint, run.reader, recipe, run.workers) if item.stored is not None else None
+
+    def write() -> dict[str, Any]:
+        if assemble is None:
+            if writer:
+                writer.copy(entry, run.reader)
+            return {"kept": {"name": entry.name, "shape": list(entry.shape), "reason": item.tensor.reason}}
+        stored, parts, record = assemble()
         if writer:
-            writer.copy(entry, run.reader)
-        return {"kept": {"name": entry.name, "shape": list(entry.shape), "reason": item.tensor.reason}}
-    stored, parts, record = quantize_tensor(item, checkpoint, run.reader, recipe, run.workers)
-    if writer:
-        for part, tensor in parts.items():
-            writer.add(f"{item.tensor.module}.{part}", tensor)
-    return {
-        "layer": record,
-        "module": item.tensor.module,
-        "stored": stored_to_dict(stored, 0),
-        "scheme": stored.scheme.to_dict(),
-        "parts": list(parts),
-    }
+            for part, tensor in parts.items():
+                writer.add(f"{item.tensor.module}.{part}", tensor)
+        return {
+            "layer": record,
+            "module": item.tensor.module,
+            "stored": stored_to_dict(stored, 0),
+            "scheme": stored.scheme.to_dict(),
+            "parts": list(parts),
+        }
+
+    return write
 
 
 @contextlib.contextmanager
@@ -176,7 +189,9 @@ def _workers(options: RunOptions) -> Iterator[Workers]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(options.workers or available_cores()) as pool:
+        with ThreadPoolExecutor(
+            options.workers or available_cores(), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             yield Workers(pool, torch.device(options.device))
     finally:
         torch.set_num_threads(before)
