@@ -39,7 +39,7 @@ def common(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    """What every command shares."""
 
 
 def _print_json(data: Any) -> None:

@@ -45,7 +45,7 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees, where its C library is glibc.
 
     glibc gives blocks of more than 128 kB back at once, so every temporary tensor is mapped and zeroed by the kernel
-    anew: that took more than half the time of a zero-shot run. A choice for a whole process, so only the command
+    anew, which slows every pass over weights. A choice for a whole process, so only the command
     line makes it.
     """
     if not sys.platform.startswith("linux"):

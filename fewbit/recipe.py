@@ -112,8 +112,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Published methods (and our own) as choices that differ from a plain Recipe. Sources: `docs/methods.md`."""
 
 PRESETS_FROM_5_BITS: dict[str, dict[str, Any]] = {"adpq+": {"grid": "symmetric"}}
-"""What a preset does otherwise from 5 bits on: with many levels an even spacing has less error than normal quantiles
-(gemma3-270m, 6 bits: 0.00034 against 0.00073 relative squared error)."""
+"""What a preset does otherwise from 5 bits on: with many levels an even spacing has less error than normal quantiles;
+compare `fewbit quantize MODEL --report-only --bits 6 --json` with and without `--grid normal-float`."""
 
 
 def preset(method: str, **choices: Any) -> Recipe:

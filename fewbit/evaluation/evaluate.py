@@ -106,7 +106,6 @@ class _Original:
         vocabulary = self._model.get_output_embeddings().weight.shape[0]
         size = windows.numel() * vocabulary * self._model.dtype.itemsize
         self._kept: list[Tensor] | None = [] if size < available_bytes() // 2 else None
-        self.folder = locate(name)
         if self._kept is not None:
             for window in windows:
                 self._kept.append(_logits(self._model, window).cpu())

@@ -27,13 +27,6 @@ def normal_float(bits: int) -> tuple[float, ...]:
     return tuple(v / positive[-1] if v > 0 else (v / negative[-1] if v < 0 else 0.0) for v in levels)
 
 
-@lru_cache
-def integer_levels(bits: int) -> tuple[float, ...]:
-    """2^b evenly spaced levels in [-1, 1), 0 among them: the uniform codebook with a signed scale."""
-    half = 2 ** (bits - 1)
-    return tuple(v / half for v in range(-half, half))
-
-
 @dataclass(frozen=True)
 class ScaleSearch:
     """Which scales to try, as shares of the group's largest magnitude.
