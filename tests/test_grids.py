@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from fewbit.errors import FewbitError
 from fewbit.grids import codebook, integer, scales
+from fewbit.outliers import adaptive_lasso
 
 FINITE = st.floats(-4, 4, width=32)
 
@@ -36,11 +37,19 @@ def test_minimum_grid_reaches_both_ends_and_is_off_by_half_a_step(values: list[f
 
 
 def test_extremes_of_a_subset() -> None:
-    x = torch.tensor([[-3.0, 1.0, 2.0], [5.0, 6.0, 7.0]])
-    mask = torch.tensor([[False, True, True], [False, False, False]])
-    low, high = integer.extremes(x, mask)
-    assert low.tolist() == [[1.0], [0.0]]
-    assert high.tolist() == [[2.0], [0.0]]
+    x = torch.tensor([[-3.0, 1.0, 2.0], [5.0, 6.0, 7.0], [-9.0, -1.0, -2.0], [-1.0, 8.0, 2.0], [3.0, 0.0, 1.0]])
+    outside = torch.tensor([[1, 0, 0], [1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.bool)
+    low, high = integer.extremes(x.masked_fill(outside, 0.0), outside)
+    assert low.view(-1).tolist() == [1.0, 0.0, -2.0, -1.0, 0.0]
+    assert high.view(-1).tolist() == [2.0, 0.0, -1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.5, 100.0])
+def test_split_is_by_magnitude_above_the_cut(cut: float) -> None:
+    x = torch.cat([torch.randn(3, 64), torch.full((1, 64), 0.5)])
+    core, outliers = adaptive_lasso.split(x, cut)
+    assert torch.equal(outliers, x.abs() > cut)
+    assert torch.equal(core, torch.where(outliers, 0.0, x))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])

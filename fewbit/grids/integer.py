@@ -1,6 +1,6 @@
 """Integer grids: codes 0 .. 2^b - 1 on an evenly spaced line, one line a group.
 
-Shapes: weights `x` are `(groups, g)` float32; a mask `(groups, g)` bool says which weights the grid is fitted to;
+Shapes: weights `x` are `(groups, g)` float32; a mask `(groups, g)` bool says which weights the grid is not fitted to;
 scales, zero-points and minima are `(groups, 1)`.
 """
 
@@ -12,15 +12,24 @@ from fewbit.grids.scales import divisor
 _LARGE = torch.finfo(torch.float32).max / 4
 
 
-def extremes(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Smallest and largest weight of each group (of those in `mask`); (0, 0) for an empty subset."""
-    if mask is None:
-        return x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
-    outside = (~mask).to(x.dtype)
-    low = torch.add(x, outside, alpha=_LARGE).amin(dim=1, keepdim=True)
-    high = torch.add(x, outside, alpha=-_LARGE).amax(dim=1, keepdim=True)
-    empty = low > high
-    return low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
+def extremes(x: Tensor, outside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of each group, of those not in the mask `outside`; (0, 0) where there are none.
+
+    `x` must be 0 wherever `outside` is True.
+    """
+    low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+    if outside is None:
+        return low, high
+    # The zeros that stand for what is left out can only have been taken for an extreme of a group with no weight on
+    # one side of them, and such groups are few.
+    one_sided = ((low == 0) | (high == 0)).view(-1).nonzero().squeeze(1)
+    if one_sided.numel():
+        left_out = outside[one_sided].to(x.dtype) * _LARGE
+        group = x[one_sided]
+        least, most = (group + left_out).amin(dim=1, keepdim=True), (group - left_out).amax(dim=1, keepdim=True)
+        empty = least > most
+        low[one_sided], high[one_sided] = least.masked_fill(empty, 0.0), most.masked_fill(empty, 0.0)
+    return low, high
 
 
 def extremes_of(values: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:

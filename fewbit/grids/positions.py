@@ -10,6 +10,7 @@ Three encodings, all vectorized both ways; :func:`choose` takes the smallest:
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +57,14 @@ def choose(weights: int, outliers: int, group_size: int, per_group: int | None) 
     """The smallest encoding; `per_group` is the number in every group where it is the same, else None."""
     candidates = [e for e in ENCODINGS if e != "indices" or per_group]
     return min(candidates, key=lambda e: encoded_bytes(e, weights, outliers, group_size))
+
+
+def flat_positions(mask: Tensor) -> Tensor:
+    """Ascending flat positions (int64, 1-D) of the True elements of a mask of any shape."""
+    if mask.device.type == "cpu":
+        # NumPy's search of a boolean array takes two thirds of the time of torch's.
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.view(-1).nonzero().squeeze(1)
 
 
 def encode(positions: Tensor, encoding: str, weights: int, group_size: int) -> Tensor:

@@ -68,6 +68,15 @@ def _select(counts: np.ndarray, outliers: int) -> tuple[int, int]:
     return pattern, int(above[pattern])
 
 
+def split(weights: Tensor, cut: float) -> tuple[Tensor, Tensor]:
+    """Split by the soft threshold's support: the core (0 where an outlier was) and the mask of ``|w| > cut``.
+
+    Exact: hard shrinkage keeps outliers as they are, and ``w - w`` is 0. Both run vectorized, unlike a comparison.
+    """
+    outliers = torch.nn.functional.hardshrink(weights, cut)
+    return weights - outliers, outliers.to(torch.bool)
+
+
 def group_mask(magnitudes: Tensor, count: int) -> Tensor:
     """Mask of the `count` largest of every group; `magnitudes` is `(groups, g)`.
 

@@ -21,8 +21,8 @@ from fewbit.pipeline.plan import PlannedTensor, outliers_per_group, place_outlie
 from fewbit.pipeline.quantize_weight import NotFiniteError, QuantizedRows, RowsContext, quantize_rows
 from fewbit.recipe import Recipe
 
-# A quarter of a million float32 weights stay in a core's second-level cache through all passes over them.
-_CHUNK_WEIGHTS = 1 << 18
+# Few enough that passes over them stay in a core's cache, many enough that Python's lock is rarely waited for.
+_CHUNK_WEIGHTS = 1 << 19
 _SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 
 

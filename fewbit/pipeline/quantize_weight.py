@@ -13,9 +13,10 @@ from torch import Tensor
 from fewbit.formats import native
 from fewbit.formats.scheme import Scheme
 from fewbit.grids import codebook, integer
-from fewbit.grids.packing import pack
+from fewbit.grids.packing import pack, small_integers
+from fewbit.grids.positions import flat_positions
 from fewbit.grids.scales import divisor, from_pattern, to_pattern
-from fewbit.outliers.adaptive_lasso import group_mask
+from fewbit.outliers.adaptive_lasso import group_mask, split
 from fewbit.recipe import Recipe
 
 
@@ -59,12 +60,11 @@ def quantize_rows(weight: Tensor, context: RowsContext) -> QuantizedRows:
     x = weight.to(torch.float32).reshape(-1, scheme.group_size)
     if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
         raise NotFiniteError
-    mask = _outlier_mask(x, context)
-    core = None if mask is None else ~mask
-    codes, decoded, parts = _encode_core(x, core, rows, context)
+    core, mask = _split(x, context)
+    codes, decoded, parts = _encode_core(core, mask, rows, context)
     where = outlier_codes = None
     if mask is not None:
-        where = mask.view(-1).nonzero().squeeze(1)
+        where = flat_positions(mask)
         outlier_codes, values, outlier_parts = _encode_outliers(x, where, rows, context)
         parts.update(outlier_parts)
         codes.view(-1)[where] = (outlier_codes & (2**scheme.bits - 1)).to(torch.uint8)
@@ -80,33 +80,33 @@ def _sum_of_squares(x: Tensor) -> float:
     return float(x.square().sum(dim=1).sum(dtype=torch.float64))
 
 
-def _outlier_mask(x: Tensor, context: RowsContext) -> Tensor | None:
-    """Outliers are the weights the adaptive LASSO leaves non-zero: |w| > sqrt(lambda')."""
+def _split(x: Tensor, context: RowsContext) -> tuple[Tensor, Tensor | None]:
+    """The weights with 0 where an outlier was, and the mask of the outliers (None where there can be none)."""
     if context.threshold is not None:
-        return x.abs() > context.threshold
+        return split(x, context.threshold)
     if context.per_group:
-        return group_mask(x.abs(), context.per_group)
-    return None
+        mask = group_mask(x.abs(), context.per_group)
+        return x.masked_fill(mask, 0.0), mask
+    return x, None
 
 
 def _encode_core(
-    x: Tensor, core: Tensor | None, rows: int, context: RowsContext
+    x: Tensor, outliers: Tensor | None, rows: int, context: RowsContext
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Codes (uint8), decoded weights (float32) and parts of the core; where `core` is False both are arbitrary."""
+    """Codes (uint8), decoded weights (float32) and parts of the core; where `outliers` is True both are arbitrary."""
     scheme, recipe = context.scheme, context.recipe
     if scheme.grid == "codebook":
-        kept = x if core is None else x * core
         importance = _grouped_importance(x, context)
         search = recipe.search or codebook.ScaleSearch(smallest=1.0)
-        wanted = codebook.search_scale(kept, importance, scheme.levels, search)
+        wanted = codebook.search_scale(x, importance, scheme.levels, search)
         parts, seen = native.pack_scales(wanted.view(rows, -1), scheme)
         scale = seen.view(-1, 1)
         codes = codebook.encode(x, scale, scheme.levels)
         levels = torch.tensor(scheme.levels, dtype=torch.float32, device=x.device)
         return codes, codebook.decode(codes, scale, levels), parts
-    low, high = integer.extremes(x, core)
+    low, high = integer.extremes(x, outliers)
     if recipe.search is not None:
-        low, high = _search_range(x, core, low, high, context)
+        low, high = _search_range(x, outliers, low, high, context)
     return _encode_integer(x, low, high, rows, scheme)
 
 
@@ -119,7 +119,7 @@ def _encode_integer(
         parts["minima"], minimum = native.pack_floats(low.view(rows, -1), scheme)
         scale, minimum = seen.view(-1, 1), minimum.view(-1, 1)
         codes = integer.encode_minimum(x, scale, minimum, bits)
-        return codes.to(torch.uint8), codes.mul_(scale).add_(minimum), parts
+        return small_integers(codes), codes.mul_(scale).add_(minimum), parts
     zero: Any
     if scheme.grid == "zero-point":
         wanted, zero = integer.zero_point_grid(low, high, bits)
@@ -130,11 +130,11 @@ def _encode_integer(
         parts["zeros"] = pack(zero.view(rows, -1).to(torch.uint8), bits)
     scale = seen.view(-1, 1)
     codes = integer.encode(x, scale, zero, bits)
-    return codes.to(torch.uint8), codes.sub_(zero).mul_(scale), parts
+    return small_integers(codes), codes.sub_(zero).mul_(scale), parts
 
 
 def _search_range(
-    x: Tensor, core: Tensor | None, low: Tensor, high: Tensor, context: RowsContext
+    x: Tensor, outliers: Tensor | None, low: Tensor, high: Tensor, context: RowsContext
 ) -> tuple[Tensor, Tensor]:
     """The range of each group, shrunk by the ratio with the least weighted error of the core."""
     recipe, bits = context.recipe, context.scheme.bits
@@ -145,7 +145,7 @@ def _search_range(
     for ratio in recipe.search.ratios():
         _, decoded, _ = _encode_integer(x, low * ratio, high * ratio, x.shape[0], _unrounded(context.scheme, bits))
         error = decoded.sub_(x).abs_().pow_(recipe.search.error_power)
-        error = error if core is None else error.mul_(core)
+        error = error if outliers is None else error.masked_fill_(outliers, 0.0)
         error = error if importance is None else error.mul_(importance)
         total = error.sum(dim=1, keepdim=True)
         best = torch.where(total < best_error, ratio, best)
