@@ -142,3 +142,10 @@ def _stores_in_out(entries: list[TensorEntry]) -> bool:
         if name.endswith(".weight") and _BLOCK.match(name) and len(shape) == 2 and bias and shape[0] != shape[1]:
             votes += (bias[0] == shape[1]) - (bias[0] == shape[0])
     return votes > 0
+
+
+def name_in_block(name: str) -> str:
+    """What follows a block's number in a tensor's name."""
+    match = _BLOCK.match(name)
+    assert match is not None
+    return match["rest"]

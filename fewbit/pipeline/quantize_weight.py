@@ -5,18 +5,15 @@ and by any number of workers with the same result.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewbit.formats import native
 from fewbit.formats.scheme import Scheme
-from fewbit.grids import codebook, integer
-from fewbit.grids.packing import pack, small_integers
+from fewbit.grids.packing import pack
 from fewbit.grids.positions import flat_positions
-from fewbit.grids.scales import divisor, from_pattern, to_pattern
 from fewbit.outliers.adaptive_lasso import group_mask, split
+from fewbit.pipeline.fit_grid import encode, encode_outliers, fit_core, fit_outliers, outlier_grid_of
 from fewbit.recipe import Recipe
 
 
@@ -61,12 +58,18 @@ def quantize_rows(weight: Tensor, context: RowsContext) -> QuantizedRows:
     if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
         raise NotFiniteError
     core, mask = _split(x, context)
-    codes, decoded, parts = _encode_core(core, mask, rows, context)
+    importance = _grouped_importance(x, context)
+    grid = fit_core(core, rows, scheme, context.recipe.search, mask, importance)
+    offset = grid.offset.view(-1, 1) if isinstance(grid.offset, Tensor) else grid.offset
+    codes, decoded = encode(core, grid.scale.view(-1, 1), offset, scheme)
+    parts = grid.parts
     where = outlier_codes = None
     if mask is not None:
         where = flat_positions(mask)
-        outlier_codes, values, outlier_parts = _encode_outliers(x, where, rows, context)
-        parts.update(outlier_parts)
+        values = x.view(-1)[where]
+        outlier_grid = fit_outliers(values, where, (rows, columns), scheme)
+        outlier_codes, values = encode_outliers(values, *outlier_grid_of(where, columns, outlier_grid), scheme)
+        parts.update(outlier_grid.parts)
         codes.view(-1)[where] = (outlier_codes & (2**scheme.bits - 1)).to(torch.uint8)
         decoded.view(-1)[where] = values
     squared_norm = _sum_of_squares(x)
@@ -90,108 +93,8 @@ def _split(x: Tensor, context: RowsContext) -> tuple[Tensor, Tensor | None]:
     return x, None
 
 
-def _encode_core(
-    x: Tensor, outliers: Tensor | None, rows: int, context: RowsContext
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Codes (uint8), decoded weights (float32) and parts of the core; where `outliers` is True both are arbitrary."""
-    scheme, recipe = context.scheme, context.recipe
-    if scheme.grid == "codebook":
-        importance = _grouped_importance(x, context)
-        search = recipe.search or codebook.ScaleSearch(smallest=1.0)
-        wanted = codebook.search_scale(x, importance, scheme.levels, search)
-        parts, seen = native.pack_scales(wanted.view(rows, -1), scheme)
-        scale = seen.view(-1, 1)
-        codes = codebook.encode(x, scale, scheme.levels)
-        levels = torch.tensor(scheme.levels, dtype=torch.float32, device=x.device)
-        return codes, codebook.decode(codes, scale, levels), parts
-    low, high = integer.extremes(x, outliers)
-    if recipe.search is not None:
-        low, high = _search_range(x, outliers, low, high, context)
-    return _encode_integer(x, low, high, rows, scheme)
-
-
-def _encode_integer(
-    x: Tensor, low: Tensor, high: Tensor, rows: int, scheme: Scheme
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    bits = scheme.bits
-    if scheme.grid == "minimum":
-        parts, seen = native.pack_scales(integer.minimum_grid(low, high, bits).view(rows, -1), scheme)
-        parts["minima"], minimum = native.pack_floats(low.view(rows, -1), scheme)
-        scale, minimum = seen.view(-1, 1), minimum.view(-1, 1)
-        codes = integer.encode_minimum(x, scale, minimum, bits)
-        return small_integers(codes), codes.mul_(scale).add_(minimum), parts
-    zero: Any
-    if scheme.grid == "zero-point":
-        wanted, zero = integer.zero_point_grid(low, high, bits)
-    else:
-        wanted, zero = integer.symmetric_grid(low, high, bits), float(2 ** (bits - 1))
-    parts, seen = native.pack_scales(wanted.view(rows, -1), scheme)
-    if scheme.grid == "zero-point":
-        parts["zeros"] = pack(zero.view(rows, -1).to(torch.uint8), bits)
-    scale = seen.view(-1, 1)
-    codes = integer.encode(x, scale, zero, bits)
-    return small_integers(codes), codes.sub_(zero).mul_(scale), parts
-
-
-def _search_range(
-    x: Tensor, outliers: Tensor | None, low: Tensor, high: Tensor, context: RowsContext
-) -> tuple[Tensor, Tensor]:
-    """The range of each group, shrunk by the ratio with the least weighted error of the core."""
-    recipe, bits = context.recipe, context.scheme.bits
-    assert recipe.search is not None
-    importance = _grouped_importance(x, context)
-    best_error = torch.full_like(low, float("inf"))
-    best = torch.ones_like(low)
-    for ratio in recipe.search.ratios():
-        _, decoded, _ = _encode_integer(x, low * ratio, high * ratio, x.shape[0], _unrounded(context.scheme, bits))
-        error = decoded.sub_(x).abs_().pow_(recipe.search.error_power)
-        error = error if outliers is None else error.masked_fill_(outliers, 0.0)
-        error = error if importance is None else error.mul_(importance)
-        total = error.sum(dim=1, keepdim=True)
-        best = torch.where(total < best_error, ratio, best)
-        best_error = torch.minimum(total, best_error)
-    return low * best, high * best
-
-
-def _unrounded(scheme: Scheme, bits: int) -> Scheme:
-    return Scheme(bits, scheme.group_size, scheme.grid, scale_format="float32")
-
-
 def _grouped_importance(x: Tensor, context: RowsContext) -> Tensor | None:
     if context.importance is None:
         return None
     per_row = context.importance.view(-1, x.shape[1])
     return per_row.repeat(x.shape[0] // per_row.shape[0], 1)
-
-
-def _encode_outliers(
-    x: Tensor, where: Tensor, rows: int, context: RowsContext
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Codes (int32, 1-D), decoded values and parts of the outliers at flat positions `where`."""
-    scheme = context.scheme
-    values = x.view(-1)[where]
-    top = 2**scheme.outlier_bits - 1
-    half = 2 ** (scheme.outlier_bits - 1)
-    if scheme.outlier_grid == "row":
-        row = where // (x.numel() // rows)
-        _, largest = integer.extremes_of(values.abs(), row, rows)
-        pattern = to_pattern(largest / (half - 1), "bfloat16")
-        scale = from_pattern(pattern, "bfloat16")[row]
-        codes = ((values / divisor(scale)).round_() + half).clamp_(0, top)
-        return codes.to(torch.int32), (codes - half) * scale, {"outlier_scales": pattern}
-    signed = scheme.outlier_grid == "minmax"
-    group = where // scheme.group_size
-    low, high = integer.extremes_of(values if signed else values.abs(), group, x.shape[0])
-    steps = top if signed else half - 1
-    scale_pattern, scale = native.pack_floats(((high - low) / max(steps, 1)).view(rows, -1), scheme)
-    minimum_pattern, minimum = native.pack_floats(low.view(rows, -1), scheme)
-    scale, minimum = scale.view(-1)[group], minimum.view(-1)[group]
-    magnitudes = values if signed else values.abs()
-    codes = ((magnitudes - minimum) / divisor(scale)).round_().clamp_(0, steps)
-    decoded = codes * scale + minimum
-    if not signed:
-        negative = values < 0
-        decoded = torch.where(negative, -decoded, decoded)
-        codes = torch.where(negative, codes + half, codes)
-    parts = {"outlier_scales": scale_pattern, "outlier_minima": minimum_pattern}
-    return codes.to(torch.int32), decoded, parts

@@ -1,0 +1,96 @@
+"""Output Fisher: run sequences forward and back, one gradient a sequence, with checkpointed blocks."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fewbit.curvature.accumulate import Accumulator, CurvatureChoice
+from fewbit.curvature.observe import Watched, watching
+
+_TOKENS_AT_ONCE = 128
+Step = Callable[[int, int], None]
+
+
+def measure_fisher(
+    model: Any,
+    blocks: Sequence[nn.Module],
+    layers: list[Watched],
+    ids: Tensor,
+    choice: CurvatureChoice,
+    step: Step | None = None,
+) -> tuple[Accumulator, float]:
+    """Fisher sums of `layers` over the sequences `ids` `(samples, length)`; also the mean loss in nats a token.
+
+    blocks: the decoder blocks that are run under checkpointing, the first of them the first that holds a layer;
+    whatever comes before takes no part in the backward pass. The loss is summed over a sequence, so that 16-bit
+    gradients do not underflow. step(done, total) is called after every sequence.
+    """
+    accumulator = Accumulator(choice)
+    generator = torch.Generator().manual_seed(0)
+    total, tokens = 0.0, 0
+    with _frozen(model), _checkpointed(blocks), watching(layers, accumulator.observe, backward=True):
+        for index, sequence in enumerate(ids):
+            logits = model(sequence[None].to(model.device), use_cache=False).logits[0, :-1]
+            gradient, loss = _loss_gradient(logits.detach(), sequence[1:], choice.labels, generator)
+            logits.backward(gradient)
+            total, tokens = total + loss, tokens + gradient.shape[0]
+            if step:
+                step(index + 1, ids.shape[0])
+    return accumulator, total / max(tokens, 1)
+
+
+def _loss_gradient(logits: Tensor, targets: Tensor, labels: str, generator: torch.Generator) -> tuple[Tensor, float]:
+    """d(summed cross-entropy)/d(logits) in the logits' dtype, and the loss, a few tokens at a time."""
+    gradient = torch.empty_like(logits)
+    loss = 0.0
+    targets = targets.to(logits.device)
+    for first in range(0, targets.numel(), _TOKENS_AT_ONCE):
+        part = slice(first, first + _TOKENS_AT_ONCE)
+        log_probabilities = torch.log_softmax(logits[part].float(), dim=-1)
+        loss -= float(log_probabilities.gather(1, targets[part, None]).double().sum())
+        probabilities = log_probabilities.exp_()
+        wanted = targets[part, None]
+        if labels == "sampled":
+            wanted = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
+        probabilities.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=torch.float32))
+        gradient[part] = probabilities.to(logits.dtype)
+    return gradient, loss
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient while inside."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Blocks keep only their inputs and are run again on the way back; the first one's input begins the graph."""
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = _Recomputed(block.forward, first=index == 0)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+class _Recomputed:
+    def __init__(self, forward: Any, first: bool) -> None:
+        self._forward, self._first = forward, first
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._first:
+            hidden = hidden.detach().requires_grad_(True)
+        return checkpoint(self._forward, hidden, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

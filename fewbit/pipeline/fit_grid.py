@@ -1,0 +1,147 @@
+"""Fit grids to groups of weights and round to them: what every solver shares.
+
+Groups are rows of a `(groups, g)` float32 matrix. What a fit returns is what a reader of the stored weight will see:
+scales are already rounded to their storage format.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.formats import native
+from fewbit.formats.scheme import Scheme
+from fewbit.grids import codebook, integer
+from fewbit.grids.codebook import ScaleSearch
+from fewbit.grids.packing import pack, small_integers
+from fewbit.grids.scales import divisor, from_pattern, to_pattern
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of every group: scale `(rows, groups)` and offset (zero-points or minima, or one number for all).
+
+    parts: the tensors that store it.
+    """
+
+    scheme: Scheme
+    parts: dict[str, Tensor]
+    scale: Tensor
+    offset: Tensor | float = 0.0
+
+
+def fit_core(
+    x: Tensor, rows: int, scheme: Scheme, search: ScaleSearch | None, outside: Tensor | None, importance: Tensor | None
+) -> Grid:
+    """Fit a grid to every group of `rows` rows.
+
+    x: `(rows * groups, g)` float32, 0 where `outside` is True (outliers). importance: c_j that broadcasts to x.
+    """
+    if scheme.grid == "codebook":
+        wanted = codebook.search_scale(x, importance, scheme.levels, search or ScaleSearch(smallest=1.0))
+        parts, seen = native.pack_scales(wanted.view(rows, -1), scheme)
+        return Grid(scheme, parts, seen)
+    low, high = integer.extremes(x, outside)
+    if search is not None:
+        low, high = _search_range(x, outside, (low, high), importance, scheme, search)
+    return _evenly_spaced(low.view(rows, -1), high.view(rows, -1), scheme)
+
+
+def _evenly_spaced(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
+    bits = scheme.bits
+    if scheme.grid == "minimum":
+        parts, seen = native.pack_scales(integer.minimum_grid(low, high, bits), scheme)
+        parts["minima"], minimum = native.pack_floats(low, scheme)
+        return Grid(scheme, parts, seen, minimum)
+    if scheme.grid == "zero-point":
+        wanted, zero = integer.zero_point_grid(low, high, bits)
+        parts, seen = native.pack_scales(wanted, scheme)
+        parts["zeros"] = pack(zero.to(torch.uint8), bits)
+        return Grid(scheme, parts, seen, zero)
+    parts, seen = native.pack_scales(integer.symmetric_grid(low, high, bits), scheme)
+    return Grid(scheme, parts, seen, float(2 ** (bits - 1)))
+
+
+def _search_range(
+    x: Tensor,
+    outside: Tensor | None,
+    widest: tuple[Tensor, Tensor],
+    importance: Tensor | None,
+    scheme: Scheme,
+    search: ScaleSearch,
+) -> tuple[Tensor, Tensor]:
+    """The range of each group, shrunk by the ratio with the least weighted error of the core."""
+    low, high = widest
+    exact = Scheme(scheme.bits, scheme.group_size, scheme.grid, scale_format="float32")
+    best_error = torch.full_like(low, float("inf"))
+    best = torch.ones_like(low)
+    for ratio in search.ratios():
+        grid = _evenly_spaced(low * ratio, high * ratio, exact)
+        _, decoded = encode(x, grid.scale, grid.offset, exact)
+        error = decoded.sub_(x).abs_().pow_(search.error_power)
+        error = error if outside is None else error.masked_fill_(outside, 0.0)
+        error = error if importance is None else error.mul_(importance)
+        total = error.sum(dim=1, keepdim=True)
+        best = torch.where(total < best_error, ratio, best)
+        best_error = torch.minimum(total, best_error)
+    return low * best, high * best
+
+
+def encode(x: Tensor, scale: Tensor, offset: Tensor | float, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Codes (uint8) and decoded weights (float32) of `x`, to which scale and offset broadcast."""
+    if scheme.grid == "codebook":
+        codes = codebook.encode(x, scale, scheme.levels)
+        levels = torch.tensor(scheme.levels, dtype=torch.float32, device=x.device)
+        return codes, codebook.decode(codes, scale, levels)
+    if scheme.grid == "minimum":
+        codes = integer.encode_minimum(x, scale, offset, scheme.bits)
+        return small_integers(codes), codes.mul_(scale).add_(offset)
+    codes = integer.encode(x, scale, offset, scheme.bits)
+    return small_integers(codes), codes.sub_(offset).mul_(scale)
+
+
+def fit_outliers(values: Tensor, where: Tensor, shape: tuple[int, int], scheme: Scheme) -> Grid:
+    """Fit the grid of outliers with `values` at flat positions `where` of a matrix of that shape.
+
+    The result's scale and offset are `(rows, groups)`, or `(rows, 1)` for the grid `row`.
+    """
+    rows, columns = shape
+    steps = 2**scheme.outlier_bits - 1
+    half = 2 ** (scheme.outlier_bits - 1)
+    if scheme.outlier_grid == "row":
+        _, largest = integer.extremes_of(values.abs(), where // columns, rows)
+        pattern = to_pattern(largest / (half - 1), "bfloat16")
+        scale = from_pattern(pattern, "bfloat16").unsqueeze(1)
+        return Grid(scheme, {"outlier_scales": pattern}, scale, torch.zeros_like(scale))
+    signed = scheme.outlier_grid == "minmax"
+    groups = columns // scheme.group_size
+    low, high = integer.extremes_of(values if signed else values.abs(), where // scheme.group_size, rows * groups)
+    steps = steps if signed else half - 1
+    scales, scale = native.pack_floats(((high - low) / max(steps, 1)).view(rows, groups), scheme)
+    minima, minimum = native.pack_floats(low.view(rows, groups), scheme)
+    return Grid(scheme, {"outlier_scales": scales, "outlier_minima": minima}, scale, minimum)
+
+
+def outlier_grid_of(where: Tensor, columns: int, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and minimum of the outliers at flat positions `where`, each 1-D."""
+    assert isinstance(grid.offset, Tensor)
+    group = where // (columns if grid.scheme.outlier_grid == "row" else grid.scheme.group_size)
+    return grid.scale.reshape(-1)[group], grid.offset.reshape(-1)[group]
+
+
+def encode_outliers(values: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Codes (int32) and decoded values of outliers; scale and minimum broadcast to `values`."""
+    top = 2**scheme.outlier_bits - 1
+    half = 2 ** (scheme.outlier_bits - 1)
+    if scheme.outlier_grid == "row":
+        codes = ((values / divisor(scale)).round_() + half).clamp_(0, top)
+        return codes.to(torch.int32), (codes - half) * scale
+    signed = scheme.outlier_grid == "minmax"
+    magnitudes = values if signed else values.abs()
+    codes = ((magnitudes - minimum) / divisor(scale)).round_().clamp_(0, top if signed else half - 1)
+    decoded = codes * scale + minimum
+    if not signed:
+        negative = values < 0
+        decoded = torch.where(negative, -decoded, decoded)
+        codes = torch.where(negative, codes + half, codes)
+    return codes.to(torch.int32), decoded

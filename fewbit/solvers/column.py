@@ -1,0 +1,56 @@
+"""The column solver (OPTQ/GPTQ, arXiv 2210.17323): round one column, make the later ones absorb its error.
+
+    e = (w_j - quant(w_j)) / U_jj        w_k -= e U_jk  for k > j
+
+with ``H^-1 = U^T U``. Columns are taken in blocks: inside a block every later column is updated at once, the columns
+after the block once for the whole block.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Quantizer = Callable[[Tensor, int], Tensor]
+Enter = Callable[[Tensor, int], None]
+
+BLOCK = 128
+
+
+class DivergedError(ArithmeticError):
+    """A compensated weight is no longer finite."""
+
+
+def solve_columns(
+    weight: Tensor, upper: Tensor, quantize: Quantizer, enter: Enter | None = None, group_size: int = 0
+) -> Tensor:
+    """The compensated weights `(out, in)` float32, each as it was when its column was rounded.
+
+    weight: float32 `(out, in)` in the solver's column order. upper: U. quantize(column, j): the decoded values
+    `(out,)` that column j is rounded to. enter(group, first): called with the compensated columns
+    `(out, group_size)` of a group before its first column is rounded, when `enter` is given.
+    Rounding the result with the same grids gives the solver's codes. Raises DivergedError.
+    """
+    columns = weight.shape[1]
+    # Columns are rows of a transposed copy, so that every access is contiguous.
+    work = weight.t().contiguous()
+    # A group that is refitted must be up to date in all its columns: a block holds whole groups.
+    block = BLOCK if enter is None else max(1, BLOCK // group_size) * group_size
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        errors = torch.empty((stop - start, work.shape[1]), dtype=work.dtype, device=work.device)
+        inner = upper[start:stop, start:stop]
+        for i in range(stop - start):
+            j = start + i
+            if enter is not None and j % group_size == 0:
+                enter(work[j : j + group_size].t(), j)
+            column = work[j]
+            error = (column - quantize(column, j)).div_(inner[i, i])
+            errors[i] = error
+            if i + 1 < stop - start:
+                work[j + 1 : stop].addr_(inner[i, i + 1 :], error, alpha=-1.0)
+        if stop < columns:
+            work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
+    if not bool(torch.isfinite(work).all()):
+        raise DivergedError
+    return work.t().contiguous()
