@@ -3,8 +3,10 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from fewbit.curvature.choice import CurvatureChoice
 from fewbit.errors import FewbitError
 from fewbit.grids.codebook import ScaleSearch, normal_float
+from fewbit.solvers.choice import SolverChoice
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "grid": ("zero-point", "symmetric", "minimum", "normal-float"),
@@ -33,6 +35,8 @@ class Recipe:
     sign-magnitude (a grid a group) or row (a linear scale a row). outlier_bits: 0 for as many as `bits`.
     search: which ranges to try for each group by least error; None for plain min-max.
     column_weights: norm-gain weighs squared errors by the squared gain of the norm before the layer.
+    curvature: what an error costs, measured on calibration text; None for methods without data.
+    solver: how codes are chosen.
     """
 
     method: str = "rtn"
@@ -47,6 +51,8 @@ class Recipe:
     outlier_bits: int = 0
     search: ScaleSearch | None = None
     column_weights: str = "none"
+    curvature: CurvatureChoice | None = None
+    solver: SolverChoice = field(default_factory=SolverChoice)
     include: tuple[str, ...] = field(default=())
     exclude: tuple[str, ...] = field(default=())
 
@@ -65,6 +71,10 @@ class Recipe:
             raise FewbitError(f"error_power must be above 0 and at most 16, not {self.search.error_power}")
         if self.column_weights != "none" and self.search is None:
             raise FewbitError("column_weights weigh the errors of the range search: turn it on with --clip-search")
+        if self.solver.kind == "column" and self.curvature is None:
+            raise FewbitError("the column solver needs a curvature: gram or fisher")
+        if self.solver.refit and self.scale_format == "two-level":
+            raise FewbitError("two-level scales join all groups of a row: grids cannot be refitted one by one")
         if self.scale_format == "two-level" and self.grid in ("zero-point", "minimum"):
             raise FewbitError("scale_format two-level goes with the symmetric and normal-float grids")
 
@@ -79,11 +89,13 @@ class Recipe:
         unknown = set(data) - set(cls.__dataclass_fields__)
         if unknown:
             raise FewbitError(f"unknown recipe keys: {', '.join(sorted(unknown))}")
-        search = data.get("search")
+        search, curvature = data.get("search"), data.get("curvature")
         return cls(
             **{
                 **data,
                 "search": ScaleSearch(**search) if search else None,
+                "curvature": CurvatureChoice(**curvature) if curvature else None,
+                "solver": SolverChoice(**data.get("solver", {})),
                 "include": tuple(data.get("include", ())),
                 "exclude": tuple(data.get("exclude", ())),
             }
@@ -108,6 +120,30 @@ PRESETS: dict[str, dict[str, Any]] = {
         "outlier_bits": 8,
         "search": ScaleSearch(error_power=2.5),
     },
+    "gptq": {
+        "group_size": "128,64,auto",
+        "curvature": CurvatureChoice("gram"),
+        "solver": SolverChoice("column", refit=True),
+    },
+    "oac": {
+        "group_size": "64,auto",
+        "curvature": CurvatureChoice("fisher", terms="token"),
+        "search": ScaleSearch(),
+        "solver": SolverChoice("column", damping=0.1, act_order=True, importance="inverse"),
+    },
+    "precal+oac": {
+        "group_size": "64,auto",
+        "grid": "normal-float",
+        "scale_format": "two-level",
+        "outliers": "adaptive-lasso",
+        "outlier_fraction": 1 / 64,
+        "outlier_scope": "group",
+        "outlier_grid": "row",
+        "outlier_bits": 8,
+        "search": ScaleSearch(),
+        "curvature": CurvatureChoice("fisher", terms="token"),
+        "solver": SolverChoice("column", damping=0.1, act_order=True, importance="inverse"),
+    },
 }
 """Published methods (and our own) as choices that differ from a plain Recipe. Sources: `docs/methods.md`."""
 
@@ -125,6 +161,11 @@ def preset(method: str, **choices: Any) -> Recipe:
     if isinstance(bits, int) and bits >= 5:
         row.update(PRESETS_FROM_5_BITS.get(method, {}))
     return Recipe(**{"method": method, **row, **choices})
+
+
+def replace_solver(recipe: Recipe, **choices: Any) -> Recipe:
+    """The recipe with some choices of its solver replaced."""
+    return replace(recipe, solver=replace(recipe.solver, **choices))
 
 
 def check_group_size(text: str) -> None:
@@ -158,6 +199,7 @@ def recipe_from_choices(method: str, choices: dict[str, Any]) -> Recipe:
     symmetric = given.pop("symmetric", None)
     clip_search = given.pop("clip_search", None)
     error_power = given.pop("error_power", None)
+    base = _with_curvature(base, given)
     if symmetric is not None:
         if "grid" in given:
             raise FewbitError("give either --grid or --symmetric/--asymmetric, not both")
@@ -177,3 +219,19 @@ def recipe_from_choices(method: str, choices: dict[str, Any]) -> Recipe:
         search = base.search or ScaleSearch()
         given["search"] = replace(search, error_power=error_power) if error_power is not None else search
     return replace(base, **given)
+
+
+def _with_curvature(base: Recipe, given: dict[str, Any]) -> Recipe:
+    """`base` with the choices that concern the curvature and the solver, which are taken out of `given`."""
+    solver: dict[str, Any] = {key: given.pop(key) for key in ("damping", "act_order") if key in given}
+    if "static_groups" in given:
+        solver["refit"] = not given.pop("static_groups")
+    if solver.get("act_order"):
+        solver.setdefault("refit", False)
+    curvature = {key: given.pop(f"fisher_{key}") for key in ("terms", "labels") if f"fisher_{key}" in given}
+    if (solver or curvature) and base.curvature is None:
+        named = ", ".join(f"--{key.replace('_', '-')}" for key in [*solver, *curvature])
+        raise FewbitError(f"{named}: belongs to methods with a curvature, {base.method} has none")
+    if curvature and base.curvature is not None:
+        base = replace(base, curvature=replace(base.curvature, **curvature))
+    return replace_solver(base, **solver) if solver else base

@@ -33,6 +33,11 @@ class Site:
     rows: int
     transposed: bool
 
+    @property
+    def columns(self) -> int:
+        """Inputs of the layer."""
+        return self.tensor.matrix_shape[1]
+
     def read(self) -> Tensor:
         """The weight `(out, in)`, a view of the network's own."""
         matrix = self.watched.weight.detach()
@@ -47,10 +52,14 @@ class Site:
 
 def find_blocks(model: nn.Module) -> Sequence[nn.Module]:
     """The decoder blocks in order; FewbitError when there is no list of modules."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise FewbitError(f"{type(model).__name__}: it has no list of decoder blocks")
-    return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())))
+    return max(lists, key=lambda found: sum(_size(module) for module in found))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def find_sites(blocks: Sequence[nn.Module], tensors: list[WeightTensor], weights: Any) -> list[list[Site]]:

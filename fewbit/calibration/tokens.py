@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.calibration.choice import CalibrationChoice
 from fewbit.calibration.documents import documents
 from fewbit.calibration.source import Source, parse_sources, shares
 from fewbit.errors import FewbitError
@@ -16,26 +17,6 @@ from fewbit.errors import FewbitError
 # Documents are drawn from the head of a source that may have no end (a hub data set that is streamed).
 _HEAD_DOCUMENTS = 20_000
 _HEAD_CHARACTERS = 200_000_000
-
-
-@dataclass(frozen=True)
-class CalibrationChoice:
-    """What to calibrate on.
-
-    sources: ``SRC[:COUNT][,SRC...]`` (see :mod:`fewbit.calibration.source`). samples: sequences in all.
-    sequence_length: tokens of each. chat_template: every document becomes a user's turn in the tokenizer's template.
-    """
-
-    sources: str = "self"
-    samples: int = 128
-    sequence_length: int = 512
-    seed: int = 0
-    chat_template: bool = False
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.sequence_length < 2:
-            raise FewbitError("calibration needs at least 1 sample of at least 2 tokens")
-        parse_sources(self.sources)
 
 
 @dataclass(frozen=True)
@@ -58,8 +39,9 @@ class CalibrationSet:
 def make_set(choice: CalibrationChoice, tokenizer: Any, vocabulary: int, model: Any = None) -> CalibrationSet:
     """Draw the sequences of a calibration set.
 
-    tokenizer: transformers' tokenizer of the model. vocabulary: number of token ids. model: the original, for the
-    source `self`. A BOS begins each sequence where the tokenizer begins texts with one.
+    tokenizer: transformers' tokenizer of the model, or None where it has none, which is enough for `random-tokens` and
+    `self`. vocabulary: number of token ids. model: the original, for the source `self`. A BOS begins each sequence
+    where the tokenizer begins texts with one.
     Raises FewbitError when a source has too few tokens, saying how many there are.
     """
     sources = parse_sources(choice.sources)
@@ -78,6 +60,11 @@ def make_set(choice: CalibrationChoice, tokenizer: Any, vocabulary: int, model: 
             from fewbit.calibration.generate import generate_sequences
 
             parts.append(generate_sequences(model, bos_id(tokenizer), count, choice.sequence_length, seed))
+        elif tokenizer is None:
+            raise FewbitError(
+                f"--calibration {source}: the model's folder has no tokenizer that transformers can read: add it, or "
+                "take random-tokens"
+            )
         else:
             parts.append(_from_documents(source, count, choice, tokenizer, seed))
     return CalibrationSet(torch.cat(parts), choice)
@@ -85,6 +72,8 @@ def make_set(choice: CalibrationChoice, tokenizer: Any, vocabulary: int, model: 
 
 def bos_id(tokenizer: Any) -> int | None:
     """The BOS with which the tokenizer begins every text; None where it does not."""
+    if tokenizer is None:
+        return None
     begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None
     return int(tokenizer.bos_token_id) if begins else None
 

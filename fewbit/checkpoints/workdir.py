@@ -91,7 +91,7 @@ class WorkFolder:
         if self.out.exists():
             self.out.rename(self.out.with_name(f".{self.out.name}.fewbit-old-{os.getpid()}"))
         self.path.rename(self.out)
-        for record in [*self.out.glob("*.safetensors.json"), self.out / _JOB]:
+        for record in [*self.out.glob("*.safetensors.json"), *self.out.glob("*.solved"), self.out / _JOB]:
             record.unlink()
         for old in self.out.parent.glob(f".{self.out.name}.fewbit-old-*"):
             shutil.rmtree(old)

@@ -16,7 +16,7 @@ _FLOAT64_UP_TO = 4096
 
 @dataclass(frozen=True)
 class Factor:
-    """upper: U, float32 `(in, in)`. damping: the relative damping that worked. step: its place on the ladder, from 0."""
+    """upper: U, float32 `(in, in)`. damping: the relative one that worked. step: its place on the ladder, from 0."""
 
     upper: Tensor
     damping: float

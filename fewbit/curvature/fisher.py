@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fewbit.curvature.accumulate import Accumulator, CurvatureChoice
+from fewbit.curvature.accumulate import Accumulator
+from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.observe import Watched, watching
 
 _TOKENS_AT_ONCE = 128

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Observer = Callable[[str, Tensor, Tensor | None], None]
-"""Called with the layer's key, its inputs `(tokens, in)` and, going back, the gradients of its outputs `(tokens, out)`."""
+"""Called with a layer's key, its inputs `(tokens, in)` and, going back, gradients of its outputs `(tokens, out)`."""
 
 
 @dataclass(frozen=True)

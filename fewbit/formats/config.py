@@ -44,6 +44,11 @@ def read_weights(config: dict[str, Any]) -> dict[str, StoredWeight]:
         raise FewbitError(f"damaged quantization_config: {first}") from error
 
 
+def read_stored(data: dict[str, Any], scheme: Scheme) -> StoredWeight:
+    """One weight as it stands in the config, with the scheme that its number names; ValueError where it is damaged."""
+    return _stored(_Weight.model_validate({**data, "scheme": 0}), [scheme])
+
+
 def _stored(weight: _Weight, schemes: list[Scheme]) -> StoredWeight:
     scheme = schemes[weight.scheme]
     rows, columns = weight.shape

@@ -65,6 +65,6 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
     return (x / divisor(scale)).round_().add_(zero).clamp_(0, 2**bits - 1)
 
 
-def encode_minimum(x: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
+def encode_minimum(x: Tensor, scale: Tensor, minimum: Tensor | float, bits: int) -> Tensor:
     """Codes (float32, whole numbers) of ``w = minimum + scale * code``."""
     return ((x - minimum) / divisor(scale)).round_().clamp_(0, 2**bits - 1)

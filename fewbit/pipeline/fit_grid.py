@@ -100,6 +100,17 @@ def encode(x: Tensor, scale: Tensor, offset: Tensor | float, scheme: Scheme) -> 
     return small_integers(codes), codes.sub_(offset).mul_(scale)
 
 
+def round_to(x: Tensor, scale: Tensor, offset: Tensor | float, scheme: Scheme) -> Tensor:
+    """What :func:`encode` decodes to, without the codes: for one column at a time."""
+    if scheme.grid == "codebook":
+        levels = torch.tensor(scheme.levels, dtype=torch.float32, device=x.device)
+        middles = (levels[1:] + levels[:-1]) * 0.5
+        return levels[torch.bucketize(x / divisor(scale), middles)] * scale
+    if scheme.grid == "minimum":
+        return integer.encode_minimum(x, scale, offset, scheme.bits).mul_(scale).add_(offset)
+    return integer.encode(x, scale, offset, scheme.bits).sub_(offset).mul_(scale)
+
+
 def fit_outliers(values: Tensor, where: Tensor, shape: tuple[int, int], scheme: Scheme) -> Grid:
     """Fit the grid of outliers with `values` at flat positions `where` of a matrix of that shape.
 

@@ -70,7 +70,7 @@ def quantize_tensor(
         ) from error
     except FewbitError as error:
         raise FewbitError(f"{item.tensor.entry.name}: {error}") from error
-    return partial(_assemble, item, stored, results, source.spans, recipe)
+    return partial(assemble, item, stored, results, source.spans, recipe)
 
 
 class _Rows:
@@ -117,13 +117,14 @@ def _importance(
     return (power / power.mean()).to(device)
 
 
-def _assemble(
+def assemble(
     item: PlannedTensor,
     stored: StoredWeight,
     results: list[QuantizedRows],
     spans: list[tuple[int, int]],
     recipe: Recipe,
 ) -> tuple[StoredWeight, dict[str, Tensor], dict[str, Any]]:
+    """Put rows `(first, count)` together: how the weight is stored, its parts on the CPU, its record for the report."""
     columns = stored.shape[1]
     parts = {name: torch.cat([r.parts[name] for r in results]).cpu() for name in results[0].parts}
     if stored.scheme.outlier_grid != "none":

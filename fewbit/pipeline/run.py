@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from fewbit.device import check_device
 from fewbit.errors import FewbitError
 from fewbit.formats.scheme import FORMAT_VERSION, Scheme
 from fewbit.memory import peak_rss_bytes
+from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import Plan, PlannedTensor, make_plan, output_tensors, stored_to_dict
 from fewbit.pipeline.quantize_tensor import Workers, available_cores, quantize_tensor
+from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.recipe import Recipe
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -31,7 +35,10 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What does not change the weights: file sizes, workers, where rows are computed, what may be replaced."""
+    """What does not change the weights: file sizes, workers, where rows are computed, what may be replaced.
+
+    calibration: for recipes with a curvature only; what it is measured on does change the weights.
+    """
 
     shard_size: int = DEFAULT_SHARD_SIZE
     overwrite: bool = False
@@ -39,12 +46,13 @@ class RunOptions:
     workers: int = 0
     device: str = "cpu"
     progress: Progress | None = None
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
 
 def quantize(
     model: str | Path, out: str | Path | None, recipe: Recipe, options: RunOptions | None = None
 ) -> dict[str, Any]:
-    """Quantize a model without data and write it in the native format.
+    """Quantize a model and write it in the native format.
 
     model: a folder, a `.gguf` file, a named model or a hub name. out: the folder to make (None with `report_only`).
     Returns the report, also written as `fewbit_report.json`, with a `run` entry (seconds, peak memory).
@@ -68,9 +76,18 @@ def quantize(
     try:
         if work is not None:
             _check_space(plan, work.path)
-        with _workers(options) as workers, FileReader() as reader:
-            results = _stream(plan, checkpoint, recipe, _Run(workers, reader, work, options.progress))
+        with contextlib.ExitStack() as scratch:
+            solved = calibration = None
+            if recipe.curvature is not None:
+                where = work.path if work else Path(scratch.enter_context(tempfile.TemporaryDirectory()))
+                solved = SolvedStore(where)
+                calibration = _calibrate(checkpoint, plan, recipe, options, solved)
+            workers = scratch.enter_context(_workers(options))
+            reader = scratch.enter_context(FileReader())
+            results = _stream(plan, checkpoint, recipe, _Run(workers, reader, work, options.progress, solved))
         report = _report(str(model), checkpoint, recipe, plan, results)
+        if calibration is not None:
+            report["calibration"] = calibration
         if work is not None:
             _write_companions(work, checkpoint, recipe, plan, results)
             report["output"]["file_bytes"] = sum(p.stat().st_size for p in work.path.glob("*.safetensors"))
@@ -98,6 +115,15 @@ class _Run:
     reader: FileReader
     work: WorkFolder | None
     progress: Progress | None
+    solved: SolvedStore | None
+
+
+def _calibrate(
+    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, options: RunOptions, solved: SolvedStore
+) -> dict[str, Any]:
+    from fewbit.pipeline.calibrated import solve_model
+
+    return solve_model(checkpoint, plan, recipe, options.calibration, solved, options.device, options.progress)
 
 
 def _stream(plan: Plan, checkpoint: Checkpoint, recipe: Recipe, run: _Run) -> list[list[dict[str, Any]]]:
@@ -161,7 +187,11 @@ def _quantize_then_write(
     """Quantize a tensor now; the function that is returned writes it, or copies one that is kept, and describes it."""
     entry = item.tensor.entry
     run.reader.descriptor(entry.file)
-    assemble = quantize_tensor(item, checkpoint, run.reader, recipe, run.workers) if item.stored is not None else None
+    assemble = None
+    if item.stored is not None and run.solved is None:
+        assemble = quantize_tensor(item, checkpoint, run.reader, recipe, run.workers)
+    elif item.stored is not None and run.solved is not None:
+        assemble = partial(run.solved.take, entry.name)
 
     def write() -> dict[str, Any]:
         if assemble is None:
@@ -203,6 +233,7 @@ def _job(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> dict[st
         "model": str(checkpoint.folder.resolve()),
         "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
         "recipe": recipe.to_dict(),
+        **({"calibration": options.calibration.describe()} if recipe.curvature is not None else {}),
         "shard_size": options.shard_size,
         "fewbit": __version__,
     }

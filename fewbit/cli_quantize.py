@@ -1,0 +1,209 @@
+"""The commands that make things from a model: quantize, curvature."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewbit.cli_shared import (
+    CalibrationOption,
+    ChatOption,
+    DeviceOption,
+    HtmlFlag,
+    JsonFlag,
+    LengthOption,
+    MemoryOption,
+    SamplesOption,
+    SeedOption,
+    announce,
+    print_json,
+)
+from fewbit.progress import progress_line
+
+METHODS_HELP = "Without data: rtn, adpq (as published), adpq+ (best). With a little text: gptq, oac, precal+oac (best)."
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a name from `fewbit models`, or a hub name.")],
+    out: Annotated[Path | None, typer.Argument(help="The folder to make.")] = None,
+    method: Annotated[
+        str, typer.Option(help="Without data: rtn, adpq, adpq+. With a little text: gptq, oac, precal+oac.")
+    ] = "adpq+",
+    bits: Annotated[int, typer.Option(help="Bits of a code, 2 to 8.")] = 4,
+    group_size: Annotated[
+        str | None, typer.Option(help="N, auto (largest divisor up to 128), row, or a list: 64,auto.")
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option("--symmetric/--asymmetric", help="Grid of the core around 0, or with a zero-point."),
+    ] = None,
+    grid: Annotated[str | None, typer.Option(help="zero-point, symmetric, minimum or normal-float.")] = None,
+    scale_format: Annotated[str | None, typer.Option(help="float16, float32 or two-level.")] = None,
+    outlier_fraction: Annotated[float | None, typer.Option(help="Share of weights split off; 0 for none.")] = None,
+    outlier_scope: Annotated[str | None, typer.Option(help="tensor or group.")] = None,
+    outlier_grid: Annotated[str | None, typer.Option(help="minmax, sign-magnitude or row.")] = None,
+    outlier_bits: Annotated[int | None, typer.Option(help="Bits of an outlier's code; 0 for --bits.")] = None,
+    clip_search: Annotated[
+        bool | None,
+        typer.Option("--clip-search/--no-clip-search", help="Search each group's range by least error."),
+    ] = None,
+    error_power: Annotated[float | None, typer.Option(help="Exponent of the error in the search.")] = None,
+    column_weights: Annotated[str | None, typer.Option(help="none or norm-gain.")] = None,
+    damping: Annotated[float | None, typer.Option(help="Share of the mean diagonal added to the curvature.")] = None,
+    act_order: Annotated[
+        bool | None, typer.Option("--act-order/--no-act-order", help="Columns by falling curvature.")
+    ] = None,
+    static_groups: Annotated[
+        bool | None, typer.Option("--static-groups/--refit-groups", help="Grids before the solver, or group by group.")
+    ] = None,
+    fisher_terms: Annotated[
+        str | None, typer.Option(help="sequence (as published) or token: drop the terms between tokens.")
+    ] = None,
+    fisher_labels: Annotated[str | None, typer.Option(help="data, or sampled from the model.")] = None,
+    calibration: CalibrationOption = "self",
+    samples: SamplesOption = 128,
+    sequence_length: LengthOption = 512,
+    seed: SeedOption = 0,
+    chat_template: ChatOption = False,
+    curvature: Annotated[
+        Path | None, typer.Option(help="A folder of `fewbit curvature`, instead of --calibration.")
+    ] = None,
+    refresh: Annotated[str, typer.Option(help="Measure the Fisher once, for every block, or every K blocks.")] = "once",
+    original_inputs: Annotated[
+        bool, typer.Option("--original-inputs", help="Take a Gram from the original's inputs.")
+    ] = False,
+    memory: MemoryOption = "",
+    max_fallback: Annotated[int, typer.Option(help="Weights that may fall back to rounding.")] = 0,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Also quantize tensors of this pattern (repeatable).")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Keep tensors of this pattern (repeatable).")] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest output file, e.g. 500MB, 5GB.")] = "5GB",
+    report_only: Annotated[bool, typer.Option("--report-only", help="Measure only; write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if fewbit made it.")] = False,
+    workers: Annotated[int, typer.Option(help="Threads; 0 for one a core.")] = 0,
+    device: DeviceOption = "cpu",
+    as_json: JsonFlag = False,
+    html: HtmlFlag = None,
+) -> None:
+    """Quantize a model, without data or with a little text.
+
+    Examples:
+
+      fewbit quantize smollm2-135m small --bits 3
+
+      fewbit quantize smollm2-135m smaller --method precal+oac --bits 2 --calibration my-texts.jsonl
+
+      fewbit quantize ./llama ./llama-4bit --method rtn --bits 4 --group-size 64
+
+      fewbit quantize ./llama --report-only --bits 2 --json
+    """
+    from fewbit.calibration.choice import CalibrationChoice
+    from fewbit.checkpoints.locate import locate
+    from fewbit.checkpoints.source import open_checkpoint
+    from fewbit.curvature.store import open_curvature
+    from fewbit.memory import keep_freed_memory
+    from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh
+    from fewbit.pipeline.run import RunOptions
+    from fewbit.pipeline.run import quantize as run
+    from fewbit.recipe import recipe_from_choices
+    from fewbit.report.html import check_page, write_quantize_page
+    from fewbit.report.text import quantize_json, quantize_summary
+    from fewbit.sizes import parse_size
+
+    recipe = recipe_from_choices(
+        method,
+        {
+            "bits": bits,
+            "group_size": group_size,
+            "symmetric": symmetric,
+            "grid": grid,
+            "scale_format": scale_format,
+            "outlier_fraction": outlier_fraction,
+            "outlier_scope": outlier_scope,
+            "outlier_grid": outlier_grid,
+            "outlier_bits": outlier_bits,
+            "clip_search": clip_search,
+            "error_power": error_power,
+            "column_weights": column_weights,
+            "damping": damping,
+            "act_order": act_order,
+            "static_groups": static_groups,
+            "fisher_terms": fisher_terms,
+            "fisher_labels": fisher_labels,
+            "include": tuple(include or ()),
+            "exclude": tuple(exclude or ()),
+        },
+    )
+    check_page(html)
+    announce(model)
+    keep_freed_memory()
+    choice = CalibrationChoice(calibration, samples, sequence_length, seed, chat_template)
+    calibrated = CalibrationOptions(
+        choice=choice,
+        stored=open_curvature(curvature, open_checkpoint(locate(model))) if curvature else None,
+        refresh=parse_refresh(refresh),
+        original_inputs=original_inputs,
+        memory_bytes=parse_size(memory) if memory else 0,
+        max_fallback=max_fallback,
+    )
+    with progress_line(f"{recipe.method} {recipe.bits} bits") as progress:
+        options = RunOptions(parse_size(shard_size), overwrite, report_only, workers, device, progress, calibrated)
+        try:
+            report = run(model, out, recipe, options)
+        except KeyboardInterrupt:
+            print("fewbit: interrupted: the same command goes on where this one stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
+    if as_json:
+        print_json(quantize_json(report))
+    else:
+        print(quantize_summary(report, None if report_only else out))
+    if html:
+        write_quantize_page(report, html)
+
+
+def curvature(
+    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a name from `fewbit models`, or a hub name.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    kind: Annotated[str, typer.Option(help="gram (inputs) or fisher (output gradients).")] = "fisher",
+    fisher_terms: Annotated[str, typer.Option(help="sequence (as published) or token.")] = "token",
+    fisher_labels: Annotated[str, typer.Option(help="data, or sampled from the model.")] = "data",
+    diagonal: Annotated[bool, typer.Option("--diagonal", help="Keep only the diagonal.")] = False,
+    calibration: CalibrationOption = "self",
+    samples: SamplesOption = 128,
+    sequence_length: LengthOption = 512,
+    seed: SeedOption = 0,
+    chat_template: ChatOption = False,
+    memory: MemoryOption = "",
+    device: DeviceOption = "cpu",
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure what errors in a model's weights cost, and keep it for any method and bit-width.
+
+    Example:
+
+      fewbit curvature smollm2-135m smol-fisher --calibration my-texts.jsonl
+
+      fewbit quantize smollm2-135m small --method precal+oac --bits 2 --curvature smol-fisher
+    """
+    from fewbit.calibration.choice import CalibrationChoice
+    from fewbit.curvature.choice import CurvatureChoice
+    from fewbit.pipeline.calibration_options import CalibrationOptions
+    from fewbit.pipeline.measure import measure
+    from fewbit.sizes import parse_size, show_size
+
+    announce(model)
+    options = CalibrationOptions(
+        CalibrationChoice(calibration, samples, sequence_length, seed, chat_template),
+        memory_bytes=parse_size(memory) if memory else 0,
+    )
+    choice = CurvatureChoice(kind, fisher_terms, fisher_labels, diagonal)
+    with progress_line(f"{kind} of {model}") as progress:
+        result = measure(model, out, choice, options, device, progress)
+    if as_json:
+        print_json(result)
+    else:
+        print(
+            f"wrote {out}: {kind}, {result['tokens']:,} tokens, {show_size(result['bytes'])}, {result['seconds']:.0f} s"
+        )

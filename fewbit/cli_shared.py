@@ -1,0 +1,41 @@
+"""What the commands share: option types, JSON output, announcements."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+HtmlFlag = Annotated[Path | None, typer.Option("--html", help="Write a self-contained HTML page here.")]
+DeviceOption = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, ….")]
+CalibrationOption = Annotated[
+    str,
+    typer.Option(
+        help="SRC[:COUNT][,SRC...]: a .txt, .jsonl, .parquet or folder, self (the model's own text), nonsense, "
+        "random-tokens, or a hub data set (c4, wikitext2, redpajama, NAME:COLUMN)."
+    ),
+]
+SamplesOption = Annotated[int, typer.Option(help="Calibration sequences in all.")]
+LengthOption = Annotated[int, typer.Option(help="Tokens of a calibration sequence.")]
+SeedOption = Annotated[int, typer.Option(help="Which sequences are drawn.")]
+ChatOption = Annotated[bool, typer.Option("--chat-template", help="Wrap every document as a user's turn.")]
+MemoryOption = Annotated[
+    str, typer.Option(help="For curvature and hidden states, e.g. 4GB; default: half of what is free.")
+]
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def announce(*models: str | None) -> None:
+    """Say so when a named model will be fetched first, which takes a while."""
+    from fewbit.checkpoints.named import NAMED_MODELS, named_folder
+    from fewbit.sizes import show_size
+
+    for name in models:
+        if name in NAMED_MODELS and not Path(name).exists() and not named_folder(NAMED_MODELS[name]).is_dir():
+            size = show_size(NAMED_MODELS[name].download_bytes)
+            print(f"fetching {name} ({size}) and converting it, once: about a minute …", file=sys.stderr)

@@ -1,0 +1,31 @@
+"""Which curvature: what the error of a weight is taken to cost."""
+
+from dataclasses import dataclass
+
+from fewbit.errors import FewbitError
+
+KINDS = ("gram", "fisher")
+TERMS = ("sequence", "token")
+LABELS = ("data", "sampled")
+
+
+@dataclass(frozen=True)
+class CurvatureChoice:
+    """What a weight's error is taken to cost.
+
+    kind: gram or fisher. terms: for fisher, sequence (as published) or token. labels: for fisher, the data's next
+    tokens (empirical Fisher) or tokens sampled from the model. diagonal: keep only the diagonal. tempering: each
+    token's share is divided by ``|x_t|^(2 tempering)``, 0 for none, 1 for unit inputs: what keeps a massive activation
+    from being all that a Gram sees.
+    """
+
+    kind: str = "gram"
+    terms: str = "sequence"
+    labels: str = "data"
+    diagonal: bool = False
+    tempering: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("kind", KINDS), ("terms", TERMS), ("labels", LABELS)):
+            if getattr(self, name) not in choices:
+                raise FewbitError(f"curvature {name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")

@@ -1,0 +1,264 @@
+"""Quantize with a curvature: measure it stage by stage, solve the stage's weights, put them into the network, go on.
+
+A stage is one block for the input Gram (which sees what the quantized blocks before it give), and as many as
+`refresh` says for the output Fisher. Every solved weight is written at once, so a killed run goes on from there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from fewbit.architecture.network import Site, find_blocks, find_sites
+from fewbit.calibration.choice import CalibrationChoice
+from fewbit.calibration.tokens import CalibrationSet, make_set
+from fewbit.checkpoints.safetensors_io import FileReader
+from fewbit.checkpoints.source import Checkpoint
+from fewbit.curvature.accumulate import Accumulator
+from fewbit.curvature.fisher import measure_fisher
+from fewbit.curvature.store import StoredCurvature
+from fewbit.errors import FewbitError, missing_extra
+from fewbit.formats import native
+from fewbit.pipeline.calibration_options import CalibrationOptions
+from fewbit.pipeline.plan import Plan, PlannedTensor
+from fewbit.pipeline.quantize_tensor import assemble
+from fewbit.pipeline.quantize_weight import NotFiniteError
+from fewbit.pipeline.solve_weight import Solved, solve_weight
+from fewbit.pipeline.solved_store import SolvedStore, SolvedWeight
+from fewbit.pipeline.walk import Walk
+from fewbit.recipe import Recipe
+from fewbit.runtime.load import load
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Network:
+    """The model that runs, its blocks, and where the tensors to quantize are in it, block by block."""
+
+    model: Any
+    blocks: list[Any]
+    sites: list[list[Site]]
+    items: dict[str, PlannedTensor]
+
+
+def solve_model(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    recipe: Recipe,
+    options: CalibrationOptions,
+    store: SolvedStore,
+    device: str,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Solve every planned tensor into `store`; returns what the report says of the calibration.
+
+    Raises FewbitError when more weights than `max_fallback` fell back to rounding, naming them.
+    """
+    network = open_network(checkpoint, plan, device)
+    calibration = None if options.stored else calibration_set(checkpoint, options.choice, network.model)
+    run = _Run(recipe, options, store, network, progress)
+    outside = [item for item in network.items.values() if item.tensor.block is None]
+    for item in outside:
+        run.round_outside(item, checkpoint)
+    if options.stored is not None:
+        _with_stored(run, options.stored)
+    elif recipe.curvature is not None and recipe.curvature.kind == "fisher":
+        assert calibration is not None
+        _with_fisher(run, calibration)
+    else:
+        assert calibration is not None
+        _with_gram(run, calibration)
+    fallen = [name for name, path in run.paths.items() if path.startswith("fallback")]
+    if len(fallen) > options.max_fallback:
+        raise FewbitError(
+            f"{len(fallen)} weights fell back to rounding: "
+            + "; ".join(f"{name} ({run.paths[name]})" for name in fallen[:5])
+            + ": raise --damping, give more calibration text, or allow it with --max-fallback"
+        )
+    return {
+        "calibration": options.stored.description if options.stored else (calibration and calibration.describe()),
+        "refresh": options.refresh,
+        "original_inputs": options.original_inputs,
+    }
+
+
+def open_network(checkpoint: Checkpoint, plan: Plan, device: str) -> Network:
+    """Load the model and find the planned tensors in it."""
+    model = load(checkpoint.folder, device=device)
+    blocks = list(find_blocks(model))
+    items = {item.tensor.entry.name: item for shard in plan.shards for item in shard if item.stored is not None}
+    with FileReader() as reader:
+
+        def read(tensor: Any) -> Tensor:
+            whole = reader.tensor(tensor.entry)
+            return (whole.t() if tensor.transposed else whole).to(device)
+
+        sites = find_sites(blocks, [item.tensor for item in items.values()], read)
+    return Network(model, blocks, sites, items)
+
+
+def calibration_set(checkpoint: Checkpoint, choice: CalibrationChoice, model: Any) -> CalibrationSet:
+    """The tokens to calibrate on, in the model's own tokenizer."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise missing_extra("transformers", "hf") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        tokenizer = None
+    return make_set(choice, tokenizer, model.get_input_embeddings().weight.shape[0], model)
+
+
+@dataclass
+class _Run:
+    """Solving one block after another, with what the progress line shows."""
+
+    recipe: Recipe
+    options: CalibrationOptions
+    store: SolvedStore
+    network: Network
+    progress: Progress | None
+    paths: dict[str, str] = field(default_factory=dict)
+    done: int = 0
+    total: int = 1
+    what: str = ""
+
+    def step(self, *_: Any) -> None:
+        """One sequence through one block, or one sequence forward and back."""
+        self.done += 1
+        if self.progress:
+            self.progress(min(self.done, self.total), self.total, self.what)
+
+    def solve_block(self, index: int, curvature: Callable[[Site], Tensor | None], install: bool = True) -> None:
+        """Solve the weights of a block, or take them from an interrupted run; `install` puts them into the network."""
+        by_tensor: dict[str, list[Site]] = {}
+        for site in self.network.sites[index]:
+            by_tensor.setdefault(site.tensor.entry.name, []).append(site)
+        for name, sites in by_tensor.items():
+            item = self.network.items[name]
+            assert item.stored is not None
+            found = self.store.find(name)
+            if found is None:
+                found = self._solve(item, [(site.read(), curvature(site)) for site in sites])
+            self.paths[name] = found.record["path"]
+            if install:
+                decoded = native.decode(found.parts, found.stored)
+                first = 0
+                for site in sites:
+                    site.write(decoded[first : first + site.rows])
+                    first += site.rows
+            error = found.record["relative_squared_error"]
+            self.what = f"block {index + 1} of {len(self.network.blocks)}, error {error:.2%}"
+
+    def solved(self, index: int) -> bool:
+        """Whether an interrupted run has solved all of a block."""
+        return all(self.store.find(site.tensor.entry.name) is not None for site in self.network.sites[index])
+
+    def round_outside(self, item: PlannedTensor, checkpoint: Checkpoint) -> None:
+        """A weight outside the blocks has no curvature: it is rounded."""
+        if self.store.find(item.tensor.entry.name) is None:
+            with FileReader() as reader:
+                whole = reader.tensor(item.tensor.entry)
+            self._solve(item, [(whole.t() if item.tensor.transposed else whole, None)])
+
+    def _solve(self, item: PlannedTensor, matrices: list[tuple[Tensor, Tensor | None]]) -> SolvedWeight:
+        assert item.stored is not None
+        name = item.tensor.entry.name
+        solved: list[Solved] = []
+        spans: list[tuple[int, int]] = []
+        first = 0
+        for weight, matrix in matrices:
+            try:
+                solved.append(solve_weight(weight, matrix, self.recipe, item.stored.scheme))
+            except NotFiniteError as error:
+                raise FewbitError(f"{name}: a weight is NaN or infinite: the checkpoint is damaged") from error
+            except FewbitError as error:
+                raise FewbitError(f"{name}: {error}") from error
+            spans.append((first, weight.shape[0]))
+            first += weight.shape[0]
+        stored, parts, record = assemble(item, item.stored, [one.rows for one in solved], spans, self.recipe)
+        paths = sorted({one.path for one in solved})
+        record["path"] = next((path for path in paths if path.startswith("fallback")), "; ".join(paths))
+        predicted = [one.predicted for one in solved if one.predicted is not None]
+        if predicted:
+            record["relative_curvature_error"] = sum(predicted) / len(predicted)
+        return self.store.put(name, SolvedWeight(stored, parts, record))
+
+
+def _with_gram(run: _Run, calibration: CalibrationSet) -> None:
+    network, options = run.network, run.options
+    passes = 1 if options.original_inputs else 2
+    run.total = passes * len(network.blocks) * calibration.ids.shape[0]
+    walk = Walk(network.model, network.blocks, calibration.ids, options.memory // 2)
+    assert run.recipe.curvature is not None
+    for index, sites in enumerate(network.sites):
+        accumulator = Accumulator(run.recipe.curvature)
+        layers = list({site.watched.key: site.watched for site in sites}.values())
+        if options.original_inputs:
+            walk.observe_and_advance(index, layers, accumulator, run.step)
+        elif not run.solved(index):
+            walk.observe(index, layers, accumulator, run.step)
+        else:
+            run.done += calibration.ids.shape[0]
+        run.solve_block(index, lambda site, found=accumulator: found.curvature(site.watched.key))  # type: ignore[misc]
+        if not options.original_inputs:
+            walk.advance(index, run.step)
+
+
+def _with_fisher(run: _Run, calibration: CalibrationSet) -> None:
+    network, choice, refresh = run.network, run.recipe.curvature, run.options.refresh
+    assert choice is not None
+    stages = stages_of(network.sites, refresh, run.options.memory)
+    run.total = len(stages) * calibration.ids.shape[0]
+    for stage in stages:
+        accumulator = Accumulator(choice)
+        if all(run.solved(index) for index in stage):
+            run.done += calibration.ids.shape[0]
+        else:
+            layers = {site.watched.key: site.watched for index in stage for site in network.sites[index]}
+            run.what = f"curvature of blocks {stage[0] + 1} to {stage[-1] + 1}"
+            blocks = network.blocks[stage[0] :]
+            accumulator, _ = measure_fisher(
+                network.model, blocks, list(layers.values()), calibration.ids, choice, run.step
+            )
+        for index in stage:
+            # Measured once means with the original's weights, also where memory makes several passes of it.
+            run.solve_block(index, partial(_curvature_at, accumulator), install=refresh > 0)
+
+
+def stages_of(sites: list[list[Site]], refresh: int, memory_bytes: int) -> list[list[int]]:
+    """Blocks whose curvature is measured in one pass: `refresh` of them, or as many as fit (`refresh` 0).
+
+    Raises FewbitError when the matrices of one block do not fit.
+    """
+    sizes = [sum({site.watched.key: 4 * site.columns**2 for site in block}.values()) for block in sites]
+    stages: list[list[int]] = [[]]
+    filled = 0
+    for index, size in enumerate(sizes):
+        if size > memory_bytes:
+            raise FewbitError(
+                f"block {index + 1}: its curvature takes {size / 1e9:.2f} GB, --memory allows {memory_bytes / 1e9:.2f}"
+            )
+        full = filled + size > memory_bytes or (refresh and len(stages[-1]) >= refresh)
+        if stages[-1] and full:
+            stages.append([])
+            filled = 0
+        stages[-1].append(index)
+        filled += size
+    return stages
+
+
+def _with_stored(run: _Run, stored: StoredCurvature) -> None:
+    run.total = len(run.network.blocks)
+    for index in range(len(run.network.blocks)):
+        matrices = stored.block(index)
+        run.solve_block(index, lambda site, found=matrices: found.get(site.watched.key), install=False)  # type: ignore[misc]
+        run.step()
+
+
+def _curvature_at(accumulator: Accumulator, site: Site) -> Tensor | None:
+    return accumulator.curvature(site.watched.key)

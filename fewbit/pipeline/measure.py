@@ -1,0 +1,105 @@
+"""`fewbit curvature`: measure a curvature of the original and keep it for any method and bit-width."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.source import open_checkpoint
+from fewbit.curvature.accumulate import Accumulator
+from fewbit.curvature.choice import CurvatureChoice
+from fewbit.curvature.fisher import measure_fisher
+from fewbit.curvature.store import CurvatureWriter
+from fewbit.device import check_device
+from fewbit.memory import peak_rss_bytes
+from fewbit.pipeline.calibrated import Network, Progress, calibration_set, open_network, stages_of
+from fewbit.pipeline.calibration_options import CalibrationOptions
+from fewbit.pipeline.plan import make_plan
+from fewbit.pipeline.walk import Walk
+from fewbit.recipe import Recipe
+
+
+def measure(
+    model: str | Path,
+    out: Path,
+    choice: CurvatureChoice,
+    options: CalibrationOptions,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a curvature on the original's own weights and inputs into the folder `out`; goes on where it stopped.
+
+    Returns figures: tokens, bytes, seconds, peak_rss_bytes. Raises FewbitError for bad input.
+    """
+    started = time.perf_counter()
+    check_device(device)
+    checkpoint = open_checkpoint(locate(model))
+    plan = make_plan(checkpoint, Recipe(group_size="row"), 1 << 62)
+    network = open_network(checkpoint, plan, device)
+    calibration = calibration_set(checkpoint, options.choice, network.model)
+    writer = CurvatureWriter(out, checkpoint, choice, calibration.describe())
+    count = calibration.ids.shape[0]
+    if choice.kind == "gram":
+        _gram(network, calibration.ids, choice, options, writer, progress)
+    else:
+        stages = stages_of(network.sites, 0, options.memory)
+        for number, stage in enumerate(stages):
+            if all(writer.has(index) for index in stage):
+                continue
+
+            def step(done: int, total: int, begun: int = number) -> None:
+                if progress:
+                    progress(begun * total + done, len(stages) * total, f"sequence {done} of {total}")
+
+            layers = {site.watched.key: site.watched for index in stage for site in network.sites[index]}
+            found, _ = measure_fisher(
+                network.model, network.blocks[stage[0] :], list(layers.values()), calibration.ids, choice, step
+            )
+            for index in stage:
+                _put(network, index, found, writer)
+    return {
+        "folder": str(out),
+        "kind": choice.kind,
+        "sequences": count,
+        "tokens": calibration.ids.numel(),
+        "tokens_sha256": calibration.sha256,
+        "bytes": sum(path.stat().st_size for path in out.iterdir()),
+        "seconds": time.perf_counter() - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _gram(
+    network: Network,
+    ids: torch.Tensor,
+    choice: CurvatureChoice,
+    options: CalibrationOptions,
+    writer: CurvatureWriter,
+    progress: Progress | None,
+) -> None:
+    walk = Walk(network.model, network.blocks, ids, options.memory // 2)
+    done, total = 0, len(network.blocks) * ids.shape[0]
+    for index, sites in enumerate(network.sites):
+        accumulator = Accumulator(choice)
+
+        def step(block: int = index) -> None:
+            nonlocal done
+            done += 1
+            if progress:
+                progress(done, total, f"block {block + 1} of {len(network.blocks)}")
+
+        if writer.has(index):
+            walk.advance(index, step)
+            continue
+        walk.observe_and_advance(
+            index, list({site.watched.key: site.watched for site in sites}.values()), accumulator, step
+        )
+        _put(network, index, accumulator, writer)
+
+
+def _put(network: Network, index: int, found: Accumulator, writer: CurvatureWriter) -> None:
+    keys = {site.watched.key for site in network.sites[index]}
+    sums = {key: tensor for key, tensor in found.sums.items() if key in keys}
+    writer.put(index, sums, {key: owner for key, owner in found.shared.items() if key in keys})

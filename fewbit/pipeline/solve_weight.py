@@ -1,0 +1,234 @@
+"""One weight matrix with a curvature: choose outliers and grids, then let the column solver choose the codes.
+
+Read it beside `docs/methods.md`. With static grids everything but the codes is fixed before the first column; with
+grids that are refitted a group's is chosen when the solver enters it, from weights that already make up for errors.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fewbit.curvature.damping import Factor, factor, prepare
+from fewbit.formats.scheme import Scheme
+from fewbit.grids.packing import pack
+from fewbit.grids.positions import flat_positions
+from fewbit.outliers.adaptive_lasso import group_mask, outlier_count, split, threshold
+from fewbit.pipeline.fit_grid import (
+    Grid,
+    encode,
+    encode_outliers,
+    fit_core,
+    fit_outliers,
+    outlier_grid_of,
+    round_to,
+)
+from fewbit.pipeline.plan import outliers_per_group
+from fewbit.pipeline.quantize_weight import NotFiniteError, QuantizedRows
+from fewbit.recipe import Recipe
+from fewbit.solvers.column import DivergedError, solve_columns
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The rows to store, the decoded weights `(out, in)` float32, and how they were found.
+
+    path: solved, solved with raised damping, rounded (nothing was to be solved), or fallback with its reason.
+    predicted: ``tr(dW H dW^T) / tr(W H W^T)``, the relative error that the curvature sees.
+    """
+
+    rows: QuantizedRows
+    decoded: Tensor
+    path: str
+    predicted: float | None
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Everything the columns are rounded with; grids as `(groups, rows)`, so that a group's are contiguous."""
+
+    recipe: Recipe
+    scheme: Scheme
+    weight: Tensor
+    importance: Tensor | None
+
+
+def solve_weight(weight: Tensor, curvature: Tensor | None, recipe: Recipe, scheme: Scheme) -> Solved:
+    """Quantize `(out, in)`, any floating dtype, under a curvature `(in, in)`, or by rounding where it is None.
+
+    Raises NotFiniteError when a weight is NaN or infinite.
+    """
+    weight = weight.to(torch.float32)
+    if not bool(torch.isfinite(weight).all()):
+        raise NotFiniteError
+    if curvature is None:
+        return _finish(weight, weight, _static(_Problem(recipe, scheme, weight, None)), "rounded: no input seen", None)
+    if not bool(torch.isfinite(curvature).all()):
+        fixed = _static(_Problem(recipe, scheme, weight, None))
+        return _finish(weight, weight, fixed, "fallback: the curvature is not finite", None)
+    prepared, _ = prepare(curvature)
+    order = _order(prepared, recipe)
+    found = factor(prepared[order][:, order], recipe.solver.damping)
+    importance = _importance(prepared, found, order, recipe)
+    problem = _Problem(recipe, scheme, weight, importance)
+    fixed = _static(problem)
+    if found is None:
+        return _finish(weight, weight, fixed, "fallback: the curvature has no Cholesky factor", prepared)
+    try:
+        compensated, fixed = _columns(problem, fixed, found, order)
+    except DivergedError:
+        return _finish(weight, weight, fixed, "fallback: the solver diverged", prepared)
+    path = "solved" if found.step == 0 else f"solved with damping {found.damping:g}"
+    return _finish(weight, compensated, fixed, path, prepared)
+
+
+def _order(prepared: Tensor, recipe: Recipe) -> Tensor:
+    columns = prepared.shape[0]
+    if recipe.solver.act_order:
+        return torch.argsort(prepared.diagonal(), descending=True, stable=True)
+    return torch.arange(columns, device=prepared.device)
+
+
+def _importance(prepared: Tensor, found: Factor | None, order: Tensor, recipe: Recipe) -> Tensor | None:
+    """c_j of each column, mean 1, for grids and outliers.
+
+    diagonal: H_jj, what an error in the column costs by itself. inverse: 1 / [H^-1]_jj, what it costs after the others
+    have made up for it.
+    """
+    kind = recipe.solver.importance
+    if kind == "none" or (kind == "inverse" and found is None):
+        return None
+    if kind == "diagonal":
+        costs = prepared.diagonal()
+    else:
+        assert found is not None
+        costs = torch.empty_like(prepared.diagonal())
+        costs[order] = 1.0 / found.upper.to(torch.float64).square().sum(dim=0)
+    return (costs / costs.mean()).clamp(min=1e-8).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """What is chosen before the columns: the mask of outliers `(out, in)`, and both grids."""
+
+    mask: Tensor | None
+    core: Grid
+    outliers: Grid | None
+
+
+def _static(problem: _Problem) -> _Fixed:
+    """Outliers by the adaptive LASSO, weighed by the columns' importance; grids from the weights as they are."""
+    recipe, scheme, weight = problem.recipe, problem.scheme, problem.weight
+    rows, columns = weight.shape
+    x = weight.reshape(-1, scheme.group_size)
+    spread = None
+    if problem.importance is not None:
+        spread = problem.importance.view(-1, scheme.group_size).repeat(rows, 1)
+    mask = _outliers(x, spread, recipe, scheme)
+    core = x if mask is None else x.masked_fill(mask, 0.0)
+    grid = fit_core(core, rows, scheme, recipe.search, mask, spread)
+    if mask is None:
+        return _Fixed(None, grid, None)
+    where = flat_positions(mask)
+    outlier_grid = fit_outliers(weight.reshape(-1)[where], where, (rows, columns), scheme)
+    return _Fixed(mask.view(rows, columns), grid, outlier_grid)
+
+
+def _outliers(x: Tensor, importance: Tensor | None, recipe: Recipe, scheme: Scheme) -> Tensor | None:
+    """``|w| sqrt(c_j)`` above the threshold: with a diagonal curvature lambda'_j is lambda / (2 c_j)."""
+    if recipe.outliers == "none" or recipe.outlier_fraction == 0:
+        return None
+    magnitudes = x.abs() if importance is None else x.abs() * importance.sqrt()
+    if recipe.outlier_scope == "group":
+        return group_mask(magnitudes, outliers_per_group(recipe, scheme.group_size))
+    cut = threshold([lambda: magnitudes], outlier_count(x.numel(), recipe.outlier_fraction))
+    return split(magnitudes, cut)[1]
+
+
+def _columns(problem: _Problem, fixed: _Fixed, found: Factor, order: Tensor) -> tuple[Tensor, _Fixed]:
+    """Run the column solver; returns the compensated weights in storage order and the grids it ended with."""
+    scheme, recipe, weight = problem.scheme, problem.recipe, problem.weight
+    size = scheme.group_size
+    scale = fixed.core.scale.t().contiguous()
+    offset = fixed.core.offset.t().contiguous() if isinstance(fixed.core.offset, Tensor) else fixed.core.offset
+    column_of, group_of = order.tolist(), (order // size).tolist()
+    mask = fixed.mask.t().contiguous() if fixed.mask is not None else None
+    refitted: dict[int, Grid] = {}
+
+    def quantize(column: Tensor, j: int) -> Tensor:
+        group = group_of[j]
+        decoded = round_to(column, scale[group], offset[group] if isinstance(offset, Tensor) else offset, scheme)
+        if mask is None:
+            return decoded
+        assert fixed.outliers is not None and isinstance(fixed.outliers.offset, Tensor)
+        place = group if fixed.outliers.scale.shape[1] > 1 else 0
+        _, kept = encode_outliers(column, fixed.outliers.scale[:, place], fixed.outliers.offset[:, place], scheme)
+        return torch.where(mask[column_of[j]], kept, decoded)
+
+    def enter(group: Tensor, first: int) -> None:
+        index = first // size
+        weights = None if problem.importance is None else problem.importance[first : first + size].unsqueeze(0)
+        one = replace(scheme, outlier_grid="none", outlier_bits=0)
+        grid = fit_core(group.contiguous(), group.shape[0], one, recipe.search, None, weights)
+        refitted[index] = grid
+        scale[index] = grid.scale[:, 0]
+        if isinstance(offset, Tensor) and isinstance(grid.offset, Tensor):
+            offset[index] = grid.offset[:, 0]
+
+    refit = enter if recipe.solver.refit and mask is None else None
+    ordered = solve_columns(weight[:, order], found.upper, quantize, refit, size)
+    compensated = torch.empty_like(ordered)
+    compensated[:, order] = ordered
+    if refit is None:
+        return compensated, fixed
+    return compensated, replace(fixed, core=_join(refitted, scheme))
+
+
+def _join(grids: dict[int, Grid], scheme: Scheme) -> Grid:
+    """One grid of all groups from those of single groups."""
+    ordered = [grids[index] for index in sorted(grids)]
+    scale = torch.cat([grid.scale for grid in ordered], dim=1)
+    parts = {}
+    offset: Tensor | float = ordered[0].offset
+    if isinstance(offset, Tensor):
+        offset = torch.cat([grid.offset for grid in ordered if isinstance(grid.offset, Tensor)], dim=1)
+    for name in ordered[0].parts:
+        if name == "zeros":
+            assert isinstance(offset, Tensor)
+            parts[name] = pack(offset.to(torch.uint8), scheme.bits)
+        else:
+            parts[name] = torch.cat([grid.parts[name] for grid in ordered], dim=1)
+    return Grid(scheme, parts, scale, offset)
+
+
+def _finish(weight: Tensor, compensated: Tensor, fixed: _Fixed, path: str, prepared: Tensor | None) -> Solved:
+    """Codes of the compensated weights, packed, and the error against the weights as they were."""
+    scheme = fixed.core.scheme
+    rows, columns = weight.shape
+    grouped = compensated.reshape(rows, -1, scheme.group_size)
+    offset = fixed.core.offset
+    offset = offset.unsqueeze(2) if isinstance(offset, Tensor) else offset
+    codes, decoded = encode(grouped, fixed.core.scale.unsqueeze(2), offset, scheme)
+    codes, decoded = codes.reshape(-1), decoded.reshape(-1)
+    parts = dict(fixed.core.parts)
+    where = outlier_codes = None
+    if fixed.mask is not None and fixed.outliers is not None:
+        where = flat_positions(fixed.mask)
+        chosen = outlier_grid_of(where, columns, fixed.outliers)
+        outlier_codes, values = encode_outliers(compensated.reshape(-1)[where], *chosen, scheme)
+        parts.update(fixed.outliers.parts)
+        codes[where] = (outlier_codes & (2**scheme.bits - 1)).to(torch.uint8)
+        decoded[where] = values
+    parts["codes"] = pack(codes.view(rows, columns), scheme.bits)
+    decoded = decoded.view(rows, columns)
+    difference = decoded - weight
+    error, norm = float(difference.double().square().sum()), float(weight.double().square().sum())
+    predicted = None
+    if prepared is not None:
+        predicted = _cost(difference, prepared) / max(_cost(weight, prepared), 1e-300)
+    return Solved(QuantizedRows(parts, where, outlier_codes, error, norm), decoded, path, predicted)
+
+
+def _cost(error: Tensor, prepared: Tensor) -> float:
+    """``tr(E H E^T)``."""
+    return float((error @ prepared.to(torch.float32)).mul_(error).sum(dtype=torch.float64))

@@ -1,0 +1,67 @@
+"""Solved weights on disk, each written when it is found, until the shards are put together from them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewbit.formats.config import read_stored
+from fewbit.formats.scheme import Scheme, StoredWeight
+from fewbit.pipeline.plan import stored_to_dict
+
+SUFFIX = ".solved"
+
+
+@dataclass(frozen=True)
+class SolvedWeight:
+    """How a weight is stored, its parts on the CPU, and its record for the report."""
+
+    stored: StoredWeight
+    parts: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+class SolvedStore:
+    """A folder with one file for every solved weight; a file is there in full or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, name: str, solved: SolvedWeight) -> SolvedWeight:
+        """Keep a weight under the name of its tensor."""
+        described = {
+            "name": name,
+            "scheme": solved.stored.scheme.to_dict(),
+            "stored": stored_to_dict(solved.stored, 0),
+            "record": solved.record,
+        }
+        path = self._path(name)
+        partial = path.with_suffix(".partial")
+        tensors = {part: tensor.contiguous() for part, tensor in solved.parts.items()}
+        save_file(tensors, partial, metadata={"solved": json.dumps(described)})
+        partial.replace(path)
+        return solved
+
+    def find(self, name: str) -> SolvedWeight | None:
+        """A weight that was kept, or None."""
+        path = self._path(name)
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            described = json.loads(file.metadata()["solved"])
+            stored = read_stored(described["stored"], Scheme.from_dict(described["scheme"]))
+            parts = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
+        return SolvedWeight(stored, parts, described["record"])
+
+    def take(self, name: str) -> tuple[StoredWeight, dict[str, Tensor], dict[str, Any]]:
+        """A weight that was kept, as :func:`fewbit.pipeline.quantize_tensor.assemble` gives it."""
+        found = self.find(name)
+        assert found is not None
+        return found.stored, found.parts, found.record
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}{SUFFIX}"

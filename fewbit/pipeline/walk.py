@@ -1,0 +1,107 @@
+"""Run a network block by block: every sequence through one block, then the next, with what blocks see kept between.
+
+The hidden states of all sequences are one tensor, in memory up to a limit and on disk beyond it. What else a block is
+called with (masks, position embeddings) is the same for all sequences of one length, so it is taken from one run.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.curvature.accumulate import Accumulator
+from fewbit.curvature.observe import Watched, watching
+
+Step = Callable[[], None]
+
+
+class Walk:
+    """The hidden states that enter the next block."""
+
+    def __init__(self, model: Any, blocks: Sequence[nn.Module], ids: Tensor, memory_bytes: int) -> None:
+        """Run the part before the blocks. ids: `(samples, length)`. memory_bytes: above it, states live on disk."""
+        self._blocks = blocks
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        first = self._record(model, ids[:1])
+        shape = (ids.shape[0], *first.shape[1:])
+        self._states = _allocate(shape, first.dtype, first.device, memory_bytes)
+        with torch.inference_mode():
+            for index in range(ids.shape[0]):
+                self._states[index : index + 1] = _until_first_block(model, blocks[0], ids[index : index + 1])
+
+    def _record(self, model: Any, ids: Tensor) -> Tensor:
+        """What every block is called with beside the hidden states, and the states that enter the first."""
+        entering: list[Tensor] = []
+        handles = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entering.append(args[0])
+            self._calls.append((args[1:], kwargs))
+
+        try:
+            handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self._blocks]
+            with torch.inference_mode():
+                model(ids.to(model.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return entering[0]
+
+    def observe(self, index: int, layers: list[Watched], accumulator: Accumulator, step: Step) -> None:
+        """Run block `index` over all sequences for what its layers see; the states stay."""
+        with watching(layers, accumulator.observe, backward=False):
+            self._run(index, step, keep=False)
+
+    def observe_and_advance(self, index: int, layers: list[Watched], accumulator: Accumulator, step: Step) -> None:
+        """Both in one pass: what the layers see and the next states are those of the weights as they are."""
+        with watching(layers, accumulator.observe, backward=False):
+            self._run(index, step, keep=True)
+
+    def advance(self, index: int, step: Step) -> None:
+        """Run block `index` as it is now; its outputs become the states."""
+        self._run(index, step, keep=True)
+
+    def _run(self, index: int, step: Step, keep: bool) -> None:
+        args, kwargs = self._calls[index]
+        with torch.inference_mode():
+            for sample in range(self._states.shape[0]):
+                out = self._blocks[index](self._states[sample : sample + 1], *args, **kwargs)
+                if keep:
+                    self._states[sample : sample + 1] = out[0] if isinstance(out, tuple) else out
+                step()
+
+
+class _StopError(Exception):
+    """Ends a forward pass at the first block."""
+
+
+def _until_first_block(model: Any, block: nn.Module, ids: Tensor) -> Tensor:
+    found: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0])
+        raise _StopError
+
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(ids.to(model.device), use_cache=False)
+    except _StopError:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, memory_bytes: int) -> Tensor:
+    count = 1
+    for size in shape:
+        count *= size
+    if count * dtype.itemsize <= memory_bytes:
+        return torch.empty(shape, dtype=dtype, device=device)
+    with tempfile.NamedTemporaryFile(suffix=".states") as file:
+        # The mapping outlives the name: nothing is left behind, however the process ends.
+        flat = torch.from_file(str(Path(file.name)), shared=True, size=count, dtype=dtype)
+    return flat.view(shape)
