@@ -1,6 +1,6 @@
 """Watch the linear layers of a running model: their inputs, and on the way back the gradients of their outputs.
 
-Whatever the architecture, a linear layer is a call of ``linear`` (or GPT-2's ``addmm``) with a weight whose memory is
+Whatever the architecture, a linear layer is a call of ``linear`` (or ``addmm``, or a product) with a weight whose memory is
 known, be it a module's own or one expert's slice of a fused tensor. So the calls are watched, not the modules.
 """
 
@@ -85,7 +85,12 @@ def _as_linear(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tenso
         return args[0], args[1] if len(args) > 1 else kwargs["weight"], bias
     if func is torch.addmm and len(args) == 3 and not kwargs:
         return args[1], args[2].t(), args[0]
+    if func in _PRODUCTS and len(args) == 2 and args[1].dim() == 2:
+        return args[0], args[1].t(), None
     return None
+
+
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
 class _Observed(torch.autograd.Function):

@@ -1,0 +1,170 @@
+"""Curvature against sums computed by an independent route, and its store."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit.architecture.coverage import cover
+from fewbit.architecture.network import Site, find_blocks, find_sites
+from fewbit.checkpoints.source import open_checkpoint
+from fewbit.curvature.accumulate import Accumulator
+from fewbit.curvature.choice import CurvatureChoice
+from fewbit.curvature.fisher import measure_fisher
+from fewbit.curvature.observe import watching
+from fewbit.curvature.store import open_curvature
+from fewbit.errors import FewbitError
+from fewbit.runtime.load import load
+from tests.conftest import build_tiny, run_cli
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Any], list[Site]]:
+    folder = build_tiny(tmp_path_factory.mktemp("curvature") / "model", dtype="float32")
+    model = load(folder, dtype=torch.float32, device="cpu")
+    blocks = list(find_blocks(model))
+    checkpoint = open_checkpoint(folder)
+    tensors = cover(checkpoint.entries.values(), checkpoint.config).of("quantize")
+    return model, blocks, [site for block in find_sites(blocks, tensors, None) for site in block]
+
+
+IDS = torch.randint(2, 256, (3, 24), generator=torch.Generator().manual_seed(1))
+
+
+def by_autograd(model: Any, site: Site) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Per sequence: the weight's gradient of the summed loss, the layer's inputs, its output gradients; float64."""
+    model = model.double()
+    gradients, inputs, outputs = [], [], []
+    for sequence in IDS:
+        seen: list[Tensor] = []
+
+        def note(module: Any, args: Any, out: Tensor, seen: list[Tensor] = seen) -> None:
+            out.retain_grad()
+            seen.extend([args[0].detach(), out])
+
+        weight = site.watched.weight
+        weight.requires_grad_(True)
+        weight.grad = None
+        handle = site.watched.module.register_forward_hook(note)
+        logits = model(sequence[None], use_cache=False).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").backward()
+        handle.remove()
+        assert weight.grad is not None
+        assert seen[1].grad is not None
+        gradients.append(weight.grad.clone())
+        inputs.append(seen[0][0])
+        outputs.append(seen[1].grad[0])
+    model.zero_grad()
+    model.float()
+    return gradients, inputs, outputs
+
+
+@pytest.mark.parametrize("terms", ["sequence", "token"])
+def test_fisher_is_the_sum_over_per_sequence_gradients(network: Any, terms: str) -> None:
+    model, blocks, sites = network
+    for site in (sites[0], sites[6], sites[-1]):
+        gradients, inputs, outputs = by_autograd(model, site)
+        layers = [s.watched for s in sites]
+        found, loss = measure_fisher(model, blocks, layers, IDS, CurvatureChoice("fisher", terms))
+        if terms == "sequence":
+            expected = sum(g.T @ g for g in gradients)
+        else:
+            expected = sum((x * d.norm(dim=1, keepdim=True) ** 2).T @ x for x, d in zip(inputs, outputs, strict=True))
+        measured = found.curvature(site.watched.key)
+        assert measured is not None
+        assert measured.dtype == torch.float32
+        assert torch.allclose(measured.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+        assert 4 < loss < 8
+        diagonal, _ = measure_fisher(model, blocks, layers, IDS, CurvatureChoice("fisher", terms, diagonal=True))
+        kept = diagonal.curvature(site.watched.key)
+        assert kept is not None
+        assert torch.allclose(kept, measured.diagonal(), rtol=1e-3)
+
+
+def test_fisher_leaves_the_model_as_it_was(network: Any) -> None:
+    model, blocks, sites = network
+    before = {name: (p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
+    measure_fisher(model, blocks, [s.watched for s in sites], IDS, CurvatureChoice("fisher"))
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == before[name][0]
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name][1])
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_fisher_of_later_blocks_alone_is_the_same(network: Any) -> None:
+    model, blocks, sites = network
+    late = [s.watched for s in sites if s.tensor.block == 1]
+    alone, _ = measure_fisher(model, blocks[1:], late, IDS, CurvatureChoice("fisher"))
+    together, _ = measure_fisher(model, blocks, [s.watched for s in sites], IDS, CurvatureChoice("fisher"))
+    for layer in late:
+        assert torch.equal(alone.sums[layer.key], together.sums[layer.key])
+
+
+def test_sampled_labels_change_the_fisher_and_are_repeatable(network: Any) -> None:
+    model, blocks, sites = network
+    layers = [sites[0].watched]
+    sampled = CurvatureChoice("fisher", labels="sampled")
+    first, _ = measure_fisher(model, blocks, layers, IDS, sampled)
+    second, _ = measure_fisher(model, blocks, layers, IDS, sampled)
+    data, _ = measure_fisher(model, blocks, layers, IDS, CurvatureChoice("fisher"))
+    key = layers[0].key
+    assert torch.equal(first.sums[key], second.sums[key])
+    assert not torch.allclose(first.sums[key], data.sums[key])
+
+
+def test_gram_is_shared_by_layers_that_see_the_same_inputs(network: Any) -> None:
+    model, _, sites = network
+    found = Accumulator(CurvatureChoice("gram"))
+    inputs: dict[str, list[Tensor]] = {}
+    handles = [
+        s.watched.module.register_forward_hook(
+            lambda m, args, out, key=s.watched.key: inputs.setdefault(key, []).append(args[0][0].double())
+        )
+        for s in sites
+    ]
+    with torch.inference_mode(), watching([s.watched for s in sites], found.observe, backward=False):
+        for sequence in IDS:
+            model(sequence[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for site in sites:
+        expected = sum(x.T @ x for x in inputs[site.watched.key])
+        measured = found.curvature(site.watched.key)
+        assert measured is not None
+        assert torch.allclose(measured.double(), expected, rtol=1e-4, atol=1e-4)
+    # q, k, v share one matrix, gate and up another.
+    assert len(found.sums) == 2 * 4
+    assert found.tokens[sites[0].watched.key] == IDS.numel()
+
+
+@pytest.mark.parametrize("kind", ["gram", "fisher"])
+def test_a_stored_curvature_gives_the_same_weights(tiny: Path, tmp_path: Path, kind: str) -> None:
+    method = ["--method", "precal+oac" if kind == "fisher" else "gptq", "--bits", "3", "--group-size", "32"]
+    source = ["--calibration", "random-tokens", "--samples", "4", "--sequence-length", "32"]
+    run_cli("curvature", tiny, tmp_path / "kept", "--kind", kind, *source)
+    run_cli("curvature", tiny, tmp_path / "kept", "--kind", kind, *source)
+    run_cli("quantize", tiny, tmp_path / "stored", *method, "--curvature", tmp_path / "kept")
+    extra = ["--original-inputs"] if kind == "gram" else []
+    run_cli("quantize", tiny, tmp_path / "direct", *method, *source, *extra)
+    stored, direct = (tmp_path / name / "model.safetensors" for name in ("stored", "direct"))
+    assert stored.read_bytes() == direct.read_bytes()
+
+
+def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
+    source = ["--calibration", "random-tokens", "--samples", "2", "--sequence-length", "16"]
+    run_cli("curvature", tiny, tmp_path / "kept", *source)
+    other = build_tiny(tmp_path / "other", intermediate_size=192)
+    with pytest.raises(FewbitError, match="was measured on another model"):
+        open_curvature(tmp_path / "kept", open_checkpoint(other))
+    with pytest.raises(FewbitError, match="no curvature here: make one with"):
+        open_curvature(tmp_path, open_checkpoint(tiny))
+    description = tmp_path / "kept" / "fewbit_curvature.json"
+    description.write_text(description.read_text().replace('"version": 1', '"version": 9'))
+    with pytest.raises(FewbitError, match="curvature version 9, this fewbit reads 1: measure again"):
+        open_curvature(tmp_path / "kept", open_checkpoint(tiny))
+    description.write_text("{}")
+    with pytest.raises(FewbitError, match="damaged"):
+        open_curvature(tmp_path / "kept", open_checkpoint(tiny))
