@@ -21,7 +21,10 @@ from fewbit.cli_shared import (
 )
 from fewbit.progress import progress_line
 
-METHODS_HELP = "Without data: rtn, adpq (as published), adpq+ (best). With a little text: gptq, oac, precal+oac (best)."
+METHODS_HELP = (
+    "Without data: rtn, adpq (as published), adpq+ (best). With a little text: gptq, spqr, billm, "
+    "oac, precal+gptq, precal+spqr, oac+spqr, oac+billm, precal+oac (best)."
+)
 
 
 def quantize(
@@ -30,7 +33,7 @@ def quantize(
     method: Annotated[
         str, typer.Option(help="Without data: rtn, adpq, adpq+. With a little text: gptq, oac, precal+oac.")
     ] = "adpq+",
-    bits: Annotated[int, typer.Option(help="Bits of a code, 2 to 8.")] = 4,
+    bits: Annotated[int | None, typer.Option(help="Bits of a code, 2 to 8; default 4 (billm: 1).")] = None,
     group_size: Annotated[
         str | None, typer.Option(help="N, auto (largest divisor up to 128), row, or a list: 64,auto.")
     ] = None,

@@ -9,30 +9,34 @@ from fewbit.grids.codebook import ScaleSearch, normal_float
 from fewbit.solvers.choice import SolverChoice
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "grid": ("zero-point", "symmetric", "minimum", "normal-float"),
-    "scale_format": ("float16", "float32", "two-level"),
-    "outliers": ("none", "adaptive-lasso"),
+    "grid": ("zero-point", "symmetric", "minimum", "real-zero", "normal-float", "binary"),
+    "scale_format": ("float16", "float32", "two-level", "statistics"),
+    "outliers": ("none", "adaptive-lasso", "sensitivity"),
     "outlier_scope": ("tensor", "group"),
-    "outlier_grid": ("minmax", "sign-magnitude", "row"),
+    "outlier_grid": ("minmax", "sign-magnitude", "row", "float16"),
     "column_weights": ("none", "norm-gain"),
 }
-MIN_BITS, MAX_BITS = 2, 8
+MIN_BITS, MAX_BITS = 1, 8
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How weights are quantized.
 
-    method: the preset this began as. bits: 2 to 8.
+    method: the preset this began as. bits: 2 to 8, or 1 for the binary grid.
     group_size: "auto" (the largest divisor of a layer's columns up to 128), "row", a number, or several separated
     by commas, of which the first that divides a layer's columns is taken ("64,auto").
     grid: zero-point (integer zero-point, 0 always a level), symmetric, minimum (real-valued minimum, as AdpQ
     publishes it), normal-float (non-uniform codebook with a signed scale).
-    scale_format: float16, float32 or two-level (7 bits a group, 16 a row).
-    outliers: none or adaptive-lasso. outlier_fraction: at most this share of the weights (in
+    real-zero: a real-valued zero-point stored in few bits, as SpQR publishes it. binary: BiLLM's signs and split.
+    scale_format: float16, float32, two-level (7 bits a group, 16 a row) or statistics (`statistic_bits` for a scale and
+    as many for a zero-point, with a second level of 64 bits for `statistic_rows` rows).
+    outliers: none, adaptive-lasso, or sensitivity (found by the column solver: what costs more than `sensitivity`
+    times the mean variance over U_jj^2). outlier_fraction: at most this share of the weights (in
     group scope rounded to a whole number in each group, at least one). outlier_scope: the
     quantile is taken over the whole tensor, or each group has equally many. outlier_grid: minmax or
-    sign-magnitude (a grid a group) or row (a linear scale a row). outlier_bits: 0 for as many as `bits`.
+    sign-magnitude (a grid a group), row (a linear scale a row) or float16 (16 bits each). outlier_bits: 0 for as many
+    as `bits`.
     search: which ranges to try for each group by least error; None for plain min-max.
     column_weights: norm-gain weighs squared errors by the squared gain of the norm before the layer.
     curvature: what an error costs, measured on calibration text; None for methods without data.
@@ -49,6 +53,9 @@ class Recipe:
     outlier_scope: str = "tensor"
     outlier_grid: str = "minmax"
     outlier_bits: int = 0
+    sensitivity: float = 0.2
+    statistic_bits: int = 3
+    statistic_rows: int = 16
     search: ScaleSearch | None = None
     column_weights: str = "none"
     curvature: CurvatureChoice | None = None
@@ -58,13 +65,27 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
-            raise FewbitError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {self.bits}")
+            raise FewbitError(f"bits must be a whole number from 2 to {MAX_BITS} (1 for billm), not {self.bits}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise FewbitError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         check_group_size(self.group_size)
         if not 0 <= self.outlier_fraction < 0.5:
             raise FewbitError(f"outlier_fraction must be from 0 to below 0.5, not {self.outlier_fraction}")
+        if self.grid == "binary" and self.bits != 1:
+            raise FewbitError(f"the binary grid has 1 bit, not {self.bits}: leave --bits out")
+        if self.bits == 1 and self.grid != "binary":
+            raise FewbitError(f"bits must be a whole number from 2 to {MAX_BITS} (1 for billm), not {self.bits}")
+        if self.grid == "binary" and (self.outliers != "none" or self.solver.kind != "column"):
+            raise FewbitError("the binary grid goes with the column solver and has salient columns for outliers")
+        if (self.grid == "real-zero") != (self.scale_format == "statistics"):
+            raise FewbitError("the grid real-zero and the scale format statistics go together")
+        if not 1 <= self.statistic_bits <= 8 or self.statistic_rows < 1:
+            raise FewbitError("statistics need 1 to 8 bits and blocks of at least 1 row")
+        if self.outliers == "sensitivity" and (self.solver.kind != "column" or self.outlier_grid != "float16"):
+            raise FewbitError("outliers by sensitivity are found by the column solver and kept in float16")
+        if self.sensitivity <= 0:
+            raise FewbitError(f"sensitivity must be above 0, not {self.sensitivity}")
         if self.outlier_bits and not self.bits <= self.outlier_bits <= MAX_BITS:
             raise FewbitError(f"outlier_bits must be 0 or from bits ({self.bits}) to 8, not {self.outlier_bits}")
         if self.search is not None and not 0 < self.search.error_power <= 16:
@@ -75,6 +96,8 @@ class Recipe:
             raise FewbitError("the column solver needs a curvature: gram or fisher")
         if self.solver.refit and self.scale_format == "two-level":
             raise FewbitError("two-level scales join all groups of a row: grids cannot be refitted one by one")
+        if self.outliers == "sensitivity" and self.solver.act_order:
+            raise FewbitError("outliers by sensitivity shape the grid of a group when it is entered: no act-order")
         if self.scale_format == "two-level" and self.grid in ("zero-point", "minimum"):
             raise FewbitError("scale_format two-level goes with the symmetric and normal-float grids")
 
@@ -125,6 +148,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "curvature": CurvatureChoice("gram"),
         "solver": SolverChoice("column", refit=True),
     },
+    "spqr": {
+        "group_size": "16,auto",
+        "grid": "real-zero",
+        "scale_format": "statistics",
+        "outliers": "sensitivity",
+        "outlier_grid": "float16",
+        "curvature": CurvatureChoice("gram"),
+        "solver": SolverChoice("column", damping=1.0, refit=True),
+    },
+    "billm": {
+        "bits": 1,
+        "group_size": "128,64,auto",
+        "grid": "binary",
+        "curvature": CurvatureChoice("gram"),
+        "solver": SolverChoice("column", refit=True),
+    },
     "oac": {
         "group_size": "64,auto",
         "curvature": CurvatureChoice("fisher", terms="token"),
@@ -145,9 +184,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "solver": SolverChoice("column", damping=0.1, act_order=True, importance="inverse"),
     },
 }
+_FISHER = {"curvature": CurvatureChoice("fisher", terms="token")}
+_LASSO = {"outliers": "adaptive-lasso"}
+PRESETS["precal+gptq"] = {
+    **PRESETS["adpq"],
+    "curvature": PRESETS["gptq"]["curvature"],
+    "solver": SolverChoice("column"),
+}
+PRESETS["precal+spqr"] = {**PRESETS["spqr"], **_LASSO, "outlier_fraction": 0.01}
+PRESETS["oac+spqr"] = {**PRESETS["spqr"], **_FISHER}
+PRESETS["oac+billm"] = {**PRESETS["billm"], **_FISHER}
 """Published methods (and our own) as choices that differ from a plain Recipe. Sources: `docs/methods.md`."""
 
-PRESETS_FROM_5_BITS: dict[str, dict[str, Any]] = {"adpq+": {"grid": "symmetric"}}
+PRESETS_FROM_5_BITS: dict[str, dict[str, Any]] = {"adpq+": {"grid": "symmetric"}, "precal+oac": {"grid": "symmetric"}}
 """What a preset does otherwise from 5 bits on: with many levels an even spacing has less error than normal quantiles;
 compare `fewbit quantize MODEL --report-only --bits 6 --json` with and without `--grid normal-float`."""
 

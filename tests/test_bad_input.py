@@ -100,7 +100,7 @@ def test_group_size_that_does_not_divide(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [1, 9, 0, -3])
 def test_bits_out_of_range(tiny: Path, tmp_path: Path, bits: int) -> None:
     line = quantize_refused(tiny, tmp_path, "--bits", bits)
-    assert line == f"bits must be a whole number from 2 to 8, not {bits}"
+    assert line == f"bits must be a whole number from 2 to 8 (1 for billm), not {bits}"
 
 
 def test_other_choices(tiny: Path, tmp_path: Path) -> None:

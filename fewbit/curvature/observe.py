@@ -1,7 +1,7 @@
 """Watch the linear layers of a running model: their inputs, and on the way back the gradients of their outputs.
 
-Whatever the architecture, a linear layer is a call of ``linear`` (or ``addmm``, or a product) with a weight whose memory is
-known, be it a module's own or one expert's slice of a fused tensor. So the calls are watched, not the modules.
+Whatever the architecture, a linear layer is a call of ``linear`` (or ``addmm``, or a product) with a weight whose
+memory is known, be it a module's own or one expert's slice of a fused tensor. So calls are watched, not modules.
 """
 
 from collections.abc import Callable, Iterator

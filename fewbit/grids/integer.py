@@ -68,3 +68,8 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
 def encode_minimum(x: Tensor, scale: Tensor, minimum: Tensor | float, bits: int) -> Tensor:
     """Codes (float32, whole numbers) of ``w = minimum + scale * code``."""
     return ((x - minimum) / divisor(scale)).round_().clamp_(0, 2**bits - 1)
+
+
+def encode_real_zero(x: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
+    """Codes (float32, whole numbers) of ``w = scale * (code - zero)`` with a zero-point that is no whole number."""
+    return (x / divisor(scale)).add_(zero).round_().clamp_(0, 2**bits - 1)

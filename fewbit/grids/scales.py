@@ -57,6 +57,34 @@ def from_two_level(packed: Tensor, row_scales: Tensor, groups: int) -> Tensor:
     return torch.where(codes >= _SIGN, -magnitude, magnitude)
 
 
+def to_statistics(values: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
+    """Float32 statistics `(rows, groups)` in few bits (SpQR, arXiv 2306.03078, section 3.1).
+
+    The values of `block` neighbouring rows in one group share a float16 minimum and step. Returns packed codes uint8
+    `(rows, bytes)` and second-level patterns int16 `(blocks, groups, 2)`: minimum, step.
+    """
+    rows, groups = values.shape
+    largest = torch.finfo(torch.float16).max
+    padded = values.clamp(-largest, largest)
+    if rows % block:
+        # Rows that are not there repeat the last one, so that they widen no range.
+        padded = torch.cat([padded, padded[-1:].expand(block - rows % block, groups)])
+    blocks = padded.reshape(-1, block, groups)
+    low = blocks.amin(dim=1).to(torch.float16)
+    step = ((blocks.amax(dim=1) - low.float()).clamp(min=0.0) / (2**bits - 1)).to(torch.float16)
+    below, unit = low.float().unsqueeze(1), divisor(step.float()).unsqueeze(1)
+    codes = ((blocks - below) / unit).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    patterns = torch.stack([low, step], dim=2).view(torch.int16)
+    return pack(codes.reshape(-1, groups)[:rows].contiguous(), bits), patterns
+
+
+def from_statistics(packed: Tensor, patterns: Tensor, bits: int, block: int, groups: int) -> Tensor:
+    """Inverse of :func:`to_statistics`: float32 `(rows, groups)`."""
+    codes = unpack(packed, bits, groups).to(torch.float32)
+    second = patterns.view(torch.float16).to(torch.float32)[torch.arange(codes.shape[0], device=codes.device) // block]
+    return codes * second[..., 1] + second[..., 0]
+
+
 def divisor(scale: Tensor) -> Tensor:
     """The scale, or 1 where it is 0: a group that is constant zero divides by it and gets the code of 0."""
     return scale.masked_fill(scale == 0, 1.0)

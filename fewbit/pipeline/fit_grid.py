@@ -21,13 +21,15 @@ from fewbit.grids.scales import divisor, from_pattern, to_pattern
 class Grid:
     """The grid of every group: scale `(rows, groups)` and offset (zero-points or minima, or one number for all).
 
-    parts: the tensors that store it.
+    parts: the tensors that store it. extremes: the ends of each group's range, `(rows, groups)`, that an evenly spaced
+    grid was made from.
     """
 
     scheme: Scheme
     parts: dict[str, Tensor]
     scale: Tensor
     offset: Tensor | float = 0.0
+    extremes: tuple[Tensor, Tensor] | None = None
 
 
 def fit_core(
@@ -44,22 +46,27 @@ def fit_core(
     low, high = integer.extremes(x, outside)
     if search is not None:
         low, high = _search_range(x, outside, (low, high), importance, scheme, search)
-    return _evenly_spaced(low.view(rows, -1), high.view(rows, -1), scheme)
+    return evenly_spaced(low.view(rows, -1), high.view(rows, -1), scheme)
 
 
-def _evenly_spaced(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
-    bits = scheme.bits
+def evenly_spaced(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
+    """The grid of groups whose ranges are `low` to `high`, each `(rows, groups)`."""
+    bits, ends = scheme.bits, (low, high)
+    if scheme.grid == "real-zero":
+        parts, seen = native.pack_scales(integer.minimum_grid(low, high, bits), scheme)
+        zero_parts, zero = native.pack_real_zeros(-low / divisor(seen), scheme)
+        return Grid(scheme, {**parts, **zero_parts}, seen, zero, ends)
     if scheme.grid == "minimum":
         parts, seen = native.pack_scales(integer.minimum_grid(low, high, bits), scheme)
         parts["minima"], minimum = native.pack_floats(low, scheme)
-        return Grid(scheme, parts, seen, minimum)
+        return Grid(scheme, parts, seen, minimum, ends)
     if scheme.grid == "zero-point":
         wanted, zero = integer.zero_point_grid(low, high, bits)
         parts, seen = native.pack_scales(wanted, scheme)
         parts["zeros"] = pack(zero.to(torch.uint8), bits)
-        return Grid(scheme, parts, seen, zero)
+        return Grid(scheme, parts, seen, zero, ends)
     parts, seen = native.pack_scales(integer.symmetric_grid(low, high, bits), scheme)
-    return Grid(scheme, parts, seen, float(2 ** (bits - 1)))
+    return Grid(scheme, parts, seen, float(2 ** (bits - 1)), ends)
 
 
 def _search_range(
@@ -72,11 +79,12 @@ def _search_range(
 ) -> tuple[Tensor, Tensor]:
     """The range of each group, shrunk by the ratio with the least weighted error of the core."""
     low, high = widest
-    exact = Scheme(scheme.bits, scheme.group_size, scheme.grid, scale_format="float32")
+    kind = "minimum" if scheme.grid == "real-zero" else scheme.grid
+    exact = Scheme(scheme.bits, scheme.group_size, kind, scale_format="float32")
     best_error = torch.full_like(low, float("inf"))
     best = torch.ones_like(low)
     for ratio in search.ratios():
-        grid = _evenly_spaced(low * ratio, high * ratio, exact)
+        grid = evenly_spaced(low * ratio, high * ratio, exact)
         _, decoded = encode(x, grid.scale, grid.offset, exact)
         error = decoded.sub_(x).abs_().pow_(search.error_power)
         error = error if outside is None else error.masked_fill_(outside, 0.0)
@@ -96,7 +104,10 @@ def encode(x: Tensor, scale: Tensor, offset: Tensor | float, scheme: Scheme) -> 
     if scheme.grid == "minimum":
         codes = integer.encode_minimum(x, scale, offset, scheme.bits)
         return small_integers(codes), codes.mul_(scale).add_(offset)
-    codes = integer.encode(x, scale, offset, scheme.bits)
+    if scheme.grid == "real-zero":
+        codes = integer.encode_real_zero(x, scale, offset, scheme.bits)
+    else:
+        codes = integer.encode(x, scale, offset, scheme.bits)
     return small_integers(codes), codes.sub_(offset).mul_(scale)
 
 
@@ -108,6 +119,8 @@ def round_to(x: Tensor, scale: Tensor, offset: Tensor | float, scheme: Scheme) -
         return levels[torch.bucketize(x / divisor(scale), middles)] * scale
     if scheme.grid == "minimum":
         return integer.encode_minimum(x, scale, offset, scheme.bits).mul_(scale).add_(offset)
+    if scheme.grid == "real-zero":
+        return integer.encode_real_zero(x, scale, offset, scheme.bits).sub_(offset).mul_(scale)
     return integer.encode(x, scale, offset, scheme.bits).sub_(offset).mul_(scale)
 
 
@@ -117,6 +130,8 @@ def fit_outliers(values: Tensor, where: Tensor, shape: tuple[int, int], scheme: 
     The result's scale and offset are `(rows, groups)`, or `(rows, 1)` for the grid `row`.
     """
     rows, columns = shape
+    if scheme.outlier_grid == "float16":
+        return Grid(scheme, {}, values.new_ones(rows, 1), values.new_zeros(rows, 1))
     steps = 2**scheme.outlier_bits - 1
     half = 2 ** (scheme.outlier_bits - 1)
     if scheme.outlier_grid == "row":
@@ -136,12 +151,16 @@ def fit_outliers(values: Tensor, where: Tensor, shape: tuple[int, int], scheme: 
 def outlier_grid_of(where: Tensor, columns: int, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and minimum of the outliers at flat positions `where`, each 1-D."""
     assert isinstance(grid.offset, Tensor)
-    group = where // (columns if grid.scheme.outlier_grid == "row" else grid.scheme.group_size)
+    group = where // (grid.scheme.group_size if grid.scale.shape[1] > 1 else columns)
     return grid.scale.reshape(-1)[group], grid.offset.reshape(-1)[group]
 
 
 def encode_outliers(values: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Codes (int32) and decoded values of outliers; scale and minimum broadcast to `values`."""
+    if scheme.outlier_grid == "float16":
+        largest = torch.finfo(torch.float16).max
+        pattern = to_pattern(values.clamp(-largest, largest), "float16")
+        return pattern.to(torch.int32), from_pattern(pattern, "float16")
     top = 2**scheme.outlier_bits - 1
     half = 2 ** (scheme.outlier_bits - 1)
     if scheme.outlier_grid == "row":

@@ -76,8 +76,14 @@ def scheme_for(columns: int, recipe: Recipe) -> Scheme:
         levels=recipe.levels(),
         scale_format=recipe.scale_format,
         outlier_grid=recipe.outlier_grid if split else "none",
-        outlier_bits=(recipe.outlier_bits or recipe.bits) if split else 0,
+        outlier_bits=_outlier_bits(recipe) if split else 0,
+        statistic_bits=recipe.statistic_bits if recipe.scale_format == "statistics" else 0,
+        statistic_rows=recipe.statistic_rows if recipe.scale_format == "statistics" else 0,
     )
+
+
+def _outlier_bits(recipe: Recipe) -> int:
+    return 16 if recipe.outlier_grid == "float16" else recipe.outlier_bits or recipe.bits
 
 
 def outliers_per_group(recipe: Recipe, group_size: int) -> int:
@@ -91,7 +97,8 @@ def place_outliers(stored_shape: tuple[int, int], scheme: Scheme, recipe: Recipe
     """The position encoding for a weight with `outliers` outliers."""
     if scheme.outlier_grid == "none":
         return "none"
-    per_group = outliers_per_group(recipe, scheme.group_size) if recipe.outlier_scope == "group" else None
+    even = recipe.outlier_scope == "group" and recipe.outliers == "adaptive-lasso"
+    per_group = outliers_per_group(recipe, scheme.group_size) if even else None
     return positions.choose(stored_shape[0] * stored_shape[1], outliers, scheme.group_size, per_group)
 
 

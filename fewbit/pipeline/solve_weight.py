@@ -4,6 +4,7 @@ Read it beside `docs/methods.md`. With static grids everything but the codes is 
 grids that are refitted a group's is chosen when the solver enters it, from weights that already make up for errors.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,10 +15,12 @@ from fewbit.formats.scheme import Scheme
 from fewbit.grids.packing import pack
 from fewbit.grids.positions import flat_positions
 from fewbit.outliers.adaptive_lasso import group_mask, outlier_count, split, threshold
+from fewbit.outliers.sensitivity import leave_one_out, sensitivity_threshold
 from fewbit.pipeline.fit_grid import (
     Grid,
     encode,
     encode_outliers,
+    evenly_spaced,
     fit_core,
     fit_outliers,
     outlier_grid_of,
@@ -25,22 +28,10 @@ from fewbit.pipeline.fit_grid import (
 )
 from fewbit.pipeline.plan import outliers_per_group
 from fewbit.pipeline.quantize_weight import NotFiniteError, QuantizedRows
+from fewbit.pipeline.solve_binary import solve_binary
+from fewbit.pipeline.solved import Solved, curvature_cost
 from fewbit.recipe import Recipe
 from fewbit.solvers.column import DivergedError, solve_columns
-
-
-@dataclass(frozen=True)
-class Solved:
-    """The rows to store, the decoded weights `(out, in)` float32, and how they were found.
-
-    path: solved, solved with raised damping, rounded (nothing was to be solved), or fallback with its reason.
-    predicted: ``tr(dW H dW^T) / tr(W H W^T)``, the relative error that the curvature sees.
-    """
-
-    rows: QuantizedRows
-    decoded: Tensor
-    path: str
-    predicted: float | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +52,8 @@ def solve_weight(weight: Tensor, curvature: Tensor | None, recipe: Recipe, schem
     weight = weight.to(torch.float32)
     if not bool(torch.isfinite(weight).all()):
         raise NotFiniteError
+    if curvature is None and scheme.grid == "binary":
+        return solve_binary(weight, None, None, scheme)
     if curvature is None:
         return _finish(weight, weight, _static(_Problem(recipe, scheme, weight, None)), "rounded: no input seen", None)
     if not bool(torch.isfinite(curvature).all()):
@@ -71,6 +64,8 @@ def solve_weight(weight: Tensor, curvature: Tensor | None, recipe: Recipe, schem
     found = factor(prepared[order][:, order], recipe.solver.damping)
     importance = _importance(prepared, found, order, recipe)
     problem = _Problem(recipe, scheme, weight, importance)
+    if scheme.grid == "binary":
+        return solve_binary(weight, prepared, found, scheme)
     fixed = _static(problem)
     if found is None:
         return _finish(weight, weight, fixed, "fallback: the curvature has no Cholesky factor", prepared)
@@ -125,6 +120,9 @@ def _static(problem: _Problem) -> _Fixed:
     if problem.importance is not None:
         spread = problem.importance.view(-1, scheme.group_size).repeat(rows, 1)
     mask = _outliers(x, spread, recipe, scheme)
+    if recipe.outliers == "sensitivity":
+        # The solver will find them; plain rounding, its fallback, has none.
+        mask = torch.zeros(x.shape, dtype=torch.bool, device=x.device)
     core = x if mask is None else x.masked_fill(mask, 0.0)
     grid = fit_core(core, rows, scheme, recipe.search, mask, spread)
     if mask is None:
@@ -136,7 +134,7 @@ def _static(problem: _Problem) -> _Fixed:
 
 def _outliers(x: Tensor, importance: Tensor | None, recipe: Recipe, scheme: Scheme) -> Tensor | None:
     """``|w| sqrt(c_j)`` above the threshold: with a diagonal curvature lambda'_j is lambda / (2 c_j)."""
-    if recipe.outliers == "none" or recipe.outlier_fraction == 0:
+    if recipe.outliers != "adaptive-lasso" or recipe.outlier_fraction == 0:
         return None
     magnitudes = x.abs() if importance is None else x.abs() * importance.sqrt()
     if recipe.outlier_scope == "group":
@@ -152,53 +150,55 @@ def _columns(problem: _Problem, fixed: _Fixed, found: Factor, order: Tensor) -> 
     scale = fixed.core.scale.t().contiguous()
     offset = fixed.core.offset.t().contiguous() if isinstance(fixed.core.offset, Tensor) else fixed.core.offset
     column_of, group_of = order.tolist(), (order // size).tolist()
-    mask = fixed.mask.t().contiguous() if fixed.mask is not None else None
-    refitted: dict[int, Grid] = {}
+    sensitive = recipe.outliers == "sensitivity"
+    cut, cost = math.inf, found.upper.diagonal().square().reciprocal()
+    if sensitive:
+        cut = sensitivity_threshold(weight[:, order], found.upper, recipe.sensitivity)
+    mask = None if fixed.mask is None else fixed.mask.t().contiguous()
+    if sensitive:
+        mask = torch.zeros(weight.t().shape, dtype=torch.bool, device=weight.device)
+    refitted: list[Grid] = []
 
     def quantize(column: Tensor, j: int) -> Tensor:
         group = group_of[j]
         decoded = round_to(column, scale[group], offset[group] if isinstance(offset, Tensor) else offset, scheme)
         if mask is None:
             return decoded
+        if sensitive:
+            torch.gt((column - decoded).square() * cost[j], cut, out=mask[j])
         assert fixed.outliers is not None and isinstance(fixed.outliers.offset, Tensor)
         place = group if fixed.outliers.scale.shape[1] > 1 else 0
         _, kept = encode_outliers(column, fixed.outliers.scale[:, place], fixed.outliers.offset[:, place], scheme)
         return torch.where(mask[column_of[j]], kept, decoded)
 
     def enter(group: Tensor, first: int) -> None:
-        index = first // size
-        weights = None if problem.importance is None else problem.importance[first : first + size].unsqueeze(0)
-        one = replace(scheme, outlier_grid="none", outlier_bits=0)
-        grid = fit_core(group.contiguous(), group.shape[0], one, recipe.search, None, weights)
-        refitted[index] = grid
+        index, rows, part = first // size, group.shape[0], slice(first, first + size)
+        group = group.contiguous()
+        outside = mask[part].t().contiguous() if mask is not None else None
+        if sensitive:
+            outside = leave_one_out(group, cost[part], scheme.bits, cut)
+        core = group if outside is None else group.masked_fill(outside, 0.0)
+        weights = None if problem.importance is None else problem.importance[part].unsqueeze(0)
+        grid = fit_core(core, rows, scheme, recipe.search, outside, weights)
+        refitted.append(grid)
         scale[index] = grid.scale[:, 0]
         if isinstance(offset, Tensor) and isinstance(grid.offset, Tensor):
             offset[index] = grid.offset[:, 0]
 
-    refit = enter if recipe.solver.refit and mask is None else None
-    ordered = solve_columns(weight[:, order], found.upper, quantize, refit, size)
+    ordered = solve_columns(weight[:, order], found.upper, quantize, enter if recipe.solver.refit else None, size)
     compensated = torch.empty_like(ordered)
     compensated[:, order] = ordered
-    if refit is None:
-        return compensated, fixed
-    return compensated, replace(fixed, core=_join(refitted, scheme))
+    if sensitive and mask is not None:
+        fixed = replace(fixed, mask=mask.t().contiguous())
+    return compensated, replace(fixed, core=_join(refitted, scheme)) if recipe.solver.refit else fixed
 
 
-def _join(grids: dict[int, Grid], scheme: Scheme) -> Grid:
-    """One grid of all groups from those of single groups."""
-    ordered = [grids[index] for index in sorted(grids)]
-    scale = torch.cat([grid.scale for grid in ordered], dim=1)
-    parts = {}
-    offset: Tensor | float = ordered[0].offset
-    if isinstance(offset, Tensor):
-        offset = torch.cat([grid.offset for grid in ordered if isinstance(grid.offset, Tensor)], dim=1)
-    for name in ordered[0].parts:
-        if name == "zeros":
-            assert isinstance(offset, Tensor)
-            parts[name] = pack(offset.to(torch.uint8), scheme.bits)
-        else:
-            parts[name] = torch.cat([grid.parts[name] for grid in ordered], dim=1)
-    return Grid(scheme, parts, scale, offset)
+def _join(grids: list[Grid], scheme: Scheme) -> Grid:
+    """One grid of all groups from those of single groups, in order: stored anew from the same ranges."""
+    ends = [grid.extremes for grid in grids if grid.extremes is not None]
+    return evenly_spaced(
+        torch.cat([low for low, _ in ends], dim=1), torch.cat([high for _, high in ends], dim=1), scheme
+    )
 
 
 def _finish(weight: Tensor, compensated: Tensor, fixed: _Fixed, path: str, prepared: Tensor | None) -> Solved:
@@ -225,10 +225,5 @@ def _finish(weight: Tensor, compensated: Tensor, fixed: _Fixed, path: str, prepa
     error, norm = float(difference.double().square().sum()), float(weight.double().square().sum())
     predicted = None
     if prepared is not None:
-        predicted = _cost(difference, prepared) / max(_cost(weight, prepared), 1e-300)
+        predicted = curvature_cost(difference, prepared) / max(curvature_cost(weight, prepared), 1e-300)
     return Solved(QuantizedRows(parts, where, outlier_codes, error, norm), decoded, path, predicted)
-
-
-def _cost(error: Tensor, prepared: Tensor) -> float:
-    """``tr(E H E^T)``."""
-    return float((error @ prepared.to(torch.float32)).mul_(error).sum(dtype=torch.float64))

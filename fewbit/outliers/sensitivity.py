@@ -1,0 +1,41 @@
+"""Outliers by sensitivity (SpQR, arXiv 2306.03078): weights whose rounding costs more than a threshold.
+
+What rounding weight w in column j costs, once later columns have made up for it, is ``(w - quant(w))^2 / U_jj^2``, with
+U the column solver's factor: ``U_jj^2`` is ``[H^-1]_jj`` of the columns that are not fixed yet.
+"""
+
+from torch import Tensor
+
+from fewbit.grids.scales import divisor
+
+
+def sensitivity_threshold(weight: Tensor, upper: Tensor, tau: float) -> float:
+    """``tau * mean_j( Var_rows(W[:, j]) / U_jj^2 )``, one for a matrix `(out, in)` in the solver's order."""
+    variance = weight.var(dim=0, correction=0)
+    return tau * float((variance / upper.diagonal().square()).mean())
+
+
+def leave_one_out(group: Tensor, cost: Tensor, bits: int, threshold: float) -> Tensor:
+    """Mask `(rows, g)` of the weights without which a group's min-max grid costs less by more than the threshold.
+
+    group: `(rows, g)` float32. cost: ``1 / U_jj^2`` of its columns, `(g,)`. The cost that goes is that of the whole
+    group, the weight's own included. Only the smallest and the largest weight of a group shape its grid; without any
+    other, just its own cost goes.
+    """
+    low, high = group.amin(dim=1, keepdim=True), group.amax(dim=1, keepdim=True)
+    own = _cost(group, low, high, cost, bits)
+    total = own.sum(dim=1, keepdim=True)
+    saved = own.clone()
+    ordered = group.sort(dim=1).values
+    if group.shape[1] > 1:
+        for extreme, index in ((0, group.argmin(dim=1, keepdim=True)), (1, group.argmax(dim=1, keepdim=True))):
+            narrower = (ordered[:, 1:2], high) if extreme == 0 else (low, ordered[:, -2:-1])
+            rest = _cost(group, *narrower, cost, bits).scatter(1, index, 0.0)
+            saved.scatter_(1, index, total - rest.sum(dim=1, keepdim=True))
+    return saved > threshold
+
+
+def _cost(group: Tensor, low: Tensor, high: Tensor, cost: Tensor, bits: int) -> Tensor:
+    scale = (high - low) / (2**bits - 1)
+    codes = ((group - low) / divisor(scale)).round_().clamp_(0, 2**bits - 1)
+    return codes.mul_(scale).add_(low).sub_(group).square_().mul_(cost)
