@@ -1,0 +1,113 @@
+"""Every preset on the named models with the same calibration text: bits on disk, perplexity, KL, seconds, memory.
+
+    python benchmarks/calibrated_quality.py --folder /somewhere/with/space --model smollm2-135m --bits 2 --seed 0
+
+Curvatures (input Gram on the original's inputs, output Fisher) are measured once a seed, kept in the folder and reused
+for every preset and bit-width; a killed run goes on from the rows in `results/calibrated_quality.json`. Calibration:
+128 sequences of 512 tokens of C4. Perplexity: WikiText-2 raw test, 24 windows of 1,024 tokens; KL on 8 of them.
+Groups of 64 on smollm2-135m, of 128 on gemma3-270m, unless a row says otherwise.
+"""
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fewbit
+from fewbit.calibration.choice import CalibrationChoice
+from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.source import open_checkpoint
+from fewbit.curvature.choice import CurvatureChoice
+from fewbit.curvature.store import open_curvature
+from fewbit.evaluation.perplexity import Protocol
+from fewbit.pipeline.calibration_options import CalibrationOptions
+from fewbit.pipeline.measure import measure
+from fewbit.pipeline.run import RunOptions
+
+HERE = Path(__file__).parent
+TEXT = HERE / "../../shared/data/wikitext2_raw_test.txt"
+C4 = HERE / "../../shared/data/c4_rp_sample1.jsonl"
+GROUP = {"smollm2-135m": "64", "gemma3-270m": "128"}
+METHODS = [
+    *["rtn", "adpq", "adpq+", "gptq", "spqr", "precal+gptq", "precal+spqr"],
+    *["oac", "oac+spqr", "precal+oac", "billm", "oac+billm"],
+]
+
+
+def curvature(model: str, kind: str, seed: int, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a measured curvature, and what measuring it took."""
+    out = folder / f"{model}-{kind}-{seed}"
+    figures = out.with_suffix(".json")
+    if not figures.exists():
+        options = CalibrationOptions(CalibrationChoice(str(C4.resolve()), 128, 512, seed))
+        print(f"measuring {out.name} …", flush=True)
+        found = measure(model, out, CurvatureChoice(kind, terms="token"), options)
+        figures.write_text(json.dumps(found))
+    return out, json.loads(figures.read_text())
+
+
+def quantize(model: str, method: str, bits: int, seed: int, folder: Path, out: Path) -> dict[str, Any]:
+    """Make one row's folder; what it took, with the share of the curvature."""
+    size = GROUP[model] if method != "adpq+" else "64"
+    recipe = fewbit.preset(method, bits=bits, group_size=f"{size},auto")
+    options, before = RunOptions(overwrite=True), {"seconds": 0.0, "peak_rss_bytes": 0}
+    if recipe.curvature is not None:
+        kept, before = curvature(model, recipe.curvature.kind, seed, folder)
+        stored = open_curvature(kept, open_checkpoint(locate(model)))
+        options = replace(options, calibration=CalibrationOptions(stored=stored))
+    report = fewbit.quantize(model, out, recipe, options)
+    return {
+        "model": model,
+        "method": method,
+        "bits": bits,
+        "seed": seed,
+        "group_size": size,
+        "bits_per_weight": report["output"]["bits_per_weight"],
+        "solve_seconds": report["run"]["seconds"],
+        "curvature_seconds": before["seconds"],
+        "peak_rss_bytes": max(report["run"]["peak_rss_bytes"], before["peak_rss_bytes"]),
+    }
+
+
+def main() -> None:
+    """Measure the rows that are not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--model", action="append", required=True, choices=GROUP)
+    parser.add_argument("--bits", type=int, action="append", required=True)
+    parser.add_argument("--seed", type=int, action="append", required=True)
+    parser.add_argument("--method", action="append", choices=METHODS)
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "calibrated_quality.json")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
+    done = {(r["model"], r["method"], r["bits"], r["seed"]) for r in rows}
+    for model in arguments.model:
+        for seed in arguments.seed:
+            for bits in arguments.bits:
+                batch: list[tuple[dict[str, Any], Path]] = []
+                for method in arguments.method or METHODS:
+                    actual = 1 if "billm" in method else bits
+                    if (model, method, actual, seed) in done:
+                        continue
+                    out = arguments.folder / f"out-{model}-{method}-{actual}"
+                    batch.append((quantize(model, method, actual, seed, arguments.folder, out), out))
+                    done.add((model, method, actual, seed))
+                if not batch:
+                    continue
+                folders = [out for _, out in batch]
+                perplexities = fewbit.evaluate(folders, TEXT, Protocol(1024, 24))["models"]
+                distances = fewbit.evaluate(folders, TEXT, Protocol(1024, 8), reference=model)["models"]
+                for (row, out), found, distance in zip(batch, perplexities, distances, strict=True):
+                    row.update(perplexity=found["perplexity"], kl_mean=distance["kl_mean"])
+                    rows.append(row)
+                    figures = f"{row['bits_per_weight']:.3f} bits  {row['perplexity']:10.2f}"
+                    print(f"{model} seed {seed} {row['bits']} {row['method']:12} {figures}", flush=True)
+                    shutil.rmtree(out)
+                arguments.results.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
