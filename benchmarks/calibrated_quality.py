@@ -31,7 +31,7 @@ TEXT = HERE / "../../shared/data/wikitext2_raw_test.txt"
 C4 = HERE / "../../shared/data/c4_rp_sample1.jsonl"
 GROUP = {"smollm2-135m": "64", "gemma3-270m": "128"}
 METHODS = [
-    *["rtn", "adpq", "adpq+", "gptq", "spqr", "precal+gptq", "precal+spqr"],
+    *["rtn", "adpq", "adpq+", "gptq", "awq", "spqr", "precal+gptq", "precal+spqr"],
     *["oac", "oac+spqr", "precal+oac", "billm", "oac+billm"],
 ]
 

@@ -22,7 +22,7 @@ from fewbit.cli_shared import (
 from fewbit.progress import progress_line
 
 METHODS_HELP = (
-    "Without data: rtn, adpq (as published), adpq+ (best). With a little text: gptq, spqr, billm, "
+    "Without data: rtn, adpq (as published), adpq+ (best). With a little text: gptq, awq, spqr, billm, "
     "oac, precal+gptq, precal+spqr, oac+spqr, oac+billm, precal+oac (best)."
 )
 

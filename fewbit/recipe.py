@@ -15,6 +15,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "outlier_scope": ("tensor", "group"),
     "outlier_grid": ("minmax", "sign-magnitude", "row", "float16"),
     "column_weights": ("none", "norm-gain"),
+    "channel_scales": ("none", "awq"),
 }
 MIN_BITS, MAX_BITS = 1, 8
 
@@ -39,6 +40,7 @@ class Recipe:
     as `bits`.
     search: which ranges to try for each group by least error; None for plain min-max.
     column_weights: norm-gain weighs squared errors by the squared gain of the norm before the layer.
+    channel_scales: awq rounds channels with large inputs more finely, folding their scales into what feeds them.
     curvature: what an error costs, measured on calibration text; None for methods without data.
     solver: how codes are chosen.
     """
@@ -58,6 +60,7 @@ class Recipe:
     statistic_rows: int = 16
     search: ScaleSearch | None = None
     column_weights: str = "none"
+    channel_scales: str = "none"
     curvature: CurvatureChoice | None = None
     solver: SolverChoice = field(default_factory=SolverChoice)
     include: tuple[str, ...] = field(default=())
@@ -92,6 +95,8 @@ class Recipe:
             raise FewbitError(f"error_power must be above 0 and at most 16, not {self.search.error_power}")
         if self.column_weights != "none" and self.search is None:
             raise FewbitError("column_weights weigh the errors of the range search: turn it on with --clip-search")
+        if self.channel_scales != "none" and (self.curvature is None or self.curvature.kind != "gram"):
+            raise FewbitError("channel scales are found with the input Gram: curvature gram")
         if self.solver.kind == "column" and self.curvature is None:
             raise FewbitError("the column solver needs a curvature: gram or fisher")
         if self.solver.refit and self.scale_format == "two-level":
@@ -157,6 +162,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "curvature": CurvatureChoice("gram"),
         "solver": SolverChoice("column", damping=1.0, refit=True),
     },
+    "awq": {"group_size": "128,64,auto", "channel_scales": "awq", "curvature": CurvatureChoice("gram")},
     "billm": {
         "bits": 1,
         "group_size": "128,64,auto",

@@ -4,13 +4,12 @@ A stage is one block for the input Gram (which sees what the quantized blocks be
 `refresh` says for the output Fisher. Every solved weight is written at once, so a killed run goes on from there.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from fewbit.architecture.coverage import name_in_block
 from fewbit.architecture.network import Site, find_blocks, find_sites
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.calibration.tokens import CalibrationSet, make_set
@@ -20,28 +19,13 @@ from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.fisher import measure_fisher
 from fewbit.curvature.store import StoredCurvature
 from fewbit.errors import FewbitError, missing_extra
-from fewbit.formats import native
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.plan import Plan, PlannedTensor
-from fewbit.pipeline.quantize_tensor import assemble
-from fewbit.pipeline.quantize_weight import NotFiniteError
-from fewbit.pipeline.solve_weight import Solved, solve_weight
-from fewbit.pipeline.solved_store import SolvedStore, SolvedWeight
+from fewbit.pipeline.plan import Plan
+from fewbit.pipeline.solve_blocks import BlockSolver, Network, Progress
+from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.pipeline.walk import Walk
 from fewbit.recipe import Recipe
 from fewbit.runtime.load import load
-
-Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Network:
-    """The model that runs, its blocks, and where the tensors to quantize are in it, block by block."""
-
-    model: Any
-    blocks: list[Any]
-    sites: list[list[Site]]
-    items: dict[str, PlannedTensor]
 
 
 def solve_model(
@@ -59,7 +43,7 @@ def solve_model(
     """
     network = open_network(checkpoint, plan, device)
     calibration = None if options.stored else calibration_set(checkpoint, options.choice, network.model)
-    run = _Run(recipe, options, store, network, progress)
+    run = BlockSolver(recipe, options, store, network, progress)
     outside = [item for item in network.items.values() if item.tensor.block is None]
     for item in outside:
         run.round_outside(item, checkpoint)
@@ -82,6 +66,7 @@ def solve_model(
         "calibration": options.stored.description if options.stored else (calibration and calibration.describe()),
         "refresh": options.refresh,
         "original_inputs": options.original_inputs,
+        **({"channel_scales": run.notes} if run.notes else {}),
     }
 
 
@@ -100,7 +85,11 @@ def open_network(checkpoint: Checkpoint, plan: Plan, device: str) -> Network:
             return (whole.t() if tensor.transposed else whole).to(device)
 
         sites = find_sites(blocks, [item.tensor for item in items.values()], read)
-    return Network(model, blocks, sites, items)
+    kept: list[dict[str, str]] = [{} for _ in blocks]
+    for tensor in plan.coverage.of("keep"):
+        if tensor.block is not None and tensor.block < len(blocks):
+            kept[tensor.block][name_in_block(tensor.entry.name)] = tensor.entry.name
+    return Network(model, blocks, sites, items, kept)
 
 
 def calibration_set(checkpoint: Checkpoint, choice: CalibrationChoice, model: Any) -> CalibrationSet:
@@ -116,83 +105,7 @@ def calibration_set(checkpoint: Checkpoint, choice: CalibrationChoice, model: An
     return make_set(choice, tokenizer, model.get_input_embeddings().weight.shape[0], model)
 
 
-@dataclass
-class _Run:
-    """Solving one block after another, with what the progress line shows."""
-
-    recipe: Recipe
-    options: CalibrationOptions
-    store: SolvedStore
-    network: Network
-    progress: Progress | None
-    paths: dict[str, str] = field(default_factory=dict)
-    done: int = 0
-    total: int = 1
-    what: str = ""
-
-    def step(self, *_: Any) -> None:
-        """One sequence through one block, or one sequence forward and back."""
-        self.done += 1
-        if self.progress:
-            self.progress(min(self.done, self.total), self.total, self.what)
-
-    def solve_block(self, index: int, curvature: Callable[[Site], Tensor | None], install: bool = True) -> None:
-        """Solve the weights of a block, or take them from an interrupted run; `install` puts them into the network."""
-        by_tensor: dict[str, list[Site]] = {}
-        for site in self.network.sites[index]:
-            by_tensor.setdefault(site.tensor.entry.name, []).append(site)
-        for name, sites in by_tensor.items():
-            item = self.network.items[name]
-            assert item.stored is not None
-            found = self.store.find(name)
-            if found is None:
-                found = self._solve(item, [(site.read(), curvature(site)) for site in sites])
-            self.paths[name] = found.record["path"]
-            if install:
-                decoded = native.decode(found.parts, found.stored)
-                first = 0
-                for site in sites:
-                    site.write(decoded[first : first + site.rows])
-                    first += site.rows
-            error = found.record["relative_squared_error"]
-            self.what = f"block {index + 1} of {len(self.network.blocks)}, error {error:.2%}"
-
-    def solved(self, index: int) -> bool:
-        """Whether an interrupted run has solved all of a block."""
-        return all(self.store.find(site.tensor.entry.name) is not None for site in self.network.sites[index])
-
-    def round_outside(self, item: PlannedTensor, checkpoint: Checkpoint) -> None:
-        """A weight outside the blocks has no curvature: it is rounded."""
-        if self.store.find(item.tensor.entry.name) is None:
-            with FileReader() as reader:
-                whole = reader.tensor(item.tensor.entry)
-            self._solve(item, [(whole.t() if item.tensor.transposed else whole, None)])
-
-    def _solve(self, item: PlannedTensor, matrices: list[tuple[Tensor, Tensor | None]]) -> SolvedWeight:
-        assert item.stored is not None
-        name = item.tensor.entry.name
-        solved: list[Solved] = []
-        spans: list[tuple[int, int]] = []
-        first = 0
-        for weight, matrix in matrices:
-            try:
-                solved.append(solve_weight(weight, matrix, self.recipe, item.stored.scheme))
-            except NotFiniteError as error:
-                raise FewbitError(f"{name}: a weight is NaN or infinite: the checkpoint is damaged") from error
-            except FewbitError as error:
-                raise FewbitError(f"{name}: {error}") from error
-            spans.append((first, weight.shape[0]))
-            first += weight.shape[0]
-        stored, parts, record = assemble(item, item.stored, [one.rows for one in solved], spans, self.recipe)
-        paths = sorted({one.path for one in solved})
-        record["path"] = next((path for path in paths if path.startswith("fallback")), "; ".join(paths))
-        predicted = [one.predicted for one in solved if one.predicted is not None]
-        if predicted:
-            record["relative_curvature_error"] = sum(predicted) / len(predicted)
-        return self.store.put(name, SolvedWeight(stored, parts, record))
-
-
-def _with_gram(run: _Run, calibration: CalibrationSet) -> None:
+def _with_gram(run: BlockSolver, calibration: CalibrationSet) -> None:
     network, options = run.network, run.options
     passes = 1 if options.original_inputs else 2
     run.total = passes * len(network.blocks) * calibration.ids.shape[0]
@@ -212,7 +125,7 @@ def _with_gram(run: _Run, calibration: CalibrationSet) -> None:
             walk.advance(index, run.step)
 
 
-def _with_fisher(run: _Run, calibration: CalibrationSet) -> None:
+def _with_fisher(run: BlockSolver, calibration: CalibrationSet) -> None:
     network, choice, refresh = run.network, run.recipe.curvature, run.options.refresh
     assert choice is not None
     stages = stages_of(network.sites, refresh, run.options.memory)
@@ -255,7 +168,7 @@ def stages_of(sites: list[list[Site]], refresh: int, memory_bytes: int) -> list[
     return stages
 
 
-def _with_stored(run: _Run, stored: StoredCurvature) -> None:
+def _with_stored(run: BlockSolver, stored: StoredCurvature) -> None:
     run.total = len(run.network.blocks)
     for index in range(len(run.network.blocks)):
         matrices = stored.block(index)

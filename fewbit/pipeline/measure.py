@@ -14,9 +14,10 @@ from fewbit.curvature.fisher import measure_fisher
 from fewbit.curvature.store import CurvatureWriter
 from fewbit.device import check_device
 from fewbit.memory import peak_rss_bytes
-from fewbit.pipeline.calibrated import Network, Progress, calibration_set, open_network, stages_of
+from fewbit.pipeline.calibrated import calibration_set, open_network, stages_of
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import make_plan
+from fewbit.pipeline.solve_blocks import Network, Progress
 from fewbit.pipeline.walk import Walk
 from fewbit.recipe import Recipe
 

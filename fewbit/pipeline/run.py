@@ -195,7 +195,10 @@ def _quantize_then_write(
 
     def write() -> dict[str, Any]:
         if assemble is None:
-            if writer:
+            changed = run.solved.kept(entry.name) if run.solved else None
+            if writer and changed is not None:
+                writer.add(entry.name, changed)
+            elif writer:
                 writer.copy(entry, run.reader)
             return {"kept": {"name": entry.name, "shape": list(entry.shape), "reason": item.tensor.reason}}
         stored, parts, record = assemble()

@@ -60,6 +60,8 @@ def solve_weight(weight: Tensor, curvature: Tensor | None, recipe: Recipe, schem
         fixed = _static(_Problem(recipe, scheme, weight, None))
         return _finish(weight, weight, fixed, "fallback: the curvature is not finite", None)
     prepared, _ = prepare(curvature)
+    if recipe.solver.kind == "round":
+        return _finish(weight, weight, _static(_Problem(recipe, scheme, weight, None)), "rounded", prepared)
     order = _order(prepared, recipe)
     found = factor(prepared[order][:, order], recipe.solver.damping)
     importance = _importance(prepared, found, order, recipe)

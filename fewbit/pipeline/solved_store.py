@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewbit.formats.config import read_stored
@@ -56,6 +56,18 @@ class SolvedStore:
             stored = read_stored(described["stored"], Scheme.from_dict(described["scheme"]))
             parts = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
         return SolvedWeight(stored, parts, described["record"])
+
+    def put_kept(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor that is not quantized but changed."""
+        path = self._path(name)
+        partial = path.with_suffix(".partial")
+        save_file({"kept": tensor.contiguous()}, partial)
+        partial.replace(path)
+
+    def kept(self, name: str) -> Tensor | None:
+        """A changed tensor, or None when it is as the checkpoint has it."""
+        path = self._path(name)
+        return load_file(path)["kept"] if path.is_file() else None
 
     def take(self, name: str) -> tuple[StoredWeight, dict[str, Tensor], dict[str, Any]]:
         """A weight that was kept, as :func:`fewbit.pipeline.quantize_tensor.assemble` gives it."""

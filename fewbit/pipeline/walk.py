@@ -64,6 +64,14 @@ class Walk:
         """Run block `index` as it is now; its outputs become the states."""
         self._run(index, step, keep=True)
 
+    def change(self, index: int) -> Tensor:
+        """What block `index`, its parameters in float32, adds to the first sequence; the states stay."""
+        args, kwargs = _in_float32(self._calls[index])
+        states = self._states[:1].to(torch.float32)
+        with torch.inference_mode():
+            out = self._blocks[index](states, *args, **kwargs)
+        return (out[0] if isinstance(out, tuple) else out) - states
+
     def _run(self, index: int, step: Step, keep: bool) -> None:
         args, kwargs = self._calls[index]
         with torch.inference_mode():
@@ -105,3 +113,14 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
         # The mapping outlives the name: nothing is left behind, however the process ends.
         flat = torch.from_file(str(Path(file.name)), shared=True, size=count, dtype=dtype)
     return flat.view(shape)
+
+
+def _in_float32(value: Any) -> Any:
+    """Nested arguments with every floating tensor in float32."""
+    if isinstance(value, Tensor):
+        return value.to(torch.float32) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _in_float32(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_in_float32(inner) for inner in value)
+    return value

@@ -1,0 +1,151 @@
+"""Solve the weights of one block after another, keep each at once, and put them into the network that runs on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.architecture.network import Site
+from fewbit.checkpoints.safetensors_io import FileReader
+from fewbit.checkpoints.source import Checkpoint
+from fewbit.errors import FewbitError
+from fewbit.formats import native
+from fewbit.pipeline.awq import fold_block
+from fewbit.pipeline.calibration_options import CalibrationOptions
+from fewbit.pipeline.plan import PlannedTensor
+from fewbit.pipeline.quantize_tensor import assemble
+from fewbit.pipeline.quantize_weight import NotFiniteError
+from fewbit.pipeline.solve_weight import solve_weight
+from fewbit.pipeline.solved import Solved
+from fewbit.pipeline.solved_store import SolvedStore, SolvedWeight
+from fewbit.pipeline.walk import Walk
+from fewbit.recipe import Recipe
+
+Progress = Callable[[int, int, str], None]
+_SAMPLE_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Network:
+    """The model that runs, its blocks, and where the tensors to quantize are in it, block by block.
+
+    kept: for every block, the names of the other tensors of the checkpoint by their parameters in the block.
+    """
+
+    model: Any
+    blocks: list[Any]
+    sites: list[list[Site]]
+    items: dict[str, PlannedTensor]
+    kept: list[dict[str, str]]
+
+
+@dataclass
+class BlockSolver:
+    """Solving one block after another, with what the progress line shows."""
+
+    recipe: Recipe
+    options: CalibrationOptions
+    store: SolvedStore
+    network: Network
+    progress: Progress | None
+    paths: dict[str, str] = field(default_factory=dict)
+    done: int = 0
+    total: int = 1
+    what: str = ""
+    sample: Walk | None = None
+    notes: list[dict[str, Any]] = field(default_factory=list)
+
+    def step(self, *_: Any) -> None:
+        """One sequence through one block, or one sequence forward and back."""
+        self.done += 1
+        if self.progress:
+            self.progress(min(self.done, self.total), self.total, self.what)
+
+    def solve_block(self, index: int, curvature: Callable[[Site], Tensor | None], install: bool = True) -> None:
+        """Solve the weights of a block, or take them from an interrupted run; `install` puts them into the network."""
+        if self.recipe.channel_scales == "awq":
+            self._fold(index, curvature)
+        by_tensor: dict[str, list[Site]] = {}
+        for site in self.network.sites[index]:
+            by_tensor.setdefault(site.tensor.entry.name, []).append(site)
+        for name, sites in by_tensor.items():
+            item = self.network.items[name]
+            assert item.stored is not None
+            found = self.store.find(name)
+            if found is None:
+                found = self._solve(item, [(site.read(), curvature(site)) for site in sites])
+            self.paths[name] = found.record["path"]
+            if install:
+                decoded = native.decode(found.parts, found.stored)
+                first = 0
+                for site in sites:
+                    site.write(decoded[first : first + site.rows])
+                    first += site.rows
+            error = found.record["relative_squared_error"]
+            self.what = f"block {index + 1} of {len(self.network.blocks)}, error {error:.2%}"
+
+    def _fold(self, index: int, curvature: Callable[[Site], Tensor | None]) -> None:
+        """Scale the channels of a block; what is not quantized and changed by that is kept for the output."""
+        block, sites = self.network.blocks[index], self.network.sites[index]
+        if self.sample is None:
+            ids = torch.arange(_SAMPLE_TOKENS).unsqueeze(0) + 5
+            self.sample = Walk(self.network.model, self.network.blocks, ids, 1 << 30)
+        sample = self.sample
+        if self.solved(index):
+            # The sample only has to reach the next block in some plausible form.
+            sample.advance(index, _nothing)
+            return
+
+        def rounding(site: Site, weight: Tensor) -> Tensor:
+            item = self.network.items[site.tensor.entry.name]
+            assert item.stored is not None
+            return solve_weight(weight, None, self.recipe, item.stored.scheme).decoded
+
+        before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+        self.notes += fold_block(block, sites, curvature, rounding, partial(sample.change, index))
+        matrices = {id(site.watched.weight) for site in sites}
+        for name, parameter in block.named_parameters():
+            if id(parameter) not in matrices and not torch.equal(parameter, before[name]):
+                self.store.put_kept(self.network.kept[index][name], parameter.detach().cpu())
+        sample.advance(index, _nothing)
+
+    def solved(self, index: int) -> bool:
+        """Whether an interrupted run has solved all of a block."""
+        return all(self.store.find(site.tensor.entry.name) is not None for site in self.network.sites[index])
+
+    def round_outside(self, item: PlannedTensor, checkpoint: Checkpoint) -> None:
+        """A weight outside the blocks has no curvature: it is rounded."""
+        if self.store.find(item.tensor.entry.name) is None:
+            with FileReader() as reader:
+                whole = reader.tensor(item.tensor.entry)
+            self._solve(item, [(whole.t() if item.tensor.transposed else whole, None)])
+
+    def _solve(self, item: PlannedTensor, matrices: list[tuple[Tensor, Tensor | None]]) -> SolvedWeight:
+        assert item.stored is not None
+        name = item.tensor.entry.name
+        solved: list[Solved] = []
+        spans: list[tuple[int, int]] = []
+        first = 0
+        for weight, matrix in matrices:
+            try:
+                solved.append(solve_weight(weight, matrix, self.recipe, item.stored.scheme))
+            except NotFiniteError as error:
+                raise FewbitError(f"{name}: a weight is NaN or infinite: the checkpoint is damaged") from error
+            except FewbitError as error:
+                raise FewbitError(f"{name}: {error}") from error
+            spans.append((first, weight.shape[0]))
+            first += weight.shape[0]
+        stored, parts, record = assemble(item, item.stored, [one.rows for one in solved], spans, self.recipe)
+        paths = sorted({one.path for one in solved})
+        record["path"] = next((path for path in paths if path.startswith("fallback")), "; ".join(paths))
+        predicted = [one.predicted for one in solved if one.predicted is not None]
+        if predicted:
+            record["relative_curvature_error"] = sum(predicted) / len(predicted)
+        return self.store.put(name, SolvedWeight(stored, parts, record))
+
+
+def _nothing() -> None:
+    """No progress to show."""
