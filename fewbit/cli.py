@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fewbit.cli_plan import plan
 from fewbit.cli_quantize import curvature, quantize
 from fewbit.cli_shared import HtmlFlag, JsonFlag, announce, print_json
 from fewbit.errors import FewbitError
@@ -42,6 +43,7 @@ def common(
 
 
 app.command()(quantize)
+app.command()(plan)
 app.command()(curvature)
 
 

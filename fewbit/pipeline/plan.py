@@ -119,7 +119,18 @@ def _plan_tensor(tensor: WeightTensor, recipe: Recipe) -> PlannedTensor:
     return PlannedTensor(tensor, stored, stored_bytes(stored))
 
 
+def group_size_problem(checkpoint: Checkpoint, recipe: Recipe) -> str | None:
+    """Which layers the group size does not divide, and which sizes would; None when it divides all."""
+    return _indivisible(cover(checkpoint.entries.values(), checkpoint.config, recipe.include, recipe.exclude), recipe)
+
+
 def _check_group_sizes(coverage: Coverage, recipe: Recipe) -> None:
+    problem = _indivisible(coverage, recipe)
+    if problem:
+        raise FewbitError(problem)
+
+
+def _indivisible(coverage: Coverage, recipe: Recipe) -> str | None:
     wrong: dict[int, list[str]] = {}
     for tensor in coverage.of("quantize"):
         columns = tensor.matrix_shape[1]
@@ -134,7 +145,7 @@ def _check_group_sizes(coverage: Coverage, recipe: Recipe) -> None:
         if size is None:
             wrong.setdefault(columns, []).append(tensor.module)
     if not wrong:
-        return
+        return None
     all_columns = {t.matrix_shape[1] for t in coverage.of("quantize")}
     fits = [str(size) for size in (16, 32, 48, 64, 96, 128, 256) if all(c % size == 0 for c in all_columns)]
     described = "; ".join(
@@ -142,7 +153,7 @@ def _check_group_sizes(coverage: Coverage, recipe: Recipe) -> None:
         for columns, names in sorted(wrong.items())
     )
     advice = f"sizes that divide every layer: {', '.join(fits)}; or " if fits else "use "
-    raise FewbitError(f"group size {recipe.group_size} does not divide {described}: {advice}--group-size auto")
+    return f"group size {recipe.group_size} does not divide {described}: {advice}--group-size auto"
 
 
 def output_tensors(item: PlannedTensor) -> list[str]:

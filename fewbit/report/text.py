@@ -160,3 +160,33 @@ def _percent(value: float) -> str:
 
 def _short(name: str) -> str:
     return name if len(name) <= 40 else "…" + name[-39:]
+
+
+def plan_text(result: dict[str, Any]) -> str:
+    """What a run would do, in a few lines."""
+    layers, kept = result["tensors"]["quantize"], result["tensors"]["keep"]
+    output, needs = result["output"], result["needs"]
+    kinds: dict[tuple[str, tuple[int, ...], int, float], int] = {}
+    for layer in layers:
+        short = ".".join(part for part in layer["name"].removesuffix(".weight").split(".") if not part.isdigit())
+        key = (short, tuple(layer["shape"]), layer["group_size"], round(layer["bits_per_weight"], 3))
+        kinds[key] = kinds.get(key, 0) + 1
+    lines = [f"{result['method']}, {result['bits']} bits: {len(layers)} weights quantized, {len(kept)} tensors kept"]
+    for (name, shape, size, bits), count in kinds.items():
+        lines.append(f"  {count:4d} x {name}  {' x '.join(map(str, shape))}  groups of {size}  {bits:.3f} bits")
+    reasons: dict[str, int] = {}
+    for tensor in kept:
+        reasons[tensor["reason"]] = reasons.get(tensor["reason"], 0) + 1
+    lines += [f"  {count:4d} x kept: {reason}" for reason, count in reasons.items()]
+    lines.append(
+        f"{output['bits_per_weight']:.3f} bits a weight; {show_size(output['source_bytes'])} become "
+        f"{show_size(output['bytes'])}"
+    )
+    lines.append(
+        f"takes about {needs['seconds']:.0f} s, {show_size(needs['memory_bytes'])} of memory and "
+        f"{show_size(needs['disk_bytes'])} of disk"
+    )
+    lines += [f"problem: {problem}" for problem in result["problems"]]
+    held = [name for name, reason in result["exports"].items() if reason is None]
+    lines.append(f"can be written as: {', '.join(held)}")
+    return "\n".join(lines)

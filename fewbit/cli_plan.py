@@ -1,0 +1,60 @@
+"""The command that looks before it leaps: plan."""
+
+from typing import Annotated
+
+import typer
+
+from fewbit.cli_shared import (
+    CalibrationOption,
+    JsonFlag,
+    LengthOption,
+    MemoryOption,
+    SamplesOption,
+    announce,
+    print_json,
+)
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a name from `fewbit models`, or a hub name.")],
+    method: Annotated[str, typer.Option(help="As for quantize.")] = "adpq+",
+    bits: Annotated[int | None, typer.Option(help="Bits of a code, 2 to 8; default 4 (billm: 1).")] = None,
+    group_size: Annotated[str | None, typer.Option(help="N, auto, row, or a list: 64,auto.")] = None,
+    calibration: CalibrationOption = "self",
+    samples: SamplesOption = 128,
+    sequence_length: LengthOption = 512,
+    refresh: Annotated[str, typer.Option(help="once, block or a number of blocks.")] = "once",
+    memory: MemoryOption = "",
+    include: Annotated[list[str] | None, typer.Option(help="Also quantize tensors of this pattern.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Keep tensors of this pattern.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """What `quantize` would do: weights, bits, size, and about how much time, memory and disk. Writes nothing.
+
+    Examples:
+
+      fewbit plan smollm2-135m --method precal+oac --bits 2
+
+      fewbit plan ./llama --method rtn --bits 4 --group-size 96
+    """
+    from fewbit.calibration.choice import CalibrationChoice
+    from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh
+    from fewbit.pipeline.diagnose import diagnose
+    from fewbit.recipe import recipe_from_choices
+    from fewbit.report.text import plan_text
+    from fewbit.sizes import parse_size
+
+    choices = {"bits": bits, "group_size": group_size}
+    lists = {"include": tuple(include or ()), "exclude": tuple(exclude or ())}
+    recipe = recipe_from_choices(method, {**choices, **lists})
+    options = CalibrationOptions(
+        CalibrationChoice(calibration, samples, sequence_length),
+        refresh=parse_refresh(refresh),
+        memory_bytes=parse_size(memory) if memory else 0,
+    )
+    announce(model)
+    result = diagnose(model, recipe, options)
+    if as_json:
+        print_json(result)
+    else:
+        print(plan_text(result))

@@ -1,0 +1,133 @@
+"""`fewbit plan`: what a run would do and take, before it does anything."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.formats.scheme import stored_bytes
+from fewbit.pipeline.calibration_options import CalibrationOptions
+from fewbit.pipeline.plan import Plan, PlannedTensor, group_size_problem, make_plan, outliers_per_group
+from fewbit.pipeline.quantize_tensor import available_cores
+from fewbit.pipeline.quantize_weight import RowsContext, quantize_rows
+from fewbit.recipe import Recipe
+
+_START_SECONDS = 1.5
+_START_BYTES = 350_000_000
+_TRIAL_ROWS = 256
+_SOLVE_NANOSECONDS = 160.0
+"""A weight's share of the column solver, as `benchmarks/calibrated.py` measures it on two cores."""
+
+
+def diagnose(model: str | Path, recipe: Recipe, options: CalibrationOptions | None = None) -> dict[str, Any]:
+    """What `quantize` would do with these choices; nothing is written.
+
+    Times come from short trials on this machine and are rough. Returns ``tensors`` (by action), ``output`` (weights,
+    bits per weight, bytes), ``needs`` (seconds, memory_bytes, disk_bytes), ``problems`` (groups that do not divide) and
+    ``exports`` (format -> None, or why it cannot hold the result). Raises FewbitError for a model that cannot be read.
+    """
+    options = options or CalibrationOptions()
+    checkpoint = open_checkpoint(locate(model))
+    # Layers whose groups do not divide are shown, not refused: they are planned with the size that fits them best.
+    problem = group_size_problem(checkpoint, recipe)
+    plan = make_plan(
+        checkpoint, replace(recipe, group_size=f"{recipe.group_size},auto") if problem else recipe, 1 << 62
+    )
+    items = [item for shard in plan.shards for item in shard if item.stored is not None]
+    weights = sum(item.stored.weights for item in items if item.stored)
+    size = sum(stored_bytes(item.stored) for item in items if item.stored)
+    kept = sum(item.bytes for shard in plan.shards for item in shard if item.stored is None)
+    seconds, memory = _zero_shot(checkpoint, items, recipe)
+    scratch = 0
+    if recipe.curvature is not None:
+        more, memory = _calibrated(checkpoint, plan, items, recipe, options)
+        seconds, scratch = seconds + more, size
+    return {
+        "model": str(model),
+        "method": recipe.method,
+        "bits": recipe.bits,
+        "tensors": {
+            "quantize": [
+                {
+                    "name": item.tensor.entry.name,
+                    "shape": list(item.tensor.entry.shape),
+                    "group_size": item.stored.scheme.group_size,
+                    "bits_per_weight": 8 * stored_bytes(item.stored) / item.stored.weights,
+                }
+                for item in items
+                if item.stored
+            ],
+            "keep": [{"name": t.entry.name, "reason": t.reason} for t in plan.coverage.of("keep")],
+        },
+        "output": {
+            "weights": weights,
+            "bits_per_weight": 8 * size / weights,
+            "bytes": size + kept,
+            "source_bytes": checkpoint.bytes,
+        },
+        "needs": {"seconds": seconds, "memory_bytes": memory, "disk_bytes": size + kept + scratch},
+        "problems": [problem] if problem else [],
+        "exports": {"fewbit": None, "plain 16-bit (fewbit unpack)": None},
+    }
+
+
+def _zero_shot(checkpoint: Checkpoint, items: list[PlannedTensor], recipe: Recipe) -> tuple[float, int]:
+    """Seconds of rounding everything, from a trial on random weights, and the peak of memory."""
+    weights = sum(item.stored.weights for item in items if item.stored)
+    first = items[0].stored
+    assert first is not None
+    columns = first.shape[1]
+    trial = torch.randn(_TRIAL_ROWS, columns, generator=torch.Generator().manual_seed(0))
+    per_group = outliers_per_group(recipe, first.scheme.group_size) if recipe.outlier_scope == "group" else 0
+    cut = 2.0 if recipe.outliers == "adaptive-lasso" and not per_group else None
+    seconds = 0.0
+    if recipe.curvature is None:
+        context = RowsContext(recipe, first.scheme, cut, per_group)
+        quantize_rows(trial, context)
+        began = time.perf_counter()
+        quantize_rows(trial, context)
+        seconds = (time.perf_counter() - began) / trial.numel() * weights / min(available_cores(), 2)
+    largest = max(item.tensor.entry.bytes for item in items)
+    return _START_SECONDS + seconds + checkpoint.bytes / 2e9, _START_BYTES + 4 * largest
+
+
+def _calibrated(
+    checkpoint: Checkpoint, plan: Plan, items: list[PlannedTensor], recipe: Recipe, options: CalibrationOptions
+) -> tuple[float, int]:
+    """Seconds of measuring and solving, and the peak of memory."""
+    tokens = options.choice.samples * options.choice.sequence_length
+    weights = sum(item.stored.weights for item in items if item.stored)
+    squares = [4 * item.tensor.matrix_shape[1] ** 2 for item in items]
+    blocks = len({item.tensor.block for item in items}) or 1
+    forward = 2.0 * tokens * (checkpoint.bytes / 2) / _speed()
+    if options.stored is not None:
+        measuring = 0.0
+        held = sum(squares) // blocks
+    elif recipe.curvature is not None and recipe.curvature.kind == "fisher":
+        # Forward, forward again block by block, and back; with a refresh, for every stage, half of it on average.
+        stages = -(-blocks // options.refresh) if options.refresh else 1
+        measuring = 3.0 * forward * (1 if stages == 1 else (stages + 1) / 2)
+        held = sum(squares) // stages
+    else:
+        measuring = 2.5 * forward
+        held = sum(squares) // blocks
+    hidden = int(checkpoint.config.get("hidden_size") or checkpoint.config.get("n_embd") or 0)
+    vocabulary = int(checkpoint.config.get("vocab_size") or 0)
+    states = 2 * tokens * hidden + 4 * options.choice.sequence_length * vocabulary
+    memory = _START_BYTES + checkpoint.bytes + min(held, options.memory) + states
+    return measuring + _SOLVE_NANOSECONDS * 1e-9 * weights, memory
+
+
+def _speed() -> float:
+    """Floating-point operations a second of a bfloat16 product on this machine."""
+    a, b = torch.ones(512, 1024, dtype=torch.bfloat16), torch.ones(1024, 1024, dtype=torch.bfloat16)
+    a @ b
+    began = time.perf_counter()
+    for _ in range(5):
+        a @ b
+    # A network's forward pass reaches about a third of what a bare product does.
+    return 5 * 2 * a.numel() * b.shape[1] / (time.perf_counter() - began) / 3
