@@ -2,8 +2,8 @@
 
     python benchmarks/calibrated_choices.py --folder /somewhere/with/space --model smollm2-135m --bits 2 --bits 3
 
-Curvatures, calibration and perplexity as in calibrated_quality.py, whose folder and curvatures it shares. Rows that stand
-in `results/calibrated_choices.json` are not measured again.
+Curvatures, calibration and perplexity as in calibrated_quality.py, whose folder and curvatures it shares. Rows that
+stand in `results/calibrated_choices.json` are not measured again.
 """
 
 import argparse

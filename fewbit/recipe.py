@@ -202,9 +202,13 @@ PRESETS["oac+spqr"] = {**PRESETS["spqr"], **_FISHER}
 PRESETS["oac+billm"] = {**PRESETS["billm"], **_FISHER}
 """Published methods (and our own) as choices that differ from a plain Recipe. Sources: `docs/methods.md`."""
 
-PRESETS_FROM_5_BITS: dict[str, dict[str, Any]] = {"adpq+": {"grid": "symmetric"}, "precal+oac": {"grid": "symmetric"}}
-"""What a preset does otherwise from 5 bits on: with many levels an even spacing has less error than normal quantiles;
-compare `fewbit quantize MODEL --report-only --bits 6 --json` with and without `--grid normal-float`."""
+PRESETS_FROM_5_BITS: dict[str, dict[str, Any]] = {
+    **{name: {"grid": "symmetric"} for name in ("adpq+", "precal+oac")},
+    **{name: {"statistic_bits": 8} for name in ("spqr", "precal+spqr", "oac+spqr")},
+}
+"""What a preset does otherwise from 5 bits on: with many levels an even spacing has less error than normal quantiles
+(compare `fewbit quantize MODEL --report-only --bits 6 --json` with and without `--grid normal-float`), and statistics of
+3 bits would lose more than the codes."""
 
 
 def preset(method: str, **choices: Any) -> Recipe:

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import fewbit
+from fewbit.calibration.choice import CalibrationChoice
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
 from fewbit.formats.scheme import Scheme, stored_bytes
+from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.run import RunOptions
 from fewbit.recipe import recipe_from_choices
 from fewbit.runtime.unpack import unpack
@@ -66,11 +68,25 @@ def outlier_places(data: np.ndarray, how: str, weights: int, count: int, group: 
     return (ones - np.arange(count)) << low | wide_bits(data[:size], low, count)
 
 
+def statistics(parts: dict[str, np.ndarray], name: str, s: dict[str, Any], groups: int) -> np.ndarray:
+    code = bits_of(parts[f"{name}s"], s["statistic_bits"], groups).astype(np.float32)
+    second = floats(parts[f"{name}_statistics"], "float16")[np.arange(len(code)) // s["statistic_rows"]]
+    return code * second[..., 1] + second[..., 0]
+
+
 def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, Any]) -> np.ndarray:
     (rows, columns), bits, group = w["shape"], s["bits"], s["group_size"]
     groups, kind = columns // group, "float32" if s["scale_format"] == "float32" else "float16"
     codes = bits_of(parts["codes"], bits, columns).reshape(rows, groups, group)
-    if s["scale_format"] == "two-level":
+    if s["grid"] == "binary":
+        a, b, c, d = (floats(parts["scales"], "float16")[:, :, None, i] for i in range(4))
+        second = bits_of(parts["second"], 1, columns).reshape(codes.shape)
+        salient = bits_of(parts["salient"], 1, columns).reshape(1, groups, group)
+        size = np.where(salient, np.where(second, c + d, np.abs(c - d)), np.where(second, b, a))
+        return np.where(codes, -size, size).reshape(rows, columns)
+    if s["scale_format"] == "statistics":
+        scale, zero = (statistics(parts, name, s, groups) for name in ("scale", "zero"))
+    elif s["scale_format"] == "two-level":
         code = bits_of(parts["scales"], 7, groups)
         unit = floats(parts["row_scales"], "bfloat16")[:, None] / np.float32(63)
         scale = np.where(code >= 64, -1, 1).astype(np.float32) * ((code & 63).astype(np.float32) * unit)
@@ -81,6 +97,8 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
         weight = np.array(s["levels"], np.float32)[codes] * scale
     elif s["grid"] == "minimum":
         weight = value * scale + floats(parts["minima"], kind)[..., None]
+    elif s["grid"] == "real-zero":
+        weight = (value - zero[..., None]) * scale
     elif s["grid"] == "zero-point":
         weight = (value - bits_of(parts["zeros"], bits, groups)[..., None].astype(np.float32)) * scale
     else:
@@ -89,10 +107,12 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
     if s["outlier_grid"] != "none" and w["outliers"]:
         place = outlier_places(parts["outlier_positions"], w["positions"], rows * columns, w["outliers"], group)
         code, wide = codes.reshape(-1)[place], s["outlier_bits"]
-        if wide > bits:
+        if s["outlier_grid"] != "float16" and wide > bits:
             code = code | bits_of(parts["outlier_codes"], wide - bits, w["outliers"]) << bits
         value, half = code.astype(np.float32), 2 ** (wide - 1)
-        if s["outlier_grid"] == "row":
+        if s["outlier_grid"] == "float16":
+            weight[place] = floats(parts["outlier_values"], "float16")
+        elif s["outlier_grid"] == "row":
             weight[place] = (value - half) * floats(parts["outlier_scales"], "bfloat16")[place // columns]
         else:
             step = floats(parts["outlier_scales"], kind).reshape(-1)[place // group]
@@ -118,7 +138,15 @@ CASES = [
     ("adpq", {"outlier_fraction": 0.0005}),
     ("adpq+", {}),
     ("adpq+", {"outlier_fraction": 0.0, "column_weights": "norm-gain"}),
+    ("gptq", {"group_size": "16"}),
+    ("spqr", {}),
+    ("precal+gptq", {"group_size": "32"}),
+    ("precal+spqr", {}),
+    ("oac+spqr", {"group_size": "32"}),
+    ("precal+oac", {}),
+    ("oac+billm", {"bits": 1}),
 ]
+CALIBRATION = CalibrationOptions(CalibrationChoice("random-tokens", 2, 32))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
@@ -127,8 +155,8 @@ def test_a_reader_from_the_specification_gets_the_same_weights(
     tiny: Path, tmp_path: Path, method: str, choices: dict[str, Any], bits: int
 ) -> None:
     out = tmp_path / "out"
-    recipe = recipe_from_choices(method, {**choices, "bits": bits})
-    report = fewbit.quantize(tiny, out, recipe, RunOptions(shard_size=60_000))
+    recipe = recipe_from_choices(method, {"bits": bits, **choices})
+    report = fewbit.quantize(tiny, out, recipe, RunOptions(shard_size=60_000, calibration=CALIBRATION))
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     tensors: dict[str, np.ndarray] = {}
     for path in sorted(out.glob("*.safetensors")):
@@ -155,7 +183,7 @@ def test_a_reader_from_the_specification_gets_the_same_weights(
             r["bytes"] for r in report["layers"] if r["name"] == f"{module}.weight"
         )
     reported = [(r["relative_squared_error"], r["weights"]) for r in report["layers"]]
-    assert error / norm < 4.0 ** (2.0 - bits)
+    assert error / norm < 4.0 ** (2.0 - recipe.bits), error / norm
     assert (
         abs(error / norm - np.average([e for e, _ in reported], weights=[n for _, n in reported])) < 0.2 * error / norm
     )

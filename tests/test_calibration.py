@@ -1,0 +1,161 @@
+"""Calibration sources: one syntax, repeatable tokens, and exact refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewbit.calibration.choice import CalibrationChoice
+from fewbit.calibration.source import Source, parse_sources, shares
+from fewbit.calibration.tokens import make_set
+from fewbit.errors import FewbitError
+from fewbit.runtime.load import load
+from tests.conftest import build_tiny, byte_tokenizer, run_cli
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return byte_tokenizer()
+
+
+def write_texts(folder: Path) -> dict[str, Path]:
+    folder.mkdir(exist_ok=True)
+    text, lines = folder / "a.txt", folder / "b.jsonl"
+    text.write_text("plain words that go on and on. " * 200)
+    lines.write_text("".join(json.dumps({"text": f"document {i} " * 3, "other": "x"}) + "\n" for i in range(50)))
+    return {"txt": text, "jsonl": lines, "folder": folder}
+
+
+def test_syntax(tmp_path: Path) -> None:
+    text = tmp_path / "a:b.txt"
+    text.write_text("hello")
+    assert parse_sources("none") == []
+    assert parse_sources("self") == [Source("self", "self")]
+    assert parse_sources("c4:64,nonsense:3") == [Source("hub", "c4", None, 64), Source("nonsense", "nonsense", None, 3)]
+    assert parse_sources("some/set:column:7") == [Source("hub", "some/set", "column", 7)]
+    assert parse_sources(str(text)) == [Source("file", str(text))]
+    assert parse_sources(f"{text}:12") == [Source("file", str(text), None, 12)]
+    assert parse_sources(f"{text}:body:12") == [Source("file", str(text), "body", 12)]
+    assert [str(s) for s in parse_sources("c4:64,self")] == ["c4:64", "self"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("c4,,self", "an empty source"),
+        ("c4:0", "at least one sequence"),
+        ("self,none", "cannot be combined"),
+        ("missing.txt", "missing.txt: no such file or folder"),
+        ("./missing", "no such file or folder"),
+    ],
+)
+def test_syntax_errors(text: str, message: str) -> None:
+    with pytest.raises(FewbitError, match=message):
+        parse_sources(text)
+
+
+def test_shares() -> None:
+    assert shares(parse_sources("self,nonsense"), 5) == [3, 2]
+    assert shares(parse_sources("self:1,nonsense,random-tokens"), 6) == [1, 3, 2]
+    assert shares(parse_sources("self:4,nonsense:9"), 2) == [4, 9]
+    with pytest.raises(FewbitError, match="--samples 3: the counts of the sources leave 0 for 1"):
+        shares(parse_sources("self:4,nonsense"), 3)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "folder", "nonsense", "random-tokens"])
+def test_same_arguments_same_tokens(tmp_path: Path, tokenizer: Any, kind: str) -> None:
+    source = str(write_texts(tmp_path / "texts").get(kind, kind))
+    first, second = (make_set(CalibrationChoice(source, 5, 32, seed=3), tokenizer, 256) for _ in range(2))
+    other = make_set(CalibrationChoice(source, 5, 32, seed=4), tokenizer, 256)
+    assert first.ids.shape == (5, 32)
+    assert first.ids.dtype == torch.int64
+    assert torch.equal(first.ids, second.ids)
+    assert first.sha256 == second.sha256 != other.sha256
+    assert first.describe()["tokens_sha256"] == first.sha256
+    assert first.describe()["tokens"] == 160
+
+
+def test_documents_are_joined_and_never_padded(tmp_path: Path, tokenizer: Any) -> None:
+    source = str(write_texts(tmp_path / "texts")["jsonl"])
+    ids = make_set(CalibrationChoice(source, 4, 64), tokenizer, 256).ids
+    assert not bool((ids == 1).any())
+    text = tokenizer.decode(ids.reshape(-1))
+    assert text.count("document") > 12
+
+
+def test_parquet_and_columns(tmp_path: Path, tokenizer: Any) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"body": ["some words " * 30] * 10}), path)
+    assert make_set(CalibrationChoice(f"{path}:body:2", 2, 32), tokenizer, 256).ids.shape == (2, 32)
+    with pytest.raises(FewbitError, match="no column 'text': it has body"):
+        make_set(CalibrationChoice(str(path), 2, 32), tokenizer, 256)
+
+
+def test_self_is_sampled_from_the_model(tiny: Path) -> None:
+    model = load(tiny, device="cpu")
+    choice = CalibrationChoice("self", 3, 20, seed=1)
+    first, second = (make_set(choice, None, 256, model) for _ in range(2))
+    assert torch.equal(first.ids, second.ids)
+    assert first.ids.shape == (3, 20)
+    assert not torch.equal(first.ids[0], first.ids[1])
+
+
+def test_too_little_text_says_how_much_there_is(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("x" * 100)
+    with pytest.raises(FewbitError) as error:
+        make_set(CalibrationChoice(str(path), 8, 32), tokenizer, 256)
+    assert str(error.value) == (
+        f"{path}: it has 100 tokens, 3 sequences of 32; 8 were asked for: take fewer or shorter ones "
+        "(--samples, --sequence-length), or more text"
+    )
+
+
+def test_chat_template(tmp_path: Path, tokenizer: Any) -> None:
+    source = str(write_texts(tmp_path / "texts")["jsonl"])
+    with pytest.raises(FewbitError, match="--chat-template: the model's tokenizer has none"):
+        make_set(CalibrationChoice(source, 2, 32, chat_template=True), tokenizer, 256)
+    templated = byte_tokenizer()
+    templated.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    ids = make_set(CalibrationChoice(source, 2, 300, chat_template=True), templated, 256).ids
+    assert "<user>document" in templated.decode(ids.reshape(-1))
+
+
+CALIBRATED = ["--method", "gptq", "--bits", "4", "--group-size", "32"]
+RANDOM = ["--calibration", "random-tokens", "--samples", "4", "--sequence-length", "32"]
+
+
+def refused(*arguments: Any) -> str:
+    result = run_cli("quantize", *arguments, code=2)
+    assert not result.stdout
+    return result.stderr.strip().splitlines()[-1].removeprefix("fewbit: ")
+
+
+def test_a_hub_data_set_without_a_network(tiny: Path, tmp_path: Path) -> None:
+    line = refused(tiny, tmp_path / "out", *CALIBRATED, "--calibration", "c4")
+    assert "c4: no such file here, and the data set cannot be fetched" in line or "pip install 'fewbit[data]'" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_none_is_no_calibration(tiny: Path, tmp_path: Path) -> None:
+    line = refused(tiny, tmp_path / "out", *CALIBRATED, "--calibration", "none")
+    assert line == "this method needs calibration text: give --calibration, e.g. self, c4 or a file"
+
+
+def test_memory_too_small_for_one_block(tiny: Path, tmp_path: Path) -> None:
+    line = refused(tiny, tmp_path / "out", "--method", "oac", "--group-size", "32", *RANDOM, "--memory", "1KB")
+    assert line == "block 1: its curvature takes 0.00 GB, --memory allows 0.00"
+
+
+def test_a_model_without_tokenizer(tmp_path: Path) -> None:
+    model = build_tiny(tmp_path / "model")
+    for path in model.glob("token*"):
+        path.unlink()
+    run_cli("quantize", model, tmp_path / "out", *CALIBRATED, *RANDOM)
+    line = refused(model, tmp_path / "more", *CALIBRATED, "--calibration", "nonsense")
+    assert "no tokenizer that transformers can read: add it, or take random-tokens" in line
