@@ -207,8 +207,8 @@ PRESETS_FROM_5_BITS: dict[str, dict[str, Any]] = {
     **{name: {"statistic_bits": 8} for name in ("spqr", "precal+spqr", "oac+spqr")},
 }
 """What a preset does otherwise from 5 bits on: with many levels an even spacing has less error than normal quantiles
-(compare `fewbit quantize MODEL --report-only --bits 6 --json` with and without `--grid normal-float`), and statistics of
-3 bits would lose more than the codes."""
+(compare `fewbit quantize MODEL --report-only --bits 6 --json` with and without `--grid normal-float`); statistics of
+3 bits would lose more than the codes do."""
 
 
 def preset(method: str, **choices: Any) -> Recipe:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_architectures import CHOICE, build
 from torch import Tensor
 
 import fewbit
@@ -17,7 +18,6 @@ from fewbit.pipeline.run import RunOptions
 from fewbit.pipeline.solve_blocks import Network
 from fewbit.pipeline.walk import Walk
 from fewbit.runtime.unpack import unpack
-from tests.test_architectures import CHOICE, build
 
 FEEDERS = {"llama": 3, "mistral": 3, "gemma3_text": 3, "phi3": 2, "opt": 4, "gpt2": 2, "gpt_neox": 2, "qwen2": 3}
 """How many sets of layers of a block can be scaled: those behind a norm or a linear layer of their own."""

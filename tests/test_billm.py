@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_column_solver import random_problem
 
 from fewbit.formats import native
 from fewbit.formats.scheme import StoredWeight, stored_bytes
@@ -9,7 +10,6 @@ from fewbit.grids import binary
 from fewbit.pipeline.plan import scheme_for
 from fewbit.pipeline.solve_weight import solve_weight
 from fewbit.recipe import preset
-from tests.test_column_solver import random_problem
 
 
 def test_twice_binarized_by_an_explicit_loop() -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import build_tiny, byte_tokenizer, run_cli
 
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.calibration.source import Source, parse_sources, shares
 from fewbit.calibration.tokens import make_set
 from fewbit.errors import FewbitError
 from fewbit.runtime.load import load
-from tests.conftest import build_tiny, byte_tokenizer, run_cli
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import build_tiny, run_cli
 from torch import Tensor
 
 from fewbit.architecture.coverage import cover
@@ -17,7 +18,6 @@ from fewbit.curvature.observe import watching
 from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
 from fewbit.runtime.load import load
-from tests.conftest import build_tiny, run_cli
 
 
 @pytest.fixture(scope="module")

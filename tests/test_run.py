@@ -168,9 +168,9 @@ def refuse(*arguments, **keywords):
 socket.socket.connect = refuse
 socket.getaddrinfo = refuse
 sys.argv = ["fewbit", "quantize", sys.argv[1], sys.argv[2], "--method", "adpq+", "--bits", "3"]
-from fewbit.cli import main
+from fewbit.cli import app
 try:
-    main()
+    app(standalone_mode=False)
 finally:
     loaded = [m for m in ("transformers", "huggingface_hub", "datasets", "requests", "httpx") if m in sys.modules]
     assert not loaded, loaded

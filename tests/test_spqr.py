@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_column_solver import random_problem
 from torch import Tensor
 
 from fewbit.formats import native
@@ -11,7 +12,6 @@ from fewbit.outliers.sensitivity import leave_one_out, sensitivity_threshold
 from fewbit.pipeline.plan import scheme_for
 from fewbit.pipeline.solve_weight import solve_weight
 from fewbit.recipe import Recipe, preset
-from tests.test_column_solver import random_problem
 
 
 @pytest.mark.parametrize(

@@ -141,9 +141,21 @@ def _with_fisher(run: BlockSolver, calibration: CalibrationSet) -> None:
             accumulator, _ = measure_fisher(
                 network.model, blocks, list(layers.values()), calibration.ids, choice, run.step
             )
+            _check_gradients(accumulator)
         for index in stage:
             # Measured once means with the original's weights, also where memory makes several passes of it.
             run.solve_block(index, partial(_curvature_at, accumulator), install=refresh > 0)
+
+
+def _check_gradients(found: Accumulator) -> None:
+    """FewbitError when a layer had inputs and no gradient at all: no solver may take underflow for calm."""
+    for key, matrix in found.sums.items():
+        diagonal = matrix if matrix.dim() == 1 else matrix.diagonal()
+        if not bool((diagonal > 0).any()):
+            raise FewbitError(
+                f"{key}: its gradients are all 0 though it had inputs: they underflowed; run the model in float32 or "
+                "bfloat16"
+            )
 
 
 def stages_of(sites: list[list[Site]], refresh: int, memory_bytes: int) -> list[list[int]]:

@@ -95,6 +95,11 @@ class BlockSolver:
             self.sample = Walk(self.network.model, self.network.blocks, ids, 1 << 30)
         sample = self.sample
         if self.solved(index):
+            for name, parameter in block.named_parameters():
+                changed = self.store.kept(self.network.kept[index].get(name, ""))
+                if changed is not None:
+                    parameter.data.copy_(changed)
+            self.notes += self.store.notes(index)
             # The sample only has to reach the next block in some plausible form.
             sample.advance(index, _nothing)
             return
@@ -105,7 +110,9 @@ class BlockSolver:
             return solve_weight(weight, None, self.recipe, item.stored.scheme).decoded
 
         before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
-        self.notes += fold_block(block, sites, curvature, rounding, partial(sample.change, index))
+        notes = fold_block(block, sites, curvature, rounding, partial(sample.change, index))
+        self.notes += notes
+        self.store.put_notes(index, notes)
         matrices = {id(site.watched.weight) for site in sites}
         for name, parameter in block.named_parameters():
             if id(parameter) not in matrices and not torch.equal(parameter, before[name]):

@@ -69,6 +69,18 @@ class SolvedStore:
         path = self._path(name)
         return load_file(path)["kept"] if path.is_file() else None
 
+    def put_notes(self, block: int, notes: list[dict[str, Any]]) -> None:
+        """Keep what the report will say of a block."""
+        path = self._path(f"notes-{block}")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(notes), encoding="utf-8")
+        partial.replace(path)
+
+    def notes(self, block: int) -> list[dict[str, Any]]:
+        """What was kept for a block."""
+        path = self._path(f"notes-{block}")
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
     def take(self, name: str) -> tuple[StoredWeight, dict[str, Tensor], dict[str, Any]]:
         """A weight that was kept, as :func:`fewbit.pipeline.quantize_tensor.assemble` gives it."""
         found = self.find(name)

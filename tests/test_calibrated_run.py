@@ -1,0 +1,187 @@
+"""Calibrated runs end to end: interruption, refresh, memory, fallbacks, what the report says."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tiny, folder_bytes, run_cli
+
+import fewbit
+from fewbit.calibration.choice import CalibrationChoice
+from fewbit.errors import FewbitError
+from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh
+from fewbit.pipeline.run import RunOptions
+
+CHOICE = CalibrationChoice("random-tokens", samples=6, sequence_length=48)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of four blocks."""
+    return build_tiny(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=4, shard_size="1GB")
+
+
+def options(**choices: Any) -> RunOptions:
+    return RunOptions(shard_size=60_000, calibration=CalibrationOptions(CHOICE, **choices))
+
+
+SLOW = """
+import sys, time
+import fewbit, fewbit.pipeline.solve_blocks as blocks
+from test_calibrated_run import options
+original = blocks.solve_weight
+def slow(*arguments):
+    time.sleep(0.1)
+    return original(*arguments)
+blocks.solve_weight = slow
+recipe = fewbit.preset(sys.argv[3], bits=3, group_size="32")
+fewbit.quantize(sys.argv[1], sys.argv[2], recipe, options(refresh=int(sys.argv[4])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "refresh"), [("gptq", 0), ("awq", 0), ("precal+oac", 0), ("oac+spqr", 1), ("oac", 3)]
+)
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(deep: Path, tmp_path: Path, method: str, refresh: int) -> None:
+    out, partial = tmp_path / "out", tmp_path / ".out.fewbit-partial"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(deep), str(out), method, str(refresh)],
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parent,
+    )
+    deadline = time.monotonic() + 120
+    while len(list(partial.glob("*_proj.weight.solved"))) < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    finished = {p.name: p.stat().st_mtime_ns for p in partial.glob("*_proj.weight.solved")}
+    assert 10 <= len(finished) < 28
+    recipe = fewbit.preset(method, bits=3, group_size="32")
+    with pytest.raises(FewbitError, match="other arguments was interrupted here"):
+        fewbit.quantize(deep, out, recipe, options(refresh=refresh + 1))
+    fewbit.quantize(deep, out, recipe, options(refresh=refresh))
+    fewbit.quantize(deep, tmp_path / "straight", recipe, options(refresh=refresh))
+    assert folder_bytes(out) == folder_bytes(tmp_path / "straight")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "straight"]
+    assert not list(out.glob("*.solved"))
+
+
+def test_refresh_sees_the_blocks_before_it_quantized(deep: Path, tmp_path: Path) -> None:
+    recipe = fewbit.preset("oac", bits=2, group_size="32")
+    found = {}
+    for refresh in (0, 1, 2):
+        report = fewbit.quantize(
+            deep, None, recipe, RunOptions(report_only=True, calibration=options(refresh=refresh).calibration)
+        )
+        found[refresh] = {r["name"]: r["relative_squared_error"] for r in report["layers"]}
+        assert report["calibration"]["refresh"] == refresh
+    first = [n for n in found[0] if ".layers.0." in n]
+    last = [n for n in found[0] if ".layers.3." in n]
+    assert all(found[0][n] == found[1][n] for n in first)
+    assert all(found[0][n] != found[1][n] for n in last)
+    assert all(found[1][n] != found[2][n] for n in last)
+    assert [parse_refresh(text) for text in ("once", "block", "5")] == [0, 1, 5]
+    with pytest.raises(FewbitError, match="--refresh must be once, block or a number of blocks, not 'never'"):
+        parse_refresh("never")
+
+
+def test_little_memory_gives_the_same_weights(deep: Path, tmp_path: Path) -> None:
+    for method in ("oac", "gptq"):
+        recipe = fewbit.preset(method, bits=3, group_size="32")
+        # Enough for the matrices of one block, and for no hidden states.
+        fewbit.quantize(deep, tmp_path / f"{method}-little", recipe, options(memory_bytes=180_000))
+        fewbit.quantize(deep, tmp_path / f"{method}-much", recipe, options())
+        little, much = (folder_bytes(tmp_path / f"{method}-{name}") for name in ("little", "much"))
+        assert little == much
+
+
+def test_the_gram_is_that_of_the_quantized_prefix_or_of_the_original(deep: Path) -> None:
+    recipe = fewbit.preset("gptq", bits=2, group_size="32")
+    found = []
+    for original in (False, True):
+        calibration = CalibrationOptions(CHOICE, original_inputs=original)
+        report = fewbit.quantize(deep, None, recipe, RunOptions(report_only=True, calibration=calibration))
+        found.append({r["name"]: r["relative_squared_error"] for r in report["layers"]})
+    assert all(found[0][n] == found[1][n] for n in found[0] if ".layers.0." in n)
+    assert any(found[0][n] != found[1][n] for n in found[0] if ".layers.3." in n)
+
+
+def test_fallbacks_are_counted_and_named(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fewbit.pipeline.solve_weight as solving
+
+    monkeypatch.setattr(solving, "factor", lambda prepared, damping: None)
+    recipe = fewbit.preset("gptq", bits=4, group_size="32")
+    with pytest.raises(FewbitError, match=r"28 weights fell back to rounding: model\.layers\.0\..*--max-fallback"):
+        fewbit.quantize(deep, tmp_path / "out", recipe, options())
+    report = fewbit.quantize(deep, tmp_path / "out", recipe, options(max_fallback=28))
+    assert {r["path"] for r in report["layers"]} == {"fallback: the curvature has no Cholesky factor"}
+
+
+def test_a_fisher_that_underflowed_is_an_error(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fewbit.curvature.fisher as fisher
+
+    def nothing(logits: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, float]:
+        return torch.zeros_like(logits), 0.0
+
+    monkeypatch.setattr(fisher, "_loss_gradient", nothing)
+    with pytest.raises(FewbitError, match=r"model\.layers\..*: its gradients are all 0 though it had inputs"):
+        fewbit.quantize(deep, tmp_path / "out", fewbit.preset("oac", bits=4, group_size="32"), options())
+
+
+def test_the_report_names_tokens_and_paths(deep: Path, tmp_path: Path) -> None:
+    run_cli(
+        *["quantize", deep, tmp_path / "out", "--method", "precal+oac", "--bits", "3", "--group-size", "32"],
+        *["--calibration", "random-tokens", "--samples", "4", "--sequence-length", "32", "--seed", "7"],
+    )
+    report = json.loads((tmp_path / "out" / "fewbit_report.json").read_text())
+    assert report["calibration"]["calibration"]["seed"] == 7
+    assert len(report["calibration"]["calibration"]["tokens_sha256"]) == 64
+    assert report["calibration"]["calibration"]["tokens"] == 128
+    assert {layer["path"] for layer in report["layers"]} == {"solved"}
+    assert all(0 < layer["relative_curvature_error"] < 1 for layer in report["layers"])
+
+
+def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> None:
+    recipe = fewbit.preset("gptq", bits=4, group_size="32", include=("model.embed_tokens.weight",))
+    report = fewbit.quantize(deep, None, recipe, RunOptions(report_only=True, calibration=options().calibration))
+    paths = {layer["name"]: layer["path"] for layer in report["layers"]}
+    assert paths["model.embed_tokens.weight"] == "rounded: no input seen"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "rtn", "--damping", "0.1"], "--damping: belongs to methods with a curvature, rtn has none"),
+        (["--method", "gptq", "--damping", "0"], "damping must be above 0"),
+        (["--method", "spqr", "--act-order"], "outliers by sensitivity shape the grid of a group when it is entered"),
+        (["--method", "gptq", "--fisher-terms", "some"], "curvature terms must be one of sequence, token, not 'some'"),
+        (["--method", "billm", "--bits", "4"], "the binary grid has 1 bit, not 4: leave --bits out"),
+        (["--method", "gptq", "--refresh", "0"], "--refresh must be once, block or a number of blocks"),
+        (["--method", "gptq", "--samples", "0"], "calibration needs at least 1 sample of at least 2 tokens"),
+        (["--method", "gptq", "--curvature", "nowhere"], "nowhere: no curvature here: make one with"),
+    ],
+)
+def test_bad_choices(tiny: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = run_cli("quantize", tiny, tmp_path / "out", *arguments, code=2)
+    assert message in result.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_says_what_a_run_does(tiny: Path, tmp_path: Path) -> None:
+    plan = json.loads(run_cli("plan", tiny, "--method", "rtn", "--bits", "3", "--group-size", "32", "--json").stdout)
+    report = fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("rtn", bits=3, group_size="32"))
+    assert plan["output"]["bits_per_weight"] == report["output"]["bits_per_weight"]
+    assert plan["output"]["bytes"] == report["output"]["bytes"] + report["output"]["kept_bytes"]
+    assert {t["name"] for t in plan["tensors"]["quantize"]} == {r["name"] for r in report["layers"]}
+    assert plan["problems"] == []
+    assert all(plan["needs"][key] > 0 for key in ("seconds", "memory_bytes", "disk_bytes"))
+    odd = run_cli("plan", tiny, "--method", "precal+oac", "--bits", "2", "--group-size", "48").stdout
+    assert "problem: group size 48 does not divide" in odd
+    assert "can be written as: fewbit" in odd
