@@ -53,7 +53,46 @@ def against_hqq() -> None:
         print(f"| {r['model']} | {r['bits']} | {r['tool']} | {figures} |")
 
 
+def calibrated() -> None:
+    """Every preset with the same text, seed 0; then the claims over seeds."""
+    rows = read("calibrated_quality")
+    for model in MODELS:
+        for bits in (4, 3, 2, 1):
+            found = [r for r in rows if (r["model"], r["bits"], r["seed"]) == (model, bits, 0)]
+            if found:
+                print(
+                    f"\n| {model}, {bits} bits | bits/weight | perplexity | KL | curvature s | solve s | peak memory |"
+                )
+                print("| --- | --- | --- | --- | --- | --- | --- |")
+            for r in found:
+                figures = f"{r['bits_per_weight']:.2f} | {r['perplexity']:,.1f} | {r['kl_mean']:.3f}"
+                times = f"{r['curvature_seconds']:.0f} | {r['solve_seconds']:.0f} | {r['peak_rss_bytes'] / 1e9:.1f} GB"
+                print(f"| {r['method']} | {figures} | {times} |")
+    print("\n| model | bits | method | perplexity by seed |\n| --- | --- | --- | --- |")
+    seeds: dict[tuple[str, int, str], list[float]] = {}
+    for r in sorted(rows, key=lambda r: r["seed"]):
+        seeds.setdefault((r["model"], r["bits"], r["method"]), []).append(r["perplexity"])
+    for (model, bits, method), values in seeds.items():
+        if len(values) > 1:
+            print(f"| {model} | {bits} | {method} | {', '.join(f'{v:,.1f}' for v in values)} |")
+
+
+def choices() -> None:
+    """One choice changed at a time."""
+    found = {(r["model"], r["bits"], r["variant"]): r for r in read("calibrated_choices")}
+    print("\n| smollm2-135m | 2 bits: bits/weight | perplexity | 3 bits: bits/weight | perplexity |")
+    print("| --- | --- | --- | --- | --- |")
+    for name in dict.fromkeys(variant for _, _, variant in found):
+        cells = []
+        for bits in (2, 3):
+            r = found.get(("smollm2-135m", bits, name))
+            cells += [f"{r['bits_per_weight']:.2f}", f"{r['perplexity']:,.1f}"] if r else ["", ""]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
 if __name__ == "__main__":
     quality()
     speed()
     against_hqq()
+    calibrated()
+    choices()
