@@ -1,0 +1,100 @@
+"""Seconds and peak memory of calibrated presets, against the passes over the text that they cannot do without.
+
+    python benchmarks/calibrated.py --model smollm2-135m --samples 32
+
+In one run: a plain forward pass over the sequences, a plain forward and backward pass with all gradients, and every
+preset end to end in a process of its own, start-up and loading included. Ratios are against the passes it needs: two
+forward passes for the input Gram, one forward and backward pass for the output Fisher. Zero-shot `adpq` is there for the
+published comparison with calibrated methods.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fewbit
+from fewbit.calibration.choice import CalibrationChoice
+from fewbit.calibration.tokens import make_set
+from fewbit.checkpoints.locate import locate
+
+HERE = Path(__file__).parent
+C4 = HERE / "../../shared/data/c4_rp_sample1.jsonl"
+PRESETS = ["adpq:4", "adpq+:3", "gptq:4", "awq:4", "spqr:3", "billm:1", "oac:3", "precal+oac:3"]
+LENGTH = 512
+
+
+def passes(model: str, samples: int) -> dict[str, float]:
+    """Seconds of a plain forward pass, and of a plain forward and backward pass, over the sequences."""
+    from transformers import AutoTokenizer
+
+    loaded = fewbit.load(model, device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(locate(model))
+    choice = CalibrationChoice(str(C4.resolve()), samples, LENGTH)
+    ids = make_set(choice, tokenizer, loaded.get_input_embeddings().weight.shape[0]).ids
+    with torch.inference_mode():
+        loaded(ids[:1], use_cache=False)
+        began = time.perf_counter()
+        for sequence in ids:
+            loaded(sequence[None], use_cache=False)
+        forward = time.perf_counter() - began
+    loaded.requires_grad_(True)
+    began = time.perf_counter()
+    for sequence in ids:
+        loaded(sequence[None], labels=sequence[None], use_cache=False).loss.backward()
+        loaded.zero_grad()
+    return {"forward": forward, "forward_backward": time.perf_counter() - began}
+
+
+def preset(model: str, method: str, bits: str, samples: int) -> dict[str, Any]:
+    """One preset end to end."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "out"
+        command = [sys.executable, "-m", "fewbit.cli", "quantize", model, str(out), "--method", method, "--bits", bits]
+        command += ["--calibration", str(C4.resolve()), "--samples", str(samples), "--json"]
+        command += ["--sequence-length", str(LENGTH)]
+        began = time.perf_counter()
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+        seconds = time.perf_counter() - began
+        shutil.rmtree(out)
+    return {"seconds": seconds, "peak_rss_bytes": json.loads(done.stdout)["models"][0]["peak_rss_bytes"]}
+
+
+def main() -> None:
+    """Measure and write the results of one model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--preset", action="append", help=f"METHOD:BITS; default {' '.join(PRESETS)}")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "calibrated_speed.json")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    base = passes(arguments.model, arguments.samples)
+    print(f"forward {base['forward']:.1f} s, forward and backward {base['forward_backward']:.1f} s", flush=True)
+    rows = []
+    for text in arguments.preset or PRESETS:
+        method, bits = text.split(":")
+        row = {"method": method, "bits": int(bits), **preset(arguments.model, method, bits, arguments.samples)}
+        needed = None
+        if "oac" in method:
+            needed = base["forward_backward"]
+        elif method not in ("rtn", "adpq", "adpq+"):
+            needed = 2 * base["forward"]
+        if needed:
+            row["times_needed_passes"] = row["seconds"] / needed
+        rows.append(row)
+        ratio = f"{row['times_needed_passes']:5.2f} x its passes" if needed else ""
+        print(f"{text:14} {row['seconds']:7.1f} s  {row['peak_rss_bytes'] / 1e9:5.2f} GB  {ratio}", flush=True)
+    results[arguments.model] = {"samples": arguments.samples, "length": LENGTH, "passes": base, "rows": rows}
+    arguments.results.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
