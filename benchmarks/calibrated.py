@@ -4,8 +4,8 @@
 
 In one run: a plain forward pass over the sequences, a plain forward and backward pass with all gradients, and every
 preset end to end in a process of its own, start-up and loading included. Ratios are against the passes it needs: two
-forward passes for the input Gram, one forward and backward pass for the output Fisher. Zero-shot `adpq` is there for the
-published comparison with calibrated methods.
+forward passes for the input Gram, one forward and backward pass for the output Fisher. Zero-shot `adpq` is there for a
+published comparison.
 """
 
 import argparse

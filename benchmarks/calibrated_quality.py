@@ -50,8 +50,9 @@ def curvature(model: str, kind: str, seed: int, folder: Path) -> tuple[Path, dic
 
 def quantize(model: str, method: str, bits: int, seed: int, folder: Path, out: Path) -> dict[str, Any]:
     """Make one row's folder; what it took, with the share of the curvature."""
-    size = GROUP[model] if method != "adpq+" else "64"
-    recipe = fewbit.preset(method, bits=bits, group_size=f"{size},auto")
+    size = "64" if method == "adpq+" else GROUP[model]
+    choices = {} if "billm" in method else {"group_size": f"{size},auto"}
+    recipe = fewbit.preset(method, bits=bits, **choices)
     options, before = RunOptions(overwrite=True), {"seconds": 0.0, "peak_rss_bytes": 0}
     if recipe.curvature is not None:
         kept, before = curvature(model, recipe.curvature.kind, seed, folder)
@@ -63,7 +64,7 @@ def quantize(model: str, method: str, bits: int, seed: int, folder: Path, out: P
         "method": method,
         "bits": bits,
         "seed": seed,
-        "group_size": size,
+        "group_size": recipe.group_size,
         "bits_per_weight": report["output"]["bits_per_weight"],
         "solve_seconds": report["run"]["seconds"],
         "curvature_seconds": before["seconds"],

@@ -1,22 +1,27 @@
 """Text that the original model writes itself: calibration with no outside data."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _BATCH = 32
+Progress = Callable[[int, int, str], None]
 
 
 @torch.inference_mode()
-def generate_sequences(model: Any, bos: int | None, count: int, length: int, seed: int) -> Tensor:
-    """Sample `count` sequences of exactly `length` tokens at temperature 1, int64 `(count, length)`.
+def generate_sequences(
+    model: Any, bos: int | None, shape: tuple[int, int], seed: int, progress: Progress | None = None
+) -> Tensor:
+    """Sample sequences of exactly the asked length at temperature 1, int64 of `shape` (count, length).
 
     Each begins with the BOS, or where there is none with a random token; the end of a text does not end a sequence, a
     new text follows. Deterministic for a machine type: the random numbers come from a generator of its own.
     """
     if model is None:
         raise ValueError("the source 'self' needs the model")
+    count, length = shape
     generator = torch.Generator().manual_seed(seed)
     device = model.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -29,7 +34,9 @@ def generate_sequences(model: Any, bos: int | None, count: int, length: int, see
             ids = torch.full((rows, 1), bos)
         cache = None
         pieces = [ids]
-        for _ in range(length - 1):
+        for place in range(1, length):
+            if progress:
+                progress(first * length + rows * place, count * length, "the model writes calibration text")
             out = model(pieces[-1].to(device), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             probabilities = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,7 +36,13 @@ class CalibrationSet:
         return {**asdict(self.choice), "tokens": self.ids.numel(), "tokens_sha256": self.sha256}
 
 
-def make_set(choice: CalibrationChoice, tokenizer: Any, vocabulary: int, model: Any = None) -> CalibrationSet:
+def make_set(
+    choice: CalibrationChoice,
+    tokenizer: Any,
+    vocabulary: int,
+    model: Any = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> CalibrationSet:
     """Draw the sequences of a calibration set.
 
     tokenizer: transformers' tokenizer of the model, or None where it has none, which is enough for `random-tokens` and
@@ -59,7 +65,7 @@ def make_set(choice: CalibrationChoice, tokenizer: Any, vocabulary: int, model: 
         elif source.kind == "self":
             from fewbit.calibration.generate import generate_sequences
 
-            parts.append(generate_sequences(model, bos_id(tokenizer), count, choice.sequence_length, seed))
+            parts.append(generate_sequences(model, bos_id(tokenizer), (count, choice.sequence_length), seed, progress))
         elif tokenizer is None:
             raise FewbitError(
                 f"--calibration {source}: the model's folder has no tokenizer that transformers can read: add it, or "

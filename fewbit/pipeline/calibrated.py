@@ -42,7 +42,7 @@ def solve_model(
     Raises FewbitError when more weights than `max_fallback` fell back to rounding, naming them.
     """
     network = open_network(checkpoint, plan, device)
-    calibration = None if options.stored else calibration_set(checkpoint, options.choice, network.model)
+    calibration = None if options.stored else calibration_set(checkpoint, options.choice, network.model, progress)
     run = BlockSolver(recipe, options, store, network, progress)
     outside = [item for item in network.items.values() if item.tensor.block is None]
     for item in outside:
@@ -92,7 +92,9 @@ def open_network(checkpoint: Checkpoint, plan: Plan, device: str) -> Network:
     return Network(model, blocks, sites, items, kept)
 
 
-def calibration_set(checkpoint: Checkpoint, choice: CalibrationChoice, model: Any) -> CalibrationSet:
+def calibration_set(
+    checkpoint: Checkpoint, choice: CalibrationChoice, model: Any, progress: Progress | None = None
+) -> CalibrationSet:
     """The tokens to calibrate on, in the model's own tokenizer."""
     try:
         from transformers import AutoTokenizer
@@ -102,7 +104,7 @@ def calibration_set(checkpoint: Checkpoint, choice: CalibrationChoice, model: An
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     except (OSError, ValueError, KeyError, TypeError):
         tokenizer = None
-    return make_set(choice, tokenizer, model.get_input_embeddings().weight.shape[0], model)
+    return make_set(choice, tokenizer, model.get_input_embeddings().weight.shape[0], model, progress)
 
 
 def _with_gram(run: BlockSolver, calibration: CalibrationSet) -> None:

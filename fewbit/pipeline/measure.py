@@ -39,7 +39,7 @@ def measure(
     checkpoint = open_checkpoint(locate(model))
     plan = make_plan(checkpoint, Recipe(group_size="row"), 1 << 62)
     network = open_network(checkpoint, plan, device)
-    calibration = calibration_set(checkpoint, options.choice, network.model)
+    calibration = calibration_set(checkpoint, options.choice, network.model, progress)
     writer = CurvatureWriter(out, checkpoint, choice, calibration.describe())
     count = calibration.ids.shape[0]
     if choice.kind == "gram":
