@@ -211,7 +211,7 @@ PRESETS_FROM_5_BITS: dict[str, dict[str, Any]] = {
 
 
 PRESETS_AT_2_BITS: dict[str, dict[str, Any]] = {name: {"sensitivity": 1.0} for name in ("spqr", "oac+spqr")}
-"""What a preset does otherwise at 2 bits: with four levels the usual threshold takes a fifth of the weights for outliers,
+"""What a preset does otherwise at 2 bits: with four levels the usual threshold makes a fifth of all weights outliers,
 the published 2-bit settings have none; this one takes about 1 % (`benchmarks/calibrated_quality.py`)."""
 
 

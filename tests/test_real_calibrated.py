@@ -1,4 +1,4 @@
-"""Calibrated methods on SmolLM2-135M with very little text, so that it takes minutes; full figures: docs/benchmarks.md."""
+"""Calibrated methods on SmolLM2-135M with very little text; the full figures are in docs/benchmarks.md."""
 
 import math
 from pathlib import Path
