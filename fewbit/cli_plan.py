@@ -11,6 +11,7 @@ from fewbit.cli_shared import (
     MemoryOption,
     SamplesOption,
     announce,
+    calibration_choice,
     print_json,
 )
 
@@ -20,11 +21,11 @@ def plan(
     method: Annotated[str, typer.Option(help="As for quantize.")] = "adpq+",
     bits: Annotated[int | None, typer.Option(help="Bits of a code, 2 to 8; default 4 (billm: 1).")] = None,
     group_size: Annotated[str | None, typer.Option(help="N, auto, row, or a list: 64,auto.")] = None,
-    calibration: CalibrationOption = "self",
-    samples: SamplesOption = 128,
-    sequence_length: LengthOption = 512,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = None,
+    sequence_length: LengthOption = None,
     refresh: Annotated[str, typer.Option(help="once, block or a number of blocks.")] = "once",
-    memory: MemoryOption = "",
+    memory: MemoryOption = None,
     include: Annotated[list[str] | None, typer.Option(help="Also quantize tensors of this pattern.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Keep tensors of this pattern.")] = None,
     as_json: JsonFlag = False,
@@ -37,7 +38,6 @@ def plan(
 
       fewbit plan ./llama --method rtn --bits 4 --group-size 96
     """
-    from fewbit.calibration.choice import CalibrationChoice
     from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh
     from fewbit.pipeline.diagnose import diagnose
     from fewbit.recipe import recipe_from_choices
@@ -48,7 +48,7 @@ def plan(
     lists = {"include": tuple(include or ()), "exclude": tuple(exclude or ())}
     recipe = recipe_from_choices(method, {**choices, **lists})
     options = CalibrationOptions(
-        CalibrationChoice(calibration, samples, sequence_length),
+        calibration_choice(sources=calibration, samples=samples, sequence_length=sequence_length),
         refresh=parse_refresh(refresh),
         memory_bytes=parse_size(memory) if memory else 0,
     )

@@ -17,6 +17,7 @@ from fewbit.cli_shared import (
     SamplesOption,
     SeedOption,
     announce,
+    calibration_choice,
     print_json,
 )
 from fewbit.progress import progress_line
@@ -64,20 +65,22 @@ def quantize(
         str | None, typer.Option(help="sequence (as published) or token: drop the terms between tokens.")
     ] = None,
     fisher_labels: Annotated[str | None, typer.Option(help="data, or sampled from the model.")] = None,
-    calibration: CalibrationOption = "self",
-    samples: SamplesOption = 128,
-    sequence_length: LengthOption = 512,
-    seed: SeedOption = 0,
-    chat_template: ChatOption = False,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = None,
+    sequence_length: LengthOption = None,
+    seed: SeedOption = None,
+    chat_template: ChatOption = None,
     curvature: Annotated[
         Path | None, typer.Option(help="A folder of `fewbit curvature`, instead of --calibration.")
     ] = None,
-    refresh: Annotated[str, typer.Option(help="Measure the Fisher once, for every block, or every K blocks.")] = "once",
+    refresh: Annotated[
+        str | None, typer.Option(help="Measure the Fisher once (default), for every block, or every K blocks.")
+    ] = None,
     original_inputs: Annotated[
-        bool, typer.Option("--original-inputs", help="Take a Gram from the original's inputs.")
-    ] = False,
-    memory: MemoryOption = "",
-    max_fallback: Annotated[int, typer.Option(help="Weights that may fall back to rounding.")] = 0,
+        bool | None, typer.Option("--original-inputs", help="Take a Gram from the original's inputs.")
+    ] = None,
+    memory: MemoryOption = None,
+    max_fallback: Annotated[int | None, typer.Option(help="Weights that may fall back to rounding; default 0.")] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Also quantize tensors of this pattern (repeatable).")
     ] = None,
@@ -102,12 +105,11 @@ def quantize(
 
       fewbit quantize ./llama --report-only --bits 2 --json
     """
-    from fewbit.calibration.choice import CalibrationChoice
     from fewbit.checkpoints.locate import locate
     from fewbit.checkpoints.source import open_checkpoint
     from fewbit.curvature.store import open_curvature
     from fewbit.memory import keep_freed_memory
-    from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh
+    from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh, refuse_unused
     from fewbit.pipeline.run import RunOptions
     from fewbit.pipeline.run import quantize as run
     from fewbit.recipe import recipe_from_choices
@@ -140,16 +142,30 @@ def quantize(
         },
     )
     check_page(html)
+    text = {
+        "sources": calibration,
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "chat_template": chat_template,
+    }
+    others = {
+        "curvature": curvature,
+        "refresh": refresh,
+        "original_inputs": original_inputs,
+        "memory": memory,
+        "max_fallback": max_fallback,
+    }
+    refuse_unused(recipe, text, others)
     announce(model)
     keep_freed_memory()
-    choice = CalibrationChoice(calibration, samples, sequence_length, seed, chat_template)
     calibrated = CalibrationOptions(
-        choice=choice,
+        choice=calibration_choice(**text),
         stored=open_curvature(curvature, open_checkpoint(locate(model))) if curvature else None,
-        refresh=parse_refresh(refresh),
-        original_inputs=original_inputs,
+        refresh=parse_refresh(refresh or "once"),
+        original_inputs=bool(original_inputs),
         memory_bytes=parse_size(memory) if memory else 0,
-        max_fallback=max_fallback,
+        max_fallback=max_fallback or 0,
     )
     with progress_line(f"{recipe.method} {recipe.bits} bits") as progress:
         options = RunOptions(parse_size(shard_size), overwrite, report_only, workers, device, progress, calibrated)
@@ -173,12 +189,14 @@ def curvature(
     fisher_terms: Annotated[str, typer.Option(help="sequence (as published) or token.")] = "token",
     fisher_labels: Annotated[str, typer.Option(help="data, or sampled from the model.")] = "data",
     diagonal: Annotated[bool, typer.Option("--diagonal", help="Keep only the diagonal.")] = False,
-    calibration: CalibrationOption = "self",
-    samples: SamplesOption = 128,
-    sequence_length: LengthOption = 512,
-    seed: SeedOption = 0,
-    chat_template: ChatOption = False,
-    memory: MemoryOption = "",
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = None,
+    sequence_length: LengthOption = None,
+    seed: SeedOption = None,
+    chat_template: ChatOption = None,
+    include: Annotated[list[str] | None, typer.Option(help="Also measure tensors of this pattern.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave out tensors of this pattern.")] = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "cpu",
     as_json: JsonFlag = False,
 ) -> None:
@@ -190,20 +208,27 @@ def curvature(
 
       fewbit quantize smollm2-135m small --method precal+oac --bits 2 --curvature smol-fisher
     """
-    from fewbit.calibration.choice import CalibrationChoice
     from fewbit.curvature.choice import CurvatureChoice
     from fewbit.pipeline.calibration_options import CalibrationOptions
     from fewbit.pipeline.measure import measure
+    from fewbit.recipe import Recipe
     from fewbit.sizes import parse_size, show_size
 
     announce(model)
     options = CalibrationOptions(
-        CalibrationChoice(calibration, samples, sequence_length, seed, chat_template),
+        calibration_choice(
+            sources=calibration,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            chat_template=chat_template,
+        ),
         memory_bytes=parse_size(memory) if memory else 0,
     )
     choice = CurvatureChoice(kind, fisher_terms, fisher_labels, diagonal)
+    recipe = Recipe(group_size="row", include=tuple(include or ()), exclude=tuple(exclude or ()))
     with progress_line(f"{kind} of {model}") as progress:
-        result = measure(model, out, choice, options, device, progress)
+        result = measure(model, out, choice, options, device, progress, recipe)
     if as_json:
         print_json(result)
     else:

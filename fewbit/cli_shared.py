@@ -11,19 +11,26 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on
 HtmlFlag = Annotated[Path | None, typer.Option("--html", help="Write a self-contained HTML page here.")]
 DeviceOption = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, ….")]
 CalibrationOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="SRC[:COUNT][,SRC...]: a .txt, .jsonl, .parquet or folder, self (the model's own text), nonsense, "
-        "random-tokens, or a hub data set (c4, wikitext2, redpajama, NAME:COLUMN)."
+        "random-tokens, or a hub data set (c4, wikitext2, redpajama, NAME:COLUMN). Default: self."
     ),
 ]
-SamplesOption = Annotated[int, typer.Option(help="Calibration sequences in all.")]
-LengthOption = Annotated[int, typer.Option(help="Tokens of a calibration sequence.")]
-SeedOption = Annotated[int, typer.Option(help="Which sequences are drawn.")]
-ChatOption = Annotated[bool, typer.Option("--chat-template", help="Wrap every document as a user's turn.")]
+SamplesOption = Annotated[int | None, typer.Option(help="Calibration sequences in all; default 128.")]
+LengthOption = Annotated[int | None, typer.Option(help="Tokens of a calibration sequence; default 512.")]
+SeedOption = Annotated[int | None, typer.Option(help="Which sequences are drawn; default 0.")]
+ChatOption = Annotated[bool | None, typer.Option("--chat-template", help="Wrap every document as a user's turn.")]
 MemoryOption = Annotated[
-    str, typer.Option(help="For curvature and hidden states, e.g. 4GB; default: half of what is free.")
+    str | None, typer.Option(help="For curvature and hidden states, e.g. 4GB; default: half of what is free.")
 ]
+
+
+def calibration_choice(**given: Any) -> Any:
+    """The calibration set from options, None for those that were not given."""
+    from fewbit.calibration.choice import CalibrationChoice
+
+    return CalibrationChoice(**{name: value for name, value in given.items() if value is not None})
 
 
 def print_json(data: Any) -> None:

@@ -79,6 +79,12 @@ class Recipe:
             raise FewbitError(f"the binary grid has 1 bit, not {self.bits}: leave --bits out")
         if self.bits == 1 and self.grid != "binary":
             raise FewbitError(f"bits must be a whole number from 2 to {MAX_BITS} (1 for billm), not {self.bits}")
+        if self.grid == "binary" and not self.solver.refit:
+            raise FewbitError("the binary grid is fitted block by block: no act-order, no static groups")
+        if self.solver.refit and self.grid == "normal-float":
+            raise FewbitError("a normal-float grid is chosen before the solver: --static-groups")
+        if self.curvature is not None and self.column_weights != "none":
+            raise FewbitError("column_weights stand in for a curvature: this method measures one")
         if self.grid == "binary" and (self.outliers != "none" or self.solver.kind != "column"):
             raise FewbitError("the binary grid goes with the column solver and has salient columns for outliers")
         if (self.grid == "real-zero") != (self.scale_format == "statistics"):
@@ -264,6 +270,7 @@ def recipe_from_choices(method: str, choices: dict[str, Any]) -> Recipe:
     symmetric = given.pop("symmetric", None)
     clip_search = given.pop("clip_search", None)
     error_power = given.pop("error_power", None)
+    _refuse_inert(base, given, clip_search, error_power)
     base = _with_curvature(base, given)
     if symmetric is not None:
         if "grid" in given:
@@ -286,17 +293,37 @@ def recipe_from_choices(method: str, choices: dict[str, Any]) -> Recipe:
     return replace(base, **given)
 
 
+def _refuse_inert(base: Recipe, given: dict[str, Any], clip_search: bool | None, error_power: float | None) -> None:
+    """FewbitError for choices that a method would silently leave unused."""
+    unused: list[str] = []
+    if base.grid == "binary":
+        unused = [key for key in ("grid", "scale_format") if key in given]
+        unused += [key for key in given if key.startswith("outlier_")]
+        unused += ["clip_search"] if clip_search else []
+        unused += ["error_power"] if error_power is not None else []
+    elif base.outliers == "sensitivity":
+        unused = [key for key in given if key.startswith("outlier_")]
+    if base.solver.kind == "round" and base.curvature is not None:
+        unused += [key for key in ("damping", "act_order", "static_groups") if key in given]
+    if base.curvature is not None and base.curvature.kind != "fisher":
+        unused += [key for key in ("fisher_terms", "fisher_labels") if key in given]
+    if unused:
+        named = ", ".join(f"--{key.replace('_', '-')}" for key in unused)
+        raise FewbitError(f"{named}: {base.method} has no use for it")
+
+
 def _with_curvature(base: Recipe, given: dict[str, Any]) -> Recipe:
     """`base` with the choices that concern the curvature and the solver, which are taken out of `given`."""
+    options = ("damping", "act_order", "static_groups", "fisher_terms", "fisher_labels")
+    named = [f"--{key.replace('_', '-')}" for key in options if key in given]
+    if named and base.curvature is None:
+        raise FewbitError(f"{', '.join(named)}: belongs to methods with a curvature, {base.method} has none")
     solver: dict[str, Any] = {key: given.pop(key) for key in ("damping", "act_order") if key in given}
     if "static_groups" in given:
         solver["refit"] = not given.pop("static_groups")
     if solver.get("act_order"):
         solver.setdefault("refit", False)
     curvature = {key: given.pop(f"fisher_{key}") for key in ("terms", "labels") if f"fisher_{key}" in given}
-    if (solver or curvature) and base.curvature is None:
-        named = ", ".join(f"--{key.replace('_', '-')}" for key in [*solver, *curvature])
-        raise FewbitError(f"{named}: belongs to methods with a curvature, {base.method} has none")
     if curvature and base.curvature is not None:
         base = replace(base, curvature=replace(base.curvature, **curvature))
     return replace_solver(base, **solver) if solver else base

@@ -1,6 +1,7 @@
 """Calibrated runs end to end: interruption, refresh, memory, fallbacks, what the report says."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from conftest import build_tiny, folder_bytes, run_cli
 import fewbit
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.errors import FewbitError
+from fewbit.pipeline import walk
 from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh
 from fewbit.pipeline.run import RunOptions
 
-CHOICE = CalibrationChoice("random-tokens", samples=6, sequence_length=48)
+CHOICE = CalibrationChoice("random-tokens", samples=16, sequence_length=48)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(deep: Path, tmp_path: Pat
     assert 10 <= len(finished) < 28
     recipe = fewbit.preset(method, bits=3, group_size="32")
     with pytest.raises(FewbitError, match="other arguments was interrupted here"):
-        fewbit.quantize(deep, out, recipe, options(refresh=refresh + 1))
+        fewbit.quantize(deep, out, fewbit.preset(method, bits=4, group_size="32"), options(refresh=refresh))
     fewbit.quantize(deep, out, recipe, options(refresh=refresh))
     fewbit.quantize(deep, tmp_path / "straight", recipe, options(refresh=refresh))
     assert folder_bytes(out) == folder_bytes(tmp_path / "straight")
@@ -92,14 +94,23 @@ def test_refresh_sees_the_blocks_before_it_quantized(deep: Path, tmp_path: Path)
         parse_refresh("never")
 
 
-def test_little_memory_gives_the_same_weights(deep: Path, tmp_path: Path) -> None:
+def test_little_memory_gives_the_same_weights(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Enough for the matrices of one block: the Fisher takes four passes, the Gram's hidden states go to the disk.
+    allocated: list[bool] = []
+    original = walk._allocate
+
+    def note(shape: tuple[int, ...], *rest: Any) -> torch.Tensor:
+        allocated.append(rest[-1] < 2 * math.prod(shape))
+        return original(shape, *rest)
+
+    monkeypatch.setattr(walk, "_allocate", note)
     for method in ("oac", "gptq"):
         recipe = fewbit.preset(method, bits=3, group_size="32")
-        # Enough for the matrices of one block, and for no hidden states.
         fewbit.quantize(deep, tmp_path / f"{method}-little", recipe, options(memory_bytes=180_000))
         fewbit.quantize(deep, tmp_path / f"{method}-much", recipe, options())
         little, much = (folder_bytes(tmp_path / f"{method}-{name}") for name in ("little", "much"))
         assert little == much
+    assert allocated == [True, False]
 
 
 def test_the_gram_is_that_of_the_quantized_prefix_or_of_the_original(deep: Path) -> None:
@@ -161,9 +172,21 @@ def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> N
         (["--method", "rtn", "--damping", "0.1"], "--damping: belongs to methods with a curvature, rtn has none"),
         (["--method", "gptq", "--damping", "0"], "damping must be above 0"),
         (["--method", "spqr", "--act-order"], "outliers by sensitivity shape the grid of a group when it is entered"),
-        (["--method", "gptq", "--fisher-terms", "some"], "curvature terms must be one of sequence, token, not 'some'"),
+        (["--method", "oac", "--fisher-terms", "some"], "curvature terms must be one of sequence, token, not 'some'"),
+        (["--method", "gptq", "--fisher-terms", "token"], "--fisher-terms: gptq has no use for it"),
         (["--method", "billm", "--bits", "4"], "the binary grid has 1 bit, not 4: leave --bits out"),
-        (["--method", "gptq", "--refresh", "0"], "--refresh must be once, block or a number of blocks"),
+        (["--method", "oac", "--refresh", "0"], "--refresh must be once, block or a number of blocks"),
+        (["--method", "gptq", "--refresh", "2"], "--refresh: only a Fisher that is measured in the run"),
+        (["--method", "oac", "--original-inputs"], "--original-inputs: only a Gram that is measured in the run"),
+        (
+            ["--calibration", "self", "--samples", "3"],
+            "--calibration, --samples: adpq+ sees no data",
+        ),
+        (["--method", "awq", "--damping", "0.1"], "--damping: awq has no use for it"),
+        (["--method", "spqr", "--outlier-fraction", "0.1"], "--outlier-fraction: spqr has no use for it"),
+        (["--method", "billm", "--act-order"], "the binary grid is fitted block by block: no act-order"),
+        (["--method", "billm", "--scale-format", "float32"], "--scale-format: billm has no use for it"),
+        (["--method", "gptq", "--grid", "normal-float"], "a normal-float grid is chosen before the solver"),
         (["--method", "gptq", "--samples", "0"], "calibration needs at least 1 sample of at least 2 tokens"),
         (["--method", "gptq", "--curvature", "nowhere"], "nowhere: no curvature here: make one with"),
     ],

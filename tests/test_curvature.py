@@ -161,6 +161,22 @@ def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
         open_curvature(tmp_path / "kept", open_checkpoint(other))
     with pytest.raises(FewbitError, match="no curvature here: make one with"):
         open_curvature(tmp_path, open_checkpoint(tiny))
+    for arguments, message in (
+        (["--method", "gptq"], "holds a fisher, gptq needs a gram"),
+        (
+            ["--method", "oac", "--fisher-terms", "sequence"],
+            "its Fisher was measured with terms 'token', not 'sequence'",
+        ),
+        (["--method", "oac", "--samples", "3"], "--samples: with --curvature nothing is measured"),
+    ):
+        result = run_cli("quantize", tiny, tmp_path / "out", *arguments, "--curvature", tmp_path / "kept", code=2)
+        assert message in result.stderr
+    block = tmp_path / "kept" / "block-00001.safetensors"
+    whole = block.read_bytes()
+    block.unlink()
+    with pytest.raises(FewbitError, match="block 2 is not measured: run the same fewbit curvature again"):
+        open_curvature(tmp_path / "kept", open_checkpoint(tiny))
+    block.write_bytes(whole)
     description = tmp_path / "kept" / "fewbit_curvature.json"
     description.write_text(description.read_text().replace('"version": 1', '"version": 9'))
     with pytest.raises(FewbitError, match="curvature version 9, this fewbit reads 1: measure again"):

@@ -144,6 +144,13 @@ def _stores_in_out(entries: list[TensorEntry]) -> bool:
     return votes > 0
 
 
+def prefix_of_block(name: str) -> str:
+    """What stands before a block's number in a tensor's name."""
+    match = _BLOCK.match(name)
+    assert match is not None
+    return f"{match['prefix']}{match['list']}"
+
+
 def name_in_block(name: str) -> str:
     """What follows a block's number in a tensor's name."""
     match = _BLOCK.match(name)

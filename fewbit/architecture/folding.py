@@ -67,7 +67,8 @@ def find_feeder(
                 for consumer in consumers:
                     consumer.write(consumer.read() * left)
                 found = run()
-            if float((found - expected).norm()) <= _SAME * float(expected.norm()):
+            # Token by token: one massive activation would hide what happens to all others.
+            if bool(((found - expected).norm(dim=-1) <= _SAME * expected.norm(dim=-1)).all()):
                 return feeder
     return None
 

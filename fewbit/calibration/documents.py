@@ -50,14 +50,16 @@ def _from_path(path: Path, column: str) -> Iterator[str]:
 
 
 def _from_lines(path: Path, column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                yield str(json.loads(line)[column])
+                text = json.loads(line)[column]
             except (ValueError, KeyError, TypeError) as error:
                 raise FewbitError(f'{path}:{number}: not a JSON object with a "{column}" field') from error
+            if text is not None:
+                yield str(text)
 
 
 def _from_parquet(path: Path, column: str) -> Iterator[str]:

@@ -13,27 +13,40 @@ import torch
 from torch import Tensor
 
 from fewbit.curvature.choice import CurvatureChoice
+from fewbit.errors import FewbitError
+
+_ADVICE = "run the model in float32 or bfloat16"
 
 
 @dataclass
 class Accumulator:
-    """Sums by layer. shared: layers that see the very same inputs -> the one whose Gram they use."""
+    """Sums by layer. shared: layers that see the very same inputs -> the one whose Gram they use.
+
+    tokens: how many each layer saw; for fisher those whose gradient is not 0 (that of a sequence's last token is).
+    live: for fisher, the columns that were active at such tokens.
+    """
 
     choice: CurvatureChoice
     sums: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    live: dict[str, Tensor] = field(default_factory=dict)
     _last: tuple[str, Tensor] | None = None
 
     def observe(self, key: str, x: Tensor, gradient: Tensor | None) -> None:
         """Add one call of a layer: inputs `(tokens, in)` and, for fisher, output gradients `(tokens, out)`."""
+        if gradient is not None:
+            felt = gradient.ne(0).any(dim=1)
+            x, gradient = x[felt], gradient[felt]
+            active = x.ne(0).any(dim=0)
+            self.live[key] = self.live[key] | active if key in self.live else active
         self.tokens[key] = self.tokens.get(key, 0) + x.shape[0]
         if x.shape[0] == 0:
             return
         if self.choice.kind == "fisher":
             assert gradient is not None
             if self.choice.terms == "sequence":
-                self._add(key, (gradient.t() @ x).to(torch.float32))
+                self._add(key, gradient.float().t() @ x.float())
                 return
             self._add(key, x * gradient.float().norm(dim=1, keepdim=True))
             return
@@ -46,6 +59,17 @@ class Accumulator:
     def curvature(self, key: str) -> Tensor | None:
         """The sum of a layer, or None when it never ran (an expert that saw no token)."""
         return self.sums.get(self.shared.get(key, key))
+
+    def check_gradients(self) -> None:
+        """FewbitError when gradients underflowed: all of them, or those of a column that was active."""
+        for key, live in self.live.items():
+            matrix = self.sums.get(key)
+            diagonal = None if matrix is None else matrix if matrix.dim() == 1 else matrix.diagonal()
+            if diagonal is not None and bool((live & ~(diagonal > 0)).any()):
+                lost = int((live & ~(diagonal > 0)).sum())
+                raise FewbitError(f"{key}: the gradients of {lost} active columns underflowed to 0: {_ADVICE}")
+        if self.live and not any(self.tokens.values()):
+            raise FewbitError(f"{next(iter(self.live))}: its gradients are all 0 though it had inputs: {_ADVICE}")
 
     def _add(self, key: str, rows: Tensor) -> None:
         if self.choice.tempering:

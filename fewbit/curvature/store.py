@@ -1,10 +1,12 @@
 """A measured curvature on disk: one file a block, written as it is measured, and a description that is checked."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,12 +20,23 @@ _DESCRIPTION = "fewbit_curvature.json"
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What says that a curvature belongs to a model: the shapes of all tensors and the bytes of its files."""
+    """What says that a curvature belongs to a model: the shapes of all tensors, and a sample of the weights."""
     return {
         "model_type": checkpoint.config.get("model_type"),
         "bytes": checkpoint.bytes,
         "tensors": {name: list(entry.shape) for name, entry in checkpoint.entries.items()},
+        "sample": _sample(checkpoint),
     }
+
+
+def _sample(checkpoint: Checkpoint) -> str:
+    """SHA-256 of a stretch from the middle of every weights file: fine-tunes differ in it, copies do not."""
+    digest = hashlib.sha256()
+    for path in sorted({entry.file for entry in checkpoint.entries.values()}):
+        with path.open("rb") as file:
+            file.seek(path.stat().st_size // 2)
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -35,14 +48,15 @@ class StoredCurvature:
     description: dict[str, Any]
 
     def block(self, index: int) -> dict[str, Tensor]:
-        """Layer key -> float32 `(in, in)`, or `(in,)` for a diagonal, of one block's layers."""
+        """Layer key -> float32 `(in, in)` of one block's layers."""
         path = _block_path(self.folder, index)
         if not path.is_file():
             raise FewbitError(f"{path}: missing: the measurement was not finished; run fewbit curvature again")
         found: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                found[name] = file.get_tensor(name)
+                matrix = file.get_tensor(name)
+                found[name] = torch.diag(matrix) if matrix.dim() == 1 else matrix
             shared = json.loads(file.metadata()["shared"])
         for name, owner in shared.items():
             found[name] = found[owner]
@@ -100,9 +114,14 @@ def open_curvature(folder: Path, checkpoint: Checkpoint) -> StoredCurvature:
             )
         wanted, found = model_fingerprint(checkpoint), data["model"]
         if wanted != found:
-            differs = next((k for k in ("model_type", "tensors", "bytes") if wanted[k] != found.get(k)), "tensors")
+            differs = next(
+                (k for k in ("model_type", "tensors", "bytes", "sample") if wanted[k] != found.get(k)), "tensors"
+            )
             raise FewbitError(f"{folder}: was measured on another model (its {differs} differ): measure this one")
         choice = CurvatureChoice(**data["choice"])
+        missing = [i for i in range(data["calibration"]["blocks"]) if not _block_path(folder, i).is_file()]
+        if missing:
+            raise FewbitError(f"{folder}: block {missing[0] + 1} is not measured: run the same fewbit curvature again")
         return StoredCurvature(folder, choice, data["calibration"])
     except (ValueError, KeyError, TypeError) as error:
         raise FewbitError(f"{path}: damaged ({error}): measure again") from error

@@ -60,7 +60,8 @@ def fold_block(
 
 def best_scales(consumers: Sequence[Site], gram: Tensor, rounding: Rounding) -> tuple[float, Tensor]:
     """The exponent among 0, 0.05, … 0.95 with the least error of all consumers together, and its scales `(in,)`."""
-    prepared, dead = prepare(gram)
+    prepared, dead = prepare(gram.to(consumers[0].watched.weight.device))
+    prepared = prepared - torch.diag(dead.to(prepared.dtype))
     size = prepared.diagonal().sqrt().to(torch.float32)
     weights = [site.read().float() for site in consumers]
     best_error, best = float("inf"), (0.0, torch.ones_like(size))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewbit.architecture.coverage import name_in_block
+from fewbit.architecture.coverage import name_in_block, prefix_of_block
 from fewbit.architecture.network import Site, find_blocks, find_sites
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.calibration.tokens import CalibrationSet, make_set
@@ -43,6 +43,8 @@ def solve_model(
     """
     network = open_network(checkpoint, plan, device)
     calibration = None if options.stored else calibration_set(checkpoint, options.choice, network.model, progress)
+    if calibration is not None:
+        store.same_tokens(calibration.sha256)
     run = BlockSolver(recipe, options, store, network, progress)
     outside = [item for item in network.items.values() if item.tensor.block is None]
     for item in outside:
@@ -63,9 +65,8 @@ def solve_model(
             + ": raise --damping, give more calibration text, or allow it with --max-fallback"
         )
     return {
-        "calibration": options.stored.description if options.stored else (calibration and calibration.describe()),
-        "refresh": options.refresh,
-        "original_inputs": options.original_inputs,
+        **options.describe(),
+        **({"calibration": calibration.describe()} if calibration else {}),
         **({"channel_scales": run.notes} if run.notes else {}),
     }
 
@@ -86,8 +87,10 @@ def open_network(checkpoint: Checkpoint, plan: Plan, device: str) -> Network:
 
         sites = find_sites(blocks, [item.tensor for item in items.values()], read)
     kept: list[dict[str, str]] = [{} for _ in blocks]
+    # Other towers number their blocks too: only what stands beside quantized weights is in these blocks.
+    inside = {prefix_of_block(item.tensor.entry.name) for item in items.values() if item.tensor.block is not None}
     for tensor in plan.coverage.of("keep"):
-        if tensor.block is not None and tensor.block < len(blocks):
+        if tensor.block is not None and prefix_of_block(tensor.entry.name) in inside:
             kept[tensor.block][name_in_block(tensor.entry.name)] = tensor.entry.name
     return Network(model, blocks, sites, items, kept)
 
@@ -109,6 +112,7 @@ def calibration_set(
 
 def _with_gram(run: BlockSolver, calibration: CalibrationSet) -> None:
     network, options = run.network, run.options
+    stages_of(network.sites, 0, options.memory)
     passes = 1 if options.original_inputs else 2
     run.total = passes * len(network.blocks) * calibration.ids.shape[0]
     walk = Walk(network.model, network.blocks, calibration.ids, options.memory // 2)
@@ -143,27 +147,16 @@ def _with_fisher(run: BlockSolver, calibration: CalibrationSet) -> None:
             accumulator, _ = measure_fisher(
                 network.model, blocks, list(layers.values()), calibration.ids, choice, run.step
             )
-            _check_gradients(accumulator)
+            accumulator.check_gradients()
         for index in stage:
             # Measured once means with the original's weights, also where memory makes several passes of it.
             run.solve_block(index, partial(_curvature_at, accumulator), install=refresh > 0)
 
 
-def _check_gradients(found: Accumulator) -> None:
-    """FewbitError when a layer had inputs and no gradient at all: no solver may take underflow for calm."""
-    for key, matrix in found.sums.items():
-        diagonal = matrix if matrix.dim() == 1 else matrix.diagonal()
-        if not bool((diagonal > 0).any()):
-            raise FewbitError(
-                f"{key}: its gradients are all 0 though it had inputs: they underflowed; run the model in float32 or "
-                "bfloat16"
-            )
-
-
 def stages_of(sites: list[list[Site]], refresh: int, memory_bytes: int) -> list[list[int]]:
     """Blocks whose curvature is measured in one pass: `refresh` of them, or as many as fit (`refresh` 0).
 
-    Raises FewbitError when the matrices of one block do not fit.
+    Raises FewbitError when the matrices of one block, or of one refresh, do not fit.
     """
     sizes = [sum({site.watched.key: 4 * site.columns**2 for site in block}.values()) for block in sites]
     stages: list[list[int]] = [[]]
@@ -173,7 +166,13 @@ def stages_of(sites: list[list[Site]], refresh: int, memory_bytes: int) -> list[
             raise FewbitError(
                 f"block {index + 1}: its curvature takes {size / 1e9:.2f} GB, --memory allows {memory_bytes / 1e9:.2f}"
             )
-        full = filled + size > memory_bytes or (refresh and len(stages[-1]) >= refresh)
+        crowded = filled + size > memory_bytes
+        full = len(stages[-1]) >= refresh if refresh else crowded
+        if crowded and refresh and not full:
+            raise FewbitError(
+                f"the curvature of {refresh} blocks takes more than the {memory_bytes / 1e9:.2f} GB of --memory: allow "
+                "more, or refresh more often"
+            )
         if stages[-1] and full:
             stages.append([])
             filled = 0

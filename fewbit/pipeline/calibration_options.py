@@ -7,6 +7,7 @@ from fewbit.calibration.choice import CalibrationChoice
 from fewbit.curvature.store import StoredCurvature
 from fewbit.errors import FewbitError
 from fewbit.memory import available_bytes
+from fewbit.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,51 @@ class CalibrationOptions:
 
     def describe(self) -> dict[str, Any]:
         """What of this changes the weights."""
-        calibration = self.stored.description if self.stored else asdict(self.choice)
-        return {"calibration": calibration, "refresh": self.refresh, "original_inputs": self.original_inputs}
+        if self.stored:
+            return {"calibration": self.stored.description, "stored_curvature": asdict(self.stored.choice)}
+        return {
+            "calibration": asdict(self.choice),
+            "refresh": self.refresh,
+            "original_inputs": self.original_inputs,
+        }
+
+
+def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
+    """FewbitError when a recipe cannot use an option, or a stored curvature is not the one it asks for."""
+    wanted = recipe.curvature
+    assert wanted is not None
+    if options.refresh and (wanted.kind != "fisher" or options.stored):
+        raise FewbitError("--refresh: only a Fisher that is measured in the run can be refreshed")
+    if options.original_inputs and (wanted.kind != "gram" or options.stored):
+        raise FewbitError("--original-inputs: only a Gram that is measured in the run has a choice of inputs")
+    if options.stored is None:
+        return
+    found = options.stored.choice
+    if found.kind != wanted.kind:
+        raise FewbitError(f"{options.stored.folder}: holds a {found.kind}, {recipe.method} needs a {wanted.kind}")
+    for name in ("terms", "labels"):
+        has, needs = getattr(found, name), getattr(wanted, name)
+        if found.kind == "fisher" and has != needs:
+            raise FewbitError(
+                f"{options.stored.folder}: its Fisher was measured with {name} {has!r}, not {needs!r}: pass "
+                f"--fisher-{name} {has}, or measure again"
+            )
+
+
+def refuse_unused(recipe: Recipe, text: dict[str, Any], others: dict[str, Any]) -> None:
+    """FewbitError when options were given (not None) that the recipe would silently leave unused.
+
+    text: the fields of the calibration set. others: the remaining options of calibrated runs, by name.
+    """
+    names = {"sources": "calibration"}
+    given = [f"--{names.get(k, k).replace('_', '-')}" for k, v in {**text, **others}.items() if v is not None]
+    if given and recipe.curvature is None:
+        raise FewbitError(
+            f"{', '.join(given)}: {recipe.method} sees no data: choose a calibrated method, e.g. --method precal+oac"
+        )
+    drawn = [f"--{names.get(k, k).replace('_', '-')}" for k, v in text.items() if v is not None]
+    if drawn and others.get("curvature") is not None:
+        raise FewbitError(f"{', '.join(drawn)}: with --curvature nothing is measured: leave it out")
 
 
 def parse_refresh(text: str) -> int:

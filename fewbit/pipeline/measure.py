@@ -29,18 +29,20 @@ def measure(
     options: CalibrationOptions,
     device: str = "cpu",
     progress: Progress | None = None,
+    recipe: Recipe | None = None,
 ) -> dict[str, Any]:
     """Measure a curvature on the original's own weights and inputs into the folder `out`; goes on where it stopped.
 
+    recipe: whose `include` and `exclude` say which tensors are meant; default: all linear layers in the blocks.
     Returns figures: tokens, bytes, seconds, peak_rss_bytes. Raises FewbitError for bad input.
     """
     started = time.perf_counter()
     check_device(device)
     checkpoint = open_checkpoint(locate(model))
-    plan = make_plan(checkpoint, Recipe(group_size="row"), 1 << 62)
+    plan = make_plan(checkpoint, recipe or Recipe(group_size="row"), 1 << 62)
     network = open_network(checkpoint, plan, device)
     calibration = calibration_set(checkpoint, options.choice, network.model, progress)
-    writer = CurvatureWriter(out, checkpoint, choice, calibration.describe())
+    writer = CurvatureWriter(out, checkpoint, choice, {**calibration.describe(), "blocks": len(network.blocks)})
     count = calibration.ids.shape[0]
     if choice.kind == "gram":
         _gram(network, calibration.ids, choice, options, writer, progress)
@@ -58,6 +60,7 @@ def measure(
             found, _ = measure_fisher(
                 network.model, network.blocks[stage[0] :], list(layers.values()), calibration.ids, choice, step
             )
+            found.check_gradients()
             for index in stage:
                 _put(network, index, found, writer)
     return {

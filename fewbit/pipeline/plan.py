@@ -12,6 +12,8 @@ from fewbit.outliers.adaptive_lasso import outlier_count
 from fewbit.recipe import Recipe, group_size_for
 
 _SMALLEST_AUTO = 8
+_SENSITIVE = 0.01
+"""About the share of outliers by sensitivity, which only the solver finds."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,24 @@ def _plan_tensor(tensor: WeightTensor, recipe: Recipe) -> PlannedTensor:
     elif recipe.outlier_scope == "group":
         outliers = outliers_per_group(recipe, scheme.group_size) * rows * (columns // scheme.group_size)
     else:
-        outliers = outlier_count(rows * columns, recipe.outlier_fraction)
+        share = _SENSITIVE if recipe.outliers == "sensitivity" else recipe.outlier_fraction
+        outliers = outlier_count(rows * columns, share)
     original = tensor.entry.shape if len(tensor.entry.shape) != 2 else None
+    if original is not None:
+        _check_fused(tensor, scheme)
     placed = place_outliers((rows, columns), scheme, recipe, outliers)
     stored = StoredWeight(scheme, (rows, columns), outliers, placed, tensor.transposed, original)
     return PlannedTensor(tensor, stored, stored_bytes(stored))
+
+
+def _check_fused(tensor: WeightTensor, scheme: Scheme) -> None:
+    """FewbitError for fused experts that a grid cannot hold one below the other."""
+    rows = tensor.entry.shape[-2]
+    if scheme.grid == "binary" or (scheme.scale_format == "statistics" and rows % scheme.statistic_rows):
+        raise FewbitError(
+            f"{tensor.entry.name}: experts fused in one tensor cannot be stored with this grid: take another method, "
+            "or keep them with --exclude"
+        )
 
 
 def group_size_problem(checkpoint: Checkpoint, recipe: Recipe) -> str | None:

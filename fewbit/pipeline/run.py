@@ -23,7 +23,7 @@ from fewbit.device import check_device
 from fewbit.errors import FewbitError
 from fewbit.formats.scheme import FORMAT_VERSION, Scheme
 from fewbit.memory import peak_rss_bytes
-from fewbit.pipeline.calibration_options import CalibrationOptions
+from fewbit.pipeline.calibration_options import CalibrationOptions, check_fit
 from fewbit.pipeline.plan import Plan, PlannedTensor, make_plan, output_tensors, stored_to_dict
 from fewbit.pipeline.quantize_tensor import Workers, available_cores, quantize_tensor
 from fewbit.pipeline.solved_store import SolvedStore
@@ -62,6 +62,8 @@ def quantize(
     if options.workers < 0:
         raise FewbitError(f"the number of workers cannot be {options.workers}")
     check_device(options.device)
+    if recipe.curvature is not None:
+        check_fit(recipe, options.calibration)
     started = time.perf_counter()
     folder = locate(model)
     checkpoint = open_checkpoint(folder)
@@ -75,7 +77,7 @@ def quantize(
         work = WorkFolder(Path(out), _job(checkpoint, recipe, options), options.overwrite)
     try:
         if work is not None:
-            _check_space(plan, work.path)
+            _check_space(plan, work.path, twice=recipe.curvature is not None)
         with contextlib.ExitStack() as scratch:
             solved = calibration = None
             if recipe.curvature is not None:
@@ -242,11 +244,13 @@ def _job(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> dict[st
     }
 
 
-def _check_space(plan: Plan, folder: Path) -> None:
-    done = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+def _check_space(plan: Plan, folder: Path, twice: bool) -> None:
+    """FewbitError unless the output fits; solved weights are kept beside it until it is whole (`twice`)."""
+    done = sum(p.stat().st_size for pattern in ("*.safetensors", "*.solved") for p in folder.glob(pattern))
     free = shutil.disk_usage(folder).free
-    if plan.bytes - done > free:
-        raise FewbitError(f"{folder.parent}: the output needs {plan.bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    needed = plan.bytes + (sum(i.bytes for shard in plan.shards for i in shard if i.stored) if twice else 0)
+    if needed - done > free:
+        raise FewbitError(f"{folder.parent}: the output needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
 def _write_companions(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewbit.curvature.damping import Factor
+from fewbit.errors import FewbitError
 from fewbit.formats.scheme import Scheme
 from fewbit.grids import binary
 from fewbit.grids.packing import pack
@@ -19,11 +20,13 @@ from fewbit.solvers.column import DivergedError, solve_columns
 _MOST_SALIENT = 30
 
 
-def solve_binary(weight: Tensor, prepared: Tensor | None, found: Factor | None, scheme: Scheme) -> Solved:
-    """Binarize `(out, in)` float32; without a factor each block is fitted to the weights as they are."""
+def solve_binary(
+    weight: Tensor, prepared: Tensor | None, found: Factor | None, scheme: Scheme, path: str = ""
+) -> Solved:
+    """Binarize `(out, in)` float32; without a factor each block is fitted to the weights as they are, under `path`."""
     fitted = _Blocks(weight, found, scheme.group_size)
     if found is None:
-        path = "rounded: no input seen" if prepared is None else "fallback: the curvature has no Cholesky factor"
+        path = path or "fallback: the curvature has no Cholesky factor"
         return _finish(weight, fitted.plainly(), fitted, scheme, prepared, path)
     try:
         compensated = solve_columns(weight, found.upper, fitted.quantize, fitted.enter, scheme.group_size)
@@ -47,10 +50,13 @@ class _Blocks:
 
     def enter(self, block: Tensor, first: int) -> None:
         part = slice(first, first + self._size)
-        # Saliency w^2 / [H^-1]_jj^2 with the Cholesky diagonal, summed over rows.
-        saliency = (block / self._diagonal[part].square()).square().sum(dim=0)
+        # Saliency w^2 / U_jj^2, summed over rows: the squared diagonal of the Cholesky factor of H^-1.
+        saliency = (block / self._diagonal[part]).square().sum(dim=0)
         self.salient[part], scales = binary.fit_block(block.contiguous(), saliency, _MOST_SALIENT)
-        pattern = to_pattern(scales, "float16")
+        try:
+            pattern = to_pattern(scales, "float16")
+        except FewbitError as error:
+            raise DivergedError from error
         self.patterns[:, first // self._size] = pattern
         seen = from_pattern(pattern, "float16")
         for kind in (False, True):

@@ -76,7 +76,10 @@ class BlockSolver:
             assert item.stored is not None
             found = self.store.find(name)
             if found is None:
-                found = self._solve(item, [(site.read(), curvature(site)) for site in sites])
+                matrices = [(site.read(), curvature(site)) for site in sites]
+                found = self._solve(
+                    item, matrices, idle=any(_idle(site, m) for site, (_, m) in zip(sites, matrices, strict=True))
+                )
             self.paths[name] = found.record["path"]
             if install:
                 decoded = native.decode(found.parts, found.stored)
@@ -130,7 +133,9 @@ class BlockSolver:
                 whole = reader.tensor(item.tensor.entry)
             self._solve(item, [(whole.t() if item.tensor.transposed else whole, None)])
 
-    def _solve(self, item: PlannedTensor, matrices: list[tuple[Tensor, Tensor | None]]) -> SolvedWeight:
+    def _solve(
+        self, item: PlannedTensor, matrices: list[tuple[Tensor, Tensor | None]], idle: bool = False
+    ) -> SolvedWeight:
         assert item.stored is not None
         name = item.tensor.entry.name
         solved: list[Solved] = []
@@ -148,10 +153,17 @@ class BlockSolver:
         stored, parts, record = assemble(item, item.stored, [one.rows for one in solved], spans, self.recipe)
         paths = sorted({one.path for one in solved})
         record["path"] = next((path for path in paths if path.startswith("fallback")), "; ".join(paths))
+        if idle:
+            record["path"] = "fallback: it never ran on the calibration text"
         predicted = [one.predicted for one in solved if one.predicted is not None]
         if predicted:
             record["relative_curvature_error"] = sum(predicted) / len(predicted)
         return self.store.put(name, SolvedWeight(stored, parts, record))
+
+
+def _idle(site: Site, matrix: Tensor | None) -> bool:
+    """Whether a layer saw no input though it is no expert, which may go without."""
+    return matrix is None and site.watched.expert is None
 
 
 def _nothing() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbit.curvature.damping import Factor, factor, prepare
+from fewbit.errors import FewbitError
 from fewbit.formats.scheme import Scheme
 from fewbit.grids.packing import pack
 from fewbit.grids.positions import flat_positions
@@ -52,31 +53,43 @@ def solve_weight(weight: Tensor, curvature: Tensor | None, recipe: Recipe, schem
     weight = weight.to(torch.float32)
     if not bool(torch.isfinite(weight).all()):
         raise NotFiniteError
-    if curvature is None and scheme.grid == "binary":
-        return solve_binary(weight, None, None, scheme)
     if curvature is None:
-        return _finish(weight, weight, _static(_Problem(recipe, scheme, weight, None)), "rounded: no input seen", None)
+        return _rounded(weight, recipe, scheme, "rounded: no input seen")
     if not bool(torch.isfinite(curvature).all()):
-        fixed = _static(_Problem(recipe, scheme, weight, None))
-        return _finish(weight, weight, fixed, "fallback: the curvature is not finite", None)
-    prepared, _ = prepare(curvature)
+        return _rounded(weight, recipe, scheme, "fallback: the curvature is not finite")
+    if curvature.shape[0] != weight.shape[1]:
+        raise FewbitError(
+            f"its curvature has {curvature.shape[0]} columns, the weight {weight.shape[1]}: this layer is not one that "
+            "can be calibrated: keep it with --exclude"
+        )
+    prepared, dead = prepare(curvature.to(weight.device))
+    if bool(dead.all()):
+        return _rounded(weight, recipe, scheme, "fallback: its curvature is all 0")
     if recipe.solver.kind == "round":
-        return _finish(weight, weight, _static(_Problem(recipe, scheme, weight, None)), "rounded", prepared)
+        return _rounded(weight, recipe, scheme, "rounded")
     order = _order(prepared, recipe)
+    live = prepared - torch.diag(dead.to(prepared.dtype))
     found = factor(prepared[order][:, order], recipe.solver.damping)
-    importance = _importance(prepared, found, order, recipe)
+    importance = _importance(prepared, dead, found, order, recipe.solver.importance)
     problem = _Problem(recipe, scheme, weight, importance)
     if scheme.grid == "binary":
-        return solve_binary(weight, prepared, found, scheme)
+        return solve_binary(weight, live, found, scheme)
     fixed = _static(problem)
     if found is None:
-        return _finish(weight, weight, fixed, "fallback: the curvature has no Cholesky factor", prepared)
+        return _finish(weight, weight, fixed, "fallback: the curvature has no Cholesky factor", live)
     try:
         compensated, fixed = _columns(problem, fixed, found, order)
     except DivergedError:
-        return _finish(weight, weight, fixed, "fallback: the solver diverged", prepared)
+        return _finish(weight, weight, fixed, "fallback: the solver diverged", live)
     path = "solved" if found.step == 0 else f"solved with damping {found.damping:g}"
-    return _finish(weight, compensated, fixed, path, prepared)
+    return _finish(weight, compensated, fixed, path, live)
+
+
+def _rounded(weight: Tensor, recipe: Recipe, scheme: Scheme, path: str) -> Solved:
+    """Every weight to its nearest level, with no curvature."""
+    if scheme.grid == "binary":
+        return solve_binary(weight, None, None, scheme, path)
+    return _finish(weight, weight, _static(_Problem(recipe, scheme, weight, None)), path, None)
 
 
 def _order(prepared: Tensor, recipe: Recipe) -> Tensor:
@@ -86,13 +99,12 @@ def _order(prepared: Tensor, recipe: Recipe) -> Tensor:
     return torch.arange(columns, device=prepared.device)
 
 
-def _importance(prepared: Tensor, found: Factor | None, order: Tensor, recipe: Recipe) -> Tensor | None:
+def _importance(prepared: Tensor, dead: Tensor, found: Factor | None, order: Tensor, kind: str) -> Tensor | None:
     """c_j of each column, mean 1, for grids and outliers.
 
     diagonal: H_jj, what an error in the column costs by itself. inverse: 1 / [H^-1]_jj, what it costs after the others
-    have made up for it.
+    have made up for it. A dead column costs as little as the cheapest live one.
     """
-    kind = recipe.solver.importance
     if kind == "none" or (kind == "inverse" and found is None):
         return None
     if kind == "diagonal":
@@ -101,6 +113,7 @@ def _importance(prepared: Tensor, found: Factor | None, order: Tensor, recipe: R
         assert found is not None
         costs = torch.empty_like(prepared.diagonal())
         costs[order] = 1.0 / found.upper.to(torch.float64).square().sum(dim=0)
+    costs = torch.where(dead, costs[~dead].min(), costs)
     return (costs / costs.mean()).clamp(min=1e-8).to(torch.float32)
 
 
@@ -181,7 +194,11 @@ def _columns(problem: _Problem, fixed: _Fixed, found: Factor, order: Tensor) -> 
             outside = leave_one_out(group, cost[part], scheme.bits, cut)
         core = group if outside is None else group.masked_fill(outside, 0.0)
         weights = None if problem.importance is None else problem.importance[part].unsqueeze(0)
-        grid = fit_core(core, rows, scheme, recipe.search, outside, weights)
+        try:
+            grid = fit_core(core, rows, scheme, recipe.search, outside, weights)
+        except FewbitError as error:
+            # Weights that ran away fit no storage format; the weight as it was does.
+            raise DivergedError from error
         refitted.append(grid)
         scale[index] = grid.scale[:, 0]
         if isinstance(offset, Tensor) and isinstance(grid.offset, Tensor):

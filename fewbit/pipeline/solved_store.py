@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewbit.errors import FewbitError
 from fewbit.formats.config import read_stored
 from fewbit.formats.scheme import Scheme, StoredWeight
 from fewbit.pipeline.plan import stored_to_dict
@@ -68,6 +69,13 @@ class SolvedStore:
         """A changed tensor, or None when it is as the checkpoint has it."""
         path = self._path(name)
         return load_file(path)["kept"] if path.is_file() else None
+
+    def same_tokens(self, sha256: str) -> None:
+        """FewbitError when an interrupted run here was calibrated on other tokens: its text has changed since."""
+        path = self._path("tokens")
+        if path.is_file() and path.read_text(encoding="ascii") != sha256:
+            raise FewbitError("the calibration text has changed since this run was interrupted: pass --overwrite")
+        path.write_text(sha256, encoding="ascii")
 
     def put_notes(self, block: int, notes: list[dict[str, Any]]) -> None:
         """Keep what the report will say of a block."""

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.observe import Watched, watching
+from fewbit.errors import FewbitError
 
 Step = Callable[[], None]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Walk:
@@ -23,23 +25,30 @@ class Walk:
 
     def __init__(self, model: Any, blocks: Sequence[nn.Module], ids: Tensor, memory_bytes: int) -> None:
         """Run the part before the blocks. ids: `(samples, length)`. memory_bytes: above it, states live on disk."""
-        self._blocks = blocks
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        first = self._record(model, ids[:1])
+        self._blocks, self._device = blocks, model.device
+        first, self._calls = self._record(model, ids[:1])
+        if ids.shape[0] > 1:
+            _, other = self._record(model, ids[1:2])
+            if not _equal(self._calls, other):
+                raise FewbitError(
+                    f"{type(model).__name__}: its blocks are called with values that depend on the text, which a walk "
+                    "block by block cannot carry: take a method with a Fisher, such as precal+oac"
+                )
         shape = (ids.shape[0], *first.shape[1:])
         self._states = _allocate(shape, first.dtype, first.device, memory_bytes)
         with torch.inference_mode():
             for index in range(ids.shape[0]):
                 self._states[index : index + 1] = _until_first_block(model, blocks[0], ids[index : index + 1])
 
-    def _record(self, model: Any, ids: Tensor) -> Tensor:
-        """What every block is called with beside the hidden states, and the states that enter the first."""
+    def _record(self, model: Any, ids: Tensor) -> tuple[Tensor, list[Call]]:
+        """The states that enter the first block, and what every block is called with beside them."""
         entering: list[Tensor] = []
+        calls: list[Call] = []
         handles = []
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entering.append(args[0])
-            self._calls.append((args[1:], kwargs))
+            calls.append((args[1:], kwargs))
 
         try:
             handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self._blocks]
@@ -48,7 +57,7 @@ class Walk:
         finally:
             for handle in handles:
                 handle.remove()
-        return entering[0]
+        return entering[0], calls
 
     def observe(self, index: int, layers: list[Watched], accumulator: Accumulator, step: Step) -> None:
         """Run block `index` over all sequences for what its layers see; the states stay."""
@@ -67,7 +76,7 @@ class Walk:
     def change(self, index: int) -> Tensor:
         """What block `index`, its parameters in float32, adds to the first sequence; the states stay."""
         args, kwargs = _in_float32(self._calls[index])
-        states = self._states[:1].to(torch.float32)
+        states = self._states[:1].to(self._device, torch.float32)
         with torch.inference_mode():
             out = self._blocks[index](states, *args, **kwargs)
         return (out[0] if isinstance(out, tuple) else out) - states
@@ -76,10 +85,21 @@ class Walk:
         args, kwargs = self._calls[index]
         with torch.inference_mode():
             for sample in range(self._states.shape[0]):
-                out = self._blocks[index](self._states[sample : sample + 1], *args, **kwargs)
+                out = self._blocks[index](self._states[sample : sample + 1].to(self._device), *args, **kwargs)
                 if keep:
                     self._states[sample : sample + 1] = out[0] if isinstance(out, tuple) else out
                 step()
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether nested arguments hold the same values; objects that are no tensors are taken for equal."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return True
 
 
 class _StopError(Exception):
