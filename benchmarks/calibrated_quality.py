@@ -1,4 +1,4 @@
-"""Every preset on the named models with the same calibration text: bits on disk, perplexity, KL, seconds, memory.
+"""Every preset on the named models with the same calibration text: bits on disk, perplexity, KL, seconds.
 
     python benchmarks/calibrated_quality.py --folder /somewhere/with/space --model smollm2-135m --bits 2 --seed 0
 
@@ -53,7 +53,7 @@ def quantize(model: str, method: str, bits: int, seed: int, folder: Path, out: P
     size = "64" if method == "adpq+" else GROUP[model]
     choices = {} if "billm" in method else {"group_size": f"{size},auto"}
     recipe = fewbit.preset(method, bits=bits, **choices)
-    options, before = RunOptions(overwrite=True), {"seconds": 0.0, "peak_rss_bytes": 0}
+    options, before = RunOptions(overwrite=True), {"seconds": 0.0}
     if recipe.curvature is not None:
         kept, before = curvature(model, recipe.curvature.kind, seed, folder)
         stored = open_curvature(kept, open_checkpoint(locate(model)))
@@ -68,7 +68,6 @@ def quantize(model: str, method: str, bits: int, seed: int, folder: Path, out: P
         "bits_per_weight": report["output"]["bits_per_weight"],
         "solve_seconds": report["run"]["seconds"],
         "curvature_seconds": before["seconds"],
-        "peak_rss_bytes": max(report["run"]["peak_rss_bytes"], before["peak_rss_bytes"]),
     }
 
 

@@ -60,13 +60,11 @@ def calibrated() -> None:
         for bits in (4, 3, 2, 1):
             found = [r for r in rows if (r["model"], r["bits"], r["seed"]) == (model, bits, 0)]
             if found:
-                print(
-                    f"\n| {model}, {bits} bits | bits/weight | perplexity | KL | curvature s | solve s | peak memory |"
-                )
-                print("| --- | --- | --- | --- | --- | --- | --- |")
+                print(f"\n| {model}, {bits} bits | bits/weight | perplexity | KL | curvature s | solve s |")
+                print("| --- | --- | --- | --- | --- | --- |")
             for r in found:
                 figures = f"{r['bits_per_weight']:.2f} | {r['perplexity']:,.1f} | {r['kl_mean']:.3f}"
-                times = f"{r['curvature_seconds']:.0f} | {r['solve_seconds']:.0f} | {r['peak_rss_bytes'] / 1e9:.1f} GB"
+                times = f"{r['curvature_seconds']:.0f} | {r['solve_seconds']:.0f}"
                 print(f"| {r['method']} | {figures} | {times} |")
     print("\n| model | bits | method | perplexity by seed |\n| --- | --- | --- | --- |")
     seeds: dict[tuple[str, int, str], list[float]] = {}
