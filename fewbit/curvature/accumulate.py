@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbit.curvature.choice import CurvatureChoice
+from fewbit.curvature.products import products
 from fewbit.errors import FewbitError
 
 _ADVICE = "run the model in float32 or bfloat16"
@@ -46,15 +47,17 @@ class Accumulator:
         if self.choice.kind == "fisher":
             assert gradient is not None
             if self.choice.terms == "sequence":
-                self._add(key, gradient.float().t() @ x.float())
+                with products(x.dtype):
+                    whole = gradient.float().t() @ x.float()
+                self._add(key, whole, x.dtype)
                 return
-            self._add(key, x * gradient.float().norm(dim=1, keepdim=True))
+            self._add(key, x * gradient.float().norm(dim=1, keepdim=True), x.dtype)
             return
         if self._last is not None and self._last[1].data_ptr() == x.data_ptr() and self._last[1].shape == x.shape:
             self.shared[key] = self._last[0]
             return
         self._last = (key, x)
-        self._add(key, x.to(torch.float32))
+        self._add(key, x.to(torch.float32), x.dtype)
 
     def curvature(self, key: str) -> Tensor | None:
         """The sum of a layer, or None when it never ran (an expert that saw no token)."""
@@ -71,7 +74,7 @@ class Accumulator:
         if self.live and not any(self.tokens.values()):
             raise FewbitError(f"{next(iter(self.live))}: its gradients are all 0 though it had inputs: {_ADVICE}")
 
-    def _add(self, key: str, rows: Tensor) -> None:
+    def _add(self, key: str, rows: Tensor, precision: torch.dtype) -> None:
         if self.choice.tempering:
             rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-20).pow(self.choice.tempering)
         if self.choice.diagonal:
@@ -79,7 +82,8 @@ class Accumulator:
             self.sums[key] = self.sums[key].add_(squares) if key in self.sums else squares
             return
         found = self.sums.get(key)
-        if found is None:
-            self.sums[key] = rows.t() @ rows
-        else:
-            found.addmm_(rows.t(), rows)
+        with products(precision):
+            if found is None:
+                self.sums[key] = rows.t() @ rows
+            else:
+                found.addmm_(rows.t(), rows)
