@@ -96,7 +96,8 @@ def test_overwrite_replaces_only_what_fewbit_made(tiny: Path, tmp_path: Path) ->
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 import fewbit, fewbit.pipeline.run as run
 from fewbit.pipeline.run import RunOptions
 original = run.quantize_tensor
