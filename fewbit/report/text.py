@@ -1,6 +1,7 @@
 """Results as tables for the terminal and as the stable keys of `--json`."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
         f"peak memory {show_size(run['peak_rss_bytes'])}",
         f"largest relative squared error {worst['relative_squared_error']:.4f} in {worst['name']}",
     ]
+    paths = Counter(layer["path"] for layer in report["layers"] if "path" in layer)
+    if paths:
+        lines.append("weights: " + ", ".join(f"{count} {path}" for path, count in paths.most_common()))
     lines.append(f"wrote {out}" if out is not None else "nothing written (--report-only)")
     if out is not None:
         lines.append(f"measure it:  fewbit eval {out} --data FILE --reference {report['model']}")
