@@ -16,6 +16,7 @@ from fewbit.cli_shared import (
     MemoryOption,
     SamplesOption,
     SeedOption,
+    TemperingOption,
     announce,
     calibration_choice,
     print_json,
@@ -65,6 +66,7 @@ def quantize(
         str | None, typer.Option(help="sequence (as published) or token: drop the terms between tokens.")
     ] = None,
     fisher_labels: Annotated[str | None, typer.Option(help="data, or sampled from the model.")] = None,
+    tempering: TemperingOption = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
     sequence_length: LengthOption = None,
@@ -137,6 +139,7 @@ def quantize(
             "static_groups": static_groups,
             "fisher_terms": fisher_terms,
             "fisher_labels": fisher_labels,
+            "tempering": tempering,
             "include": tuple(include or ()),
             "exclude": tuple(exclude or ()),
         },
@@ -189,6 +192,7 @@ def curvature(
     fisher_terms: Annotated[str, typer.Option(help="sequence (as published) or token.")] = "token",
     fisher_labels: Annotated[str, typer.Option(help="data, or sampled from the model.")] = "data",
     diagonal: Annotated[bool, typer.Option("--diagonal", help="Keep only the diagonal.")] = False,
+    tempering: TemperingOption = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
     sequence_length: LengthOption = None,
@@ -225,7 +229,7 @@ def curvature(
         ),
         memory_bytes=parse_size(memory) if memory else 0,
     )
-    choice = CurvatureChoice(kind, fisher_terms, fisher_labels, diagonal)
+    choice = CurvatureChoice(kind, fisher_terms, fisher_labels, diagonal, tempering or 0.0)
     recipe = Recipe(group_size="row", include=tuple(include or ()), exclude=tuple(exclude or ()))
     with progress_line(f"{kind} of {model}") as progress:
         result = measure(model, out, choice, options, device, progress, recipe)

@@ -21,6 +21,9 @@ SamplesOption = Annotated[int | None, typer.Option(help="Calibration sequences i
 LengthOption = Annotated[int | None, typer.Option(help="Tokens of a calibration sequence; default 512.")]
 SeedOption = Annotated[int | None, typer.Option(help="Which sequences are drawn; default 0.")]
 ChatOption = Annotated[bool | None, typer.Option("--chat-template", help="Wrap every document as a user's turn.")]
+TemperingOption = Annotated[
+    float | None, typer.Option(help="0 to 1: how far every token counts alike, whatever the size of its inputs.")
+]
 MemoryOption = Annotated[
     str | None, typer.Option(help="For curvature and hidden states, e.g. 4GB; default: half of what is free.")
 ]

@@ -314,7 +314,7 @@ def _refuse_inert(base: Recipe, given: dict[str, Any], clip_search: bool | None,
 
 def _with_curvature(base: Recipe, given: dict[str, Any]) -> Recipe:
     """`base` with the choices that concern the curvature and the solver, which are taken out of `given`."""
-    options = ("damping", "act_order", "static_groups", "fisher_terms", "fisher_labels")
+    options = ("damping", "act_order", "static_groups", "fisher_terms", "fisher_labels", "tempering")
     named = [f"--{key.replace('_', '-')}" for key in options if key in given]
     if named and base.curvature is None:
         raise FewbitError(f"{', '.join(named)}: belongs to methods with a curvature, {base.method} has none")
@@ -324,6 +324,8 @@ def _with_curvature(base: Recipe, given: dict[str, Any]) -> Recipe:
     if solver.get("act_order"):
         solver.setdefault("refit", False)
     curvature = {key: given.pop(f"fisher_{key}") for key in ("terms", "labels") if f"fisher_{key}" in given}
+    if "tempering" in given:
+        curvature["tempering"] = given.pop("tempering")
     if curvature and base.curvature is not None:
         base = replace(base, curvature=replace(base.curvature, **curvature))
     return replace_solver(base, **solver) if solver else base

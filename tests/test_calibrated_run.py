@@ -171,6 +171,7 @@ def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> N
     [
         (["--method", "rtn", "--damping", "0.1"], "--damping: belongs to methods with a curvature, rtn has none"),
         (["--method", "gptq", "--damping", "0"], "damping must be above 0"),
+        (["--method", "gptq", "--tempering", "2"], "tempering must be from 0 to 1, not 2.0"),
         (["--method", "spqr", "--act-order"], "outliers by sensitivity shape the grid of a group when it is entered"),
         (["--method", "oac", "--fisher-terms", "some"], "curvature terms must be one of sequence, token, not 'some'"),
         (["--method", "gptq", "--fisher-terms", "token"], "--fisher-terms: gptq has no use for it"),

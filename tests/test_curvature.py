@@ -153,6 +153,15 @@ def test_a_stored_curvature_gives_the_same_weights(tiny: Path, tmp_path: Path, k
     assert stored.read_bytes() == direct.read_bytes()
 
 
+def test_tempering_divides_by_the_size_of_the_inputs() -> None:
+    x = torch.randn(50, 8) * torch.logspace(-2, 3, 50).unsqueeze(1)
+    for tempering in (0.5, 1.0):
+        found = Accumulator(CurvatureChoice("gram", tempering=tempering))
+        found.observe("layer", x, None)
+        scaled = x.double() / x.double().norm(dim=1, keepdim=True) ** tempering
+        assert torch.allclose(found.sums["layer"].double(), scaled.T @ scaled, rtol=1e-4, atol=1e-4)
+
+
 def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
     source = ["--calibration", "random-tokens", "--samples", "2", "--sequence-length", "16"]
     run_cli("curvature", tiny, tmp_path / "kept", *source)
@@ -167,6 +176,7 @@ def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
             ["--method", "oac", "--fisher-terms", "sequence"],
             "its Fisher was measured with terms 'token', not 'sequence'",
         ),
+        (["--method", "oac", "--tempering", "1"], "was measured with tempering 0, not 1: pass --tempering 0"),
         (["--method", "oac", "--samples", "3"], "--samples: with --curvature nothing is measured"),
     ):
         result = run_cli("quantize", tiny, tmp_path / "out", *arguments, "--curvature", tmp_path / "kept", code=2)

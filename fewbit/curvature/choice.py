@@ -29,3 +29,5 @@ class CurvatureChoice:
         for name, choices in (("kind", KINDS), ("terms", TERMS), ("labels", LABELS)):
             if getattr(self, name) not in choices:
                 raise FewbitError(f"curvature {name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if not 0 <= self.tempering <= 1:
+            raise FewbitError(f"tempering must be from 0 to 1, not {self.tempering}")

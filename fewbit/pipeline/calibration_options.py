@@ -61,6 +61,11 @@ def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
     found = options.stored.choice
     if found.kind != wanted.kind:
         raise FewbitError(f"{options.stored.folder}: holds a {found.kind}, {recipe.method} needs a {wanted.kind}")
+    if found.tempering != wanted.tempering:
+        raise FewbitError(
+            f"{options.stored.folder}: was measured with tempering {found.tempering:g}, not {wanted.tempering:g}: pass "
+            f"--tempering {found.tempering:g}, or measure again"
+        )
     for name in ("terms", "labels"):
         has, needs = getattr(found, name), getattr(wanted, name)
         if found.kind == "fisher" and has != needs:
