@@ -37,6 +37,7 @@ def calibration_choice(**given: Any) -> Any:
 
 
 def print_json(data: Any) -> None:
+    """Print one JSON object on standard output."""
     print(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
 
 

@@ -14,7 +14,7 @@ from fewbit.grids import binary
 from fewbit.grids.packing import pack
 from fewbit.grids.scales import from_pattern, to_pattern
 from fewbit.pipeline.quantize_weight import QuantizedRows
-from fewbit.pipeline.solved import Solved, curvature_cost
+from fewbit.pipeline.solved import Solved, relative_cost
 from fewbit.solvers.column import DivergedError, solve_columns
 
 _MOST_SALIENT = 30
@@ -89,7 +89,5 @@ def _finish(
     }
     difference = decoded - weight
     error, norm = float(difference.double().square().sum()), float(weight.double().square().sum())
-    predicted = None
-    if prepared is not None:
-        predicted = curvature_cost(difference, prepared) / max(curvature_cost(weight, prepared), 1e-300)
+    predicted = relative_cost(difference, weight, prepared)
     return Solved(QuantizedRows(parts, None, None, error, norm), decoded, path, predicted)

@@ -30,7 +30,7 @@ from fewbit.pipeline.fit_grid import (
 from fewbit.pipeline.plan import outliers_per_group
 from fewbit.pipeline.quantize_weight import NotFiniteError, QuantizedRows
 from fewbit.pipeline.solve_binary import solve_binary
-from fewbit.pipeline.solved import Solved, curvature_cost
+from fewbit.pipeline.solved import Solved, relative_cost
 from fewbit.recipe import Recipe
 from fewbit.solvers.column import DivergedError, solve_columns
 
@@ -242,7 +242,5 @@ def _finish(weight: Tensor, compensated: Tensor, fixed: _Fixed, path: str, prepa
     decoded = decoded.view(rows, columns)
     difference = decoded - weight
     error, norm = float(difference.double().square().sum()), float(weight.double().square().sum())
-    predicted = None
-    if prepared is not None:
-        predicted = curvature_cost(difference, prepared) / max(curvature_cost(weight, prepared), 1e-300)
+    predicted = relative_cost(difference, weight, prepared)
     return Solved(QuantizedRows(parts, where, outlier_codes, error, norm), decoded, path, predicted)
