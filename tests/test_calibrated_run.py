@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fewbit.errors import FewbitError
 from fewbit.pipeline import walk
 from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh
 from fewbit.pipeline.run import RunOptions
+from fewbit.pipeline.solve_blocks import Network
 
 CHOICE = CalibrationChoice("random-tokens", samples=16, sequence_length=48)
 
@@ -59,6 +61,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(deep: Path, tmp_path: Pat
     )
     deadline = time.monotonic() + 120
     while len(list(partial.glob("*_proj.weight.solved"))) < 10 and time.monotonic() < deadline:
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -209,3 +212,28 @@ def test_plan_says_what_a_run_does(tiny: Path, tmp_path: Path) -> None:
     odd = run_cli("plan", tiny, "--method", "precal+oac", "--bits", "2", "--group-size", "48").stdout
     assert "problem: group size 48 does not divide" in odd
     assert "can be written as: fewbit" in odd
+
+
+def test_a_walk_owns_the_weights_of_one_block_at_a_time(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped: dict[int, set[int]] = {}
+    owned: list[set[int]] = []
+    taken, released = Network.take, Network.release
+
+    def addresses(network: Network, index: int) -> set[int]:
+        return {p.data_ptr() for p in network.blocks[index].parameters() if p.numel()}
+
+    def take(network: Network, index: int) -> None:
+        if not mapped:
+            mapped.update({i: addresses(network, i) for i in range(len(network.blocks))})
+        taken(network, index)
+        now = [addresses(network, i) for i in range(len(network.blocks))]
+        owned.append({i for i, found in enumerate(now) if found and not found & mapped[i]})
+
+    def release(network: Network, index: int) -> None:
+        released(network, index)
+        assert not addresses(network, index)
+
+    monkeypatch.setattr(Network, "take", take)
+    monkeypatch.setattr(Network, "release", release)
+    fewbit.quantize(deep, None, fewbit.preset("gptq", group_size="32"), replace(options(), report_only=True))
+    assert owned == [{0}, {1}, {2}, {3}]

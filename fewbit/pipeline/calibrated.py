@@ -7,6 +7,7 @@ A stage is one block for the input Gram (which sees what the quantized blocks be
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewbit.architecture.coverage import name_in_block, prefix_of_block
@@ -41,7 +42,8 @@ def solve_model(
 
     Raises FewbitError when more weights than `max_fallback` fell back to rounding, naming them.
     """
-    network = open_network(checkpoint, plan, device)
+    walking = options.stored is not None or (recipe.curvature is not None and recipe.curvature.kind == "gram")
+    network = open_network(checkpoint, plan, device, walking)
     calibration = None if options.stored else calibration_set(checkpoint, options.choice, network.model, progress)
     if calibration is not None:
         store.same_tokens(calibration.sha256)
@@ -71,9 +73,12 @@ def solve_model(
     }
 
 
-def open_network(checkpoint: Checkpoint, plan: Plan, device: str) -> Network:
-    """Load the model and find the planned tensors in it."""
-    model = load(checkpoint.folder, device=device)
+def open_network(checkpoint: Checkpoint, plan: Plan, device: str, walking: bool = False) -> Network:
+    """Load the model and find the planned tensors in it.
+
+    walking: only one block at a time will run, so the weights stay where they are mapped until a block is taken.
+    """
+    model = load(checkpoint.folder, device="cpu" if walking else device)
     if hasattr(model, "set_experts_implementation"):
         # One linear layer for each expert, which can be watched, in place of one fused product for all.
         model.set_experts_implementation("eager")
@@ -83,7 +88,7 @@ def open_network(checkpoint: Checkpoint, plan: Plan, device: str) -> Network:
 
         def read(tensor: Any) -> Tensor:
             whole = reader.tensor(tensor.entry)
-            return (whole.t() if tensor.transposed else whole).to(device)
+            return (whole.t() if tensor.transposed else whole).to(model.device)
 
         sites = find_sites(blocks, [item.tensor for item in items.values()], read)
     kept: list[dict[str, str]] = [{} for _ in blocks]
@@ -92,7 +97,7 @@ def open_network(checkpoint: Checkpoint, plan: Plan, device: str) -> Network:
     for tensor in plan.coverage.of("keep"):
         if tensor.block is not None and prefix_of_block(tensor.entry.name) in inside:
             kept[tensor.block][name_in_block(tensor.entry.name)] = tensor.entry.name
-    return Network(model, blocks, sites, items, kept)
+    return Network(model, blocks, sites, items, kept, torch.device(device))
 
 
 def calibration_set(
@@ -119,6 +124,7 @@ def _with_gram(run: BlockSolver, calibration: CalibrationSet) -> None:
     assert run.recipe.curvature is not None
     for index, sites in enumerate(network.sites):
         accumulator = Accumulator(run.recipe.curvature)
+        network.take(index)
         layers = list({site.watched.key: site.watched for site in sites}.values())
         if options.original_inputs:
             walk.observe_and_advance(index, layers, accumulator, run.step)
@@ -129,6 +135,7 @@ def _with_gram(run: BlockSolver, calibration: CalibrationSet) -> None:
         run.solve_block(index, lambda site, found=accumulator: found.curvature(site.watched.key))  # type: ignore[misc]
         if not options.original_inputs:
             walk.advance(index, run.step)
+        network.release(index)
 
 
 def _with_fisher(run: BlockSolver, calibration: CalibrationSet) -> None:
@@ -185,7 +192,9 @@ def _with_stored(run: BlockSolver, stored: StoredCurvature) -> None:
     run.total = len(run.network.blocks)
     for index in range(len(run.network.blocks)):
         matrices = stored.block(index)
+        run.network.take(index)
         run.solve_block(index, lambda site, found=matrices: found.get(site.watched.key), install=False)  # type: ignore[misc]
+        run.network.release(index)
         run.step()
 
 

@@ -40,7 +40,7 @@ def measure(
     check_device(device)
     checkpoint = open_checkpoint(locate(model))
     plan = make_plan(checkpoint, recipe or Recipe(group_size="row"), 1 << 62)
-    network = open_network(checkpoint, plan, device)
+    network = open_network(checkpoint, plan, device, walking=choice.kind == "gram")
     calibration = calibration_set(checkpoint, options.choice, network.model, progress)
     writer = CurvatureWriter(out, checkpoint, choice, {**calibration.describe(), "blocks": len(network.blocks)})
     count = calibration.ids.shape[0]
@@ -94,13 +94,14 @@ def _gram(
             if progress:
                 progress(done, total, f"block {block + 1} of {len(network.blocks)}")
 
+        network.take(index)
         if writer.has(index):
             walk.advance(index, step)
-            continue
-        walk.observe_and_advance(
-            index, list({site.watched.key: site.watched for site in sites}.values()), accumulator, step
-        )
-        _put(network, index, accumulator, writer)
+        else:
+            layers = list({site.watched.key: site.watched for site in sites}.values())
+            walk.observe_and_advance(index, layers, accumulator, step)
+            _put(network, index, accumulator, writer)
+        network.release(index)
 
 
 def _put(network: Network, index: int, found: Accumulator, writer: CurvatureWriter) -> None:

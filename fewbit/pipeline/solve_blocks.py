@@ -40,6 +40,24 @@ class Network:
     sites: list[list[Site]]
     items: dict[str, PlannedTensor]
     kept: list[dict[str, str]]
+    device: torch.device
+
+    def take(self, index: int) -> None:
+        """Give a block weights of its own, on the device that computes.
+
+        Until then they are mapped from the checkpoint's files, so that a walk holds those of one block.
+        """
+        for tensor in _tensors(self.blocks[index]):
+            tensor.data = tensor.data.to(self.device, copy=True)
+
+    def release(self, index: int) -> None:
+        """Free a block that a walk has passed."""
+        for tensor in _tensors(self.blocks[index]):
+            tensor.data = tensor.data.new_empty(0)
+
+
+def _tensors(block: Any) -> list[Tensor]:
+    return [*block.parameters(), *block.buffers()]
 
 
 @dataclass

@@ -21,11 +21,11 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Walk:
-    """The hidden states that enter the next block."""
+    """The hidden states that enter the next block. A block may move to another device before it is run."""
 
     def __init__(self, model: Any, blocks: Sequence[nn.Module], ids: Tensor, memory_bytes: int) -> None:
         """Run the part before the blocks. ids: `(samples, length)`. memory_bytes: above it, states live on disk."""
-        self._blocks, self._device = blocks, model.device
+        self._blocks = blocks
         first, self._calls = self._record(model, ids[:1])
         if ids.shape[0] > 1:
             _, other = self._record(model, ids[1:2])
@@ -75,17 +75,22 @@ class Walk:
 
     def change(self, index: int) -> Tensor:
         """What block `index`, its parameters in float32, adds to the first sequence; the states stay."""
-        args, kwargs = _in_float32(self._calls[index])
-        states = self._states[:1].to(self._device, torch.float32)
+        device = self._device(index)
+        args, kwargs = _converted(self._calls[index], device, torch.float32)
+        states = self._states[:1].to(device, torch.float32)
         with torch.inference_mode():
             out = self._blocks[index](states, *args, **kwargs)
         return (out[0] if isinstance(out, tuple) else out) - states
 
+    def _device(self, index: int) -> torch.device:
+        return next(self._blocks[index].parameters()).device
+
     def _run(self, index: int, step: Step, keep: bool) -> None:
-        args, kwargs = self._calls[index]
+        device = self._device(index)
+        args, kwargs = _converted(self._calls[index], device)
         with torch.inference_mode():
             for sample in range(self._states.shape[0]):
-                out = self._blocks[index](self._states[sample : sample + 1].to(self._device), *args, **kwargs)
+                out = self._blocks[index](self._states[sample : sample + 1].to(device), *args, **kwargs)
                 if keep:
                     self._states[sample : sample + 1] = out[0] if isinstance(out, tuple) else out
                 step()
@@ -135,12 +140,12 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
     return flat.view(shape)
 
 
-def _in_float32(value: Any) -> Any:
-    """Nested arguments with every floating tensor in float32."""
+def _converted(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Nested arguments with every tensor on `device`, and every floating one in `dtype` where one is given."""
     if isinstance(value, Tensor):
-        return value.to(torch.float32) if value.is_floating_point() else value
+        return value.to(device, dtype if dtype and value.is_floating_point() else value.dtype)
     if isinstance(value, dict):
-        return {key: _in_float32(inner) for key, inner in value.items()}
+        return {key: _converted(inner, device, dtype) for key, inner in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_in_float32(inner) for inner in value)
+        return type(value)(_converted(inner, device, dtype) for inner in value)
     return value
