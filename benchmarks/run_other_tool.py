@@ -1,0 +1,79 @@
+"""Quantize a model with another tool, in that tool's own environment, and write what its weights decode to.
+
+    /other/venv/bin/python benchmarks/run_other_tool.py autoround MODEL_FOLDER TOKENS.pt OUT BITS GROUP_SIZE STEPS
+
+`against_calibrated_tools.py` calls it; fewbit itself is not needed here. TOKENS.pt holds token ids `(samples, length)`. OUT is a
+plain folder that transformers loads. Prints one JSON object with the seconds of the quantization alone.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def autoround(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) -> tuple[Any, Any, float]:
+    """AutoRound with asymmetric grids and `steps` steps of learned rounding a block."""
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    samples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
+    began = time.perf_counter()
+    tool = AutoRound(
+        model,
+        tokenizer,
+        scheme={"bits": bits, "group_size": group_size, "sym": False, "data_type": "int"},
+        iters=steps,
+        nsamples=ids.shape[0],
+        seqlen=ids.shape[1],
+        dataset=samples,
+        device_map="cpu",
+        enable_torch_compile=False,
+    )
+    found = tool.quantize()
+    model = found[0] if isinstance(found, tuple) else found
+    return model, tokenizer, time.perf_counter() - began
+
+
+def gptqmodel(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) -> tuple[Any, Any, float]:
+    """GPTQModel with its defaults (symmetric) but for bits and groups."""
+    import tempfile
+
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    from transformers import AutoModelForCausalLM
+
+    model = GPTQModel.load(folder, QuantizeConfig(bits=bits, group_size=group_size), device="cpu")
+    samples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
+    began = time.perf_counter()
+    model.quantize(samples, batch_size=1, backend=BACKEND.TORCH)
+    seconds = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as packed:
+        model.save(packed)
+        loaded = GPTQModel.load(packed, backend=BACKEND.TORCH, device="cpu").model
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for name, module in loaded.named_modules():
+        if hasattr(module, "dequantize_weight"):
+            plain.get_submodule(name).weight.data.copy_(module.dequantize_weight().t())
+    return plain, model.tokenizer, seconds
+
+
+TOOLS = {"autoround": autoround, "gptqmodel": gptqmodel}
+
+
+def main() -> None:
+    """One run."""
+    tool, folder, tokens, out, bits, group_size, steps = sys.argv[1:]
+    ids = torch.load(tokens, weights_only=True)
+    model, tokenizer, seconds = TOOLS[tool](folder, ids, int(bits), int(group_size), int(steps))
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    Path(out, "run.json").write_text(json.dumps({"seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main()
