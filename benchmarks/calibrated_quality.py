@@ -1,4 +1,4 @@
-"""Every preset on the named models with the same calibration text: bits on disk, perplexity, KL, seconds.
+"""Every preset on the named models with the same calibration text: bits on disk, perplexity, KL, seconds, peak memory.
 
     python benchmarks/calibrated_quality.py --folder /somewhere/with/space --model smollm2-135m --bits 2 --seed 0
 
@@ -10,21 +10,15 @@ Groups of 64 on smollm2-135m, of 128 on gemma3-270m, unless a row says otherwise
 
 import argparse
 import json
+import os
 import shutil
-from dataclasses import replace
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import fewbit
-from fewbit.calibration.choice import CalibrationChoice
-from fewbit.checkpoints.locate import locate
-from fewbit.checkpoints.source import open_checkpoint
-from fewbit.curvature.choice import CurvatureChoice
-from fewbit.curvature.store import open_curvature
 from fewbit.evaluation.perplexity import Protocol
-from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.measure import measure
-from fewbit.pipeline.run import RunOptions
 
 HERE = Path(__file__).parent
 TEXT = HERE / "../../shared/data/wikitext2_raw_test.txt"
@@ -36,38 +30,49 @@ METHODS = [
 ]
 
 
+def command(*arguments: Any) -> dict[str, Any]:
+    """What a fewbit command prints with --json, run in a process of its own, so that its peak memory is its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fewbit.cli", *map(str, arguments), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
 def curvature(model: str, kind: str, seed: int, folder: Path) -> tuple[Path, dict[str, Any]]:
     """The folder of a measured curvature, and what measuring it took."""
     out = folder / f"{model}-{kind}-{seed}"
     figures = out.with_suffix(".json")
     if not figures.exists():
-        options = CalibrationOptions(CalibrationChoice(str(C4.resolve()), 128, 512, seed))
         print(f"measuring {out.name} …", flush=True)
-        found = measure(model, out, CurvatureChoice(kind, terms="token"), options)
-        figures.write_text(json.dumps(found))
+        text = ["--calibration", C4.resolve(), "--samples", 128, "--sequence-length", 512, "--seed", seed]
+        figures.write_text(json.dumps(command("curvature", model, out, "--kind", kind, *text)))
     return out, json.loads(figures.read_text())
 
 
 def quantize(model: str, method: str, bits: int, seed: int, folder: Path, out: Path) -> dict[str, Any]:
     """Make one row's folder; what it took, with the share of the curvature."""
     size = "64" if method == "adpq+" else GROUP[model]
-    choices = {} if "billm" in method else {"group_size": f"{size},auto"}
-    recipe = fewbit.preset(method, bits=bits, **choices)
-    options, before = RunOptions(overwrite=True), {"seconds": 0.0}
-    if recipe.curvature is not None:
-        kept, before = curvature(model, recipe.curvature.kind, seed, folder)
-        stored = open_curvature(kept, open_checkpoint(locate(model)))
-        options = replace(options, calibration=CalibrationOptions(stored=stored))
-    report = fewbit.quantize(model, out, recipe, options)
+    choices = ["--overwrite"] if "billm" in method else ["--overwrite", "--bits", bits, "--group-size", f"{size},auto"]
+    before = {"seconds": 0.0, "peak_rss_bytes": 0}
+    wanted = fewbit.preset(method).curvature
+    if wanted is not None:
+        kept, before = curvature(model, wanted.kind, seed, folder)
+        choices += ["--curvature", kept]
+    report = command("quantize", model, out, "--method", method, *choices)["report"]
     return {
         "model": model,
         "method": method,
         "bits": bits,
         "seed": seed,
-        "group_size": recipe.group_size,
+        "group_size": report["recipe"]["group_size"],
         "bits_per_weight": report["output"]["bits_per_weight"],
         "solve_seconds": report["run"]["seconds"],
         "curvature_seconds": before["seconds"],
+        "peak_rss_bytes": max(report["run"]["peak_rss_bytes"], before["peak_rss_bytes"]),
+        "cores": len(os.sched_getaffinity(0)),
     }
 
 

@@ -2,8 +2,8 @@
 
     /other/venv/bin/python benchmarks/run_other_tool.py autoround MODEL_FOLDER TOKENS.pt OUT BITS GROUP_SIZE STEPS
 
-`against_calibrated_tools.py` calls it; fewbit itself is not needed here. TOKENS.pt holds token ids `(samples, length)`. OUT is a
-plain folder that transformers loads. Prints one JSON object with the seconds of the quantization alone.
+`against_calibrated_tools.py` calls it; fewbit itself is not needed here. TOKENS.pt holds token ids `(samples, length)`.
+OUT is a plain folder that transformers loads, with the seconds of the quantization alone in its `run.json`.
 """
 
 import json

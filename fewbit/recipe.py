@@ -157,7 +157,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gptq": {
         "group_size": "128,64,auto",
         "curvature": CurvatureChoice("gram"),
-        "solver": SolverChoice("column", refit=True),
+        "solver": SolverChoice("column", act_order=True),
     },
     "spqr": {
         "group_size": "16,auto",
@@ -200,7 +200,7 @@ _LASSO = {"outliers": "adaptive-lasso"}
 PRESETS["precal+gptq"] = {
     **PRESETS["adpq"],
     "curvature": PRESETS["gptq"]["curvature"],
-    "solver": SolverChoice("column"),
+    "solver": PRESETS["gptq"]["solver"],
 }
 PRESETS["precal+spqr"] = {**PRESETS["spqr"], **_LASSO, "outlier_fraction": 0.01}
 PRESETS["oac+spqr"] = {**PRESETS["spqr"], **_FISHER}

@@ -46,7 +46,7 @@ class WorkFolder:
         job: plain JSON values that fix the result; a half-done run with others is refused, or with `restart` dropped.
         """
         self.out = out.absolute()
-        self.path = self.out.with_name(f".{self.out.name}.fewbit-partial")
+        self.path = self.place(out)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _lock(self.path, out)
         job_path = self.path / _JOB
@@ -63,6 +63,11 @@ class WorkFolder:
                 f"{out}: a run with other arguments was interrupted here ({shown}): repeat those arguments to go on, "
                 "or pass --overwrite to begin again"
             )
+
+    @staticmethod
+    def place(out: Path) -> Path:
+        """Where the work on `out` happens."""
+        return out.absolute().with_name(f".{out.name}.fewbit-partial")
 
     def release(self) -> None:
         """Let other processes at the folder; called when work ends, well or not."""

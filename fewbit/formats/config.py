@@ -79,4 +79,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     weights = read_weights(quantization).values()
     bits = 8 * sum(stored_bytes(w) for w in weights) / sum(w.weights for w in weights)
     method = quantization.get("recipe", {}).get("method", "fewbit")
+    if "tuning" in quantization:
+        method = f"{method} + qaft"
     return {"method": method, "bits_per_weight": bits, "bytes": checkpoint.bytes}

@@ -59,7 +59,20 @@ def read_scales(parts: Mapping[str, Tensor], stored: StoredWeight) -> Tensor:
     return from_pattern(parts["scales"], stored.scheme.scale_format)
 
 
-def _read_floats(pattern: Tensor, scheme: Scheme) -> Tensor:
+def read_offset(parts: Mapping[str, Tensor], stored: StoredWeight) -> Tensor | float:
+    """Zero-points or minima `(rows, groups)` float32, or the one number that stands for all."""
+    scheme = stored.scheme
+    if scheme.grid == "minimum":
+        return read_floats(parts["minima"], scheme)
+    if scheme.grid == "real-zero":
+        return _from_statistics(parts, "zero", scheme, stored.groups)
+    if scheme.grid == "zero-point":
+        return unpack(parts["zeros"], scheme.bits, stored.groups).to(torch.float32)
+    return float(2 ** (scheme.bits - 1)) if scheme.grid == "symmetric" else 0.0
+
+
+def read_floats(pattern: Tensor, scheme: Scheme) -> Tensor:
+    """Float32 values of minima or outlier scales."""
     return from_pattern(pattern, "float32" if scheme.scale_format == "float32" else "float16")
 
 
@@ -71,20 +84,15 @@ def decode(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype
         return _decode_binary(parts, stored, codes).to(dtype)
     scale = read_scales(parts, stored).unsqueeze(2)
     grouped = codes.view(rows, stored.groups, scheme.group_size)
+    offset = read_offset(parts, stored)
+    offset = offset.unsqueeze(2) if isinstance(offset, Tensor) else offset
     if scheme.grid == "codebook":
         levels = torch.tensor(scheme.levels, dtype=torch.float32, device=codes.device)
         weight = levels[grouped.to(torch.int32)] * scale
     elif scheme.grid == "minimum":
-        minimum = _read_floats(parts["minima"], scheme).unsqueeze(2)
-        weight = grouped.to(torch.float32) * scale + minimum
-    elif scheme.grid == "real-zero":
-        zero = _from_statistics(parts, "zero", scheme, stored.groups).unsqueeze(2)
-        weight = (grouped.to(torch.float32) - zero) * scale
-    elif scheme.grid == "zero-point":
-        zero = unpack(parts["zeros"], scheme.bits, stored.groups).to(torch.float32).unsqueeze(2)
-        weight = (grouped.to(torch.float32) - zero) * scale
+        weight = grouped.to(torch.float32) * scale + offset
     else:
-        weight = (grouped.to(torch.float32) - float(2 ** (scheme.bits - 1))) * scale
+        weight = (grouped.to(torch.float32) - offset) * scale
     weight = weight.view(rows * columns)
     if scheme.outlier_grid != "none" and stored.outliers:
         where = outlier_positions(parts, stored)
@@ -127,8 +135,8 @@ def _decode_outliers(parts: Mapping[str, Tensor], stored: StoredWeight, dense: T
         scale = from_pattern(parts["outlier_scales"], "bfloat16")[where // stored.shape[1]]
         return (value - float(2 ** (scheme.outlier_bits - 1))) * scale
     group = where // scheme.group_size
-    scale = _read_floats(parts["outlier_scales"], scheme).view(-1)[group]
-    minimum = _read_floats(parts["outlier_minima"], scheme).view(-1)[group]
+    scale = read_floats(parts["outlier_scales"], scheme).view(-1)[group]
+    minimum = read_floats(parts["outlier_minima"], scheme).view(-1)[group]
     if scheme.outlier_grid == "minmax":
         return value * scale + minimum
     half = 2 ** (scheme.outlier_bits - 1)

@@ -13,20 +13,11 @@ from torch import Tensor
 from fewbit.curvature.damping import Factor, factor, prepare
 from fewbit.errors import FewbitError
 from fewbit.formats.scheme import Scheme
-from fewbit.grids.packing import pack
 from fewbit.grids.positions import flat_positions
 from fewbit.outliers.adaptive_lasso import group_mask, outlier_count, split, threshold
 from fewbit.outliers.sensitivity import leave_one_out, sensitivity_threshold
-from fewbit.pipeline.fit_grid import (
-    Grid,
-    encode,
-    encode_outliers,
-    evenly_spaced,
-    fit_core,
-    fit_outliers,
-    outlier_grid_of,
-    round_to,
-)
+from fewbit.pipeline.encode_weight import Settled, encode_weight
+from fewbit.pipeline.fit_grid import Grid, encode_outliers, evenly_spaced, fit_core, fit_outliers, round_to
 from fewbit.pipeline.plan import outliers_per_group
 from fewbit.pipeline.quantize_weight import NotFiniteError, QuantizedRows
 from fewbit.pipeline.solve_binary import solve_binary
@@ -222,25 +213,11 @@ def _join(grids: list[Grid], scheme: Scheme) -> Grid:
 
 def _finish(weight: Tensor, compensated: Tensor, fixed: _Fixed, path: str, prepared: Tensor | None) -> Solved:
     """Codes of the compensated weights, packed, and the error against the weights as they were."""
-    scheme = fixed.core.scheme
-    rows, columns = weight.shape
-    grouped = compensated.reshape(rows, -1, scheme.group_size)
-    offset = fixed.core.offset
-    offset = offset.unsqueeze(2) if isinstance(offset, Tensor) else offset
-    codes, decoded = encode(grouped, fixed.core.scale.unsqueeze(2), offset, scheme)
-    codes, decoded = codes.reshape(-1), decoded.reshape(-1)
-    parts = dict(fixed.core.parts)
-    where = outlier_codes = None
-    if fixed.mask is not None and fixed.outliers is not None:
-        where = flat_positions(fixed.mask)
-        chosen = outlier_grid_of(where, columns, fixed.outliers)
-        outlier_codes, values = encode_outliers(compensated.reshape(-1)[where], *chosen, scheme)
-        parts.update(fixed.outliers.parts)
-        codes[where] = (outlier_codes & (2**scheme.bits - 1)).to(torch.uint8)
-        decoded[where] = values
-    parts["codes"] = pack(codes.view(rows, columns), scheme.bits)
-    decoded = decoded.view(rows, columns)
+    where = None if fixed.mask is None else flat_positions(fixed.mask)
+    encoded = encode_weight(compensated, Settled(fixed.core, where, fixed.outliers))
+    decoded = encoded.decoded
     difference = decoded - weight
     error, norm = float(difference.double().square().sum()), float(weight.double().square().sum())
     predicted = relative_cost(difference, weight, prepared)
-    return Solved(QuantizedRows(parts, where, outlier_codes, error, norm), decoded, path, predicted)
+    rows = QuantizedRows(encoded.parts, where, encoded.outlier_codes, error, norm)
+    return Solved(rows, decoded, path, predicted)

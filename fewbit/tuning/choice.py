@@ -1,0 +1,74 @@
+"""What is trained, on which loss, for how long."""
+
+from dataclasses import dataclass
+
+from fewbit.errors import FewbitError
+
+LOSSES = ("nll", "kd", "nll+kd")
+TRAINED = ("weights", "scales", "codes", "all")
+
+
+@dataclass(frozen=True)
+class TuningChoice:
+    """Quantization-aware fine-tuning of a quantized folder.
+
+    loss: nll (the text's next tokens), kd (the original's predictions) or both, added.
+    train: weights (latent weights, rounded straight through onto grids that stay), scales (scales and zero-points or
+    minima, codes stay), codes (as weights, but no code moves by more than one step: learned rounding), all (weights
+    and scales).
+    epochs: passes over the training sequences.
+    lr: of latent weights, in steps of their grid an update (Adam's updates have about unit size).
+    scale_lr: of scales, as a share of each an update, and of zero-points, in codes.
+    batch_size: sequences of one update, over all processes. micro_batch: of them, how many run at a time.
+    warmup: share of all updates in which the rate rises; afterwards it falls as a cosine to 5 %.
+    clip: largest norm of the gradient.
+    held_out: sequences kept out of training, whose loss picks the best epoch. patience: epochs without a better one
+    after which training ends.
+    top: tokens of the original's predictions that are kept for kd, the others as one share; 0 for all of them,
+    computed anew each time.
+    reconstruction: passes over the sequences for every block by itself, before.
+    seed: order of the sequences.
+    """
+
+    loss: str = "kd"
+    train: str = "all"
+    epochs: int = 4
+    lr: float = 0.02
+    scale_lr: float = 0.001
+    batch_size: int = 4
+    micro_batch: int = 4
+    warmup: float = 0.1
+    clip: float = 1.0
+    held_out: int = 8
+    patience: int = 2
+    top: int = 64
+    reconstruction: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise FewbitError(f"--loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
+        if self.train not in TRAINED:
+            raise FewbitError(f"--train must be one of {', '.join(TRAINED)}, not {self.train!r}")
+        for name in ("epochs", "batch_size", "micro_batch", "patience"):
+            if getattr(self, name) < 1:
+                raise FewbitError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name in ("lr", "scale_lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise FewbitError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise FewbitError(f"--warmup is a share of all updates, from 0 to below 1, not {self.warmup}")
+        if self.held_out < 0 or self.top < 0 or self.reconstruction < 0:
+            raise FewbitError("--held-out, --top and --reconstruction cannot be negative")
+        if self.batch_size % self.micro_batch:
+            raise FewbitError(f"--micro-batch {self.micro_batch} must divide --batch-size {self.batch_size}")
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether latent weights move."""
+        return self.train != "scales"
+
+    @property
+    def trains_scales(self) -> bool:
+        """Whether scales and offsets move."""
+        return self.train in ("scales", "all")

@@ -1,0 +1,215 @@
+"""`fewbit tune`: from a quantized folder and some text to a quantized folder of the same form with better weights."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit import __version__
+from fewbit.calibration.choice import CalibrationChoice
+from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.safetensors_io import FileReader
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.checkpoints.workdir import WorkFolder, check_output
+from fewbit.device import check_device
+from fewbit.errors import FewbitError, missing_extra
+from fewbit.memory import peak_rss_bytes
+from fewbit.pipeline.calibrated import calibration_set
+from fewbit.runtime.load import load
+from fewbit.tuning.choice import TuningChoice
+from fewbit.tuning.loop import Sequences, Trainer
+from fewbit.tuning.snapshots import Snapshots
+from fewbit.tuning.teacher import Teacher, keep_predictions
+from fewbit.tuning.tuned_model import make_trainable, stored_parts
+from fewbit.tuning.write import write_tuned
+
+Progress = Callable[[int, int, str], None]
+_TEACHER = "tuning-teacher.safetensors"
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What a run needs beside its choice.
+
+    reference: the original; None for the one the folder was made from. calibration: the training text.
+    checkpointing: keep only the blocks' inputs and run them again on the way back; None for where memory asks for it.
+    """
+
+    reference: str | Path | None = None
+    calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
+    checkpointing: bool | None = None
+    device: str | None = None
+    overwrite: bool = False
+
+
+def tune(
+    folder: str | Path,
+    out: str | Path,
+    choice: TuningChoice | None = None,
+    options: TuneOptions | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Fine-tune a quantized folder under its own rounding and write the result in the same form, with the same bits.
+
+    Returns the new report, whose `tuning` entry has the losses. Raises FewbitError for bad input, or when the loss is
+    no number; a run that was killed goes on where it was. Every process of a launch calls this with the same arguments.
+    """
+    choice, options = choice or TuningChoice(), options or TuneOptions()
+    accelerator = _accelerator(options.device)
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(Path(folder))
+    if not checkpoint.is_native:
+        raise FewbitError(f"{folder}: not quantized by fewbit: make a folder with  fewbit quantize  first")
+    reference = _reference(checkpoint, options.reference)
+    if accelerator.is_main_process:
+        check_output(Path(out), checkpoint.folder, options.overwrite)
+        work = WorkFolder(Path(out), _job(checkpoint, reference, choice, options), options.overwrite)
+    accelerator.wait_for_everyone()
+    path = work.path if accelerator.is_main_process else WorkFolder.place(Path(out))
+    try:
+        original = load(reference, device=str(accelerator.device))
+        calibration = calibration_set(open_checkpoint(reference), options.calibration, original, progress)
+        sequences = _split(calibration.ids, choice)
+        teacher = _teacher(original, calibration.ids, choice, path, accelerator, progress)
+        if choice.top or "kd" not in choice.loss:
+            del original
+        model = load(checkpoint.folder, device="cpu")
+        with FileReader() as reader:
+            names = make_trainable(model, choice, _originals(open_checkpoint(reference), reader, model))
+        model.train()
+        if options.checkpointing or (options.checkpointing is None and _crowded(model, choice, calibration.ids)):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        snapshots = Snapshots(path, accelerator)
+        trainer = Trainer(model, sequences, teacher, choice, snapshots, accelerator)
+        history = trainer.run(progress)
+        plain = accelerator.unwrap_model(trainer.model)
+        report: dict[str, Any] = {}
+        if accelerator.is_main_process:
+            parts = stored_parts(plain, names)
+            snapshots.clear()
+            (path / _TEACHER).unlink(missing_ok=True)
+            tuning = {
+                "choice": asdict(choice),
+                "calibration": calibration.describe(),
+                "history": asdict(history),
+                "fewbit_version": __version__,
+            }
+            with FileReader() as reader:
+                report = write_tuned(checkpoint, work, parts, tuning, _relative_errors(reference, reader))
+            report["run"] = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
+        accelerator.wait_for_everyone()
+    finally:
+        if accelerator.is_main_process:
+            work.release()
+    return report
+
+
+def _accelerator(device: str | None) -> Any:
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise missing_extra("accelerate", "hf") from error
+    if device is not None:
+        check_device(device)
+    wants_cpu = device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(cpu=wants_cpu)
+
+
+def _reference(checkpoint: Checkpoint, named: str | Path | None) -> Path:
+    """The original's folder: the one that was named, else the one that the report names."""
+    if named is None:
+        report = checkpoint.folder / "fewbit_report.json"
+        named = json.loads(report.read_text(encoding="utf-8")).get("model") if report.is_file() else None
+        if named is None:
+            raise FewbitError(f"{checkpoint.folder}: its report names no original: give it with --reference")
+    folder = locate(named)
+    if open_checkpoint(folder).quantization is not None:
+        raise FewbitError(f"{folder}: is quantized itself: --reference takes the original")
+    return folder
+
+
+def _job(checkpoint: Checkpoint, reference: Path, choice: TuningChoice, options: TuneOptions) -> dict[str, Any]:
+    files = sorted({entry.file for entry in checkpoint.entries.values()})
+    return {
+        "tune": str(checkpoint.folder.resolve()),
+        "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        "reference": str(reference.resolve()),
+        "choice": asdict(choice),
+        "calibration": asdict(options.calibration),
+        "fewbit": __version__,
+    }
+
+
+def _split(ids: Tensor, choice: TuningChoice) -> Sequences:
+    sequences = Sequences(ids, choice.held_out)
+    if sequences.training < choice.batch_size:
+        raise FewbitError(
+            f"{ids.shape[0]} sequences with {choice.held_out} held out leave {max(sequences.training, 0)} for batches "
+            f"of {choice.batch_size}: give more text (--samples), or lower --held-out or --batch-size"
+        )
+    return sequences
+
+
+def _teacher(
+    original: Any, ids: Tensor, choice: TuningChoice, folder: Path, accelerator: Any, progress: Progress | None
+) -> Teacher | None:
+    if "kd" not in choice.loss:
+        return None
+    if not choice.top:
+        return Teacher(ids, None, original)
+
+    def step(done: int, total: int) -> None:
+        if progress:
+            progress(done, total, "the original's predictions")
+
+    if accelerator.is_main_process:
+        keep_predictions(original, ids, choice.top, folder / _TEACHER, step)
+    accelerator.wait_for_everyone()
+    return Teacher(ids, keep_predictions(original, ids, choice.top, folder / _TEACHER, step))
+
+
+def _originals(checkpoint: Checkpoint, reader: FileReader, model: Any) -> Callable[[str], Tensor | None]:
+    """The 16-bit weight `(out, in)` of a module, where the checkpoint has one of its name."""
+    base = f"{model.base_model_prefix}."
+
+    def find(module: str) -> Tensor | None:
+        for name in (f"{module}.weight", f"{module.removeprefix(base)}.weight", f"{base}{module}.weight"):
+            entry = checkpoint.entries.get(name)
+            if entry is not None:
+                shape = model.get_submodule(module).stored.shape
+                whole = reader.tensor(entry)
+                return whole if tuple(whole.shape) == shape else whole.t()
+        return None
+
+    return find
+
+
+def _relative_errors(reference: Path, reader: FileReader) -> Callable[[str, Tensor], float | None]:
+    """The relative squared error of a decoded weight of a tensor by its name, where the original has it."""
+    entries = open_checkpoint(reference).entries
+
+    def error(name: str, decoded: Tensor) -> float | None:
+        entry = entries.get(name)
+        if entry is None or entry.numel != decoded.numel():
+            return None
+        whole = reader.tensor(entry).float()
+        before = whole if whole.shape == decoded.shape else whole.t()
+        return float((decoded - before).double().square().sum() / before.double().square().sum().clamp(min=1e-300))
+
+    return error
+
+
+def _crowded(model: Any, choice: TuningChoice, ids: Tensor) -> bool:
+    """Whether the activations of one micro-batch would take more than half of the memory that is free."""
+    from fewbit.memory import available_bytes
+
+    config = model.config.get_text_config()
+    width = 12 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+    needed = 2 * choice.micro_batch * ids.shape[1] * config.num_hidden_layers * width
+    free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else available_bytes()
+    return needed > free // 2

@@ -1,0 +1,127 @@
+"""Rounding that a gradient passes: forward the stored value, backward as if rounding were not there.
+
+For an evenly spaced grid ``q = s (clamp(round(w / s + z), 0, top) - z)`` (LSQ, arXiv 1902.08153, with a zero-point
+as LSQ+, arXiv 2004.09576), with I = 1 where the code was not clamped and v = code - z:
+
+    dq/dw = I        dq/ds = v - I w / s        dq/dz = -s (1 - I)
+
+Codebooks are the same with v the level. Gradients of scales and offsets, which a group sums over its weights, are
+divided by ``sqrt(g top)`` (LSQ, section 2.2), so that clipping by norm sees them on the scale of single weights.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.grids import codebook
+from fewbit.grids.scales import divisor
+
+
+class _Even(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, weight: Tensor, scale: Tensor, zero: Tensor, top: int, whole: bool) -> Tensor:
+        ratio = weight / divisor(scale)
+        code = ratio.round_().add_(zero) if whole else ratio.add_(zero).round_()
+        context.save_for_backward(weight, scale, zero)
+        context.top, context.whole = top, whole
+        return code.clamp_(0, top).sub_(zero).mul_(scale)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        gradient = gradients[0]
+        weight, scale, zero = context.saved_tensors
+        ratio = weight / divisor(scale)
+        code = ratio.round().add_(zero) if context.whole else (ratio + zero).round_()
+        inside = (code >= 0) & (code <= context.top)
+        passed = gradient * inside
+        if not context.needs_input_grad[1]:
+            return passed, None, None, None, None
+        damping = (weight.shape[-1] * context.top) ** -0.5
+        value = code.clamp_(0, context.top).sub_(zero).mul_(gradient).sub_(ratio.mul_(passed))
+        of_scale = value.sum(dim=-1, keepdim=True) * damping
+        of_zero = (gradient - passed).sum(dim=-1, keepdim=True).mul_(-scale) * damping
+        return passed, of_scale, of_zero, None, None
+
+
+class _Levels(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, weight: Tensor, scale: Tensor, levels: tuple[float, ...]) -> Tensor:
+        context.save_for_backward(weight, scale)
+        context.levels = levels
+        return codebook.quantize(weight / divisor(scale), levels).mul_(scale)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        gradient = gradients[0]
+        weight, scale = context.saved_tensors
+        levels = context.levels
+        ratio = weight / divisor(scale)
+        passed = gradient * ((ratio >= levels[0]) & (ratio <= levels[-1]))
+        if not context.needs_input_grad[1]:
+            return passed, None, None
+        damping = (weight.shape[-1] * len(levels)) ** -0.5
+        value = codebook.quantize(ratio, levels).mul_(gradient).sub_(ratio.mul_(passed))
+        return passed, value.sum(dim=-1, keepdim=True) * damping, None
+
+
+class _Nearest(torch.autograd.Function):
+    """The nearest of ``+-small`` and ``+-large``."""
+
+    @staticmethod
+    def forward(context: Any, weight: Tensor, small: Tensor, large: Tensor) -> Tensor:
+        context.save_for_backward(weight, small, large)
+        magnitude = weight.abs()
+        second = (magnitude - large).abs() < (magnitude - small).abs()
+        value = torch.where(second, large, small)
+        return torch.where(weight < 0, -value, value)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gradient = gradients[0]
+        weight, small, large = context.saved_tensors
+        magnitude = weight.abs()
+        second = (magnitude - large).abs() < (magnitude - small).abs()
+        signed = torch.where(weight < 0, -gradient, gradient)
+        # A weight beyond the outermost level already has all that its code can give.
+        passed = gradient * (magnitude <= torch.maximum(small, large))
+        return passed, signed * ~second, signed * second
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, wanted: Tensor, seen: Tensor) -> Tensor:
+        return seen.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def round_evenly(weight: Tensor, scale: Tensor, zero: Tensor, top: int, whole: bool) -> Tensor:
+    """Values of an evenly spaced grid of codes 0 to `top`; scale and zero are `(..., 1)`, weight `(..., g)`, float32.
+
+    whole: the zero-point is a whole number and is added after rounding, as the packed codes do it.
+    """
+    return _apply(_Even, weight, scale, zero, top, whole)
+
+
+def round_to_levels(weight: Tensor, scale: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """Values ``scale * level`` of a codebook; scale is `(..., 1)`, weight `(..., g)`, float32."""
+    return _apply(_Levels, weight, scale, levels)
+
+
+def round_to_magnitudes(weight: Tensor, small: Tensor, large: Tensor) -> Tensor:
+    """The nearest of ``+-small`` and ``+-large``, all of one shape, float32; gradients go to the chosen magnitude."""
+    return _apply(_Nearest, weight, small, large)
+
+
+def seen_as(wanted: Tensor, seen: Tensor) -> Tensor:
+    """`seen` (what a storage format makes of `wanted`), with the gradient going to `wanted`."""
+    return _apply(_Through, wanted, seen)
+
+
+def _apply(function: Any, *arguments: Any) -> Tensor:
+    result = function.apply(*arguments)
+    assert isinstance(result, Tensor)
+    return result

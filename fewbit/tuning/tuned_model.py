@@ -1,0 +1,74 @@
+"""Put trainable weights into a loaded network in place of its packed layers, and take their stored form out again."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.errors import FewbitError
+from fewbit.runtime.packed_linear import PackedLinear
+from fewbit.tuning.choice import TuningChoice
+from fewbit.tuning.tuned_weight import TunedWeight
+
+
+class TunedLinear(nn.Module):
+    """``y = x W^T + b`` with W as it would be stored now."""
+
+    def __init__(self, weight: TunedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.tuned = weight
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.tuned.decoded().to(x.dtype), self.bias)
+
+
+def make_trainable(model: nn.Module, choice: TuningChoice, original: Callable[[str], Tensor | None]) -> list[str]:
+    """Replace every packed layer of `model` by a trainable one, in place; nothing else of it will be trained.
+
+    original: the 16-bit weight `(out, in)` of a module by its name, or None. Returns the modules' names in order.
+    """
+    model.requires_grad_(False)
+    names = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    if not names:
+        raise FewbitError("no packed linear layer to train: name a folder that fewbit quantized")
+    for name in names:
+        packed = model.get_submodule(name)
+        assert isinstance(packed, PackedLinear)
+        parts = dict(packed.named_buffers(recurse=False))
+        weight = TunedWeight(packed.stored, parts, original(name), choice)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, TunedLinear(weight, packed.bias))
+    return names
+
+
+def stored_parts(model: nn.Module, names: list[str]) -> dict[str, dict[str, Tensor]]:
+    """The stored form of every trained module by its name, on the CPU."""
+    found = {}
+    for name in names:
+        module = model.get_submodule(name)
+        assert isinstance(module, TunedLinear)
+        found[name] = module.tuned.cpu().parts()
+    return found
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def groups_for(model: nn.Module, choice: TuningChoice) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer: latent weights at one rate; scales, offsets and outliers at another."""
+    rates = {True: choice.lr, False: choice.scale_lr}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in trained(model).items():
+        groups[name.endswith(".latent")].append(parameter)
+    return [{"params": members, "rate": rates[kind]} for kind, members in groups.items() if members]
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Set trained parameters to kept values."""
+    with torch.no_grad():
+        for name, parameter in trained(model).items():
+            parameter.copy_(state[name])
