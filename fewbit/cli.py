@@ -10,6 +10,7 @@ import typer
 from fewbit.cli_plan import plan
 from fewbit.cli_quantize import curvature, quantize
 from fewbit.cli_shared import HtmlFlag, JsonFlag, announce, print_json
+from fewbit.cli_tune import tune
 from fewbit.errors import FewbitError
 from fewbit.progress import progress_line
 
@@ -45,6 +46,7 @@ def common(
 app.command()(quantize)
 app.command()(plan)
 app.command()(curvature)
+app.command()(tune)
 
 
 @app.command("eval")

@@ -64,6 +64,11 @@ def _stored(weight: _Weight, schemes: list[Scheme]) -> StoredWeight:
     return stored
 
 
+def tuned_name(method: str) -> str:
+    """What a method is called after fine-tuning."""
+    return f"{method.removesuffix(' + qaft')} + qaft"
+
+
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Method, bits per weight (of what was quantized, from the bytes that replaced it) and file size of a folder."""
     quantization = checkpoint.quantization
@@ -80,5 +85,5 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     bits = 8 * sum(stored_bytes(w) for w in weights) / sum(w.weights for w in weights)
     method = quantization.get("recipe", {}).get("method", "fewbit")
     if "tuning" in quantization:
-        method = f"{method} + qaft"
+        method = tuned_name(method)
     return {"method": method, "bits_per_weight": bits, "bytes": checkpoint.bytes}

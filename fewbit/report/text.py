@@ -48,6 +48,24 @@ def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
     return "\n".join(lines)
 
 
+def tuning_summary(report: dict[str, Any], out: Path) -> str:
+    """A few lines for people."""
+    history, run = report["tuning"]["history"], report["run"]
+    held, best = history["held_out"], history["best_epoch"]
+    lines = [
+        f"{report['method']}: {len(history['losses'])} updates in {run['seconds']:.0f} s, peak memory "
+        f"{show_size(run['peak_rss_bytes'])}, {report['output']['bits_per_weight']:.2f} bits a weight as before"
+    ]
+    if report["tuning"]["choice"]["held_out"]:
+        shown = " -> ".join(f"{loss:.3f}" for loss in held)
+        lines.append(f"held-out {report['tuning']['choice']['loss']} by epoch: {shown} (kept: after epoch {best})")
+    if best == 0:
+        lines.append("no epoch was better than the start, whose weights were kept: lower --lr or give more text")
+    lines.append(f"wrote {out}")
+    lines.append(f"measure it:  fewbit eval {out} --data FILE --reference {report['model']}")
+    return "\n".join(lines)
+
+
 def evaluation_table(result: dict[str, Any]) -> None:
     """Print the models of an evaluation."""
     table = Table()

@@ -67,6 +67,8 @@ class TunedWeight(nn.Module):
             margin = _INSIDE * step
             begin = torch.maximum(torch.minimum(original.float().view_as(grouped), grouped + margin), grouped - margin)
         self.latent = nn.Parameter(begin / self.step, requires_grad=choice.trains_weights)
+        if choice.train == "codes":
+            self._keep(begin=self.latent.detach().clone())
         self.gain = nn.Parameter(torch.ones_like(first), requires_grad=choice.trains_scales)
         self.offset = None
         if offset is not None:
@@ -80,8 +82,15 @@ class TunedWeight(nn.Module):
             self._keep(places=where, outlier_scale=scale, outlier_minimum=minimum)
             self._keep(outlier_unit=values.abs().mean().clamp(min=1e-12))
             self.outliers = nn.Parameter(values / self.outlier_unit, requires_grad=choice.trains_weights)
+        self._begin_with(grouped)
         if choice.train == "codes":
-            self._keep(begin=self.latent.detach().clone())
+            self.begin.copy_(self.latent)
+
+    @torch.no_grad()
+    def _begin_with(self, grouped: Tensor) -> None:
+        """Latent weights that would not round to what is stored begin there: not all levels are evenly spaced."""
+        astray = (self.decoded().view_as(grouped) - grouped).abs() > 1e-3 * self.step.abs()
+        self.latent.copy_(torch.where(astray, grouped / self.step, self.latent))
 
     def _keep(self, **tensors: Tensor) -> None:
         """Tensors that follow the module to its device and are no part of its state."""

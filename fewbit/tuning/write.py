@@ -11,7 +11,7 @@ from fewbit.checkpoints.source import Checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, copy_companions, write_index, write_json
 from fewbit.errors import FewbitError
 from fewbit.formats import native
-from fewbit.formats.config import read_weights
+from fewbit.formats.config import read_weights, tuned_name
 
 
 def write_tuned(
@@ -55,6 +55,7 @@ def write_tuned(
             if error is not None:
                 layer["relative_squared_error"] = error
     report["tuning"] = tuning
+    report["method"] = tuned_name(report.get("method", "fewbit"))
     copy_companions(checkpoint.companions, work)
     quantization = {**(checkpoint.quantization or {}), "tuning": tuning["choice"]}
     write_json(work.path / "config.json", {**checkpoint.config, "quantization_config": quantization})
