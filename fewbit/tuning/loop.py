@@ -126,7 +126,7 @@ class Trainer:
             with _no_sync(accelerator, self.model, wanted=index + 1 < len(parts)):
                 loss = self._loss(part) * (len(part) / len(mine))
                 accelerator.backward(loss)
-            total += float(loss)
+            total += float(loss.detach())
         if not math.isfinite(total):
             raise FewbitError(f"the loss is {total} at update {step + 1}: lower --lr, or check the text")
         norm = float(accelerator.clip_grad_norm_(list(trained(self.model).values()), choice.clip))

@@ -83,7 +83,9 @@ def tune(
             names = make_trainable(model, choice, _originals(open_checkpoint(reference), reader, model))
         model.train()
         if options.checkpointing or (options.checkpointing is None and _crowded(model, choice, calibration.ids)):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The older name of the same method is all that transformers 5.0 has.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         snapshots = Snapshots(path, accelerator)
         trainer = Trainer(model, sequences, teacher, choice, snapshots, accelerator)
         history = trainer.run(progress)

@@ -1,0 +1,204 @@
+"""Fine-tuning end to end on a tiny model: losses, the loop, interruption, several processes, bad input."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tiny, folder_bytes, run_cli
+
+import fewbit
+from fewbit.calibration.choice import CalibrationChoice
+from fewbit.checkpoints.source import open_checkpoint
+from fewbit.errors import FewbitError
+from fewbit.formats.config import describe
+from fewbit.tuning import loop
+from fewbit.tuning.choice import TuningChoice
+from fewbit.tuning.losses import Prediction, mean_loss, predict
+from fewbit.tuning.run import TuneOptions, tune
+
+TEXT = CalibrationChoice("random-tokens", samples=68, sequence_length=32)
+CHOICE = TuningChoice(epochs=3, held_out=4, lr=0.02, scale_lr=0.01, top=16)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny float32 Llama: the numbers of one and of two processes can be compared."""
+    return build_tiny(
+        tmp_path_factory.mktemp("tuning") / "model", dtype="float32", shard_size="100KB", initializer_range=0.1
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(model: Path) -> Path:
+    """It, rounded to 2 bits."""
+    fewbit.quantize(model, model.parent / "rtn", fewbit.preset("rtn", bits=2, group_size="32"))
+    return model.parent / "rtn"
+
+
+def test_losses_are_those_of_autograd() -> None:
+    torch.manual_seed(0)
+    logits, reference = torch.randn(300, 40), torch.randn(300, 40)
+    targets = torch.randint(0, 40, (300,))
+    top = predict(reference, 5)
+    assert top.indices is not None
+    log_p = torch.log_softmax(reference.double(), -1)
+
+    def buckets(log: torch.Tensor) -> torch.Tensor:
+        assert top.indices is not None
+        kept = log.gather(1, top.indices.long())
+        return torch.cat([kept, torch.log1p(-kept.exp().sum(1, keepdim=True))], dim=1)
+
+    def expected(loss: str, prediction: Prediction | None, x: torch.Tensor) -> torch.Tensor:
+        log_q = torch.log_softmax(x, -1)
+        total = torch.zeros((), dtype=torch.float64)
+        if "nll" in loss:
+            total = total - log_q.gather(1, targets[:, None]).mean()
+        if "kd" in loss:
+            p, q = (log_p, log_q) if prediction is not top else (buckets(log_p), buckets(log_q))
+            total = total + (p.exp() * (p - q)).sum(1).mean()
+        return total
+
+    for loss, prediction in [("nll", None), ("kd", predict(reference, 0)), ("kd", top), ("nll+kd", top)]:
+        ours = logits.clone().requires_grad_()
+        theirs = logits.double().requires_grad_()
+        value, wanted = mean_loss(ours, targets, prediction, loss), expected(loss, prediction, theirs)
+        (3 * value).backward()
+        (3 * wanted).backward()
+        assert math.isclose(value.item(), wanted.item(), rel_tol=1e-5)
+        assert ours.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_rate_and_order() -> None:
+    rates = [loop.learning_rate(step, 100, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0) and rates[10] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True) and 0.05 <= rates[-1] < 0.06
+    first, second = (loop.order_of(epoch, 10, 4, 7) for epoch in (0, 1))
+    assert first != second and first == loop.order_of(0, 10, 4, 7)
+    assert [len(batch) for batch in first] == [4, 4, 4]
+    assert {number for batch in first for number in batch} == set(range(10))
+
+
+@pytest.mark.parametrize("train", ["all", "weights", "scales", "codes"])
+def test_tuning_brings_a_model_nearer_to_the_original(folder: Path, model: Path, tmp_path: Path, train: str) -> None:
+    choice = TuningChoice(**{**vars(CHOICE), "train": train})
+    report = tune(folder, tmp_path / "out", choice, TuneOptions(calibration=TEXT, device="cpu"))
+    held = report["tuning"]["history"]["held_out"]
+    best = report["tuning"]["history"]["best_epoch"]
+    assert best > 0 and held[best] == min(held) < {"all": 0.8, "scales": 0.95}.get(train, 0.9) * held[0]
+    before, after = (describe(open_checkpoint(path)) for path in (folder, tmp_path / "out"))
+    assert after == {**before, "method": "rtn + qaft"}
+    assert report["tuning"]["calibration"]["tokens_sha256"]
+    # What the training saw is what a reader of the folder gets.
+    original, tuned = fewbit.load(model, device="cpu"), fewbit.load(tmp_path / "out", device="cpu")
+    from fewbit.pipeline.calibrated import calibration_set
+
+    ids = calibration_set(open_checkpoint(model), TEXT, original).ids[-CHOICE.held_out :]
+    with torch.inference_mode():
+        prediction = predict(original(ids).logits[:, :-1], CHOICE.top).flat()
+        logits = tuned(ids).logits[:, :-1].reshape(-1, 256)
+    loss = mean_loss(logits, ids[:, 1:].reshape(-1), prediction, "kd")
+    assert float(loss) == pytest.approx(held[best], rel=2e-3)
+
+
+def test_accumulation_and_checkpointing_change_nothing(folder: Path, tmp_path: Path) -> None:
+    options = TuneOptions(calibration=TEXT, device="cpu", checkpointing=False)
+    short = {**vars(CHOICE), "epochs": 1}
+    whole = tune(folder, tmp_path / "whole", TuningChoice(**short), options)["tuning"]["history"]
+    parts = tune(folder, tmp_path / "parts", TuningChoice(**{**short, "micro_batch": 1}), options)["tuning"]["history"]
+    again = TuneOptions(calibration=TEXT, device="cpu", checkpointing=True)
+    recomputed = tune(folder, tmp_path / "again", TuningChoice(**short), again)["tuning"]["history"]
+    assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-3)
+    assert recomputed["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from fewbit.tuning import loop, run, snapshots
+from test_tuning import CHOICE, TEXT
+original = loop.Trainer._update
+def slow(self, *arguments):
+    time.sleep(0.15)
+    return original(self, *arguments)
+loop.Trainer._update = slow
+run.Snapshots = lambda folder, accelerator: snapshots.Snapshots(folder, accelerator, seconds=0.0)
+run.tune(sys.argv[1], sys.argv[2], CHOICE, run.TuneOptions(calibration=TEXT, device="cpu"))
+"""
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    out, state = tmp_path / "out", tmp_path / ".out.fewbit-partial" / "tuning-state.json"
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(folder), str(out)], cwd=Path(__file__).parent)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None
+        if state.is_file() and json.loads(state.read_text())["updates"] >= 6:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    options = TuneOptions(calibration=TEXT, device="cpu")
+    with pytest.raises(FewbitError, match=r"other arguments was interrupted here .*choice was"):
+        tune(folder, out, TuningChoice(**{**vars(CHOICE), "lr": 0.01}), options)
+    tune(folder, out, CHOICE, options)
+    tune(folder, tmp_path / "straight", CHOICE, options)
+    assert folder_bytes(out) == folder_bytes(tmp_path / "straight")
+    assert not list(out.glob("tuning-*"))
+
+
+def launch(processes: int, *arguments: Any) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", "0", "-m", "fewbit.tuning", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_give_what_one_gives(folder: Path, tmp_path: Path) -> None:
+    choices = ["--calibration", "random-tokens", "--samples", 36, "--sequence-length", 32, "--epochs", 2, "--top", 16]
+    choices += ["--held-out", 4, "--lr", 0.02, "--scale-lr", 0.01, "--device", "cpu"]
+    launch(2, folder, tmp_path / "two", *choices)
+    run_cli("tune", folder, tmp_path / "one", *choices)
+    one, two = (
+        json.loads((tmp_path / name / "fewbit_report.json").read_text())["tuning"]["history"] for name in ("one", "two")
+    )
+    assert two["losses"] == pytest.approx(one["losses"], rel=2e-3)
+    assert two["held_out"] == pytest.approx(one["held_out"], rel=2e-3)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_update(folder: Path, tmp_path: Path) -> None:
+    choice = TuningChoice(**{**vars(CHOICE), "lr": 1e30, "scale_lr": 1e30})
+    with pytest.raises(FewbitError, match=r"at update \d+: lower --lr|does not fit"):
+        tune(folder, tmp_path / "out", choice, TuneOptions(calibration=TEXT, device="cpu"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input(folder: Path, model: Path, tmp_path: Path) -> None:
+    options = TuneOptions(calibration=TEXT, device="cpu")
+    with pytest.raises(FewbitError, match="not quantized by fewbit: make a folder with"):
+        tune(model, tmp_path / "out", CHOICE, options)
+    with pytest.raises(FewbitError, match="is quantized itself: --reference takes the original"):
+        tune(folder, tmp_path / "out", CHOICE, TuneOptions(reference=folder, calibration=TEXT, device="cpu"))
+    few = CalibrationChoice("random-tokens", samples=6, sequence_length=32)
+    with pytest.raises(FewbitError, match="6 sequences with 4 held out leave 2 for batches of 4"):
+        tune(folder, tmp_path / "out", CHOICE, TuneOptions(calibration=few, device="cpu"))
+    for wrong, message in [
+        ({"loss": "mse"}, "--loss must be one of nll, kd, nll"),
+        ({"train": "biases"}, "--train must be one of weights, scales, codes, all"),
+        ({"epochs": 0}, "--epochs must be at least 1"),
+        ({"lr": 0.0}, "--lr must be above 0"),
+        ({"micro_batch": 3}, "--micro-batch 3 must divide --batch-size 4"),
+    ]:
+        with pytest.raises(FewbitError, match=message):
+            TuningChoice(**{**vars(CHOICE), **wrong})
+    failed = run_cli("tune", tmp_path / "nowhere", tmp_path / "out", code=2)
+    assert failed.stderr.strip().endswith("nowhere: no such folder") and not failed.stdout
