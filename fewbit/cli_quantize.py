@@ -83,6 +83,10 @@ def quantize(
     ] = None,
     memory: MemoryOption = None,
     max_fallback: Annotated[int | None, typer.Option(help="Weights that may fall back to rounding; default 0.")] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Fine-tune the result on the same text (see `fewbit tune`).")
+    ] = False,
+    tune_epochs: Annotated[int | None, typer.Option(help="Passes over the text in --tune; default 4.")] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Also quantize tensors of this pattern (repeatable).")
     ] = None,
@@ -103,6 +107,8 @@ def quantize(
 
       fewbit quantize smollm2-135m smaller --method precal+oac --bits 2 --calibration my-texts.jsonl
 
+      fewbit quantize smollm2-135m best --method precal+oac --bits 2 --calibration my-texts.jsonl --tune
+
       fewbit quantize ./llama ./llama-4bit --method rtn --bits 4 --group-size 64
 
       fewbit quantize ./llama --report-only --bits 2 --json
@@ -116,8 +122,9 @@ def quantize(
     from fewbit.pipeline.run import quantize as run
     from fewbit.recipe import recipe_from_choices
     from fewbit.report.html import check_page, write_quantize_page
-    from fewbit.report.text import quantize_json, quantize_summary
+    from fewbit.report.text import quantize_json, quantize_summary, tuning_summary
     from fewbit.sizes import parse_size
+    from fewbit.tuning.choice import tuning_choice
 
     recipe = recipe_from_choices(
         method,
@@ -159,7 +166,8 @@ def quantize(
         "memory": memory,
         "max_fallback": max_fallback,
     }
-    refuse_unused(recipe, text, others)
+    refuse_unused(recipe, text, others, tune)
+    tuning = tuning_choice(tune, tune_epochs, seed, report_only)
     announce(model)
     keep_freed_memory()
     calibrated = CalibrationOptions(
@@ -173,12 +181,22 @@ def quantize(
     with progress_line(f"{recipe.method} {recipe.bits} bits") as progress:
         options = RunOptions(parse_size(shard_size), overwrite, report_only, workers, device, progress, calibrated)
         try:
-            report = run(model, out, recipe, options)
+            if tuning is not None and out is not None:
+                # Not at the top: a run without data starts in half the time without what training imports.
+                from fewbit.tuning.in_one_go import quantize_and_tune
+                from fewbit.tuning.run import TuneOptions
+
+                trained = TuneOptions(locate(model), calibrated.choice, None, device, overwrite)
+                report = quantize_and_tune(model, out, recipe, options, tuning, trained)
+            else:
+                report = run(model, out, recipe, options)
         except KeyboardInterrupt:
             print("fewbit: interrupted: the same command goes on where this one stopped", file=sys.stderr)
             raise typer.Exit(130) from None
     if as_json:
         print_json(quantize_json(report))
+    elif tuning is not None and out is not None:
+        print(tuning_summary(report, out))
     else:
         print(quantize_summary(report, None if report_only else out))
     if html:

@@ -175,6 +175,25 @@ def test_two_processes_give_what_one_gives(folder: Path, tmp_path: Path) -> None
     assert two["held_out"] == pytest.approx(one["held_out"], rel=2e-3)
 
 
+def test_quantize_and_tune_in_one_go(folder: Path, model: Path, tmp_path: Path) -> None:
+    text = ["--calibration", "random-tokens", "--samples", 36, "--sequence-length", 32]
+    quantize = ["quantize", model, tmp_path / "out", "--method", "rtn", "--bits", 2, "--group-size", 32, *text]
+    done = run_cli(*quantize, "--tune", "--tune-epochs", 1, "--json")
+    assert json.loads(done.stdout)["models"][0]["method"] == "rtn + qaft"
+    choice = TuningChoice(epochs=1)
+    text_choice = CalibrationChoice("random-tokens", 36, 32)
+    tune(folder, tmp_path / "steps", choice, TuneOptions(calibration=text_choice, device="cpu"))
+    assert folder_weights(tmp_path / "out") == folder_weights(tmp_path / "steps")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    refused = run_cli(*quantize, code=2)
+    assert "rtn sees no data" in refused.stderr
+    assert "--tune-epochs: belongs to --tune" in run_cli(*quantize[:7], "--tune-epochs", 2, code=2).stderr
+
+
+def folder_weights(path: Path) -> dict[str, bytes]:
+    return {name: data for name, data in folder_bytes(path).items() if name.endswith(".safetensors")}
+
+
 def test_a_loss_that_is_no_number_stops_with_the_update(folder: Path, tmp_path: Path) -> None:
     choice = TuningChoice(**{**vars(CHOICE), "lr": 1e30, "scale_lr": 1e30})
     with pytest.raises(FewbitError, match=r"at update \d+: lower --lr|does not fit"):

@@ -75,12 +75,15 @@ def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
             )
 
 
-def refuse_unused(recipe: Recipe, text: dict[str, Any], others: dict[str, Any]) -> None:
+def refuse_unused(recipe: Recipe, text: dict[str, Any], others: dict[str, Any], tuned: bool = False) -> None:
     """FewbitError when options were given (not None) that the recipe would silently leave unused.
 
-    text: the fields of the calibration set. others: the remaining options of calibrated runs, by name.
+    text: the fields of the calibration set. others: the remaining options of calibrated runs, by name. tuned: the text
+    is also for fine-tuning.
     """
     names = {"sources": "calibration"}
+    if tuned:
+        text = {}
     given = [f"--{names.get(k, k).replace('_', '-')}" for k, v in {**text, **others}.items() if v is not None]
     if given and recipe.curvature is None:
         raise FewbitError(

@@ -72,3 +72,12 @@ class TuningChoice:
     def trains_scales(self) -> bool:
         """Whether scales and offsets move."""
         return self.train in ("scales", "all")
+
+
+def tuning_choice(wanted: bool, epochs: int | None, seed: int | None, report_only: bool) -> TuningChoice | None:
+    """The choice behind `fewbit quantize --tune`; FewbitError for options that go without it."""
+    if not wanted and epochs is not None:
+        raise FewbitError("--tune-epochs: belongs to --tune")
+    if wanted and report_only:
+        raise FewbitError("--tune trains what is written: leave --report-only out")
+    return TuningChoice(epochs=epochs or TuningChoice.epochs, seed=seed or 0) if wanted else None
