@@ -21,7 +21,9 @@ from fewbit.formats.config import describe
 from fewbit.tuning import loop
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.losses import Prediction, mean_loss, predict
+from fewbit.tuning.reconstruct import reconstruct_blocks
 from fewbit.tuning.run import TuneOptions, tune
+from fewbit.tuning.tuned_model import make_trainable
 
 TEXT = CalibrationChoice("random-tokens", samples=68, sequence_length=32)
 CHOICE = TuningChoice(epochs=3, held_out=4, lr=0.02, scale_lr=0.01, top=16)
@@ -192,6 +194,26 @@ def test_quantize_and_tune_in_one_go(folder: Path, model: Path, tmp_path: Path) 
 
 def folder_weights(path: Path) -> dict[str, bytes]:
     return {name: data for name, data in folder_bytes(path).items() if name.endswith(".safetensors")}
+
+
+def test_blocks_are_reconstructed_one_by_one(folder: Path, model: Path, tmp_path: Path) -> None:
+    choice = TuningChoice(**{**vars(CHOICE), "reconstruction": 3})
+    original, student = fewbit.load(model, device="cpu"), fewbit.load(folder, device="cpu")
+    make_trainable(student, choice, lambda _: None)
+    ids = torch.randint(0, 256, (36, 32), generator=torch.Generator().manual_seed(0))
+    sequences = loop.Sequences(ids, 4)
+    first = reconstruct_blocks(student, original, sequences, choice, tmp_path)
+    assert all(after < 0.9 * before for before, after in first)
+    # A second run takes the blocks from the first.
+    again = fewbit.load(folder, device="cpu")
+    make_trainable(again, choice, lambda _: None)
+    assert [after for _, after in reconstruct_blocks(again, original, sequences, choice, tmp_path)] == [
+        after for _, after in first
+    ]
+    report = tune(folder, tmp_path / "out", choice, TuneOptions(calibration=TEXT, device="cpu"))
+    plain = tune(folder, tmp_path / "plain", CHOICE, TuneOptions(calibration=TEXT, device="cpu"))
+    assert report["tuning"]["history"]["held_out"][0] < plain["tuning"]["history"]["held_out"][0]
+    assert not list((tmp_path / "out").glob("*.block.*"))
 
 
 def test_a_loss_that_is_no_number_stops_with_the_update(folder: Path, tmp_path: Path) -> None:

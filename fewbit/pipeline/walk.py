@@ -52,7 +52,7 @@ class Walk:
 
         try:
             handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self._blocks]
-            with torch.inference_mode():
+            with torch.no_grad():
                 model(ids.to(model.device), use_cache=False)
         finally:
             for handle in handles:
@@ -72,6 +72,16 @@ class Walk:
     def advance(self, index: int, step: Step) -> None:
         """Run block `index` as it is now; its outputs become the states."""
         self._run(index, step, keep=True)
+
+    def states(self, sample: int) -> Tensor:
+        """What enters the next block of one sequence, `(1, length, hidden)`, on the CPU or where states are kept."""
+        return self._states[sample : sample + 1]
+
+    def call(self, index: int, states: Tensor) -> Tensor:
+        """Block `index` on any states `(1, length, hidden)` of its device, with gradients where they are wanted."""
+        args, kwargs = _converted(self._calls[index], states.device)
+        out = self._blocks[index](states, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
 
     def change(self, index: int) -> Tensor:
         """What block `index`, its parameters in float32, adds to the first sequence; the states stay."""

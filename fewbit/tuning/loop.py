@@ -17,7 +17,7 @@ from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.losses import mean_loss
 from fewbit.tuning.snapshots import Snapshots
 from fewbit.tuning.teacher import Teacher
-from fewbit.tuning.tuned_model import groups_for, trained
+from fewbit.tuning.tuned_model import optimizer_for, set_rates, trained
 
 Progress = Callable[[int, int, str], None]
 _LAST_RATE = 0.05
@@ -76,8 +76,7 @@ class Trainer:
     ) -> None:
         self._choice, self._sequences, self._teacher = choice, sequences, teacher
         self._accelerator, self._snapshots = accelerator, snapshots
-        optimizer = torch.optim.AdamW(groups_for(model, choice), lr=1.0, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
-        self.model, self._optimizer = accelerator.prepare(model, optimizer)
+        self.model, self._optimizer = accelerator.prepare(model, optimizer_for(model, choice))
         self.history = History()
 
     def run(self, progress: Progress | None = None) -> History:
@@ -115,8 +114,7 @@ class Trainer:
         history.stopped = epoch - history.best_epoch >= self._choice.patience
 
     def _update(self, numbers: list[int], rate: float, step: int) -> float:
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate * group["rate"]
+        set_rates(self._optimizer, rate)
         accelerator, choice = self._accelerator, self._choice
         mine = numbers[accelerator.process_index :: accelerator.num_processes]
         size = min(choice.micro_batch, len(mine))

@@ -23,6 +23,7 @@ from fewbit.pipeline.calibrated import calibration_set
 from fewbit.runtime.load import load
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.loop import Sequences, Trainer
+from fewbit.tuning.reconstruct import SUFFIX, reconstruct_blocks
 from fewbit.tuning.snapshots import Snapshots
 from fewbit.tuning.teacher import Teacher, keep_predictions
 from fewbit.tuning.tuned_model import make_trainable, stored_parts
@@ -76,11 +77,14 @@ def tune(
         calibration = calibration_set(open_checkpoint(reference), options.calibration, original, progress)
         sequences = _split(calibration.ids, choice)
         teacher = _teacher(original, calibration.ids, choice, path, accelerator, progress)
-        if choice.top or "kd" not in choice.loss:
-            del original
         model = load(checkpoint.folder, device="cpu")
         with FileReader() as reader:
             names = make_trainable(model, choice, _originals(open_checkpoint(reference), reader, model))
+        model.to(accelerator.device)
+        if choice.reconstruction:
+            reconstruct_blocks(model, original, sequences, choice, path, progress)
+        if choice.top or "kd" not in choice.loss:
+            del original
         model.train()
         if options.checkpointing or (options.checkpointing is None and _crowded(model, choice, calibration.ids)):
             # The older name of the same method is all that transformers 5.0 has.
@@ -94,7 +98,8 @@ def tune(
         if accelerator.is_main_process:
             parts = stored_parts(plain, names)
             snapshots.clear()
-            (path / _TEACHER).unlink(missing_ok=True)
+            for scratch in [path / _TEACHER, *path.glob(f"*{SUFFIX}")]:
+                scratch.unlink(missing_ok=True)
             tuning = {
                 "choice": asdict(choice),
                 "calibration": calibration.describe(),

@@ -58,6 +58,12 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def set_rates(optimizer: Any, share: float) -> None:
+    """Set each group's learning rate to this share of its full one."""
+    for group in optimizer.param_groups:
+        group["lr"] = share * group["rate"]
+
+
 def groups_for(model: nn.Module, choice: TuningChoice) -> list[dict[str, Any]]:
     """Parameter groups of an optimizer: latent weights at one rate; scales, offsets and outliers at another."""
     rates = {True: choice.lr, False: choice.scale_lr}
@@ -65,6 +71,11 @@ def groups_for(model: nn.Module, choice: TuningChoice) -> list[dict[str, Any]]:
     for name, parameter in trained(model).items():
         groups[name.endswith(".latent")].append(parameter)
     return [{"params": members, "rate": rates[kind]} for kind, members in groups.items() if members]
+
+
+def optimizer_for(model: nn.Module, choice: TuningChoice) -> torch.optim.AdamW:
+    """The optimizer of what is trained in `model`; rates are set by :func:`set_rates`."""
+    return torch.optim.AdamW(groups_for(model, choice), lr=1.0, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
