@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -175,6 +176,39 @@ def test_two_processes_give_what_one_gives(folder: Path, tmp_path: Path) -> None
     )
     assert two["losses"] == pytest.approx(one["losses"], rel=2e-3)
     assert two["held_out"] == pytest.approx(one["held_out"], rel=2e-3)
+
+
+SHARDED = """
+import sys
+from accelerate import Accelerator
+from torch.distributed.fsdp import fully_shard
+from fewbit.tuning import run
+from test_tuning import CHOICE, TEXT
+def prepare(self, model, optimizer):
+    # Accelerate shards on accelerators only; this is what it does there.
+    from fewbit.tuning.tuned_model import optimizer_for
+    for block in model.model.layers:
+        fully_shard(block)
+    return fully_shard(model), optimizer_for(model, CHOICE)
+Accelerator.prepare = prepare
+Accelerator.backward = lambda self, loss: loss.backward()
+run.tune(sys.argv[1], sys.argv[2], CHOICE, run.TuneOptions(calibration=TEXT, device="cpu"))
+"""
+
+
+def test_two_processes_that_share_the_parameters(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    command += [str(tmp_path / "sharded.py"), str(folder), str(tmp_path / "two")]
+    path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    path["ACCELERATE_USE_CPU"] = "true"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **path})
+    assert done.returncode == 0, done.stderr
+    tune(folder, tmp_path / "one", CHOICE, TuneOptions(calibration=TEXT, device="cpu"))
+    one, two = (
+        json.loads((tmp_path / name / "fewbit_report.json").read_text())["tuning"]["history"] for name in ("one", "two")
+    )
+    assert two["held_out"] == pytest.approx(one["held_out"], rel=5e-3)
 
 
 def test_quantize_and_tune_in_one_go(folder: Path, model: Path, tmp_path: Path) -> None:

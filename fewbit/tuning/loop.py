@@ -127,7 +127,7 @@ class Trainer:
             total += float(loss.detach())
         if not math.isfinite(total):
             raise FewbitError(f"the loss is {total} at update {step + 1}: lower --lr, or check the text")
-        norm = float(accelerator.clip_grad_norm_(list(trained(self.model).values()), choice.clip))
+        norm = _whole(accelerator.clip_grad_norm_(list(trained(self.model).values()), choice.clip))
         if not math.isfinite(norm):
             raise FewbitError(f"the gradient of {self._not_finite()} is not finite at update {step + 1}: lower --lr")
         self._optimizer.step()
@@ -156,6 +156,11 @@ class Trainer:
         if not count:
             return 0.0
         return sum(float(self._loss([first + index])) for index in range(count)) / count
+
+
+def _whole(norm: Tensor) -> float:
+    """A norm that may be spread over processes."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def _no_sync(accelerator: Any, model: nn.Module, wanted: bool) -> Any:

@@ -24,7 +24,7 @@ from fewbit.runtime.load import load
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.loop import Sequences, Trainer
 from fewbit.tuning.reconstruct import SUFFIX, reconstruct_blocks
-from fewbit.tuning.snapshots import Snapshots
+from fewbit.tuning.snapshots import Snapshots, whole_state
 from fewbit.tuning.teacher import Teacher, keep_predictions
 from fewbit.tuning.tuned_model import make_trainable, stored_parts
 from fewbit.tuning.write import write_tuned
@@ -93,10 +93,10 @@ def tune(
         snapshots = Snapshots(path, accelerator)
         trainer = Trainer(model, sequences, teacher, choice, snapshots, accelerator)
         history = trainer.run(progress)
-        plain = accelerator.unwrap_model(trainer.model)
+        state = whole_state(trainer.model)
         report: dict[str, Any] = {}
         if accelerator.is_main_process:
-            parts = stored_parts(plain, names)
+            parts = stored_parts(accelerator.unwrap_model(trainer.model), names, state)
             snapshots.clear()
             for scratch in [path / _TEACHER, *path.glob(f"*{SUFFIX}")]:
                 scratch.unlink(missing_ok=True)

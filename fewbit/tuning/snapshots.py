@@ -97,6 +97,11 @@ class Snapshots:
             path.unlink(missing_ok=True)
 
 
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """All parameters in full, on the CPU of the main process; every process takes part."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
 def _set_model(model: nn.Module, state: dict[str, Any]) -> None:
     set_model_state_dict(model, state, options=_options())
 

@@ -1,5 +1,6 @@
 """Put trainable weights into a loaded network in place of its packed layers, and take their stored form out again."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,13 +44,21 @@ def make_trainable(model: nn.Module, choice: TuningChoice, original: Callable[[s
     return names
 
 
-def stored_parts(model: nn.Module, names: list[str]) -> dict[str, dict[str, Tensor]]:
-    """The stored form of every trained module by its name, on the CPU."""
+def stored_parts(model: nn.Module, names: list[str], state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The stored form of every trained module by its name, on the CPU.
+
+    state: the model's parameters in full, on the CPU, by name; in `model` itself they may be sharded.
+    """
     found = {}
     for name in names:
         module = model.get_submodule(name)
         assert isinstance(module, TunedLinear)
-        found[name] = module.tuned.cpu().parts()
+        whole = copy.copy(module.tuned)
+        values = {key: state[f"{name}.tuned.{key}"] for key, _ in module.tuned.named_parameters(recurse=False)}
+        whole._parameters = {key: nn.Parameter(value, requires_grad=False) for key, value in values.items()}
+        whole._parameters.update({key: None for key in module.tuned._parameters if key not in values})
+        whole._buffers = {key: None if b is None else b.cpu() for key, b in module.tuned._buffers.items()}
+        found[name] = whole.parts()
     return found
 
 
