@@ -23,23 +23,21 @@ class _Even(torch.autograd.Function):
     def forward(context: Any, weight: Tensor, scale: Tensor, zero: Tensor, top: int, whole: bool) -> Tensor:
         ratio = weight / divisor(scale)
         code = ratio.round_().add_(zero) if whole else ratio.add_(zero).round_()
-        context.save_for_backward(weight, scale, zero)
-        context.top, context.whole = top, whole
-        return code.clamp_(0, top).sub_(zero).mul_(scale)
+        inside = (code >= 0) & (code <= top)
+        value = code.clamp_(0, top).sub_(zero).mul_(scale)
+        context.save_for_backward(weight, scale, value, inside)
+        context.top = top
+        return value
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         gradient = gradients[0]
-        weight, scale, zero = context.saved_tensors
-        ratio = weight / divisor(scale)
-        code = ratio.round().add_(zero) if context.whole else (ratio + zero).round_()
-        inside = (code >= 0) & (code <= context.top)
+        weight, scale, value, inside = context.saved_tensors
         passed = gradient * inside
         if not context.needs_input_grad[1]:
             return passed, None, None, None, None
         damping = (weight.shape[-1] * context.top) ** -0.5
-        value = code.clamp_(0, context.top).sub_(zero).mul_(gradient).sub_(ratio.mul_(passed))
-        of_scale = value.sum(dim=-1, keepdim=True) * damping
+        of_scale = _of_scale(gradient, passed, weight, value, scale) * damping
         of_zero = (gradient - passed).sum(dim=-1, keepdim=True).mul_(-scale) * damping
         return passed, of_scale, of_zero, None, None
 
@@ -47,22 +45,28 @@ class _Even(torch.autograd.Function):
 class _Levels(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, weight: Tensor, scale: Tensor, levels: tuple[float, ...]) -> Tensor:
-        context.save_for_backward(weight, scale)
-        context.levels = levels
-        return codebook.quantize(weight / divisor(scale), levels).mul_(scale)
+        ratio = weight / divisor(scale)
+        inside = (ratio >= levels[0]) & (ratio <= levels[-1])
+        value = codebook.quantize(ratio, levels).mul_(scale)
+        context.save_for_backward(weight, scale, value, inside)
+        context.levels = len(levels)
+        return value
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         gradient = gradients[0]
-        weight, scale = context.saved_tensors
-        levels = context.levels
-        ratio = weight / divisor(scale)
-        passed = gradient * ((ratio >= levels[0]) & (ratio <= levels[-1]))
+        weight, scale, value, inside = context.saved_tensors
+        passed = gradient * inside
         if not context.needs_input_grad[1]:
             return passed, None, None
-        damping = (weight.shape[-1] * len(levels)) ** -0.5
-        value = codebook.quantize(ratio, levels).mul_(gradient).sub_(ratio.mul_(passed))
-        return passed, value.sum(dim=-1, keepdim=True) * damping, None
+        damping = (weight.shape[-1] * context.levels) ** -0.5
+        return passed, _of_scale(gradient, passed, weight, value, scale) * damping, None
+
+
+def _of_scale(gradient: Tensor, passed: Tensor, weight: Tensor, value: Tensor, scale: Tensor) -> Tensor:
+    """``sum (v - I w / s) dL/dq`` of each group, with ``v = q / s``."""
+    total = (gradient * value).sub_(passed * weight).sum(dim=-1, keepdim=True)
+    return total / divisor(scale)
 
 
 class _Nearest(torch.autograd.Function):

@@ -84,7 +84,8 @@ def groups_for(model: nn.Module, choice: TuningChoice) -> list[dict[str, Any]]:
 
 def optimizer_for(model: nn.Module, choice: TuningChoice) -> torch.optim.AdamW:
     """The optimizer of what is trained in `model`; rates are set by :func:`set_rates`."""
-    return torch.optim.AdamW(groups_for(model, choice), lr=1.0, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
+    groups = groups_for(model, choice)
+    return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, fused=True)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
