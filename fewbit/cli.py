@@ -61,7 +61,7 @@ def evaluate_command(
     reference: Annotated[str | None, typer.Option(help="The original, to measure the distance from.")] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Of piqa, arc_easy, arc_challenge, winogrande, hellaswag, lambada_openai, with commas."),
+        typer.Option(help="With commas: piqa, arc_easy, arc_challenge, winogrande, hellaswag, lambada_openai."),
     ] = None,
     task_data: Annotated[
         Path | None, typer.Option(help="A folder with the questions as TASK*.jsonl; default: the hub.")
