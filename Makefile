@@ -6,13 +6,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TASKS := $(VENV)/.ready-tasks
 
 .PHONY: demo test check clean
 
 demo: $(READY)
 	$(BIN)/fewbit demo demo-out
 
-test: check
+test: check $(TASKS)
 	$(BIN)/python -m pytest $(if $(FAST),-m "not real_model")
 
 check: $(READY)
@@ -24,6 +25,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("fewbit needs Python 3.10 or newer") if sys.version_info < (3, 10) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[hf,report,dev]'
+	touch $@
+
+# lm-eval and what it brings, 600 MB; only the tests want it.
+$(TASKS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tasks]'
 	touch $@
 
 clean:

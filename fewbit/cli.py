@@ -52,32 +52,46 @@ app.command()(tune)
 @app.command("eval")
 def evaluate_command(
     models: Annotated[list[str], typer.Argument(help="Originals and quantized folders.")],
-    data: Annotated[str, typer.Option(help="A .txt or .jsonl file, wikitext2, c4, NAME[:COLUMN], or topics.")],
+    data: Annotated[
+        str | None, typer.Option(help="A .txt or .jsonl file, wikitext2, c4, NAME[:COLUMN], or topics.")
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
     windows: Annotated[int, typer.Option(help="Windows from the start of the text; 0 for all.")] = 0,
     bos: Annotated[
         str, typer.Option(help="A BOS before each window: auto (as the tokenizer), always, never.")
     ] = "auto",
     reference: Annotated[str | None, typer.Option(help="The original, to measure the distance from.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="With commas: piqa, arc_easy, arc_challenge, winogrande, hellaswag, lambada_openai."),
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="A folder with the questions as TASK*.jsonl; default: the hub.")
+    ] = None,
+    task_limit: Annotated[int, typer.Option(help="The first so many questions of each task; 0 for all.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: CUDA if there is one.")] = None,
     as_json: JsonFlag = False,
     html: HtmlFlag = None,
 ) -> None:
-    """Perplexity of models, and with --reference how far they are from the original.
+    """Perplexity of models, with --reference how far they are from the original, with --tasks how much they get right.
 
-    Example:
+    Examples:
 
       fewbit eval smollm2-135m small --data wiki.txt --windows 24 --reference smollm2-135m
+
+      fewbit eval smollm2-135m small --tasks piqa,arc_easy --task-limit 200
     """
     from fewbit.evaluation.evaluate import evaluate
     from fewbit.evaluation.perplexity import Protocol
+    from fewbit.evaluation.tasks import choose_tasks
     from fewbit.report.html import check_page, write_evaluation_page
     from fewbit.report.text import evaluation_table
 
     check_page(html)
+    chosen = choose_tasks(tasks, task_data, task_limit)
     announce(*models, reference)
     with progress_line("evaluating") as progress:
-        result = evaluate(list(models), data, Protocol(seq_len, windows, bos), reference, device, progress)
+        result = evaluate(list(models), data, Protocol(seq_len, windows, bos), reference, device, progress, chosen)
     if as_json:
         print_json(result)
     else:

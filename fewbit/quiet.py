@@ -1,7 +1,8 @@
-"""Keep transformers' bars and notices off standard error while we show our own progress."""
+"""Keep other packages' bars and notices off standard error while we show our own progress."""
 
 import contextlib
 import io
+import logging
 from collections.abc import Iterator
 
 
@@ -20,3 +21,17 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """Let the named loggers report errors only."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

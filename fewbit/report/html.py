@@ -9,6 +9,7 @@ from typing import Any
 
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.report import plots
+from fewbit.report.tasks import measured_tasks, task_cells, task_notes
 from fewbit.sizes import show_size
 from fewbit.versions import versions
 
@@ -92,37 +93,43 @@ def write_quantize_page(report: dict[str, Any], path: Path) -> None:
     write_page(path, f"{report['model']}: {report['method']}, {report['recipe']['bits']} bits", lead, sections)
 
 
+_COLUMNS = ("model", "method", "bits/weight", "size", "perplexity", "ratio", "KL mean", "KL 99 %", "same top token")
+
+
 def evaluation_section(result: dict[str, Any], heading: str = "Models") -> Section:
     """The table and figures of an evaluation; the quantized model with the least divergence stands out."""
     rows = result["models"]
     quantized = [i for i, row in enumerate(rows) if row["method"] != "original" and "kl_mean" in row]
     best = min(quantized, key=lambda i: rows[i]["kl_mean"], default=-1)
-    figures = [Figure(plots.bits_against_perplexity(rows), "Down and to the left is better.")]
-    if quantized:
-        figures.append(Figure(plots.divergence_bars(rows), "How far the predictions moved; lower is better."))
     protocol = result["protocol"]
-    return Section(
-        heading,
-        [
+    figures: list[Figure] = []
+    lines: list[str] = []
+    if "windows" in protocol:
+        figures.append(Figure(plots.bits_against_perplexity(rows), "Down and to the left is better."))
+        lines.append(
             f"{protocol['windows']} windows of {protocol['sequence_length']} tokens of {protocol['data']} "
             f"(sha256 {protocol['data_sha256'][:16]}), BOS {protocol['bos']}; loss: {protocol['loss']}."
-        ],
+        )
+    if quantized:
+        figures.append(Figure(plots.divergence_bars(rows), "How far the predictions moved; lower is better."))
+    cells = [_evaluation_row(row) for row in rows]
+    used = [i for i in range(len(_COLUMNS)) if any(row[i] for row in cells)]
+    return Section(
+        heading,
+        lines,
         figures,
-        [
-            "model",
-            "method",
-            "bits/weight",
-            "size",
-            "perplexity",
-            "ratio",
-            "KL mean",
-            "KL 99 %",
-            "same top token",
-        ],
-        [_evaluation_row(row) for row in rows],
+        [_COLUMNS[i] for i in used],
+        [[row[i] for i in used] for row in cells],
         best,
         data=json.dumps(result, indent=1),
     )
+
+
+def task_section(result: dict[str, Any]) -> Section:
+    """Accuracy on tasks, drawn and as a table."""
+    columns, rows = task_cells(result)
+    figure = Figure(plots.task_accuracies(result["models"], measured_tasks(result)), "acc ± one standard error.")
+    return Section("Tasks", [f"{task_notes(result)}."], [figure], columns, rows)
 
 
 def _evaluation_row(row: dict[str, Any]) -> list[str]:
@@ -145,8 +152,11 @@ def _evaluation_row(row: dict[str, Any]) -> list[str]:
 def write_evaluation_page(result: dict[str, Any], path: Path) -> None:
     """The page of `fewbit eval`."""
     reference = result["protocol"]["reference"]
-    lead = f"Distances are from {reference}." if reference else "Perplexity only: no reference was given."
-    write_page(path, "Evaluation", lead, [evaluation_section(result)])
+    lead = f"Distances are from {reference}." if reference else "No reference was given, so no distances."
+    sections = [evaluation_section(result)]
+    if measured_tasks(result):
+        sections.append(task_section(result))
+    write_page(path, "Evaluation", lead, sections)
 
 
 def write_inspection_page(result: dict[str, Any], path: Path) -> None:

@@ -67,6 +67,22 @@ def divergence_bars(rows: Sequence[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
+def task_accuracies(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
+    """Accuracy of every model on every task with its standard error; models side by side in the order of the rows."""
+    figure, axes = _figure(9.5, 3.8)
+    for index, row in enumerate(rows):
+        found = [row["tasks"][name] for name in tasks]
+        places = [at + 0.7 * ((index + 0.5) / len(rows) - 0.5) for at in range(len(tasks))]
+        errors = [100 * one.get("standard_error", 0.0) for one in found]
+        label = f"{row['method']}, {row['bits_per_weight']:.2f} bits"
+        axes.errorbar(places, [100 * one["accuracy"] for one in found], errors, fmt="o", markersize=5, capsize=2,
+                      color=colour(row["method"]), label=label)  # fmt: skip
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_ylabel("right, per cent")
+    axes.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    return _svg(figure)
+
+
 def layer_errors(reports: Sequence[dict[str, Any]]) -> str:
     """Relative squared error of every layer in order, a line a run."""
     figure, axes = _figure(9.5, 3.4)

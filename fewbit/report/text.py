@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fewbit.checkpoints.named import NAMED_MODELS, named_folder
+from fewbit.report.tasks import measured_tasks, task_cells, task_notes
 from fewbit.sizes import show_size
 from fewbit.versions import versions
 
@@ -89,11 +90,25 @@ def evaluation_table(result: dict[str, Any]) -> None:
     console = _console()
     console.print(table)
     protocol = result["protocol"]
-    console.print(
-        f"{protocol['windows']} windows of {protocol['sequence_length']} tokens of {protocol['data']} "
-        f"(sha256 {protocol['data_sha256'][:12]}), BOS {protocol['bos']}, {protocol['loss']}",
-        highlight=False,
-    )
+    if "windows" in protocol:
+        console.print(
+            f"{protocol['windows']} windows of {protocol['sequence_length']} tokens of {protocol['data']} "
+            f"(sha256 {protocol['data_sha256'][:12]}), BOS {protocol['bos']}, {protocol['loss']}",
+            highlight=False,
+        )
+    if measured_tasks(result):
+        _task_table(result, console)
+
+
+def _task_table(result: dict[str, Any], console: Console) -> None:
+    columns, rows = task_cells(result)
+    table = Table()
+    for title in columns:
+        table.add_column(title, justify="left" if title in ("model", "metric") else "right")
+    for name, *cells in rows:
+        table.add_row(_short(name), *cells)
+    console.print(table)
+    console.print(task_notes(result), highlight=False)
 
 
 def inspection_table(result: dict[str, Any]) -> None:

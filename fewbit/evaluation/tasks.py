@@ -1,0 +1,157 @@
+"""Tasks as lm-eval defines them, with their questions, ready to be put to any number of models; no examples shown.
+
+The questions come from the hub, or from local files; only their source changes then, not what the model is shown.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fewbit.errors import FewbitError, missing_extra
+from fewbit.evaluation.task_data import TASKS, Questions, read_questions
+from fewbit.quiet import quiet_loggers
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """Which questions are asked.
+
+    names: of :data:`fewbit.evaluation.task_data.TASKS`. data: a folder with their questions, None for the hub.
+    limit: the first so many questions of each, 0 for all. Raises FewbitError for what is not a choice.
+    """
+
+    names: tuple[str, ...]
+    data: Path | None = None
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if name not in TASKS:
+                raise FewbitError(f"no task {name!r}: there are {', '.join(TASKS)}")
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise FewbitError(f"tasks are named once each, from {', '.join(TASKS)}")
+        if self.limit < 0:
+            raise FewbitError(f"the number of questions cannot be {self.limit}")
+
+
+def choose_tasks(names: str | None, data: Path | None, limit: int) -> TaskChoice | None:
+    """The choice from options: `names` separated by commas, None for no tasks. Raises FewbitError."""
+    if names is not None:
+        return TaskChoice(tuple(name.strip() for name in names.split(",")), data, limit)
+    if data is not None or limit:
+        raise FewbitError("--task-data and --task-limit go with --tasks: name the tasks")
+    return None
+
+
+@dataclass(frozen=True)
+class OpenTasks:
+    """lm-eval's tasks with their questions, ready to be put to any number of models."""
+
+    choice: TaskChoice
+    tasks: dict[str, Any]
+    files: dict[str, Questions]
+
+    @property
+    def requests(self) -> int:
+        """How many log-likelihoods one model is asked for."""
+        return sum(len(task.instances) for task in self.tasks.values())
+
+    def protocol(self) -> dict[str, Any]:
+        """What fixes the figures, for the report."""
+        data = {
+            name: {"file": self.files[name].path.name, "sha256": self.files[name].sha256}
+            if name in self.files
+            else {"hub": task.config.dataset_path}
+            for name, task in self.tasks.items()
+        }
+        return {
+            "harness": f"lm-eval {version('lm-eval')}",
+            "shots": 0,
+            "limit": self.choice.limit,
+            "data": data,
+            "log_likelihood": "sum over the choice's tokens, float32; BOS as the tokenizer",
+        }
+
+
+def open_tasks(choice: TaskChoice) -> OpenTasks:
+    """Read the questions and build every prompt.
+
+    Raises FewbitError for a file that is missing or wrong, a hub that cannot be reached, or no lm-eval.
+    """
+    files = {name: read_questions(choice.data, name) for name in choice.names} if choice.data is not None else {}
+    try:
+        from lm_eval import tasks as definitions
+    except ImportError as error:
+        raise missing_extra(error.name or "lm-eval", "tasks") from error
+    root = Path(definitions.__file__).parent
+    folders: list[str | Path] = [root / folder for folder in sorted({TASKS[name].folder for name in choice.names})]
+    opened = OpenTasks(choice, {}, files)
+    with asking(opened), contextlib.redirect_stderr(io.StringIO()):
+        # Only these folders: the index of all of lm-eval's tasks takes seconds.
+        manager = definitions.TaskManager(include_defaults=False, include_path=folders)
+        for name in choice.names:
+            opened.tasks[name] = _load(manager, name, files.get(name))
+            opened.tasks[name].set_config("num_fewshot", 0)
+            opened.tasks[name].build_all_requests(limit=choice.limit or None, rank=0, world_size=1)
+    return opened
+
+
+def _load(manager: Any, name: str, questions: Questions | None) -> Any:
+    spec: Any = name
+    if questions is not None:
+        # lm-eval's way to change one field of a task that it defines is to name it inside a group.
+        spec = {"group": "local", "task": [{"task": name, "custom_dataset": _dataset(questions)}]}
+    try:
+        return manager.load(spec)["tasks"][name]
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
+        if questions is not None:
+            raise
+        raise FewbitError(
+            f"{name}: its questions cannot be fetched from the hub ({first_line(error)}): give a folder that holds "
+            f"them with --task-data"
+        ) from error
+
+
+def _dataset(questions: Questions) -> Callable[..., dict[str, Any]]:
+    """A data set whose every split is these questions; nothing but the one asked from is used without examples."""
+    from datasets import Dataset
+
+    rows = Dataset.from_list(questions.rows)
+
+    def splits(**metadata: Any) -> dict[str, Any]:
+        return {"train": rows, "validation": rows, "test": rows}
+
+    return splits
+
+
+@contextlib.contextmanager
+def asking(opened: OpenTasks) -> Iterator[None]:
+    """Keep lm-eval's notices away, and with local questions every request to a hub."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet_loggers("lm_eval", "datasets", "huggingface_hub"))
+        if opened.choice.data is not None:
+            stack.enter_context(offline())
+        yield
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """While active, the hub's client and `datasets` refuse every request, whatever the environment says."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

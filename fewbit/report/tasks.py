@@ -1,0 +1,40 @@
+"""Accuracy on tasks as the table that the terminal and the page share."""
+
+from typing import Any
+
+from fewbit.evaluation.task_data import TASKS
+
+_METRICS = (("acc", "accuracy", "standard_error"), ("acc_norm", "acc_norm", "acc_norm_standard_error"))
+
+
+def measured_tasks(result: dict[str, Any]) -> list[str]:
+    """The tasks of an evaluation, in the order of :data:`TASKS`; none when it had none."""
+    asked = result["protocol"].get("tasks", {}).get("data", {})
+    return [name for name in TASKS if name in asked]
+
+
+def task_cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column titles, and a row for each model and metric: per cent right ± one standard error."""
+    names = measured_tasks(result)
+    rows = []
+    for row in result["models"]:
+        for metric, key, error in _METRICS:
+            if any(key in row["tasks"][name] for name in names):
+                rows.append([row["name"], metric, *(_cell(row["tasks"][name], key, error) for name in names)])
+    return ["model", "metric", *names], rows
+
+
+def _cell(found: dict[str, Any], key: str, error: str) -> str:
+    if key not in found:
+        return ""
+    return f"{100 * found[key]:.1f}" + (f" ± {100 * found[error]:.1f}" if error in found else "")
+
+
+def task_notes(result: dict[str, Any]) -> str:
+    """What was asked and how, in a few words."""
+    protocol, first = result["protocol"]["tasks"], result["models"][0]["tasks"]
+    counts = ", ".join(f"{name} {first[name]['questions']}" for name in measured_tasks(result))
+    source = "local files" if any("file" in data for data in protocol["data"].values()) else "the hub"
+    line = f"Per cent right ± one standard error; {protocol['harness']}, no examples, questions from {source}: {counts}"
+    cut = sum(found["truncated"] for row in result["models"] for found in row["tasks"].values())
+    return line + (f"; {cut} choices lost the beginning of their prompt" if cut else "")
