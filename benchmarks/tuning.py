@@ -1,0 +1,81 @@
+"""Fine-tuning from quantized folders, on the sequences that they were calibrated on.
+
+    python benchmarks/tuning.py --folder /somewhere/with/space --model smollm2-135m --start precal+oac:2 --epochs 4
+
+Shares the folder, curvatures, text and protocol of calibrated_quality.py. One row for every start and choice in
+`results/tuning.json`; rows that are there are not measured again.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from calibrated_quality import C4, GROUP, HERE, TEXT, quantize
+
+import fewbit
+from fewbit.calibration.choice import CalibrationChoice
+from fewbit.evaluation.perplexity import Protocol
+from fewbit.progress import progress_line
+from fewbit.tuning.choice import LOSSES, TRAINED, TuningChoice
+from fewbit.tuning.run import TuneOptions, tune
+
+FIELDS = ("epochs", "lr", "scale_lr", "batch_size", "micro_batch", "held_out", "top", "reconstruction")
+
+
+def main() -> None:
+    """Measure the rows that are not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--model", required=True, choices=GROUP)
+    parser.add_argument("--start", action="append", required=True, help="METHOD:BITS")
+    parser.add_argument("--loss", choices=LOSSES, default=TuningChoice.loss)
+    parser.add_argument("--train", choices=TRAINED, default=TuningChoice.train)
+    for name in FIELDS:
+        default = getattr(TuningChoice, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "tuning.json")
+    arguments = parser.parse_args()
+    given = {name: getattr(arguments, name) for name in ("loss", "train", *FIELDS)}
+    choice = replace(TuningChoice(seed=arguments.seed), **given)
+    text = CalibrationChoice(str(C4.resolve()), arguments.samples, 512, arguments.seed)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    for start in arguments.start:
+        method, bits = start.split(":")
+        row = {"model": arguments.model, "method": method, "bits": int(bits), "seed": arguments.seed}
+        row = {**row, "samples": arguments.samples, "choice": asdict(choice)}
+        rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
+        if any(all(known[key] == value for key, value in row.items()) for known in rows):
+            continue
+        begin = arguments.folder / f"start-{arguments.model}-{method}-{bits}-{arguments.seed}"
+        figures = begin.with_name(begin.name + ".json")
+        if not figures.exists():
+            made = quantize(arguments.model, method, int(bits), arguments.seed, arguments.folder, begin)
+            before = fewbit.evaluate(begin, TEXT, Protocol(1024, 24))["models"][0]["perplexity"]
+            figures.write_text(json.dumps({**made, "perplexity": before}))
+        out = arguments.folder / f"tuned-{os.getpid()}"
+        with progress_line(f"{start} {choice.loss} {choice.train}") as progress:
+            report = tune(begin, out, choice, TuneOptions(arguments.model, text, device="cpu"), progress)
+        found = fewbit.evaluate(out, TEXT, Protocol(1024, 24))["models"][0]
+        shutil.rmtree(out)
+        row.update(
+            before=json.loads(figures.read_text())["perplexity"],
+            perplexity=found["perplexity"],
+            bits_per_weight=found["bits_per_weight"],
+            held_out=report["tuning"]["history"]["held_out"],
+            best_epoch=report["tuning"]["history"]["best_epoch"],
+            seconds=report["run"]["seconds"],
+            peak_rss_bytes=report["run"]["peak_rss_bytes"],
+            cores=len(os.sched_getaffinity(0)),
+        )
+        rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
+        arguments.results.write_text(json.dumps([*rows, row], indent=1) + "\n")
+        print(f"{arguments.model} {start} {row['before']:.1f} -> {row['perplexity']:.2f}, {row['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
