@@ -198,7 +198,7 @@ run.tune(sys.argv[1], sys.argv[2], CHOICE, run.TuneOptions(calibration=TEXT, dev
 
 def test_two_processes_that_share_the_parameters(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "sharded.py").write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(tmp_path / "sharded.py"), str(folder), str(tmp_path / "two")]
     path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     path["ACCELERATE_USE_CPU"] = "true"
