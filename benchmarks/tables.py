@@ -57,22 +57,60 @@ def calibrated() -> None:
     """Every preset with the same text, seed 0; then the claims over seeds."""
     rows = read("calibrated_quality")
     for model in MODELS:
-        for bits in (4, 3, 2, 1):
+        for bits in (8, 4, 3, 2, 1):
             found = [r for r in rows if (r["model"], r["bits"], r["seed"]) == (model, bits, 0)]
             if found:
-                print(f"\n| {model}, {bits} bits | bits/weight | perplexity | KL | curvature s | solve s |")
-                print("| --- | --- | --- | --- | --- | --- |")
+                print(
+                    f"\n| {model}, {bits} bits | bits/weight | perplexity | KL | curvature s | solve s | peak memory |"
+                )
+                print("| --- | --- | --- | --- | --- | --- | --- |")
             for r in found:
-                figures = f"{r['bits_per_weight']:.2f} | {r['perplexity']:,.1f} | {r['kl_mean']:.3f}"
-                times = f"{r['curvature_seconds']:.0f} | {r['solve_seconds']:.0f}"
+                figures = (
+                    f"{r['bits_per_weight']:.2f} | {r['perplexity']:,.{2 if bits == 8 else 1}f} | {r['kl_mean']:.3f}"
+                )
+                times = f"{r['curvature_seconds']:.0f} | {r['solve_seconds']:.0f} | {r['peak_rss_bytes'] / 1e9:.1f} GB"
                 print(f"| {r['method']} | {figures} | {times} |")
-    print("\n| model | bits | method | perplexity by seed |\n| --- | --- | --- | --- |")
+    print("\n| model | bits | method | perplexity by seed | spread |\n| --- | --- | --- | --- | --- |")
     seeds: dict[tuple[str, int, str], list[float]] = {}
     for r in sorted(rows, key=lambda r: r["seed"]):
         seeds.setdefault((r["model"], r["bits"], r["method"]), []).append(r["perplexity"])
-    for (model, bits, method), values in seeds.items():
+    for (model, bits, method), values in sorted(seeds.items()):
         if len(values) > 1:
-            print(f"| {model} | {bits} | {method} | {', '.join(f'{v:,.1f}' for v in values)} |")
+            spread = f"{max(values) / min(values) - 1:.1%}"
+            print(f"| {model} | {bits} | {method} | {', '.join(f'{v:,.1f}' for v in values)} | {spread} |")
+
+
+def other_tools() -> None:
+    """Other calibrated tools on the same tokens."""
+    print("\n| model | bits | tool | bits/weight | perplexity | seconds | cores |\n" + "| --- " * 7 + "|")
+    for r in read("against_calibrated_tools"):
+        figures = f"{r['bits_per_weight']:.2f} | {r['perplexity']:,.1f} | {r['seconds']:.0f} | {r['cores']}"
+        print(f"| {r['model']} | {r['bits']} | {r['tool']} | {figures} |")
+
+
+def calibrated_speed() -> None:
+    """Seconds of presets against the passes that they need."""
+    for model, result in (read("calibrated_speed") or {}).items():
+        base = result["passes"]
+        print(
+            f"\n{model}, {result['samples']} x {result['length']} tokens: a forward pass {base['forward']:.1f} s, ",
+            end="",
+        )
+        print(f"forward and backward {base['forward_backward']:.1f} s\n\n| preset | seconds | x passes | peak memory |")
+        print("| --- | --- | --- | --- |")
+        for r in result["rows"]:
+            ratio = f"{r['times_needed_passes']:.2f}" if "times_needed_passes" in r else ""
+            peak = f"{r['peak_rss_bytes'] / 1e9:.1f} GB"
+            print(f"| {r['method']}, {r['bits']} bits | {r['seconds']:.1f} | {ratio} | {peak} |")
+
+
+def tuning() -> None:
+    """Fine-tuning: before and after."""
+    print("\n| model | start | loss, trained, epochs | bits/weight | before | after | seconds |\n" + "| --- " * 7 + "|")
+    for r in read("tuning"):
+        choice = f"{r['choice']['loss']}, {r['choice']['train']}, {r['choice']['epochs']}"
+        figures = f"{r['bits_per_weight']:.2f} | {r['before']:,.1f} | {r['perplexity']:,.2f} | {r['seconds']:.0f}"
+        print(f"| {r['model']} | {r['method']}, {r['bits']} bits | {choice} | {figures} |")
 
 
 def choices() -> None:
@@ -93,4 +131,7 @@ if __name__ == "__main__":
     speed()
     against_hqq()
     calibrated()
+    other_tools()
+    calibrated_speed()
+    tuning()
     choices()
