@@ -15,9 +15,10 @@ class ActivationChoice:
 
     granularity: one range for all tokens, or one for each token. ranges: static, measured on calibration text before
     (for tokens: one for each position in the sequence), or dynamic, of the very inputs that are rounded. symmetric:
-    zero in the middle, else a zero-point. bits, weight_bits: 2 to 8, weights with one symmetric scale an output channel.
-    exponent: SmoothQuant's alpha (arXiv 2211.10438), how much of the inputs' spread moves into the weights; None for
-    no smoothing. smoothed: norms, the layers that a norm feeds, as published; all, also those that a linear layer feeds.
+    zero in the middle, else a zero-point. bits, weight_bits: 2 to 8; weights have one symmetric scale an output
+    channel. exponent: SmoothQuant's alpha (arXiv 2211.10438), how much of the inputs' spread moves into the weights;
+    None for no smoothing. smoothed: norms, the layers that a norm feeds, as published; all, also those that a linear
+    layer feeds.
     """
 
     granularity: str = "tensor"

@@ -1,4 +1,4 @@
-"""Statistics of a layer's inputs, gathered a call at a time: moments, extremes and a histogram fine enough for quantiles.
+"""Statistics of a layer's inputs, gathered a call at a time: moments, extremes, a histogram fine enough for quantiles.
 
 What is kept does not grow with the number of tokens. A histogram counts the upper 16 bits of a magnitude's float32
 pattern, which is the number itself for bfloat16 inputs and within 1 % of it for others.

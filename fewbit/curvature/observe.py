@@ -70,8 +70,9 @@ def _intercepting(layers: list[Watched], answer: "_Answer") -> Iterator[None]:
     finally:
         for key, module in owners.items():
             module.__dict__.pop("forward", None)
-            if before[key] is not None:
-                module.forward = before[key]
+            outer = before[key]
+            if outer is not None:
+                module.forward = outer
 
 
 _Answer = Callable[[str, Tensor, Tensor, Tensor | None], Tensor | None]

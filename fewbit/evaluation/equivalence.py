@@ -1,4 +1,4 @@
-"""Are two models' losses the same within a margin? Two one-sided t-tests (TOST; Schuirmann 1987), with no other package.
+"""Are two models' losses the same within a margin? Two one-sided t-tests (TOST; Schuirmann 1987).
 
 A test that finds no difference says nothing about sameness. TOST turns it round: its null hypothesis is a difference of
 at least the margin, and a small p rejects that.
@@ -101,7 +101,7 @@ def moments(values: Sequence[float]) -> tuple[float, float]:
 
 
 def pooled_variance(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """Variance within groups, pooled over those of two or more values, and its degrees of freedom (0: there are none)."""
+    """Variance within groups of two or more values, pooled, and its degrees of freedom (0: there are none)."""
     squares, degrees = 0.0, 0
     for group in groups:
         if len(group) > 1:

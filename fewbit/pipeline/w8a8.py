@@ -70,48 +70,49 @@ class Simulation:
 
 @contextmanager
 def rounding_inputs(
-    network: Network, choice: ActivationChoice, ids: Tensor | None = None, step: Step | None = None
+    network: Network,
+    choice: ActivationChoice,
+    ids: Tensor | None = None,
+    step: Step | None = None,
+    only: set[str] | None = None,
 ) -> Iterator[Simulation]:
     """While inside, the linear layers of the decoder blocks round their inputs and weights; then all is as it was.
 
     network: its model loaded whole (:func:`fewbit.pipeline.calibrated.open_network` without `walking`). ids:
-    calibration sequences `(samples, length)`, for static ranges and for smoothing. One sequence at a time may run.
+    calibration sequences `(samples, length)`, for static ranges and for smoothing. only: keys of the layers that
+    round (default: all). With a range for each position one sequence at a time may run, else also batches.
     Raises FewbitError when the choice needs calibration sequences and there are none.
     """
     if choice.calibrated and ids is None:
         raise FewbitError("static ranges and smoothing are measured on text: give a calibration set, or choose dynamic")
-    layers = watched_layers(network)
+    layers = [layer for layer in watched_layers(network) if only is None or layer.key in only]
     smoothed = choice.exponent is not None
     before = [(p, p.detach().clone()) for block in network.blocks for p in block.parameters()] if smoothed else []
     try:
         notes: list[dict[str, Any]] = []
         if smoothed:
             assert ids is not None
-            largest = record(network.model, layers, ids, Largest.like, step)
+            largest = record(network.model, watched_layers(network), ids, Largest.like, step)
             notes = smooth(network, largest, choice)
         ranges = None
         if choice.ranges == "static":
             assert ids is not None
             length = ids.shape[1]
             ranges = record(network.model, layers, ids, lambda _: InputRanges.empty(length), step)
-        with replacing(layers, (simulation := _simulate(network, choice, ranges, notes)).linear):
+        weights = {layer.key: round_weight(_matrix(network, layer.key), choice.weight_bits) for layer in layers}
+        simulation = Simulation(choice, weights, ranges, notes)
+        with replacing(layers, simulation.linear):
             yield simulation
     finally:
         for parameter, values in before:
             parameter.data.copy_(values)
 
 
-def _simulate(
-    network: Network, choice: ActivationChoice, ranges: Recorder | None, notes: list[dict[str, Any]]
-) -> Simulation:
-    weights: dict[str, RoundedWeight] = {}
-    for sites in network.sites:
-        for site in sites:
-            if site.watched.key not in weights:
-                matrix = site.watched.weight.detach()
-                matrix = matrix.t() if site.transposed else matrix
-                weights[site.watched.key] = round_weight(matrix, choice.weight_bits)
-    return Simulation(choice, weights, ranges, notes)
+def _matrix(network: Network, key: str) -> Tensor:
+    """A layer's whole weight `(out, in)`."""
+    site = next(site for sites in network.sites for site in sites if site.watched.key == key)
+    matrix = site.watched.weight.detach()
+    return matrix.t() if site.transposed else matrix
 
 
 def smooth(network: Network, largest: Recorder, choice: ActivationChoice) -> list[dict[str, Any]]:
