@@ -135,7 +135,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         for name, value in attrs:
-            if name in ("src", "href", "xlink:href", "data") and value and not value.startswith("#"):
+            if name in ("src", "href", "xlink:href", "data") and value and not value.startswith(("#", "data:")):
                 self.fetched.append(value)
 
 

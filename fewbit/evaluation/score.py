@@ -50,6 +50,21 @@ def window_logits(model: Any, window: Tensor) -> Tensor:
         raise FewbitError(f"the model cannot run a window of {window.numel()} tokens ({first})") from error
 
 
+def window_losses(model: Any, windows: Tensor, name: str, step: Step | None = None) -> list[float]:
+    """Mean next-token loss of every window, in nats a token; FewbitError when one is no number to report."""
+    found = []
+    for window in windows:
+        totals = Totals()
+        totals.add(window_logits(model, window), window[1:].to(model.device), None)
+        loss = totals.nll / totals.tokens
+        if not math.isfinite(loss):
+            raise FewbitError(f"{name}: its loss is {loss}, not a number to report: are the weights damaged?")
+        found.append(loss)
+        if step:
+            step(name)
+    return found
+
+
 def score(
     model: Any, windows: Tensor, original: Original | None, name: str, step: Step | None = None
 ) -> dict[str, float]:

@@ -13,6 +13,8 @@ from fewbit.studies.study import Study
 STUDIES: dict[str, str] = {
     "objectives": "fewbit.studies.objectives",
     "landscape": "fewbit.studies.landscape",
+    "outliers": "fewbit.studies.outliers",
+    "calibration-sets": "fewbit.studies.calibration_sets",
 }
 
 
