@@ -105,9 +105,7 @@ def test_the_study_end_to_end(planted: Path, texts: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt2"])
-def test_it_runs_where_experts_see_few_tokens_and_weights_are_transposed(
-    name: str, texts: Path, tmp_path: Path
-) -> None:
+def test_experts_that_see_few_tokens_and_weights_that_are_transposed(name: str, texts: Path, tmp_path: Path) -> None:
     model = build(name, tmp_path / name)
     byte_tokenizer().save_pretrained(model)
     text = texts / "low.txt"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fewbit.calibration.tokens import CalibrationSet
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.curvature.accumulate import Accumulator
@@ -30,10 +31,12 @@ def measure(
     device: str = "cpu",
     progress: Progress | None = None,
     recipe: Recipe | None = None,
+    drawn: CalibrationSet | None = None,
 ) -> dict[str, Any]:
     """Measure a curvature on the original's own weights and inputs into the folder `out`; goes on where it stopped.
 
     recipe: whose `include` and `exclude` say which tensors are meant; default: all linear layers in the blocks.
+    drawn: a calibration set that is drawn already, in place of the one that the options describe.
     Returns figures: tokens, bytes, seconds, peak_rss_bytes. Raises FewbitError for bad input.
     """
     started = time.perf_counter()
@@ -41,7 +44,7 @@ def measure(
     checkpoint = open_checkpoint(locate(model))
     plan = make_plan(checkpoint, recipe or Recipe(group_size="row"), 1 << 62)
     network = open_network(checkpoint, plan, device, walking=choice.kind == "gram")
-    calibration = calibration_set(checkpoint, options.choice, network.model, progress)
+    calibration = drawn or calibration_set(checkpoint, options.choice, network.model, progress)
     writer = CurvatureWriter(out, checkpoint, choice, {**calibration.describe(), "blocks": len(network.blocks)})
     count = calibration.ids.shape[0]
     if choice.kind == "gram":

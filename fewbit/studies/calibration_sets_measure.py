@@ -1,0 +1,169 @@
+"""The cells of the study `calibration-sets`: draw sets, calibrate methods on one, score them window by window."""
+
+import hashlib
+import importlib
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from fewbit.activations.choice import ActivationChoice
+from fewbit.calibration.tokens import CalibrationSet
+from fewbit.curvature.choice import CurvatureChoice
+from fewbit.curvature.store import open_curvature
+from fewbit.evaluation.score import window_losses
+from fewbit.pipeline.calibration_options import CalibrationOptions
+from fewbit.pipeline.measure import measure
+from fewbit.pipeline.run import RunOptions, quantize
+from fewbit.pipeline.w8a8 import rounding_inputs
+from fewbit.recipe import preset
+from fewbit.runtime.load import load
+from fewbit.runtime.unpack import unpack_modules
+from fewbit.studies.choice import StudyChoice
+from fewbit.studies.opened import Opened, open_model, plan_of
+from fewbit.studies.sets import NamedSet, draw_set
+from fewbit.studies.study import Cell, Progress, Row, Tell
+
+INPUTS = {"w8a8": ActivationChoice(), "smoothquant": ActivationChoice(exponent=0.5)}
+"""Methods that round inputs: one range for all tokens, measured on the set."""
+_ANY = 1 << 30
+Scorer = Callable[[Any], dict[str, dict[str, Any]]]
+"""Puts the questions of all tasks to a model; by task ``accuracy`` and, where there is one, ``standard_error``."""
+
+
+@dataclass
+class OpenedSets:
+    """What the cells of one process share; scorer is None where no tasks are asked for."""
+
+    inner: Opened
+    scorer: Scorer | None
+
+
+def open_sets(choice: StudyChoice) -> OpenedSets:
+    """Load the model and build the questions of the tasks."""
+    return OpenedSets(open_model(choice), task_scorer(choice))
+
+
+def task_scorer(choice: StudyChoice) -> Scorer | None:
+    """How tasks are scored, by the options `tasks`, `task_data` and `task_limit`; None for no tasks."""
+    names = choice.options.get("tasks")
+    if not names:
+        return None
+    tasks = importlib.import_module("fewbit.evaluation.tasks")
+    data = choice.options.get("task_data")
+    asked = tasks.TaskChoice(tuple(names), Path(data) if data else None, choice.options.get("task_limit", 0))
+    opened = tasks.open_tasks(asked)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(plan_of(choice)[0].folder)
+
+    def score(model: Any) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = tasks.score_tasks(model, tokenizer, opened)
+        return found
+
+    return score
+
+
+def draw_sets(choice: StudyChoice, wanted: Sequence[tuple[NamedSet, int]], progress: Progress | None) -> None:
+    """Draw the sets with their seeds into the study's work folder, those that are not there yet."""
+    choice.work.mkdir(parents=True, exist_ok=True)
+    left = [(one, seed) for one, seed in wanted if not _path(choice, one, seed).is_file()]
+    if not left:
+        return
+    checkpoint, _ = plan_of(choice)
+    model = load(checkpoint.folder, device=choice.device)
+    for done, (one, seed) in enumerate(left):
+        if progress:
+            progress(done, len(left), f"drawing {one.axis}/{one.name}, seed {seed}")
+        ids = draw_set(one, choice.calibration, seed, checkpoint, model).ids
+        path = _path(choice, one, seed)
+        partial = path.with_suffix(".partial")
+        save_file({"ids": ids.contiguous()}, partial)
+        partial.replace(path)
+
+
+def _path(choice: StudyChoice, one: NamedSet, seed: int) -> Path:
+    name = hashlib.sha256(f"{one.sources}\n{seed}".encode()).hexdigest()[:16]
+    return choice.work / f"set-{name}.safetensors"
+
+
+def _drawn(cell: Cell, choice: StudyChoice) -> CalibrationSet:
+    one = NamedSet(cell["axis"], cell["set"], cell["sources"])
+    ids = load_file(_path(choice, one, cell["seed"]))["ids"]
+    return CalibrationSet(ids, replace(choice.calibration, sources=one.sources, seed=cell["seed"]))
+
+
+def measure_original(opened: OpenedSets, tell: Tell) -> list[Row]:
+    """Rows of the original."""
+    tell(0.0, "the original")
+    return _scored({"method": "original", "bits": 16, "bits_per_weight": 16.0}, opened.inner.model, opened)
+
+
+def measure_set(cell: Cell, opened: OpenedSets, tell: Tell) -> list[Row]:
+    """Rows of one set and seed, for every method: ``run``, one ``loss`` a window, and ``task`` where there are tasks."""
+    drawn = _drawn(cell, opened.inner.choice)
+    base = {key: cell[key] for key in ("set", "axis", "seed")}
+    base["tokens_sha256"] = drawn.sha256
+    if cell["measures"] == "inputs":
+        return _inputs(cell, base, drawn, opened, tell)
+    return _curvature(cell, base, drawn, opened, tell)
+
+
+def _inputs(cell: Cell, base: Row, drawn: CalibrationSet, opened: OpenedSets, tell: Tell) -> list[Row]:
+    rows: list[Row] = []
+    for index, (method, bits) in enumerate(cell["methods"]):
+        tell(index / len(cell["methods"]), f"{method} on {cell['set']}")
+        choice = replace(INPUTS[method], bits=bits, weight_bits=bits)
+        with rounding_inputs(opened.inner.network, choice, drawn.ids) as simulation:
+            about = {**base, "method": method, "bits": bits, "bits_per_weight": simulation.bits_per_weight}
+            rows += _scored(about, opened.inner.model, opened)
+    return rows
+
+
+def _curvature(cell: Cell, base: Row, drawn: CalibrationSet, opened: OpenedSets, tell: Tell) -> list[Row]:
+    """Measure a curvature on the original's own inputs once, solve every method from it, score what was written."""
+    choice, steps = opened.inner.choice, len(cell["methods"]) + 1
+    checkpoint = opened.inner.checkpoint
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(dir=choice.work) as folder:
+        what = f"{cell['measures']} on {cell['set']}"
+        measure(
+            checkpoint.folder,
+            Path(folder) / "curvature",
+            CurvatureChoice(cell["measures"], terms=cell["terms"]),
+            CalibrationOptions(drawn.choice),
+            choice.device,
+            lambda done, total, _: tell(done / total / steps, what),
+            drawn=drawn,
+        )
+        stored = open_curvature(Path(folder) / "curvature", checkpoint)
+        for index, (method, bits) in enumerate(cell["methods"]):
+            tell((index + 1) / steps, f"{method} on {cell['set']}")
+            out = Path(folder) / f"{method}-{bits}"
+            # Fallbacks are part of what a bad set does; they are counted in the row.
+            options = CalibrationOptions(stored=stored, max_fallback=_ANY)
+            run = RunOptions(device=choice.device, calibration=options)
+            report = quantize(checkpoint.folder, out, preset(method, bits=bits), run)
+            about = {**base, "method": method, "bits": bits, "bits_per_weight": report["output"]["bits_per_weight"]}
+            about["fallbacks"] = sum(layer["path"].startswith("fallback") for layer in report["layers"])
+            rows += _scored(about, unpack_modules(load(out, device=choice.device)), opened)
+    return rows
+
+
+def _scored(about: Row, model: Any, opened: OpenedSets) -> list[Row]:
+    """A ``run`` row, one ``loss`` row a window, one ``task`` row a task."""
+    windows = opened.inner.windows
+    losses = window_losses(model, windows, str(about["method"]))
+    nll = math.fsum(losses) / len(losses)
+    run = {"kind": "run", **about, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+    base = {key: about[key] for key in ("set", "axis", "seed", "method", "bits") if key in about}
+    rows = [run, *({"kind": "loss", **base, "window": i, "nll": loss} for i, loss in enumerate(losses))]
+    if opened.scorer is not None:
+        for task, found in opened.scorer(model).items():
+            kept = {key: found[key] for key in ("metric", "accuracy", "standard_error", "questions") if key in found}
+            rows.append({"kind": "task", **base, "task": task, **kept})
+    return rows
