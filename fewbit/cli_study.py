@@ -88,7 +88,9 @@ def landscape(
     folder: FolderOption = None,
     plane: Annotated[
         str | None,
-        typer.Option("--slice", help="The two names whose plane is drawn, A,B; default: the last of the first two."),
+        typer.Option(
+            "--slice", help="The two whose plane is drawn, A,B; default: the first two folders, else the last two made."
+        ),
     ] = None,
     directions: Annotated[int | None, typer.Option(help="Random directions of each kind; default: by size.")] = None,
     calibration: CalibrationOption = None,
