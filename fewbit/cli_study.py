@@ -41,6 +41,13 @@ FolderOption = Annotated[
 WindowsOption = Annotated[int | None, typer.Option(help="Windows of the evaluation text; default: by size.")]
 SeqLenOption = Annotated[int | None, typer.Option(help="Tokens of a window; default: by size.")]
 StudySeedOption = Annotated[int | None, typer.Option(help="Of calibration sets and of everything random; default 0.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A calibration set: AXIS/NAME=SRC, e.g. language/hindi=hin.txt (repeatable)."),
+]
+SetFileOption = Annotated[
+    Path | None, typer.Option("--set-file", help='A JSON file of sets: {"AXIS": {"NAME": "SRC"}}.')
+]
 EngineOption = Annotated[str, typer.Option(help="local, or ray: every cell of the grid a Ray task.")]
 OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Begin a study with other arguments again.")]
 
@@ -88,7 +95,9 @@ def landscape(
     folder: FolderOption = None,
     plane: Annotated[
         str | None,
-        typer.Option("--slice", help="The two names whose plane is drawn, A,B; default: the last of the first two."),
+        typer.Option(
+            "--slice", help="The two whose plane is drawn, A,B; default: the first two folders, else the last two made."
+        ),
     ] = None,
     directions: Annotated[int | None, typer.Option(help="Random directions of each kind; default: by size.")] = None,
     calibration: CalibrationOption = None,
@@ -113,6 +122,96 @@ def landscape(
     options = {"slice": _names(plane), "directions": directions}
     given = {**_given(locals()), "options": {key: value for key, value in options.items() if value is not None}}
     run_named("landscape", model, out, data, given, overwrite=overwrite, as_json=as_json)
+
+
+@study_app.command()
+def outliers(
+    model: ModelArgument,
+    out: OutArgument,
+    data: DataOption,
+    size: SizeOption = "standard",
+    sets: SetOption = None,
+    set_file: SetFileOption = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Fixes: adaptive-lasso,smoothquant,awq,sensitivity; default: all.")
+    ] = None,
+    bits: BitsOption = None,
+    factor: Annotated[
+        float | None, typer.Option(help="An outlier channel's rms is above so many times the median's; default 5.")
+    ] = None,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = None,
+    sequence_length: LengthOption = None,
+    windows: WindowsOption = None,
+    seq_len: SeqLenOption = None,
+    seed: StudySeedOption = None,
+    engine: EngineOption = "local",
+    device: DeviceOption = "cpu",
+    overwrite: OverwriteFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Where activations are large, for which text, what rounding them to 8 bits costs, and what each fix gives back.
+
+    Examples:
+
+      fewbit study outliers smollm2-135m smol-outliers --data wiki.test.raw.txt --calibration c4.jsonl
+
+      fewbit study outliers ./llama out --data wikitext2 --set content/code=code.jsonl --set language/hindi=hin.txt
+    """
+    given = _with(locals(), sets=_sets(sets, set_file), factor=factor)
+    run_named("outliers", model, out, data, given, overwrite=overwrite, as_json=as_json)
+
+
+@study_app.command("calibration-sets")
+def calibration_sets(
+    model: ModelArgument,
+    out: OutArgument,
+    data: DataOption,
+    size: SizeOption = "standard",
+    sets: SetOption = None,
+    set_file: SetFileOption = None,
+    methods: MethodsOption = None,
+    bits: BitsOption = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="A,B: seeds of the default set, and of each other one; default: by size.")
+    ] = None,
+    margin: Annotated[
+        float | None, typer.Option(help="Sets are equivalent within this share of perplexity; default 0.02.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Level of the equivalence test; default 0.05.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Also accuracy on these tasks, separated by commas.")] = None,
+    task_data: Annotated[str | None, typer.Option(help="A folder with the tasks' questions.")] = None,
+    task_limit: Annotated[int | None, typer.Option(help="The first so many questions of each task.")] = None,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = None,
+    sequence_length: LengthOption = None,
+    windows: WindowsOption = None,
+    seq_len: SeqLenOption = None,
+    seed: StudySeedOption = None,
+    engine: EngineOption = "local",
+    device: DeviceOption = "cpu",
+    overwrite: OverwriteFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Does it matter what a method is calibrated on? Sets x seeds x methods, with equivalence tests and a verdict.
+
+    Examples:
+
+      fewbit study calibration-sets smollm2-135m smol-sets --data wiki.test.raw.txt --calibration c4.jsonl
+
+      fewbit study calibration-sets ./llama out --data wikitext2 --methods gptq,w8a8 --set content/code=code.jsonl
+    """
+    given = _with(
+        locals(),
+        sets=_sets(sets, set_file),
+        seeds=_numbers(seeds, "--seeds"),
+        margin=margin,
+        alpha=alpha,
+        tasks=_names(tasks),
+        task_data=task_data,
+        task_limit=task_limit,
+    )
+    run_named("calibration-sets", model, out, data, given, overwrite=overwrite, as_json=as_json)
 
 
 def run_named(
@@ -159,16 +258,28 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _with(shared: dict[str, Any], **own: Any) -> dict[str, Any]:
+    """The shared options, and those of one study that were given."""
+    return {**_given(shared), "options": {key: value for key, value in own.items() if value is not None}}
+
+
+def _sets(given: list[str] | None, file: Path | None) -> list[dict[str, str]]:
+    """Named calibration sets as plain JSON."""
+    from fewbit.studies.sets import as_options, parse_set, read_sets
+
+    return as_options([*(read_sets(file) if file else []), *map(parse_set, given or ())])
+
+
 def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _numbers(text: str | None) -> tuple[int, ...] | None:
+def _numbers(text: str | None, option: str = "--bits") -> tuple[int, ...] | None:
     from fewbit.errors import FewbitError
 
     names = _names(text)
     if names is None:
         return None
     if not names or not all(name.isdecimal() for name in names):
-        raise FewbitError(f"--bits must be whole numbers separated by commas, e.g. 4,3,2, not {text!r}")
+        raise FewbitError(f"{option} must be whole numbers separated by commas, e.g. 4,3,2, not {text!r}")
     return tuple(map(int, names))

@@ -13,8 +13,6 @@ from fewbit.activations.channels import (
     expected_jaccard,
     jaccard,
     outlier_channels,
-    ranks,
-    spearman,
     top_share,
     weights_met,
 )
@@ -229,14 +227,13 @@ def test_the_weights_that_outliers_meet() -> None:
     weight = random(32, 5)
     weight[:, 2] *= 10
     size = torch.tensor([1.0, 1.0, 50.0, 1.0, 1.0])
-    met = weights_met(weight, size, outlier_channels(size, 6.0))
     norms = weight.norm(dim=0)
+    met = weights_met(norms, outlier_channels(size, 6.0))
     assert met.relative_norm == pytest.approx(float(norms[2] / norms.median()), rel=1e-5) and met.rank == 1.0
-    assert weights_met(weight, torch.ones(5), torch.zeros(5, dtype=torch.bool)).rank is None
-    assert ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0.0, 2.5, 1.0]
-    a, b = torch.arange(6.0), torch.tensor([1.0, 0.0, 2.0, 3.0, 5.0, 4.0])
-    assert spearman(a, b) == pytest.approx(1 - 6 * 4 / (6 * 35))
-    assert spearman(a, torch.ones(6)) == 0.0
+    assert weights_met(norms, torch.zeros(5, dtype=torch.bool)).rank is None
+    order = torch.arange(101.0)
+    chance = weights_met(order, (order % 10) == 5)
+    assert chance.rank == pytest.approx(0.5) and chance.relative_norm == pytest.approx(1.0)
 
 
 def test_massive_activations_begin_where_a_block_makes_them(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fewbit.errors import FewbitError
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.evaluation.score import window_losses
 from fewbit.pipeline.calibration_options import CalibrationOptions
+from fewbit.pipeline.measure import measure_tokens
 from fewbit.pipeline.run import RunOptions
 from fewbit.studies import calibration_sets_measure
 from fewbit.studies.calibration_sets import STUDY, cells, grouped
@@ -153,6 +154,22 @@ def test_one_seed_leaves_the_windows(model: Path, text: Path, tmp_path: Path) ->
     assert found["sets"][0]["degrees"] == 19 and found["sets"][0]["verdict"] == "same"
 
 
+def test_a_set_that_a_method_cannot_take_is_a_result(model: Path, text: Path, tmp_path: Path) -> None:
+    choice = choice_of(model, tmp_path / "out", text, methods=("oac",), options={"seeds": [1, 1]})
+
+    def refused(*arguments: Any) -> None:
+        if arguments[2].choice.sources == "nonsense":
+            raise FewbitError("its gradients are all 0")
+        measure_tokens(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration_sets_measure, "measure_tokens", refused)
+        result = run_study(STUDY, choice)
+    assert [row["set"] for row in result["findings"]["failed"]] == ["nonsense"]
+    assert [row["set"] for row in result["findings"]["sets"]] == ["random-tokens"]
+    assert "oac 3 bits failed on quality/nonsense: its gradients are all 0." in result["conclusion"]
+
+
 def test_losses_by_window_are_the_model_s(model: Path) -> None:
     network = fewbit.load(model, device="cpu")
     windows = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -181,7 +198,7 @@ def test_methods_are_measured_together_where_they_see_the_same(model: Path, text
     choice = choice_of(
         model, tmp_path / "out", text, options={"sets": as_options([parse_set(f"content/short={short}")])}
     )
-    with pytest.raises(FewbitError, match="set content/short: .*it has 9 tokens"):
+    with pytest.raises(FewbitError, match=r"set content/short: .*it has 9 tokens"):
         run_study(STUDY, choice)
 
 

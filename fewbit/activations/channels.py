@@ -37,40 +37,21 @@ def top_share(energy: Tensor, fraction: float) -> float:
 
 @dataclass(frozen=True)
 class Met:
-    """The weights that outlier channels multiply.
+    """The weights that outlier channels multiply; None where there are no such channels.
 
-    relative_norm: mean norm of their columns over the median column's. rank: mean share of columns with a smaller
-    norm, 0.5 by chance. correlation: Spearman's, between the size of a channel and the norm of its column.
+    relative_norm: mean norm of their columns over the median column's. rank: mean share of the other columns with a
+    smaller norm, 0.5 by chance.
     """
 
     relative_norm: float | None
     rank: float | None
-    correlation: float
 
 
-def weights_met(weight: Tensor, size: Tensor, outliers: Tensor) -> Met:
-    """Which columns of `weight` `(out, in)` the channels in the mask `outliers` `(in,)` meet; size: of each channel."""
-    norms = weight.float().norm(dim=0)
-    correlation = spearman(size, norms)
+def weights_met(norms: Tensor, outliers: Tensor) -> Met:
+    """Which columns the channels in the mask `outliers` `(in,)` meet. norms: of the columns of a weight, `(in,)`."""
     if not bool(outliers.any()):
-        return Met(None, None, correlation)
+        return Met(None, None)
     median = float(norms.median())
-    place = ranks(norms) / max(norms.numel() - 1, 1)
+    smaller = (norms.unsqueeze(0) < norms[outliers].unsqueeze(1)).sum() / max(norms.numel() - 1, 1)
     relative = float(norms[outliers].mean()) / median if median > 0 else None
-    return Met(relative, float(place[outliers].mean()), correlation)
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Rank of each value from 0, float64 `(n,)`; equal values share the mean of their ranks."""
-    _, inverse, counts = values.double().unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    middle = ends - (counts.double() + 1) / 2
-    return middle[inverse]
-
-
-def spearman(one: Tensor, other: Tensor) -> float:
-    """Rank correlation of two `(n,)`; 0 where one of them is constant."""
-    a, b = ranks(one), ranks(other)
-    a, b = a - a.mean(), b - b.mean()
-    size = float(a.norm() * b.norm())
-    return float(a @ b) / size if size > 0 else 0.0
+    return Met(relative, float(smaller) / int(outliers.sum()))

@@ -8,7 +8,7 @@ import torch
 
 from fewbit.calibration.tokens import CalibrationSet
 from fewbit.checkpoints.locate import locate
-from fewbit.checkpoints.source import open_checkpoint
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.fisher import measure_fisher
@@ -31,12 +31,10 @@ def measure(
     device: str = "cpu",
     progress: Progress | None = None,
     recipe: Recipe | None = None,
-    drawn: CalibrationSet | None = None,
 ) -> dict[str, Any]:
     """Measure a curvature on the original's own weights and inputs into the folder `out`; goes on where it stopped.
 
     recipe: whose `include` and `exclude` say which tensors are meant; default: all linear layers in the blocks.
-    drawn: a calibration set that is drawn already, in place of the one that the options describe.
     Returns figures: tokens, bytes, seconds, peak_rss_bytes. Raises FewbitError for bad input.
     """
     started = time.perf_counter()
@@ -44,9 +42,34 @@ def measure(
     checkpoint = open_checkpoint(locate(model))
     plan = make_plan(checkpoint, recipe or Recipe(group_size="row"), 1 << 62)
     network = open_network(checkpoint, plan, device, walking=choice.kind == "gram")
-    calibration = drawn or calibration_set(checkpoint, options.choice, network.model, progress)
+    calibration = calibration_set(checkpoint, options.choice, network.model, progress)
+    measure_tokens(network, checkpoint, calibration, out, choice, options, progress)
+    return {
+        "folder": str(out),
+        "kind": choice.kind,
+        "sequences": calibration.ids.shape[0],
+        "tokens": calibration.ids.numel(),
+        "tokens_sha256": calibration.sha256,
+        "bytes": sum(path.stat().st_size for path in out.iterdir()),
+        "seconds": time.perf_counter() - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def measure_tokens(
+    network: Network,
+    checkpoint: Checkpoint,
+    calibration: CalibrationSet,
+    out: Path,
+    choice: CurvatureChoice,
+    options: CalibrationOptions,
+    progress: Progress | None = None,
+) -> None:
+    """Measure a curvature on given sequences into the folder `out`; goes on where it stopped.
+
+    network: opened for walking where the kind is gram; its blocks are empty afterwards then.
+    """
     writer = CurvatureWriter(out, checkpoint, choice, {**calibration.describe(), "blocks": len(network.blocks)})
-    count = calibration.ids.shape[0]
     if choice.kind == "gram":
         _gram(network, calibration.ids, choice, options, writer, progress)
     else:
@@ -66,16 +89,6 @@ def measure(
             found.check_gradients()
             for index in stage:
                 _put(network, index, found, writer)
-    return {
-        "folder": str(out),
-        "kind": choice.kind,
-        "sequences": count,
-        "tokens": calibration.ids.numel(),
-        "tokens_sha256": calibration.sha256,
-        "bytes": sum(path.stat().st_size for path in out.iterdir()),
-        "seconds": time.perf_counter() - started,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
 
 
 def _gram(

@@ -15,15 +15,17 @@ from fewbit.activations.choice import ActivationChoice
 from fewbit.calibration.tokens import CalibrationSet
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.store import open_curvature
+from fewbit.errors import FewbitError
 from fewbit.evaluation.score import window_losses
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.measure import measure
+from fewbit.pipeline.measure import measure_tokens
 from fewbit.pipeline.run import RunOptions, quantize
 from fewbit.pipeline.w8a8 import rounding_inputs
 from fewbit.recipe import preset
 from fewbit.runtime.load import load
 from fewbit.runtime.unpack import unpack_modules
 from fewbit.studies.choice import StudyChoice
+from fewbit.studies.network import open_original
 from fewbit.studies.opened import Opened, open_model, plan_of
 from fewbit.studies.sets import NamedSet, draw_set
 from fewbit.studies.study import Cell, Progress, Row, Tell
@@ -104,7 +106,9 @@ def measure_original(opened: OpenedSets, tell: Tell) -> list[Row]:
 
 
 def measure_set(cell: Cell, opened: OpenedSets, tell: Tell) -> list[Row]:
-    """Rows of one set and seed, for every method: ``run``, one ``loss`` a window, and ``task`` where there are tasks."""
+    """Rows of one set and seed: for every method a ``run``, a ``loss`` for each window, a ``task`` for each task, or
+    ``failed`` with the reason.
+    """
     drawn = _drawn(cell, opened.inner.choice)
     base = {key: cell[key] for key in ("set", "axis", "seed")}
     base["tokens_sha256"] = drawn.sha256
@@ -118,40 +122,62 @@ def _inputs(cell: Cell, base: Row, drawn: CalibrationSet, opened: OpenedSets, te
     for index, (method, bits) in enumerate(cell["methods"]):
         tell(index / len(cell["methods"]), f"{method} on {cell['set']}")
         choice = replace(INPUTS[method], bits=bits, weight_bits=bits)
-        with rounding_inputs(opened.inner.network, choice, drawn.ids) as simulation:
-            about = {**base, "method": method, "bits": bits, "bits_per_weight": simulation.bits_per_weight}
-            rows += _scored(about, opened.inner.model, opened)
+        about = {**base, "method": method, "bits": bits}
+        try:
+            with rounding_inputs(opened.inner.network, choice, drawn.ids) as simulation:
+                about["bits_per_weight"] = simulation.bits_per_weight
+                rows += _scored(about, opened.inner.model, opened)
+        except FewbitError as error:
+            rows.append(_failed(about, error))
     return rows
 
 
 def _curvature(cell: Cell, base: Row, drawn: CalibrationSet, opened: OpenedSets, tell: Tell) -> list[Row]:
     """Measure a curvature on the original's own inputs once, solve every method from it, score what was written."""
-    choice, steps = opened.inner.choice, len(cell["methods"]) + 1
-    checkpoint = opened.inner.checkpoint
+    choice, checkpoint = opened.inner.choice, opened.inner.checkpoint
+    steps = len(cell["methods"]) + 1
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=choice.work) as folder:
-        what = f"{cell['measures']} on {cell['set']}"
-        measure(
-            checkpoint.folder,
-            Path(folder) / "curvature",
-            CurvatureChoice(cell["measures"], terms=cell["terms"]),
-            CalibrationOptions(drawn.choice),
-            choice.device,
-            lambda done, total, _: tell(done / total / steps, what),
-            drawn=drawn,
-        )
-        stored = open_curvature(Path(folder) / "curvature", checkpoint)
+        kept = Path(folder) / "curvature"
+        try:
+            _measure(
+                cell, drawn, opened, kept, lambda share: tell(share / steps, f"{cell['measures']} on {cell['set']}")
+            )
+        except FewbitError as error:
+            return [_failed({**base, "method": method, "bits": bits}, error) for method, bits in cell["methods"]]
+        stored = open_curvature(kept, checkpoint)
         for index, (method, bits) in enumerate(cell["methods"]):
             tell((index + 1) / steps, f"{method} on {cell['set']}")
             out = Path(folder) / f"{method}-{bits}"
             # Fallbacks are part of what a bad set does; they are counted in the row.
             options = CalibrationOptions(stored=stored, max_fallback=_ANY)
             run = RunOptions(device=choice.device, calibration=options)
-            report = quantize(checkpoint.folder, out, preset(method, bits=bits), run)
-            about = {**base, "method": method, "bits": bits, "bits_per_weight": report["output"]["bits_per_weight"]}
-            about["fallbacks"] = sum(layer["path"].startswith("fallback") for layer in report["layers"])
-            rows += _scored(about, unpack_modules(load(out, device=choice.device)), opened)
+            about = {**base, "method": method, "bits": bits}
+            try:
+                report = quantize(checkpoint.folder, out, preset(method, bits=bits), run)
+                about["bits_per_weight"] = report["output"]["bits_per_weight"]
+                about["fallbacks"] = sum(layer["path"].startswith("fallback") for layer in report["layers"])
+                rows += _scored(about, unpack_modules(load(out, device=choice.device)), opened)
+            except FewbitError as error:
+                rows.append(_failed(about, error))
     return rows
+
+
+def _measure(cell: Cell, drawn: CalibrationSet, opened: OpenedSets, out: Path, tell: Callable[[float], None]) -> None:
+    choice, network = opened.inner.choice, opened.inner.network
+    if cell["measures"] == "gram":
+        # A walk empties the blocks behind it, so it takes a network of its own.
+        _, network = open_original(choice.model, choice.device, walking=True)
+    wanted = CurvatureChoice(cell["measures"], terms=cell["terms"])
+    options = CalibrationOptions(drawn.choice)
+    measure_tokens(
+        network, opened.inner.checkpoint, drawn, out, wanted, options, lambda done, total, _: tell(done / total)
+    )
+
+
+def _failed(about: Row, error: FewbitError) -> Row:
+    """A set that a method cannot take is a result too: the other cells go on."""
+    return {"kind": "failed", **about, "reason": str(error)}
 
 
 def _scored(about: Row, model: Any, opened: OpenedSets) -> list[Row]:

@@ -28,6 +28,8 @@ def summarize(rows: list[Row], choice: StudyChoice) -> Summary:
     found: list[Row] = []
     spreads: list[Row] = []
     for (method, bits), sets in losses.items():
+        if DEFAULT not in sets:
+            continue
         variance, degrees = pooled_variance([_run_means(seeds) for seeds in sets.values()])
         default = _run_means(sets[DEFAULT])
         spread: Row = {"method": method, "bits": bits, "perplexity": math.exp(min(mean(default), 700.0))}
@@ -49,6 +51,7 @@ def summarize(rows: list[Row], choice: StudyChoice) -> Summary:
         "sets": found,
         "seeds": spreads,
         "tasks": _tasks(rows),
+        "failed": [{k: v for k, v in row.items() if k != "kind"} for row in rows if row["kind"] == "failed"],
         "verdicts": verdicts(found),
     }
     return Summary(findings, conclude(findings))
@@ -169,6 +172,8 @@ def conclude(findings: dict[str, Any]) -> list[str]:
         if deviation is not None:
             text += f"; a seed alone moves perplexity by {math.expm1(deviation):.2%}"
         lines.append(text + ".")
+    for row in findings["failed"]:
+        lines.append(f"{row['method']} {row['bits']} bits failed on {row['axis']}/{row['set']}: {row['reason']}.")
     kinds = {row["verdict"] for row in findings["verdicts"]}
     worse = [name.partition("/")[0] for row in findings["verdicts"] for name in row["worse"]]
     axes = ", ".join(dict.fromkeys(worse))

@@ -9,11 +9,11 @@ from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
-from fewbit.pipeline.calibrated import open_network
 from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.solve_blocks import Network
 from fewbit.recipe import Recipe
 from fewbit.studies.choice import StudyChoice
+from fewbit.studies.network import open_original
 from fewbit.studies.sets import NamedSet, draw_set
 
 
@@ -42,8 +42,7 @@ class Opened:
 
 def open_model(choice: StudyChoice) -> Opened:
     """Load what the cells of a study share."""
-    checkpoint, plan = plan_of(choice)
-    network = open_network(checkpoint, plan, choice.device)
+    checkpoint, network = open_original(choice.model, choice.device)
     windows, _ = read_windows(checkpoint.folder, read_text(choice.data), choice.protocol)
     return Opened(choice, checkpoint, network, windows)
 

@@ -21,6 +21,7 @@ from fewbit.pipeline.w8a8 import rounding_inputs
 from fewbit.pipeline.walk import Walk
 from fewbit.studies.opened import Opened
 from fewbit.studies.sets import DEFAULT, NamedSet
+from fewbit.studies.statistics import spearman
 from fewbit.studies.study import Cell, Row, Tell
 
 TOP_FRACTION = 0.01
@@ -80,12 +81,13 @@ def _weights(site: InputSite, size: Tensor, mask: Tensor) -> list[Row]:
     rows: list[Row] = []
     for consumer in site.consumers:
         weight = consumer.read().detach().float().cpu()
-        met = weights_met(weight, size, mask)
+        norms = weight.norm(dim=0)
+        met = weights_met(norms, mask)
         row: Row = {
             "layer": consumer.tensor.module,
             "relative_norm": met.relative_norm,
             "rank": met.rank,
-            "correlation": met.correlation,
+            "correlation": spearman(size.numpy(), norms.numpy()),
         }
         if bool(mask.any()):
             cut = threshold([weight.abs], outlier_count(weight.numel(), LASSO_FRACTION))

@@ -6,10 +6,9 @@ from fewbit.report.canvas import new_figure, new_panels, to_svg
 from fewbit.report.html import Figure, Section
 from fewbit.studies.outliers_measure import SITES
 from fewbit.studies.outliers_summary import FIRST_TOKEN_RATIO
+from fewbit.studies.palette import method_colours
 from fewbit.studies.sets import DEFAULT
 from fewbit.studies.study import Result, Row
-
-_COLOURS = ("#0b6e99", "#e0a030", "#c8553d", "#2f8f6b", "#7a5195", "#5b6478", "#ef5675", "#4f6d7a")
 
 
 def draw(result: Result) -> list[Section]:
@@ -54,9 +53,15 @@ def _channels(rows: list[Row], sites: list[Row]) -> Section:
     for key, name, log in (("kurtosis", "kurtosis", True), ("max", "largest magnitude", True),
                            ("top_share", "energy share of the top 1 % of the channels", False)):  # fmt: skip
         figure, axes = new_figure()
-        for colour, label in zip(_COLOURS, labels, strict=False):
+        for label in labels:
             chosen = [row for row in rows if row["site"] == label]
-            axes.plot([row["block"] for row in chosen], [row[key] for row in chosen], ".-", color=colour, label=label)
+            axes.plot(
+                [row["block"] for row in chosen],
+                [row[key] for row in chosen],
+                ".-",
+                color=method_colours(SITES)[label],
+                label=label,
+            )
         axes.set_xlabel("block")
         axes.set_ylabel(name)
         if log:
@@ -100,9 +105,10 @@ def _states(rows: list[Row], massive: list[Row]) -> Section:
     for key, name in (("first_norm_ratio", "first token's norm over the median token's"),
                       ("magnitude", "largest magnitude of the hidden states")):  # fmt: skip
         figure, axes = new_figure()
-        for index, name_of_set in enumerate(dict.fromkeys(row["set"] for row in rows)):
+        colours = method_colours(row["set"] for row in rows)
+        for name_of_set in dict.fromkeys(row["set"] for row in rows):
             chosen = [row for row in rows if row["set"] == name_of_set]
-            axes.plot([r["after_block"] for r in chosen], [r[key] for r in chosen], color=_colour(index),
+            axes.plot([r["after_block"] for r in chosen], [r[key] for r in chosen], color=colours[name_of_set],
                       label=name_of_set, linewidth=2.0 if name_of_set == DEFAULT else 1.0)  # fmt: skip
         axes.set_yscale("log")
         axes.set_xlabel("after block (0: before the first)")
@@ -124,7 +130,7 @@ def _states(rows: list[Row], massive: list[Row]) -> Section:
 def _weights(weights: list[Row]) -> Section:
     table = [
         [row["site"], f"{row.get('met', 0)} of {row['layers']}", _number(row, "relative_norm", ".2f"),
-         _number(row, "rank", ".2f"), _number(row, "lasso_ratio", ".2f"), f"{row['correlation']:.2f}"]
+         _number(row, "rank", ".2f"), _number(row, "lasso_ratio", ".2f"), _number(row, "correlation", ".2f")]
         for row in weights
     ]  # fmt: skip
     columns = ["site", "layers with outliers", "relative norm of their columns", "rank of these (0 to 1)",
@@ -136,11 +142,12 @@ def _w8a8(rows: list[Row], errors: list[Row], model: list[Row]) -> Section:
     labels = [site for site in SITES if any(row["site"] == site for row in rows)]
     figure, grid = new_panels(1, len(labels), (3.2 * len(labels), 3.4))
     kinds = list(dict.fromkeys((row["granularity"], row["ranges"]) for row in rows))
+    colours = method_colours(f"{granularity} {ranges}" for granularity, ranges in kinds)
     for axes, label in zip(grid[0], labels, strict=True):
-        for index, (granularity, ranges) in enumerate(kinds):
+        for granularity, ranges in kinds:
             chosen = [r for r in rows if (r["site"], r["granularity"], r["ranges"]) == (label, granularity, ranges)]
             axes.plot([r["block"] for r in chosen], [max(r["error"], 1e-12) for r in chosen], ".-", linewidth=1,
-                      color=_colour(index), label=f"per {granularity}, {ranges}")  # fmt: skip
+                      color=colours[f"{granularity} {ranges}"], label=f"per {granularity}, {ranges}")  # fmt: skip
         axes.set_yscale("log")
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("block")
@@ -182,7 +189,7 @@ def _fixes(fixes: list[Row]) -> Section:
         for index, name in enumerate(names):
             chosen = [row for row in shown if row["fix"] == name and row["inputs"] == inputs]
             places = [widths.index(row["bits"]) + 0.8 * (index - (len(names) - 1) / 2) / len(names) for row in chosen]
-            axes.bar(places, [100 * row["recovered"] for row in chosen], 0.8 / len(names), color=_colour(index),
+            axes.bar(places, [100 * row["recovered"] for row in chosen], 0.8 / len(names), color=method_colours(names)[name],
                      label=name)  # fmt: skip
         axes.set_xticks(range(len(widths)), [f"{bits} bits" for bits in widths])
         axes.set_ylabel("error taken away, median, %")
@@ -199,10 +206,6 @@ def _fixes(fixes: list[Row]) -> Section:
     ]  # fmt: skip
     text = "Plain rounding in groups, no compensation of errors; each fix alone, on held-out text."
     return Section("What each fix gives back", [text], figures, columns, table)
-
-
-def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
 
 
 def _or_never(value: Any) -> str:

@@ -42,6 +42,12 @@ def _grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]
     return found
 
 
+def _median(values: Iterable[float | None]) -> float | None:
+    """Of the values that are there; a correlation with what is constant is not."""
+    present = [value for value in values if value is not None]
+    return median(present) if present else None
+
+
 def _sites(rows: list[Row]) -> list[Row]:
     """For every set and kind of site, over its blocks."""
     return [
@@ -116,7 +122,7 @@ def _weights(rows: list[Row]) -> list[Row]:
     found: list[Row] = []
     for (site,), group in _grouped(rows, "site").items():
         met = [row for row in group if row.get("rank") is not None and row.get("relative_norm") is not None]
-        row: Row = {"site": site, "layers": len(group), "correlation": median(r["correlation"] for r in group)}
+        row: Row = {"site": site, "layers": len(group), "correlation": _median(r.get("correlation") for r in group)}
         if met:
             row.update(
                 met=len(met),
