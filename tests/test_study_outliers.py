@@ -98,7 +98,7 @@ def test_the_study_end_to_end(planted: Path, texts: Path, tmp_path: Path) -> Non
     plain, awq = (fixes[1, "attention in", "16 bits", name]["error"] for name in ("none", "awq"))
     assert awq < 0.5 * plain
     models = [r for r in rows if r["kind"] == "model"]
-    assert len(models) == 1 + 6 + 4 * 4 and {r["sites"] for r in models} >= {"none", "all", "mlp out"}
+    assert len(models) == 1 + 7 + 4 * 4 and {r["sites"] for r in models} >= {"none", "all", "mlp out"}
     assert any("Overlap of outlier channels" in line for line in result["conclusion"])
     assert any("Between languages" in line for line in result["conclusion"])
     check_page(tmp_path / "out" / "study.html")

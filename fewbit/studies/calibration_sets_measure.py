@@ -139,10 +139,9 @@ def _curvature(cell: Cell, base: Row, drawn: CalibrationSet, opened: OpenedSets,
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=choice.work) as folder:
         kept = Path(folder) / "curvature"
+        what = f"{cell['measures']} on {cell['set']}"
         try:
-            _measure(
-                cell, drawn, opened, kept, lambda share: tell(share / steps, f"{cell['measures']} on {cell['set']}")
-            )
+            _measure(cell, drawn, opened, kept, lambda share: tell(share / steps, what))
         except FewbitError as error:
             return [_failed({**base, "method": method, "bits": bits}, error) for method, bits in cell["methods"]]
         stored = open_curvature(kept, checkpoint)

@@ -162,7 +162,11 @@ def measure_model(cell: Cell, opened: Opened, tell: Tell) -> list[Row]:
             return []
     choices = [ActivationChoice(granularity, ranges) for granularity in GRANULARITIES for ranges in RANGES]
     if where == "all":
-        choices += [ActivationChoice(exponent=0.5), ActivationChoice("token", "dynamic", exponent=0.5)]
+        choices += [
+            ActivationChoice(exponent=0.5),
+            ActivationChoice(exponent=0.5, smoothed="all"),
+            ActivationChoice("token", "dynamic", exponent=0.5),
+        ]
     rows: list[Row] = []
     if where == "all":
         rows.append({"kind": "model", "sites": "none", **_loss(opened)})
@@ -170,7 +174,8 @@ def measure_model(cell: Cell, opened: Opened, tell: Tell) -> list[Row]:
         tell(index / len(choices), f"{where} sites, {choice.granularity} {choice.ranges}")
         with rounding_inputs(network, choice, ids, only=only) as simulation:
             row: Row = {"kind": "model", "sites": where, "granularity": choice.granularity, "ranges": choice.ranges}
-            row.update(smoothed=choice.exponent is not None, bits_per_weight=simulation.bits_per_weight)
+            row.update(smoothed="none" if choice.exponent is None else choice.smoothed)
+            row.update(bits_per_weight=simulation.bits_per_weight)
             rows.append({**row, **_loss(opened)})
     return rows
 

@@ -55,13 +55,8 @@ def _channels(rows: list[Row], sites: list[Row]) -> Section:
         figure, axes = new_figure()
         for label in labels:
             chosen = [row for row in rows if row["site"] == label]
-            axes.plot(
-                [row["block"] for row in chosen],
-                [row[key] for row in chosen],
-                ".-",
-                color=method_colours(SITES)[label],
-                label=label,
-            )
+            colour = method_colours(SITES)[label]
+            axes.plot([row["block"] for row in chosen], [row[key] for row in chosen], ".-", color=colour, label=label)
         axes.set_xlabel("block")
         axes.set_ylabel(name)
         if log:
@@ -159,7 +154,7 @@ def _w8a8(rows: list[Row], errors: list[Row], model: list[Row]) -> Section:
         for row in errors
     ]  # fmt: skip
     table += [
-        [f"all sites, per {row['granularity']}, {row['ranges']}{', smoothed' if row['smoothed'] else ''}", "", "", "",
+        [f"all sites, per {row['granularity']}, {row['ranges']}{_smoothed(row)}", "", "", "",
          f"{row['nll_rise']:+.4f}"]
         for row in model
         if row["sites"] == "all"
@@ -179,6 +174,10 @@ def _model_cell(model: list[Row], row: Row) -> str:
     return ""
 
 
+def _smoothed(row: Row) -> str:
+    return "" if row["smoothed"] == "none" else f", smoothed ({row['smoothed']})"
+
+
 def _fixes(fixes: list[Row]) -> Section:
     shown = [row for row in fixes if row["fix"] != "none"]
     figures = []
@@ -189,8 +188,8 @@ def _fixes(fixes: list[Row]) -> Section:
         for index, name in enumerate(names):
             chosen = [row for row in shown if row["fix"] == name and row["inputs"] == inputs]
             places = [widths.index(row["bits"]) + 0.8 * (index - (len(names) - 1) / 2) / len(names) for row in chosen]
-            axes.bar(places, [100 * row["recovered"] for row in chosen], 0.8 / len(names), color=method_colours(names)[name],
-                     label=name)  # fmt: skip
+            heights = [100 * row["recovered"] for row in chosen]
+            axes.bar(places, heights, 0.8 / len(names), color=method_colours(names)[name], label=name)
         axes.set_xticks(range(len(widths)), [f"{bits} bits" for bits in widths])
         axes.set_ylabel("error taken away, median, %")
         axes.axhline(0, color="black", linewidth=0.8)

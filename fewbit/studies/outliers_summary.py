@@ -247,5 +247,6 @@ def _overlap_lines(pairs: list[Row]) -> list[str]:
 
 
 def _rise(row: Row) -> str:
-    name = f"per {row['granularity']} {row['ranges']}" + (" smoothed" if row["smoothed"] else "")
+    name = f"per {row['granularity']} {row['ranges']}"
+    name += "" if row["smoothed"] == "none" else f" smoothed ({row['smoothed']})"
     return f"{name} {row['nll_rise']:+.4f}"
