@@ -69,7 +69,7 @@ STUDY = Study(
     about="Where the inputs of linear layers are large, for which text, what rounding them costs, and what helps.",
     sizes={
         "quick": Size(2, 512, 8, 512, {"made": ("nonsense", "random-tokens"), "blocks": 3, "bits": (8, 4, 3)}),
-        "standard": Size(8, 512, 32, 512, _GRID),
+        "standard": Size(8, 512, 64, 512, _GRID),
         "large": Size(32, 512, 128, 512, _GRID),
     },
     cells=cells,

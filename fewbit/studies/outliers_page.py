@@ -45,8 +45,9 @@ def _channels(rows: list[Row], sites: list[Row]) -> Section:
         image = axes.imshow(shown, aspect="auto", cmap="magma", vmin=0.0, vmax=2.0, interpolation="nearest")
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("channels, from first to last")
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.grid(visible=False)
-    grid[0][0].set_ylabel("layer")
+    grid[0][0].set_ylabel("block")
     figure.colorbar(image, ax=list(grid[0]), label="log10 of rms over the median channel's")
     heat = Figure(to_svg(figure), "Bright: channels that are far above the median one. Default set.")
     figures = [heat]
