@@ -22,7 +22,7 @@ from fewbit.studies.directions import KINDS, Direction, norm, plane_of, random_d
 from fewbit.studies.landscape_page import draw
 from fewbit.studies.landscape_summary import summarize
 from fewbit.studies.moving import Movable, loss
-from fewbit.studies.network import open_original, open_quantized
+from fewbit.studies.network import check_folders, open_original, open_quantized
 from fewbit.studies.study import Cell, Progress, Row, Size, Study, Tell
 from fewbit.studies.variants import Variant, make_variant, measure_once, variants
 
@@ -84,6 +84,7 @@ class Opened:
 def cells(choice: StudyChoice) -> list[Cell]:
     """Random directions, rays, the points of the slice and its lines."""
     grid = STUDY.sizes[choice.size].grid
+    check_folders(choice.folders, choice.model)
     count = choice.options.get("directions", grid["directions"])
     if count < 1:
         raise FewbitError(f"--directions must be at least 1, not {count}")
@@ -115,13 +116,11 @@ def _variants(choice: StudyChoice) -> list[Variant]:
 
 def _folders(choice: StudyChoice) -> dict[str, Path]:
     """Name -> folder of everything that a ray leads to."""
-    names = [Path(folder).name for folder in choice.folders]
+    names = [Path(folder).resolve().name for folder in choice.folders]
     made = [variant.name for variant in _variants(choice)]
-    if len({*names, *made}) < len(names) + len(made):
-        raise FewbitError(f"--folder: two folders have one name ({', '.join([*names, *made])}): rename one")
-    for folder in choice.folders:
-        if not open_checkpoint(locate(folder)).is_native:
-            raise FewbitError(f"{folder}: not quantized by fewbit: name a folder that fewbit quantize made")
+    both = sorted(set(names) & set(made))
+    if both:
+        raise FewbitError(f"--folder: {both[0]} is also the name of a folder that the study makes: rename it")
     return {
         **dict(zip(names, map(Path, choice.folders), strict=True)),
         **{name: choice.work / name for name in made},

@@ -1,6 +1,6 @@
 """The original in memory with the places of its quantized weights, and the weights of a quantized folder for them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +58,17 @@ class QuantizedFolder:
                     first += site.rows
 
 
-def open_quantized(folder: str | Path, original: Checkpoint, sites: list[Site]) -> QuantizedFolder:
-    """Open a quantized folder; FewbitError when it is not whole, not native, or not of this original."""
+def check_folders(folders: Sequence[str], model: str | Path) -> None:
+    """FewbitError unless all folders are whole, native, of this original, and have different names."""
+    names = [Path(folder).resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        raise FewbitError(f"--folder: two folders have one name ({', '.join(names)}): rename one")
+    original = open_checkpoint(locate(model))
+    for folder in folders:
+        _check_folder(folder, original)
+
+
+def _check_folder(folder: str | Path, original: Checkpoint) -> tuple[Checkpoint, dict[str, StoredWeight]]:
     checkpoint = open_checkpoint(locate(folder))
     if not checkpoint.is_native:
         raise FewbitError(f"{folder}: not quantized by fewbit: name a folder that fewbit quantize made")
@@ -71,6 +80,12 @@ def open_quantized(folder: str | Path, original: Checkpoint, sites: list[Site]) 
             raise FewbitError(
                 f"{folder}: {original.folder} has no {module} of that shape: was it made from this model?"
             )
+    return checkpoint, weights
+
+
+def open_quantized(folder: str | Path, original: Checkpoint, sites: list[Site]) -> QuantizedFolder:
+    """Open a quantized folder; FewbitError when it is not whole, not native, or not of this original."""
+    checkpoint, weights = _check_folder(folder, original)
     inside = {site.tensor.module for site in sites}
     outside = [module for module in weights if module not in inside]
     return QuantizedFolder(checkpoint, weights, (*outside, *_changed(checkpoint, original)))

@@ -29,7 +29,7 @@ from fewbit.runtime.load import load
 from fewbit.runtime.unpack import unpack_modules
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.layer_errors import Fisher, output_error, predicted_increase, weight_error
-from fewbit.studies.network import QuantizedFolder, open_original, open_quantized
+from fewbit.studies.network import QuantizedFolder, check_folders, open_original, open_quantized
 from fewbit.studies.objectives_page import draw
 from fewbit.studies.objectives_summary import summarize
 from fewbit.studies.study import Cell, Progress, Row, Size, Study, Tell
@@ -73,13 +73,8 @@ def cells(choice: StudyChoice) -> list[Cell]:
     """The original, then every variant, then the folders that were named."""
     found: list[Cell] = [{"original": choice.model}]
     found += [variant.cell() for variant in _variants(choice)]
-    names = [Path(folder).name for folder in choice.folders]
-    if len(set(names)) < len(names):
-        raise FewbitError(f"--folder: two folders have one name ({', '.join(names)}): rename one")
-    for folder in choice.folders:
-        if not open_checkpoint(locate(folder)).is_native:
-            raise FewbitError(f"{folder}: not quantized by fewbit: name a folder that fewbit quantize made")
-        found.append({"folder": folder})
+    check_folders(choice.folders, choice.model)
+    found += [{"folder": folder} for folder in choice.folders]
     return found
 
 
@@ -128,7 +123,7 @@ def run_cell(cell: Cell, opened: Opened, tell: Tell) -> list[Row]:
         return [_score(choice.model, opened, {"table": "model", "name": "original"})]
     if "folder" in cell:
         folder = Path(cell["folder"])
-        name, group_size, fallbacks = folder.name, None, None
+        name, group_size, fallbacks = folder.resolve().name, None, None
     else:
         variant = Variant(**cell)
         tell(0.0, f"quantizing {variant.name}")

@@ -31,8 +31,8 @@ def draw(result: Result) -> list[Section]:
             "Rank correlations",
             [
                 "Spearman, with 95 % bootstrap intervals over models. holds: the interval lies above 0.5; fails: "
-                "below; open: 0.5 lies in it. Pairs in the other order: of two models of the group, the one with the lower "
-                "measure has the higher loss."
+                "below; open: 0.5 lies in it. Pairs in the other order: of two models of a group, the one with the "
+                "lower measure has the higher loss."
             ],
             [Figure(_correlations(result["findings"]["correlations"]), "Correlation with the loss increase.")],
             ["bits", "measure", "against", "models", "rho", "95 %", "pairs in the other order", "verdict"],

@@ -29,17 +29,27 @@ def spearman_interval(
     Resamples in which one side is constant are left out; NaN, NaN when all are.
     """
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    found = []
-    for _ in range(resamples):
-        drawn = generator.integers(0, a.size, a.size)
-        value = spearman(a[drawn], b[drawn])
-        if value == value:
-            found.append(value)
-    if not found:
+    size = a.size
+    drawn = np.random.default_rng(seed).integers(0, size, (resamples, size))
+    counts = np.zeros((resamples, size))
+    np.add.at(counts, (np.arange(resamples)[:, None], drawn), 1.0)
+    # A drawn item's rank from how often each item was drawn; the mean of all drawn ranks is (size + 1) / 2.
+    first, second = (_ranks_among(values, counts) - (size + 1) / 2 for values in (a, b))
+    product = (counts * first * second).sum(axis=1)
+    scale = np.sqrt((counts * first**2).sum(axis=1) * (counts * second**2).sum(axis=1))
+    found = product[scale > 0] / scale[scale > 0]
+    if not found.size:
         return float("nan"), float("nan")
     low, high = np.quantile(found, [(1 - coverage) / 2, (1 + coverage) / 2])
     return float(low), float(high)
+
+
+def _ranks_among(values: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean rank `(resamples, n)` of each value among samples that hold it and the others `counts` times."""
+    below = (values[None, :] < values[:, None]).astype(np.float64)
+    equal = (values[None, :] == values[:, None]).astype(np.float64)
+    ranks_found: NDArray[np.float64] = counts @ below.T + (counts @ equal.T + 1) / 2
+    return ranks_found
 
 
 def discordant_share(x: ArrayLike, y: ArrayLike) -> float:
