@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tiny, run_cli
+from study_cases import look_at
 from test_evaluation import check_page
 
 import fewbit
@@ -168,6 +169,13 @@ def test_a_set_that_a_method_cannot_take_is_a_result(model: Path, text: Path, tm
     assert [row["set"] for row in result["findings"]["failed"]] == ["nonsense"]
     assert [row["set"] for row in result["findings"]["sets"]] == ["random-tokens"]
     assert "oac 3 bits failed on quality/nonsense: its gradients are all 0." in result["conclusion"]
+
+
+def test_the_page_in_a_browser(model: Path, text: Path, tmp_path: Path) -> None:
+    run_study(STUDY, choice_of(model, tmp_path / "out", text, methods=("w8a8", "smoothquant")))
+    seen = look_at(tmp_path / "out" / "study.html", tmp_path)
+    assert "<h2>What the seed alone does</h2>" in seen and "<h2>w8a8, 8 bits: " in seen
+    assert seen.count("<svg") == 3 and "quality/nonsense" in seen
 
 
 def test_losses_by_window_are_the_model_s(model: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tiny, byte_tokenizer
+from study_cases import look_at
 from test_architectures import build
 from test_evaluation import check_page
 
@@ -121,6 +122,21 @@ def test_experts_that_see_few_tokens_and_weights_that_are_transposed(name: str, 
     errors = [row["error"] for row in rows if row["kind"] == "w8a8"]
     assert all(0 < error < 0.01 for error in errors)
     assert summarize(rows, choice).conclusion
+
+
+def test_the_page_in_a_browser(planted: Path, texts: Path, tmp_path: Path) -> None:
+    options = {"sets": as_options([parse_set(f"language/hindi={texts / 'hindi.txt'}")])}
+    run_study(STUDY, choice_of(planted, tmp_path / "out", texts, bits=(4,), methods=("awq",), options=options))
+    seen = look_at(tmp_path / "out" / "study.html", tmp_path)
+    for heading in (
+        "Layer against channel",
+        "Where inputs are large",
+        "Massive activations",
+        "W8A8 by site",
+        "What each fix gives back",
+    ):
+        assert f"<h2>{heading}</h2>" in seen
+    assert seen.count("<svg") == 4 + 1 + 2 + 1 + 2 and seen.count("<image") == 4 + 1 + 1
 
 
 def test_fixes_against_direct_computation(tiny: Path) -> None:

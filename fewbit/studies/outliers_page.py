@@ -20,7 +20,7 @@ def draw(result: Result) -> list[Section]:
     sections = []
     default = [row for row in kinds.get("site", []) if row["set"] == DEFAULT]
     if default:
-        sections.append(_channels(default, findings["sites"]))
+        sections += [_heat_maps(default), _sizes(default, findings["sites"])]
     if findings["overlap"]:
         sections.append(_overlap(findings["overlap"]))
     if kinds.get("states"):
@@ -34,8 +34,12 @@ def draw(result: Result) -> list[Section]:
     return sections
 
 
-def _channels(rows: list[Row], sites: list[Row]) -> Section:
-    labels = [site for site in SITES if any(row["site"] == site for row in rows)]
+def _labels(rows: list[Row]) -> list[str]:
+    return [site for site in SITES if any(row["site"] == site for row in rows)]
+
+
+def _heat_maps(rows: list[Row]) -> Section:
+    labels = _labels(rows)
     figure, grid = new_panels(1, len(labels), (3.2 * len(labels), 4.0))
     image = None
     for axes, label in zip(grid[0], labels, strict=True):
@@ -49,8 +53,12 @@ def _channels(rows: list[Row], sites: list[Row]) -> Section:
         axes.grid(visible=False)
     grid[0][0].set_ylabel("block")
     figure.colorbar(image, ax=list(grid[0]), label="log10 of rms over the median channel's")
-    heat = Figure(to_svg(figure), "Bright: channels that are far above the median one. Default set.")
-    figures = [heat]
+    caption = "Bright: channels that are far above the median one. Default set."
+    return Section("Layer against channel", figures=[Figure(to_svg(figure), caption)])
+
+
+def _sizes(rows: list[Row], sites: list[Row]) -> Section:
+    labels, figures = _labels(rows), []
     for key, name, log in (("kurtosis", "kurtosis", True), ("max", "largest magnitude", True),
                            ("top_share", "energy share of the top 1 % of the channels", False)):  # fmt: skip
         figure, axes = new_figure()
@@ -81,7 +89,7 @@ def _overlap(pairs: list[Row]) -> Section:
     for row in pairs:
         one, other = place[row["one"]], place[row["other"]]
         values[one][other] = values[other][one] = row["jaccard"]
-    figure, axes = new_figure(1.8 + 0.5 * len(names), 1.6 + 0.5 * len(names))
+    figure, axes = new_figure(max(8.0, 1.8 + 0.5 * len(names)), 1.6 + 0.5 * len(names))
     axes.imshow(values, cmap="viridis", vmin=0.0, vmax=1.0)
     for y, line in enumerate(values):
         for x, value in enumerate(line):
@@ -135,7 +143,7 @@ def _weights(weights: list[Row]) -> Section:
 
 
 def _w8a8(rows: list[Row], errors: list[Row], model: list[Row]) -> Section:
-    labels = [site for site in SITES if any(row["site"] == site for row in rows)]
+    labels = _labels(rows)
     figure, grid = new_panels(1, len(labels), (3.2 * len(labels), 3.4))
     kinds = list(dict.fromkeys((row["granularity"], row["ranges"]) for row in rows))
     colours = method_colours(f"{granularity} {ranges}" for granularity, ranges in kinds)
