@@ -3,8 +3,10 @@
 import json
 import math
 import random
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +97,32 @@ def test_the_study_end_to_end(model: Path, text: Path, tmp_path: Path, monkeypat
     assert len(result["findings"]["verdicts"]) == 6 and result["conclusion"][-1].startswith("Verdict: ")
     assert {(row["task"], row["accuracy"]) for row in result["findings"]["tasks"]} == {("guess", 0.5)}
     check_page(tmp_path / "out" / "study.html")
+
+
+def test_tasks_are_asked_as_the_evaluation_asks_them(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class TaskChoice:
+        names: tuple[str, ...]
+        data: Path | None = None
+        limit: int = 0
+
+    seen: list[Any] = []
+
+    def score_tasks(network: Any, tokenizer: Any, opened: Any) -> dict[str, dict[str, Any]]:
+        seen.append((type(network).__name__, tokenizer.bos_token, opened))
+        return {name: {"metric": "acc", "accuracy": 0.25, "questions": 8, "truncated": 0} for name in opened.names}
+
+    module = SimpleNamespace(TaskChoice=TaskChoice, open_tasks=lambda choice: choice, score_tasks=score_tasks)
+    monkeypatch.setitem(sys.modules, "fewbit.evaluation.tasks", module)
+    options = {"seeds": [1, 1], "tasks": ["piqa"], "task_data": str(tmp_path), "task_limit": 8}
+    result = run_study(STUDY, choice_of(model, tmp_path / "out", text, methods=("w8a8",), options=options))
+    assert seen == [("LlamaForCausalLM", "<s>", TaskChoice(("piqa",), tmp_path, 8))] * 4
+    tasks = [row for row in result["rows"] if row["kind"] == "task"]
+    assert [(row["task"], row["accuracy"], row["questions"]) for row in tasks] == [("piqa", 0.25, 8)] * 4
+    with pytest.raises(FewbitError, match="go with --tasks"):
+        cells(choice_of(model, tmp_path / "other", text, options={"task_limit": 8}))
 
 
 def test_a_run_is_that_of_the_quantize_command(model: Path, text: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from fewbit.recipe import PRESETS, Recipe, preset
 from fewbit.studies.calibration_sets_measure import (
     INPUTS,
     OpenedSets,
+    asked_tasks,
     draw_sets,
     measure_original,
     measure_set,
@@ -38,6 +39,7 @@ def cells(choice: StudyChoice) -> list[Cell]:
             if method not in INPUTS:
                 make_plan(checkpoint, recipe_of(method, bits), 1 << 62)
     _check_test(choice)
+    asked_tasks(choice)
     seeds = choice.options.get("seeds", list(grid["seeds"]))
     if len(seeds) != 2 or min(seeds) < 1:
         raise FewbitError("--seeds must be A,B: seeds of the default set and of each other one, at least 1")

@@ -33,6 +33,7 @@ from fewbit.studies.study import Cell, Progress, Row, Tell
 INPUTS = {"w8a8": ActivationChoice(), "smoothquant": ActivationChoice(exponent=0.5)}
 """Methods that round inputs: one range for all tokens, measured on the set."""
 _ANY = 1 << 30
+_TASKS = "fewbit.evaluation.tasks"
 Scorer = Callable[[Any], dict[str, dict[str, Any]]]
 """Puts the questions of all tasks to a model; by task ``accuracy`` and, where there is one, ``standard_error``."""
 
@@ -52,12 +53,10 @@ def open_sets(choice: StudyChoice) -> OpenedSets:
 
 def task_scorer(choice: StudyChoice) -> Scorer | None:
     """How tasks are scored, by the options `tasks`, `task_data` and `task_limit`; None for no tasks."""
-    names = choice.options.get("tasks")
-    if not names:
+    asked = asked_tasks(choice)
+    if asked is None:
         return None
-    tasks = importlib.import_module("fewbit.evaluation.tasks")
-    data = choice.options.get("task_data")
-    asked = tasks.TaskChoice(tuple(names), Path(data) if data else None, choice.options.get("task_limit", 0))
+    tasks = importlib.import_module(_TASKS)
     opened = tasks.open_tasks(asked)
     from transformers import AutoTokenizer
 
@@ -68,6 +67,17 @@ def task_scorer(choice: StudyChoice) -> Scorer | None:
         return found
 
     return score
+
+
+def asked_tasks(choice: StudyChoice) -> Any:
+    """The choice of tasks, None for none; FewbitError for one that cannot be."""
+    names, data = choice.options.get("tasks"), choice.options.get("task_data")
+    limit = choice.options.get("task_limit", 0)
+    if not names:
+        if data or limit:
+            raise FewbitError("--task-data and --task-limit go with --tasks: name the tasks")
+        return None
+    return importlib.import_module(_TASKS).TaskChoice(tuple(names), Path(data) if data else None, limit)
 
 
 def draw_sets(choice: StudyChoice, wanted: Sequence[tuple[NamedSet, int]], progress: Progress | None) -> None:
