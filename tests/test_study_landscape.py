@@ -73,6 +73,7 @@ def test_rays_lead_from_the_original_to_the_quantized_weights(tiny: Path, folder
     for t, model in ends.items():
         assert mine[t]["loss"] == pytest.approx(score(model, windows, None, "model")["nll"], abs=1e-5)
     w, q = (torch.cat([p.flatten() for n, p in m.named_parameters() if "_proj" in n]) for m in ends.values())
+    w, q = w.detach(), q.detach()
     assert mine[1.0]["distance"] == pytest.approx(float((q - w).norm() / w.norm()), rel=1e-5)
     # The same recipe made both folders, so both rays are one.
     same = [(row["t"], row["loss"]) for row in rays if row["name"] == "rtn-2bit"]

@@ -22,7 +22,7 @@ def draw(result: Result) -> list[Section]:
     sections = [
         Section(
             "Random directions",
-            figures=[Figure(_directions(findings), "Loss, mean and standard deviation over directions.")],
+            figures=[Figure(_directions(findings), "Loss, mean and standard deviation over directions.", wide=True)],
             columns=["directions", "number", "risen by", "radius", "sd", "reached by", "curvature at 0", "sd"],
             rows=[row for kind in KINDS for row in _radius_rows(kind, findings["directions"][kind])],
         ),
@@ -30,9 +30,11 @@ def draw(result: Result) -> list[Section]:
             "Rays to the quantized weights",
             ["t = 0 is the original, t = 1 the quantized weights. Curvature and slope are in nats over distance."],
             [
-                Figure(_rays([row for row in usable if row["table"] == "ray"]), "Loss along each ray."),
+                Figure(_rays([row for row in usable if row["table"] == "ray"]), "Loss along each ray.", wide=True),
                 Figure(
-                    _distances(findings), "Distance of each method, and the radii of its ray and of random directions."
+                    _distances(findings),
+                    "Distance of each method, and the radii of its ray and of random directions.",
+                    wide=True,
                 ),
             ],
             [
@@ -50,7 +52,10 @@ def draw(result: Result) -> list[Section]:
     if plane and points:
         names = " and ".join(point["name"] for point in points[1:])
         sections.append(
-            Section("A slice", figures=[Figure(_slice(plane, points), f"The plane through the original, {names}.")])
+            Section(
+                "A slice",
+                figures=[Figure(_slice(plane, points), f"The plane through the original, {names}.", wide=True)],
+            )
         )
     return sections
 
@@ -147,7 +152,7 @@ def _slice(plane: list[Row], points: list[Row]) -> str:
                       bbox={"facecolor": "#ffffff", "alpha": 0.8, "edgecolor": "none"})  # fmt: skip
     axes.set_xlabel("relative distance")
     axes.set_ylabel("relative distance")
-    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_aspect("equal", adjustable="box")
     figure.colorbar(filled, ax=axes, label="rise of the loss, nats a token", ticks=levels)
     return to_svg(figure)
 

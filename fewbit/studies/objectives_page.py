@@ -18,7 +18,9 @@ def draw(result: Result) -> list[Section]:
     layers = [row for row in result["rows"] if row["table"] == "layer" and "output_error" in row]
     scatters = [
         Figure(
-            _scatter(usable, measure, truth), f"{MEASURES[measure].capitalize()} against {TRUTHS[truth]}, nats a token."
+            _scatter(usable, measure, truth),
+            f"{MEASURES[measure].capitalize()} against {TRUTHS[truth]}, nats a token.",
+            wide=True,
         )
         for measure in _SCATTERED
         for truth in TRUTHS
@@ -34,13 +36,17 @@ def draw(result: Result) -> list[Section]:
                 "below; open: 0.5 lies in it. Pairs in the other order: of two models of a group, the one with the "
                 "lower measure has the higher loss."
             ],
-            [Figure(_correlations(result["findings"]["correlations"]), "Correlation with the loss increase.")],
+            [
+                Figure(
+                    _correlations(result["findings"]["correlations"]), "Correlation with the loss increase.", wide=True
+                )
+            ],
             ["bits", "measure", "against", "models", "rho", "95 %", "pairs in the other order", "verdict"],
             [_correlation_row(c) for c in result["findings"]["correlations"]],
         ),
         Section(
             "Along the network",
-            figures=[Figure(_along(layers, bits), f"{bits} bits") for bits in _widths(layers)],
+            figures=[Figure(_along(layers, bits), f"{bits} bits", wide=True) for bits in _widths(layers)],
         ),
         Section(
             "Predicted over true increase",
