@@ -84,12 +84,12 @@ def test_the_study_end_to_end(model: Path, text: Path, tmp_path: Path, monkeypat
     straight = run_study(STUDY, replace(choice, out=tmp_path / "straight"))
     assert result["rows"] == straight["rows"] and result["conclusion"] == straight["conclusion"]
     assert not (tmp_path / "out" / "work").exists()
-    runs = [row for row in result["rows"] if row["kind"] == "run" and "set" in row]
+    runs = [row for row in result["rows"] if row["table"] == "run" and "set" in row]
     assert len(runs) == 6 * (2 + 1 + 1)
     assert {(row["method"], row["bits"]) for row in runs} == {
         ("gptq", 3), ("awq", 3), ("spqr", 3), ("oac", 3), ("smoothquant", 8), ("w8a8", 8),
     }  # fmt: skip
-    assert len([row for row in result["rows"] if row["kind"] == "loss"]) == 4 * (len(runs) + 1)
+    assert len([row for row in result["rows"] if row["table"] == "loss"]) == 4 * (len(runs) + 1)
     by_set = {name: {r["tokens_sha256"] for r in runs if r["set"] == name} for name in ("default", "nonsense")}
     assert (len(by_set["default"]), len(by_set["nonsense"])) == (2, 1)
     sets = result["findings"]["sets"]
@@ -119,7 +119,7 @@ def test_tasks_are_asked_as_the_evaluation_asks_them(
     options = {"seeds": [1, 1], "tasks": ["piqa"], "task_data": str(tmp_path), "task_limit": 8}
     result = run_study(STUDY, choice_of(model, tmp_path / "out", text, methods=("w8a8",), options=options))
     assert seen == [("LlamaForCausalLM", "<s>", TaskChoice(("piqa",), tmp_path, 8))] * 4
-    tasks = [row for row in result["rows"] if row["kind"] == "task"]
+    tasks = [row for row in result["rows"] if row["table"] == "task"]
     assert [(row["task"], row["accuracy"], row["questions"]) for row in tasks] == [("piqa", 0.25, 8)] * 4
     with pytest.raises(FewbitError, match="go with --tasks"):
         cells(choice_of(model, tmp_path / "other", text, options={"task_limit": 8}))
@@ -129,7 +129,7 @@ def test_a_run_is_that_of_the_quantize_command(model: Path, text: Path, tmp_path
     given = {"methods": ("gptq",), "options": {"seeds": [1, 1]}}
     choice = choice_of(model, tmp_path / "study", text, **given)
     result = run_study(STUDY, choice)
-    row = next(r for r in result["rows"] if r["kind"] == "run" and r.get("set") == "default")
+    row = next(r for r in result["rows"] if r["table"] == "run" and r.get("set") == "default")
     recipe = fewbit.preset("gptq", bits=3)
     options = CalibrationOptions(choice.calibration, original_inputs=True)
     fewbit.quantize(model, tmp_path / "out", recipe, RunOptions(calibration=options))
@@ -144,16 +144,16 @@ def made_rows(effects: dict[str, float], seed_deviation: float, windows: int = 2
     """Rows of a method whose sets differ by known amounts."""
     generator = random.Random(1)
     hard = [generator.gauss(0, 0.3) for _ in range(windows)]
-    rows: list[dict[str, Any]] = [{"kind": "run", "method": "original", "bits": 16, "perplexity": 20.0}]
+    rows: list[dict[str, Any]] = [{"table": "run", "method": "original", "bits": 16, "perplexity": 20.0}]
     for name, effect in {"default": 0.0, **effects}.items():
         for seed in range(3):
             luck = generator.gauss(0, seed_deviation)
             base = {"set": name, "axis": "language" if name in ("hin", "deu") else "quality", "seed": seed}
             base.update(method="gptq", bits=4)
-            rows.append({"kind": "run", **base, "nll": 3 + effect + luck})
+            rows.append({"table": "run", **base, "nll": 3 + effect + luck})
             for window in range(windows):
                 nll = 3 + hard[window] + effect + luck + generator.gauss(0, 0.002)
-                rows.append({"kind": "loss", **base, "window": window, "nll": nll})
+                rows.append({"table": "loss", **base, "window": window, "nll": nll})
     return rows
 
 

@@ -81,7 +81,7 @@ def test_the_study_end_to_end(planted: Path, texts: Path, tmp_path: Path) -> Non
     straight = run_study(STUDY, replace(choice, out=tmp_path / "straight"))
     assert result["rows"] == straight["rows"] and result["findings"] == straight["findings"]
     rows = json.loads((tmp_path / "out" / "study.json").read_text())["rows"]
-    sites = {(r["set"], r["block"], r["site"]): r for r in rows if r["kind"] == "site"}
+    sites = {(r["set"], r["block"], r["site"]): r for r in rows if r["table"] == "site"}
     assert len(sites) == 5 * 3 * 4
     hurt = sites["default", 1, "attention in"]
     assert hurt["outlier_channels"] == "5" and hurt["top_share"] > 0.9 and hurt["kurtosis"] > 20
@@ -91,14 +91,14 @@ def test_the_study_end_to_end(planted: Path, texts: Path, tmp_path: Path) -> Non
     assert {sites[name, 1, "attention in"]["outlier_channels"] for name in ("default", "code", "hindi")} == {"5"}
     assert len(overlap) == 10
     assert overlap["default", "hindi"]["jaccard"] > 2 * overlap["default", "hindi"]["by_chance"]
-    errors = {(r["block"], r["site"], r["granularity"], r["ranges"]): r["error"] for r in rows if r["kind"] == "w8a8"}
+    errors = {(r["block"], r["site"], r["granularity"], r["ranges"]): r["error"] for r in rows if r["table"] == "w8a8"}
     assert len(errors) == 3 * 4 * 4
     assert errors[1, "attention in", "tensor", "static"] > 10 * errors[0, "attention in", "tensor", "static"]
-    fixes = {(r["block"], r["site"], r["inputs"], r["fix"]): r for r in rows if r["kind"] == "fix"}
+    fixes = {(r["block"], r["site"], r["inputs"], r["fix"]): r for r in rows if r["table"] == "fix"}
     assert {key[3] for key in fixes} == set(FIXES) and len(fixes) == 3 * 4 * 2 * 5
     plain, awq = (fixes[1, "attention in", "16 bits", name]["error"] for name in ("none", "awq"))
     assert awq < 0.5 * plain
-    models = [r for r in rows if r["kind"] == "model"]
+    models = [r for r in rows if r["table"] == "model"]
     assert len(models) == 1 + 7 + 4 * 4 and {r["sites"] for r in models} >= {"none", "all", "mlp out"}
     assert any("Overlap of outlier channels" in line for line in result["conclusion"])
     assert any("Between languages" in line for line in result["conclusion"])
@@ -117,9 +117,9 @@ def test_experts_that_see_few_tokens_and_weights_that_are_transposed(name: str, 
     for cell in STUDY.cells(choice):
         if cell["set"] == "default":
             rows += STUDY.run_cell(cell, opened, lambda share, what: None)
-    assert {row["kind"] for row in rows} == {"site", "weights", "states", "w8a8", "fix", "model"}
-    assert {row["fix"] for row in rows if row["kind"] == "fix"} == {"none", "smoothquant"}
-    errors = [row["error"] for row in rows if row["kind"] == "w8a8"]
+    assert {row["table"] for row in rows} == {"site", "weights", "states", "w8a8", "fix", "model"}
+    assert {row["fix"] for row in rows if row["table"] == "fix"} == {"none", "smoothquant"}
+    errors = [row["error"] for row in rows if row["table"] == "w8a8"]
     assert all(0 < error < 0.01 for error in errors)
     assert summarize(rows, choice).conclusion
 

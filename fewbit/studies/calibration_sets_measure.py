@@ -186,7 +186,7 @@ def _measure(cell: Cell, drawn: CalibrationSet, opened: OpenedSets, out: Path, t
 
 def _failed(about: Row, error: FewbitError) -> Row:
     """A set that a method cannot take is a result too: the other cells go on."""
-    return {"kind": "failed", **about, "reason": str(error)}
+    return {"table": "failed", **about, "reason": str(error)}
 
 
 def _scored(about: Row, model: Any, opened: OpenedSets) -> list[Row]:
@@ -194,11 +194,11 @@ def _scored(about: Row, model: Any, opened: OpenedSets) -> list[Row]:
     windows = opened.inner.windows
     losses = window_losses(model, windows, str(about["method"]))
     nll = math.fsum(losses) / len(losses)
-    run = {"kind": "run", **about, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+    run = {"table": "run", **about, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
     base = {key: about[key] for key in ("set", "axis", "seed", "method", "bits") if key in about}
-    rows = [run, *({"kind": "loss", **base, "window": i, "nll": loss} for i, loss in enumerate(losses))]
+    rows = [run, *({"table": "loss", **base, "window": i, "nll": loss} for i, loss in enumerate(losses))]
     if opened.scorer is not None:
         for task, found in opened.scorer(model).items():
             kept = {key: found[key] for key in ("metric", "accuracy", "standard_error", "questions") if key in found}
-            rows.append({"kind": "task", **base, "task": task, **kept})
+            rows.append({"table": "task", **base, "task": task, **kept})
     return rows

@@ -18,7 +18,7 @@ _MEANING = (
 def draw(result: Result) -> list[Section]:
     """The sections of the page."""
     findings, rows = result["findings"], result["rows"]
-    runs = [row for row in rows if row["kind"] == "run" and "set" in row]
+    runs = [row for row in rows if row["table"] == "run" and "set" in row]
     sections = [_seeds(findings["seeds"], runs)]
     for verdict in findings["verdicts"]:
         method, bits = verdict["method"], verdict["bits"]

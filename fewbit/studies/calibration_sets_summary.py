@@ -23,7 +23,7 @@ def summarize(rows: list[Row], choice: StudyChoice) -> Summary:
     """
     margin = float(choice.options.get("margin", MARGIN))
     alpha = float(choice.options.get("alpha", ALPHA))
-    axes = {row["set"]: row["axis"] for row in rows if row["kind"] == "run" and "set" in row}
+    axes = {row["set"]: row["axis"] for row in rows if row["table"] == "run" and "set" in row}
     losses = collect(rows)
     found: list[Row] = []
     spreads: list[Row] = []
@@ -51,7 +51,7 @@ def summarize(rows: list[Row], choice: StudyChoice) -> Summary:
         "sets": found,
         "seeds": spreads,
         "tasks": _tasks(rows),
-        "failed": [{k: v for k, v in row.items() if k != "kind"} for row in rows if row["kind"] == "failed"],
+        "failed": [{k: v for k, v in row.items() if k != "table"} for row in rows if row["table"] == "failed"],
         "verdicts": verdicts(found),
     }
     return Summary(findings, conclude(findings))
@@ -61,7 +61,7 @@ def collect(rows: list[Row]) -> Losses:
     """The losses of all methods, windows in order."""
     losses: Losses = {}
     for row in rows:
-        if row["kind"] == "loss" and "set" in row:
+        if row["table"] == "loss" and "set" in row:
             seeds = losses.setdefault((row["method"], row["bits"]), {}).setdefault(row["set"], {})
             seeds.setdefault(row["seed"], []).append(row["nll"])
     return losses
@@ -120,7 +120,7 @@ def _tasks(rows: list[Row]) -> list[Row]:
     """Mean accuracy over seeds by method, set and task, and its difference from the default set's."""
     groups: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
-        if row["kind"] == "task":
+        if row["table"] == "task":
             key = (row["method"], row["bits"], row.get("set", "original"), row["task"])
             groups.setdefault(key, []).append(row["accuracy"])
     found: list[Row] = []

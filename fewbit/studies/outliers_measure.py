@@ -49,11 +49,11 @@ def measure_statistics(cell: Cell, opened: Opened, tell: Tell) -> list[Row]:
     for site in input_sites(network, list(recorder.found), recorder.shared):
         found: InputStatistics = recorder.of(site.key)
         mask = outlier_channels(found.rms, cell["factor"])
-        rows.append({"kind": "site", **base, **_place(site), **_site_values(found, mask)})
+        rows.append({"table": "site", **base, **_place(site), **_site_values(found, mask)})
         if cell["set"] == DEFAULT:
             rows[-1]["profile"] = " ".join(f"{value:.2f}" for value in profile(found.rms, PROFILE_BINS))
-            rows += [{"kind": "weights", **base, **_place(site), **row} for row in _weights(site, found.rms, mask)]
-    return rows + [{"kind": "states", **base, "after_block": i, **_described(one)} for i, one in enumerate(states)]
+            rows += [{"table": "weights", **base, **_place(site), **row} for row in _weights(site, found.rms, mask)]
+    return rows + [{"table": "states", **base, "after_block": i, **_described(one)} for i, one in enumerate(states)]
 
 
 def _site_values(found: InputStatistics, mask: Tensor) -> Row:
@@ -131,14 +131,14 @@ def _site_errors(site: InputSite, seen: SiteRecord, inputs: list[Tensor], cell: 
     for granularity in GRANULARITIES:
         for ranges in RANGES:
             error = w8a8_error(site.consumers, seen, inputs, granularity, ranges)
-            rows.append({"kind": "w8a8", **_place(site), "granularity": granularity, "ranges": ranges, "error": error})
+            rows.append({"table": "w8a8", **_place(site), "granularity": granularity, "ranges": ranges, "error": error})
     for bits in cell["bits"]:
         for fix in cell["fixes"]:
             fixed = apply_fix(fix, site.consumers, seen, bits)
             for name, input_bits in (("16 bits", None), ("8 bits static", 8)):
                 rows.append(
                     {
-                        "kind": "fix",
+                        "table": "fix",
                         **_place(site),
                         "bits": bits,
                         "inputs": name,
@@ -169,11 +169,11 @@ def measure_model(cell: Cell, opened: Opened, tell: Tell) -> list[Row]:
         ]
     rows: list[Row] = []
     if where == "all":
-        rows.append({"kind": "model", "sites": "none", **_loss(opened)})
+        rows.append({"table": "model", "sites": "none", **_loss(opened)})
     for index, choice in enumerate(choices):
         tell(index / len(choices), f"{where} sites, {choice.granularity} {choice.ranges}")
         with rounding_inputs(network, choice, ids, only=only) as simulation:
-            row: Row = {"kind": "model", "sites": where, "granularity": choice.granularity, "ranges": choice.ranges}
+            row: Row = {"table": "model", "sites": where, "granularity": choice.granularity, "ranges": choice.ranges}
             row.update(smoothed="none" if choice.exponent is None else choice.smoothed)
             row.update(bits_per_weight=simulation.bits_per_weight)
             rows.append({**row, **_loss(opened)})

@@ -16,7 +16,7 @@ def draw(result: Result) -> list[Section]:
     rows, findings = result["rows"], result["findings"]
     kinds: dict[str, list[Row]] = {}
     for row in rows:
-        kinds.setdefault(row["kind"], []).append(row)
+        kinds.setdefault(row["table"], []).append(row)
     sections = []
     default = [row for row in kinds.get("site", []) if row["set"] == DEFAULT]
     if default:

@@ -22,7 +22,7 @@ def summarize(rows: list[Row], choice: StudyChoice) -> Summary:
     """Findings by kind of row, and the conclusion."""
     kinds: dict[str, list[Row]] = {}
     for row in rows:
-        kinds.setdefault(row["kind"], []).append(row)
+        kinds.setdefault(row["table"], []).append(row)
     findings = {
         "sites": _sites(kinds.get("site", [])),
         "overlap": _overlap(kinds.get("site", [])),
@@ -152,7 +152,7 @@ def _model(rows: list[Row]) -> list[Row]:
     """Losses against the original's."""
     base = next((row["nll"] for row in rows if row["sites"] == "none"), None)
     return [
-        {**{k: v for k, v in row.items() if k != "kind"}, "nll_rise": row["nll"] - base}
+        {**{k: v for k, v in row.items() if k != "table"}, "nll_rise": row["nll"] - base}
         for row in rows
         if base is not None
     ]
