@@ -10,6 +10,7 @@ import typer
 from fewbit.cli_plan import plan
 from fewbit.cli_quantize import curvature, quantize
 from fewbit.cli_shared import HtmlFlag, JsonFlag, announce, print_json
+from fewbit.cli_study import study_app
 from fewbit.cli_tune import tune
 from fewbit.errors import FewbitError
 from fewbit.progress import progress_line
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="List and fetch the models that need no hub.", invoke_without_command=True)
 app.add_typer(models_app, name="models")
+app.add_typer(study_app, name="study")
 
 
 def _show_version(wanted: bool) -> None:

@@ -11,7 +11,11 @@ _QUIET_FOR = 2.0
 
 @contextmanager
 def progress_line(what: str, unit: float = 1.0) -> Iterator[Callable[[int, int, str], None]]:
-    """A callable (done, total, current) that shows progress of `what`; `unit` divides the counts for display."""
+    """A callable (done, total, current) that shows progress of `what`; `unit` divides the counts for display.
+
+    Counts that fall begin a new part of the work: the end time is then that of this part.
+    """
+    before = 0
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -29,6 +33,10 @@ def progress_line(what: str, unit: float = 1.0) -> Iterator[Callable[[int, int, 
             task = bar.add_task(what, total=None, current="")
 
             def show(done: int, total: int, current: str) -> None:
+                nonlocal before
+                if done < before:
+                    bar.reset(task)
+                before = done
                 bar.update(task, completed=done / unit, total=total / unit, current=current[-60:])
 
             yield show
@@ -36,8 +44,11 @@ def progress_line(what: str, unit: float = 1.0) -> Iterator[Callable[[int, int, 
     began = last = time.monotonic()
 
     def plain(done: int, total: int, current: str) -> None:
-        nonlocal last
+        nonlocal began, last, before
         now = time.monotonic()
+        if done < before:
+            began = last = now
+        before = done
         if now - began < _QUIET_FOR or (now - last < _PLAIN_EVERY and done < total) or not done:
             return
         last = now

@@ -105,7 +105,7 @@ def test_distance_from_itself_is_zero_and_from_fewer_bits_is_more(
     assert same["perplexity_ratio"] == 1
     assert eight["kl_mean"] < three["kl_mean"]
     assert three["bits_per_weight"] < 4 < eight["bits_per_weight"]
-    monkeypatch.setattr("fewbit.evaluation.evaluate.available_bytes", lambda: 0)
+    monkeypatch.setattr("fewbit.evaluation.score.available_bytes", lambda: 0)
     again = fewbit.evaluate(models, text, Protocol(32, 4), reference=tiny)
     for a, b in zip(kept["models"], again["models"], strict=True):
         assert a["kl_mean"] == b["kl_mean"]
@@ -135,7 +135,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         for name, value in attrs:
-            if name in ("src", "href", "xlink:href", "data") and value and not value.startswith("#"):
+            if name in ("src", "href", "xlink:href", "data") and value and not value.startswith(("#", "data:")):
                 self.fetched.append(value)
 
 

@@ -48,20 +48,18 @@ class WorkFolder:
         self.out = out.absolute()
         self.path = self.place(out)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = _lock(self.path, out)
+        self._lock: int | None = lock_folder(self.path, out)
         job_path = self.path / _JOB
-        before = _read(job_path)
+        before = read_json(job_path)
         if before is None or (restart and before != job):
             for leftover in self.path.iterdir():
                 leftover.unlink()
             write_json(job_path, job)
         elif before != job:
             self.release()
-            differs = sorted(k for k in before.keys() | job.keys() if before.get(k) != job.get(k))
-            shown = "; ".join(f"{k} was {_short(before.get(k))}, is {_short(job.get(k))}" for k in differs)
             raise FewbitError(
-                f"{out}: a run with other arguments was interrupted here ({shown}): repeat those arguments to go on, "
-                "or pass --overwrite to begin again"
+                f"{out}: a run with other arguments was interrupted here ({differences(before, job)}): "
+                "repeat those arguments to go on, or pass --overwrite to begin again"
             )
 
     @staticmethod
@@ -77,7 +75,7 @@ class WorkFolder:
 
     def finished(self, shard: str) -> list[dict[str, Any]] | None:
         """The records of a shard that an earlier run finished, else None."""
-        record = _read(self.path / f"{shard}.json")
+        record = read_json(self.path / f"{shard}.json")
         if record is None or not (self.path / shard).is_file():
             return None
         if (self.path / shard).stat().st_size != record["bytes"]:
@@ -110,7 +108,7 @@ def write_json(path: Path, data: Any) -> None:
     partial.replace(path)
 
 
-def _lock(folder: Path, out: Path) -> int:
+def lock_folder(folder: Path, out: Path) -> int:
     """A descriptor that holds the folder's lock until it is closed; FewbitError when another process has it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -139,11 +137,18 @@ def write_index(work: WorkFolder, shards: dict[str, list[str]]) -> None:
         write_json(work.path / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The JSON of a file; None where there is none that is whole."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two jobs, for a message."""
+    keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    return "; ".join(f"{k} was {_short(before.get(k))}, is {_short(now.get(k))}" for k in keys)
 
 
 def _short(value: Any) -> str:

@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 Observer = Callable[[str, Tensor, Tensor | None], None]
 """Called with a layer's key, its inputs `(tokens, in)` and, going back, gradients of its outputs `(tokens, out)`."""
+Replacement = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
+"""Called with a layer's key, inputs `(..., in)`, weight `(out, in)` and bias; gives its outputs `(..., out)`."""
 
 
 @dataclass(frozen=True)
@@ -38,32 +40,60 @@ def watching(layers: list[Watched], observer: Observer, backward: bool) -> Itera
     """While inside, `observer` sees every use of the watched weights: their inputs, or with `backward` inputs and
     gradients when a loss is differentiated. Works under activation checkpointing; weights get no gradients.
     """
+
+    def seen(key: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if backward:
+            return _Observed.apply(x, weight, bias, key, observer)
+        observer(key, x.reshape(-1, x.shape[-1]), None)
+        return None
+
+    with _intercepting(layers, seen):
+        yield
+
+
+@contextmanager
+def replacing(layers: list[Watched], replacement: Replacement) -> Iterator[None]:
+    """While inside, every use of the watched weights gives what `replacement` makes of it instead."""
+    with _intercepting(layers, replacement):
+        yield
+
+
+@contextmanager
+def _intercepting(layers: list[Watched], answer: "_Answer") -> Iterator[None]:
     keys = {layer.weight.data_ptr(): layer.key for layer in layers}
     owners = {id(layer.module): layer.module for layer in layers}
+    before = {key: module.__dict__.get("forward") for key, module in owners.items()}
     try:
         for module in owners.values():
-            module.forward = _Watching(module.forward, keys, observer, backward)
+            module.forward = _Watching(module.forward, keys, answer)
         yield
     finally:
-        for module in owners.values():
-            del module.forward
+        for key, module in owners.items():
+            module.__dict__.pop("forward", None)
+            outer = before[key]
+            if outer is not None:
+                module.forward = outer
+
+
+_Answer = Callable[[str, Tensor, Tensor, Tensor | None], Tensor | None]
+"""As a Replacement, or None for what the call gives by itself."""
 
 
 class _Watching:
     """A module's forward, run under a mode that sees its calls of linear; again when a checkpoint recomputes it."""
 
-    def __init__(self, forward: Any, keys: dict[int, str], observer: Observer, backward: bool) -> None:
-        self._forward, self._keys, self._observer, self._backward = forward, keys, observer, backward
+    def __init__(self, forward: Any, keys: dict[int, str], answer: _Answer) -> None:
+        self._forward, self._keys, self._answer = forward, keys, answer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _LinearMode(self._keys, self._observer, self._backward):
+        with _LinearMode(self._keys, self._answer):
             return self._forward(*args, **kwargs)
 
 
 class _LinearMode(TorchFunctionMode):
-    def __init__(self, keys: dict[int, str], observer: Observer, backward: bool) -> None:
+    def __init__(self, keys: dict[int, str], answer: _Answer) -> None:
         super().__init__()
-        self._keys, self._observer, self._backward = keys, observer, backward
+        self._keys, self._answer = keys, answer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -71,11 +101,8 @@ class _LinearMode(TorchFunctionMode):
         key = self._keys.get(call[1].data_ptr()) if call is not None else None
         if call is None or key is None:
             return func(*args, **kwargs)
-        x, weight, bias = call
-        if self._backward:
-            return _Observed.apply(x, weight, bias, key, self._observer)
-        self._observer(key, x.reshape(-1, x.shape[-1]), None)
-        return func(*args, **kwargs)
+        out = self._answer(key, *call)
+        return func(*args, **kwargs) if out is None else out
 
 
 def _as_linear(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None] | None:

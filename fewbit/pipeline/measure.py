@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from fewbit.calibration.tokens import CalibrationSet
 from fewbit.checkpoints.locate import locate
-from fewbit.checkpoints.source import open_checkpoint
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.fisher import measure_fisher
@@ -42,8 +43,33 @@ def measure(
     plan = make_plan(checkpoint, recipe or Recipe(group_size="row"), 1 << 62)
     network = open_network(checkpoint, plan, device, walking=choice.kind == "gram")
     calibration = calibration_set(checkpoint, options.choice, network.model, progress)
+    measure_tokens(network, checkpoint, calibration, out, choice, options, progress)
+    return {
+        "folder": str(out),
+        "kind": choice.kind,
+        "sequences": calibration.ids.shape[0],
+        "tokens": calibration.ids.numel(),
+        "tokens_sha256": calibration.sha256,
+        "bytes": sum(path.stat().st_size for path in out.iterdir()),
+        "seconds": time.perf_counter() - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def measure_tokens(
+    network: Network,
+    checkpoint: Checkpoint,
+    calibration: CalibrationSet,
+    out: Path,
+    choice: CurvatureChoice,
+    options: CalibrationOptions,
+    progress: Progress | None = None,
+) -> None:
+    """Measure a curvature on given sequences into the folder `out`; goes on where it stopped.
+
+    network: opened for walking where the kind is gram; its blocks are empty afterwards then.
+    """
     writer = CurvatureWriter(out, checkpoint, choice, {**calibration.describe(), "blocks": len(network.blocks)})
-    count = calibration.ids.shape[0]
     if choice.kind == "gram":
         _gram(network, calibration.ids, choice, options, writer, progress)
     else:
@@ -63,16 +89,6 @@ def measure(
             found.check_gradients()
             for index in stage:
                 _put(network, index, found, writer)
-    return {
-        "folder": str(out),
-        "kind": choice.kind,
-        "sequences": count,
-        "tokens": calibration.ids.numel(),
-        "tokens_sha256": calibration.sha256,
-        "bytes": sum(path.stat().st_size for path in out.iterdir()),
-        "seconds": time.perf_counter() - started,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
 
 
 def _gram(

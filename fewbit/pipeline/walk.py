@@ -7,17 +7,23 @@ called with (masks, position embeddings) is the same for all sequences of one le
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.observe import Watched, watching
 from fewbit.errors import FewbitError
 
 Step = Callable[[], None]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Observing(Protocol):
+    """Something that is shown what the layers of a block see."""
+
+    def observe(self, key: str, x: Tensor, gradient: Tensor | None) -> None:
+        """One call of a layer with inputs `(tokens, in)`."""
 
 
 class Walk:
@@ -59,12 +65,12 @@ class Walk:
                 handle.remove()
         return entering[0], calls
 
-    def observe(self, index: int, layers: list[Watched], accumulator: Accumulator, step: Step) -> None:
+    def observe(self, index: int, layers: list[Watched], accumulator: Observing, step: Step) -> None:
         """Run block `index` over all sequences for what its layers see; the states stay."""
         with watching(layers, accumulator.observe, backward=False):
             self._run(index, step, keep=False)
 
-    def observe_and_advance(self, index: int, layers: list[Watched], accumulator: Accumulator, step: Step) -> None:
+    def observe_and_advance(self, index: int, layers: list[Watched], accumulator: Observing, step: Step) -> None:
         """Both in one pass: what the layers see and the next states are those of the weights as they are."""
         with watching(layers, accumulator.observe, backward=False):
             self._run(index, step, keep=True)

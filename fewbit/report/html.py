@@ -16,10 +16,11 @@ from fewbit.versions import versions
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing and what it shows."""
+    """A drawing and what it shows; `wide` ones take the page's whole width."""
 
     svg: str
     caption: str
+    wide: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """Plots as SVG text, drawn from report data; nothing is fetched to show them."""
 
-import io
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from fewbit.errors import missing_extra
+from fewbit.report.canvas import new_figure as _figure
+from fewbit.report.canvas import to_svg as _svg
 
 COLOURS = {"original": "#5b6478", "rtn": "#c8553d", "adpq": "#e0a030", "adpq+": "#0b6e99"}
 _OTHERS = ["#2f8f6b", "#7a5195", "#ef5675", "#4f6d7a"]
@@ -14,25 +13,6 @@ _OTHERS = ["#2f8f6b", "#7a5195", "#ef5675", "#4f6d7a"]
 def colour(method: str) -> str:
     """The same colour for a method in every plot."""
     return COLOURS.get(method) or _OTHERS[sum(map(ord, method)) % len(_OTHERS)]
-
-
-def _figure(width: float = 6.2, height: float = 3.8) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing_extra("matplotlib", "report") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return re.sub(r"\A.*?(?=<svg)", "", text, flags=re.DOTALL)
 
 
 def bits_against_perplexity(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,0 +1,45 @@
+"""How the inputs of linear layers are rounded, beside their weights."""
+
+from dataclasses import dataclass
+
+from fewbit.errors import FewbitError
+
+GRANULARITIES = ("tensor", "token")
+RANGES = ("static", "dynamic")
+SMOOTHED = ("norms", "all")
+
+
+@dataclass(frozen=True)
+class ActivationChoice:
+    """How inputs are rounded: W8A8 and its relatives.
+
+    granularity: one range for all tokens, or one for each token. ranges: static, measured on calibration text before
+    (for tokens: one for each position in the sequence), or dynamic, of the very inputs that are rounded. symmetric:
+    zero in the middle, else a zero-point. bits, weight_bits: 2 to 8; weights have one symmetric scale an output
+    channel. exponent: SmoothQuant's alpha (arXiv 2211.10438), how much of the inputs' spread moves into the weights;
+    None for no smoothing. smoothed: norms, the layers that a norm feeds, as published; all, also those that a linear
+    layer feeds.
+    """
+
+    granularity: str = "tensor"
+    ranges: str = "static"
+    symmetric: bool = True
+    bits: int = 8
+    weight_bits: int = 8
+    exponent: float | None = None
+    smoothed: str = "norms"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("granularity", GRANULARITIES), ("ranges", RANGES), ("smoothed", SMOOTHED)):
+            if getattr(self, name) not in choices:
+                raise FewbitError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for name in ("bits", "weight_bits"):
+            if not 2 <= getattr(self, name) <= 8:
+                raise FewbitError(f"{name} must be from 2 to 8, not {getattr(self, name)}")
+        if self.exponent is not None and not 0 <= self.exponent <= 1:
+            raise FewbitError(f"the smoothing exponent must be from 0 to 1, not {self.exponent}")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration text."""
+        return self.ranges == "static" or self.exponent is not None

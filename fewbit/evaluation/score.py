@@ -1,0 +1,97 @@
+"""Score a model in memory on windows of tokens: its loss, and its distance from the original's predictions."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FewbitError
+from fewbit.evaluation.perplexity import Totals, quantile
+from fewbit.memory import available_bytes
+from fewbit.runtime.load import load
+
+Step = Callable[[str], None]
+
+
+class Original:
+    """The original's logits, kept in memory when they fit into half of what is free, else computed each time."""
+
+    def __init__(self, name: str | Path, windows: Tensor, device: str | None, step: Step | None = None) -> None:
+        """Load the model; where its logits fit, run it on `windows` `(windows, length)`, calling `step` after each."""
+        self._model = load(name, device=device)
+        self._windows, self._step = windows, step
+        vocabulary = self._model.get_output_embeddings().weight.shape[0]
+        size = windows.numel() * vocabulary * self._model.dtype.itemsize
+        self._kept: list[Tensor] | None = [] if size < available_bytes() // 2 else None
+        if self._kept is not None:
+            for window in windows:
+                self._kept.append(window_logits(self._model, window).cpu())
+                if step:
+                    step(f"original {name}")
+            del self._model
+
+    def logits(self, index: int) -> Tensor:
+        """Logits `(tokens - 1, vocabulary)` of window `index`."""
+        if self._kept is not None:
+            return self._kept[index]
+        return window_logits(self._model, self._windows[index])
+
+
+@torch.inference_mode()
+def window_logits(model: Any, window: Tensor) -> Tensor:
+    """Logits `(tokens - 1, vocabulary)` that predict every token of a window but its first."""
+    try:
+        return model(window[None].to(model.device), use_cache=False).logits[0, :-1]
+    except (IndexError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise FewbitError(f"the model cannot run a window of {window.numel()} tokens ({first})") from error
+
+
+def window_losses(model: Any, windows: Tensor, name: str, step: Step | None = None) -> list[float]:
+    """Mean next-token loss of every window, in nats a token; FewbitError when one is no number to report."""
+    found = []
+    for window in windows:
+        totals = Totals()
+        totals.add(window_logits(model, window), window[1:].to(model.device), None)
+        loss = totals.nll / totals.tokens
+        if not math.isfinite(loss):
+            raise FewbitError(f"{name}: its loss is {loss}, not a number to report: are the weights damaged?")
+        found.append(loss)
+        if step:
+            step(name)
+    return found
+
+
+def score(
+    model: Any, windows: Tensor, original: Original | None, name: str, step: Step | None = None
+) -> dict[str, float]:
+    """Loss of `model` in nats a token; with an original also KL from it, in nats a token.
+
+    Returns ``perplexity, nll`` and ``kl_mean, kl_p99, top1_agreement, perplexity_ratio``. `name` is for messages.
+    Raises FewbitError when the loss is no number to report.
+    """
+    totals, baseline = Totals(), Totals()
+    for index, window in enumerate(windows):
+        targets = window[1:].to(model.device)
+        expected = original.logits(index) if original is not None else None
+        logits = window_logits(model, window)
+        if expected is not None and expected.shape != logits.shape:
+            raise FewbitError(f"{name}: its vocabulary is not the reference's: is it the same model?")
+        totals.add(logits, targets, expected)
+        if expected is not None:
+            baseline.add(expected.to(model.device), targets, None)
+        if step:
+            step(name)
+    nll = totals.nll / totals.tokens
+    if not math.isfinite(nll) or nll > 700:
+        raise FewbitError(f"{name}: its loss is {nll}, not a number to report: are the weights damaged?")
+    row: dict[str, float] = {"perplexity": math.exp(nll), "nll": nll}
+    if original is not None:
+        row["kl_mean"] = float(torch.cat(totals.divergences).double().mean())
+        row["kl_p99"] = quantile(totals.divergences, 0.99)
+        row["top1_agreement"] = totals.same_top / totals.tokens
+        row["perplexity_ratio"] = math.exp(nll - baseline.nll / baseline.tokens)
+    return row

@@ -1,0 +1,165 @@
+"""Fixes for outliers tried on the layers of one site alone: what each gives back of the error of their outputs.
+
+Every fix starts from the same plain rounding in groups; nothing compensates for errors, so that the fixes compare.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fewbit.activations.rounding import Range, range_of, round_inputs, round_weight
+from fewbit.activations.site_record import SiteRecord
+from fewbit.activations.smoothing import smoothing_scales
+from fewbit.architecture.network import Site
+from fewbit.curvature.damping import factor, prepare
+from fewbit.formats.scheme import Scheme, StoredWeight, stored_bytes
+from fewbit.outliers.adaptive_lasso import outlier_count
+from fewbit.pipeline.awq import best_scales
+from fewbit.pipeline.fit_grid import encode, fit_core
+from fewbit.pipeline.plan import place_outliers, scheme_for
+from fewbit.pipeline.solve_weight import solve_weight
+from fewbit.recipe import Recipe
+
+FIXES = ("none", "adaptive-lasso", "smoothquant", "awq", "sensitivity")
+_LASSO_FRACTION = 0.05
+_SENSITIVE_FRACTION = 0.01
+_DAMPING = 1.0
+_W8A8 = 8
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Decoded weights of a site's layers, float32 `(out, in)` each, for inputs that are divided by `scales` `(in,)`."""
+
+    weights: list[Tensor]
+    scales: Tensor | None
+    bits_per_weight: float
+
+
+def apply_fix(fix: str, consumers: Sequence[Site], record: SiteRecord, bits: int) -> Fixed:
+    """Round the weights of a site's layers to `bits` bits in groups, with one of FIXES.
+
+    adaptive-lasso: 5 % of the weights get a grid of their own in each group (arXiv 2405.13358). smoothquant: scales of
+    exponent 0.5 (2211.10438). awq: scales by search (2306.00978). sensitivity: the 1 % of the weights whose rounding
+    costs most, ``(w - q)^2 / [H^-1]_jj``, are kept in float16 (2306.03078), with no compensation of the others.
+    """
+    weights = [site.read().float() for site in consumers]
+    base = Recipe(bits=bits, group_size="128,64,auto")
+    scheme = scheme_for(weights[0].shape[1], base)
+    scales = None
+    if fix == "smoothquant":
+        scales = smoothing_scales(record.largest, weights, 0.5)
+    elif fix == "awq":
+        _, scales = best_scales(consumers, record.gram, lambda _, w: solve_weight(w, None, base, scheme).decoded)
+    if scales is not None:
+        weights = [weight * scales for weight in weights]
+    if fix == "adaptive-lasso":
+        recipe = replace(base, outliers="adaptive-lasso", outlier_fraction=_LASSO_FRACTION)
+        scheme = scheme_for(weights[0].shape[1], recipe)
+        solved = [solve_weight(weight, None, recipe, scheme) for weight in weights]
+        counts = [0 if one.rows.outlier_positions is None else one.rows.outlier_positions.numel() for one in solved]
+        return Fixed([one.decoded for one in solved], None, _bits(weights, scheme, recipe, counts))
+    if fix == "sensitivity":
+        inverse = inverse_diagonal(record.gram)
+        recipe = replace(base, outliers="adaptive-lasso", outlier_fraction=_SENSITIVE_FRACTION, outlier_grid="float16")
+        kept = [keep_sensitive(weight, inverse, _SENSITIVE_FRACTION, scheme) for weight in weights]
+        counts = [int(mask.sum()) for _, mask in kept]
+        return Fixed(
+            [w for w, _ in kept], None, _bits(weights, scheme_for(weights[0].shape[1], recipe), recipe, counts)
+        )
+    decoded = [solve_weight(weight, None, base, scheme).decoded for weight in weights]
+    return Fixed(decoded, scales, _bits(weights, scheme, base, [0] * len(weights)))
+
+
+def inverse_diagonal(gram: Tensor) -> Tensor:
+    """``[H^-1]_jj`` of a damped Gram `(in, in)`, float32 `(in,)`; 1 for all where it has no factor."""
+    prepared, _ = prepare(gram)
+    found = factor(prepared, _DAMPING)
+    if found is None:
+        return torch.ones(gram.shape[0])
+    return found.upper.square().sum(dim=0)
+
+
+def keep_sensitive(weight: Tensor, inverse: Tensor, fraction: float, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Weights `(out, in)` rounded in groups but for the `fraction` whose rounding costs most, which become float16.
+
+    Returns the decoded weights and the mask of those that were kept. The grids are fitted to the others.
+    """
+    cost = (_round(weight, None, scheme) - weight).square() / inverse
+    count = outlier_count(weight.numel(), fraction)
+    mask = torch.zeros(weight.numel(), dtype=torch.bool)
+    mask[cost.flatten().topk(count).indices] = True
+    mask = mask.view_as(weight)
+    return torch.where(mask, weight.half().float(), _round(weight, mask, scheme)), mask
+
+
+def _round(weight: Tensor, mask: Tensor | None, scheme: Scheme) -> Tensor:
+    rows = weight.shape[0]
+    x = weight.reshape(-1, scheme.group_size)
+    outside = None if mask is None else mask.reshape(-1, scheme.group_size)
+    core = x if outside is None else x.masked_fill(outside, 0.0)
+    grid = fit_core(core, rows, scheme, None, outside, None)
+    offset = grid.offset.view(-1, 1) if isinstance(grid.offset, Tensor) else grid.offset
+    return encode(core, grid.scale.view(-1, 1), offset, scheme)[1].view_as(weight)
+
+
+def _bits(weights: Sequence[Tensor], scheme: Scheme, recipe: Recipe, outliers: Sequence[int]) -> float:
+    size = count = 0
+    for weight, kept in zip(weights, outliers, strict=True):
+        shape = (weight.shape[0], weight.shape[1])
+        size += stored_bytes(StoredWeight(scheme, shape, kept, place_outliers(shape, scheme, recipe, kept)))
+        count += weight.numel()
+    return 8 * size / count
+
+
+def output_error(
+    weights: Sequence[Tensor], found: Sequence[Tensor], inputs: Sequence[Tensor], seen: Sequence[Tensor]
+) -> float:
+    """``sum |x' W'^T - x W^T|^2 / sum |x W^T|^2`` over the layers of a site and the sequences.
+
+    weights, inputs: as they were. found, seen: the layers' weights and their inputs after rounding.
+    """
+    error = norm = 0.0
+    stacked, rounded = torch.cat([w.float() for w in weights]), torch.cat(list(found))
+    for x, rounded_x in zip(inputs, seen, strict=True):
+        expected = x.float() @ stacked.t()
+        norm += float(expected.square().sum(dtype=torch.float64))
+        error += float((rounded_x.float() @ rounded.t()).sub_(expected).square_().sum(dtype=torch.float64))
+    return error / max(norm, 1e-300)
+
+
+def fixed_error(
+    consumers: Sequence[Site], fixed: Fixed, record: SiteRecord, inputs: Sequence[Tensor], input_bits: int | None
+) -> float:
+    """Relative squared output error of a site under a fix, on held-out inputs, one tensor `(tokens, in)` a sequence.
+
+    input_bits: inputs (scaled, where the fix scales them) are rounded too, with one range measured on calibration text;
+    None leaves them as they are.
+    """
+    seen = [x.float() if fixed.scales is None else x.float() / fixed.scales for x in inputs]
+    if input_bits is not None:
+        seen = [round_inputs(x, record.range(fixed.scales), input_bits, True) for x in seen]
+    return output_error([site.read() for site in consumers], fixed.weights, inputs, seen)
+
+
+def w8a8_error(
+    consumers: Sequence[Site], record: SiteRecord, inputs: Sequence[Tensor], granularity: str, ranges: str
+) -> float:
+    """Relative squared output error of a site whose inputs and weights are rounded to 8 bits, on held-out inputs.
+
+    Weights have one scale an output channel; the inputs' ranges are as in
+    :class:`fewbit.activations.choice.ActivationChoice`.
+    """
+    found = [round_weight(site.read(), _W8A8).decode() for site in consumers]
+    seen = []
+    for x in inputs:
+        if ranges == "dynamic":
+            spread = range_of(x, granularity)
+        elif granularity == "token":
+            spread = Range(*record.ranges.at(x.shape[0]))
+        else:
+            spread = record.range()
+        seen.append(round_inputs(x, spread, _W8A8, True))
+    return output_error([site.read() for site in consumers], found, inputs, seen)

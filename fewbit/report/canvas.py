@@ -1,0 +1,37 @@
+"""A matplotlib figure in the style of the reports, and its text as inline SVG."""
+
+import io
+import re
+from typing import Any
+
+from fewbit.errors import missing_extra
+
+
+def new_figure(width: float = 6.2, height: float = 3.8) -> tuple[Any, Any]:
+    """A figure with one pair of axes; sizes in inches. FewbitError when matplotlib is not installed."""
+    figure, grid = new_panels(1, 1, (width, height))
+    return figure, grid[0][0]
+
+
+def new_panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and its axes, `grid[row][column]`; size in inches, of the whole."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("matplotlib", "report") from error
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return figure, grid
+
+
+def to_svg(figure: Any) -> str:
+    """The figure as an `<svg>` element; the same figure gives the same text."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": "fewbit"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return re.sub(r"\A.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)

@@ -1,0 +1,111 @@
+"""The quantized models of a study: methods x bit-widths x group sizes, made from curvature that is measured once."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.source import open_checkpoint
+from fewbit.curvature.choice import CurvatureChoice
+from fewbit.curvature.store import open_curvature
+from fewbit.errors import FewbitError
+from fewbit.pipeline.calibration_options import CalibrationOptions
+from fewbit.pipeline.measure import measure
+from fewbit.pipeline.run import RunOptions, quantize
+from fewbit.recipe import PRESETS, Recipe, preset
+from fewbit.studies.choice import StudyChoice
+from fewbit.studies.study import Cell, Progress
+
+CURVATURES = {"gram": CurvatureChoice("gram"), "fisher": CurvatureChoice("fisher", terms="token")}
+"""The two that the presets ask for: inputs of the original, and its output Fisher without terms between tokens."""
+
+_ONE_BIT = ("billm", "oac+billm")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A preset at a bit-width; group_size None for the preset's own."""
+
+    method: str
+    bits: int
+    group_size: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Also the name of its folder."""
+        group = f"-g{self.group_size.split(',')[0]}" if self.group_size else ""
+        return f"{self.method}-{self.bits}bit{group}"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe; FewbitError for a method or a bit-width that does not exist."""
+        group = {"group_size": self.group_size} if self.group_size else {}
+        return preset(self.method, bits=self.bits, **group)
+
+    def cell(self) -> Cell:
+        """As plain JSON."""
+        return {"method": self.method, "bits": self.bits, "group_size": self.group_size}
+
+
+def variants(methods: Sequence[str], bits: Sequence[int], group_sizes: Sequence[str | None]) -> list[Variant]:
+    """All combinations; methods of one bit come once. Raises FewbitError for one that cannot be."""
+    found: list[Variant] = []
+    for method in methods:
+        if method not in PRESETS:
+            raise FewbitError(f"unknown method {method!r}: there are {', '.join(PRESETS)}")
+        for width in bits if method not in _ONE_BIT else (1,):
+            for group_size in group_sizes if method not in _ONE_BIT else (None,):
+                variant = Variant(method, width, group_size)
+                if variant.recipe.group_size != preset(method, bits=width).group_size or group_size is None:
+                    found.append(variant)
+    return found
+
+
+def measure_once(
+    choice: StudyChoice, wanted: Sequence[Variant], progress: Progress | None, also: Sequence[str] = ()
+) -> None:
+    """Measure in `choice.work` every curvature that the variants need, and those of `also`, on the calibration set."""
+    needed = {variant.recipe.curvature.kind for variant in wanted if variant.recipe.curvature} | set(also)
+    for kind in sorted(needed):
+        folder = curvature_folder(choice, kind)
+        if not is_measured(folder, choice):
+            options = CalibrationOptions(choice.calibration)
+            measure(choice.model, folder, CURVATURES[kind], options, choice.device, progress)
+
+
+def is_measured(folder: Path, choice: StudyChoice) -> bool:
+    """Whether a curvature of the model is there, whole."""
+    try:
+        open_curvature(folder, open_checkpoint(locate(choice.model)))
+    except FewbitError:
+        return False
+    return True
+
+
+def curvature_folder(choice: StudyChoice, kind: str) -> Path:
+    """Where the curvature of the calibration set is kept while a study runs."""
+    return choice.work / f"curvature-{kind}"
+
+
+def make_variant(variant: Variant, choice: StudyChoice) -> tuple[Path, dict[str, Any]]:
+    """Quantize in `choice.work`; returns the folder and its report. One that is there is taken as it is."""
+    out = choice.work / variant.name
+    report = out / "fewbit_report.json"
+    recipe = variant.recipe
+    if not report.is_file():
+        stored = None
+        if recipe.curvature is not None:
+            checkpoint = open_checkpoint(locate(choice.model))
+            stored = open_curvature(curvature_folder(choice, recipe.curvature.kind), checkpoint)
+        # Weights that fall back to rounding are counted in the result; they do not end a study.
+        calibration = CalibrationOptions(choice.calibration, stored=stored, max_fallback=1 << 30)
+        quantize(choice.model, out, recipe, RunOptions(device=choice.device, calibration=calibration))
+    return out, json.loads(report.read_text(encoding="utf-8"))
+
+
+def drop_variant(variant: Variant, choice: StudyChoice) -> None:
+    """Remove a folder that :func:`make_variant` made."""
+    shutil.rmtree(choice.work / variant.name, ignore_errors=True)
