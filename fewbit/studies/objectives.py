@@ -44,7 +44,7 @@ from fewbit.studies.variants import (
     variants,
 )
 
-_QUICK = {"methods": ("rtn", "adpq+", "gptq", "precal+oac"), "bits": (4, 3, 2), "group_sizes": (None,)}
+_QUICK = {"methods": ("rtn", "adpq", "adpq+", "gptq", "precal+oac"), "bits": (4, 3, 2), "group_sizes": (None,)}
 _STANDARD = {
     "methods": (
         *("rtn", "adpq", "adpq+", "gptq", "spqr", "oac", "precal+gptq", "precal+oac", "oac+spqr"),

@@ -82,6 +82,7 @@ def _scatter(models: list[Row], measure: str, truth: str) -> str:
             axes.set_yscale("log")
         else:
             axes.set_yscale("symlog", linthresh=1e-3)
+        axes.margins(0.12)
         axes.tick_params(labelsize=7, which="both")
         axes.set_xlabel(MEASURES[measure], fontsize=8)
     grid[0][0].set_ylabel(TRUTHS[truth])
