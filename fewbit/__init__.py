@@ -7,7 +7,7 @@ transformers itself is imported, so that ``AutoModelForCausalLM.from_pretrained(
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "FewbitError", "Recipe", "evaluate", "inspect", "load", "preset", "quantize"]
+__all__ = ["PRESETS", "FewbitError", "Recipe", "evaluate", "inspect", "load", "preset", "quantize", "tune"]
 
 _WHERE = {
     "FewbitError": "fewbit.errors",
@@ -18,6 +18,7 @@ _WHERE = {
     "load": "fewbit.runtime.load",
     "evaluate": "fewbit.evaluation.evaluate",
     "inspect": "fewbit.inspection.inspect",
+    "tune": "fewbit.tuning.run",
 }
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fewbit.pipeline.run import quantize
     from fewbit.recipe import PRESETS, Recipe, preset
     from fewbit.runtime.load import load
+    from fewbit.tuning.run import tune
 
 
 def __getattr__(name: str) -> Any:
