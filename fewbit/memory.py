@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 
 def peak_rss_bytes() -> int:
@@ -30,6 +31,13 @@ def available_bytes() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, ValueError, OSError):
         return 4 << 30
+
+
+def activation_bytes(config: Any, tokens: int) -> int:
+    """About what a transformers model of that config keeps in 16 bits for a backward pass over `tokens` tokens."""
+    text = config.get_text_config()
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return 2 * tokens * text.num_hidden_layers * (12 * text.hidden_size + 4 * inner)
 
 
 def _field(path: str, name: str) -> int | None:

@@ -190,7 +190,10 @@ def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> N
         (["--method", "spqr", "--outlier-fraction", "0.1"], "--outlier-fraction: spqr has no use for it"),
         (["--method", "billm", "--act-order"], "the binary grid is fitted block by block: no act-order"),
         (["--method", "billm", "--scale-format", "float32"], "--scale-format: billm has no use for it"),
-        (["--method", "gptq", "--grid", "normal-float"], "a normal-float grid is chosen before the solver"),
+        (
+            ["--method", "gptq", "--grid", "normal-float", "--no-act-order", "--refit-groups"],
+            "a normal-float grid is chosen before the solver",
+        ),
         (["--method", "gptq", "--samples", "0"], "calibration needs at least 1 sample of at least 2 tokens"),
         (["--method", "gptq", "--curvature", "nowhere"], "nowhere: no curvature here: make one with"),
     ],

@@ -103,6 +103,16 @@ def test_fisher_of_later_blocks_alone_is_the_same(network: Any) -> None:
         assert torch.equal(alone.sums[layer.key], together.sums[layer.key])
 
 
+def test_running_blocks_again_changes_nothing_but_memory(network: Any) -> None:
+    model, blocks, sites = network
+    layers = [s.watched for s in sites]
+    again, _ = measure_fisher(model, blocks, layers, IDS, CurvatureChoice("fisher", "token"), recompute=True)
+    kept, _ = measure_fisher(model, blocks, layers, IDS, CurvatureChoice("fisher", "token"), recompute=False)
+    for layer in layers:
+        assert torch.equal(again.sums[layer.key], kept.sums[layer.key])
+        assert again.tokens[layer.key] == kept.tokens[layer.key] == IDS.shape[0] * (IDS.shape[1] - 1)
+
+
 def test_sampled_labels_change_the_fisher_and_are_repeatable(network: Any) -> None:
     model, blocks, sites = network
     layers = [sites[0].watched]

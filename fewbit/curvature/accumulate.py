@@ -37,27 +37,33 @@ class Accumulator:
     def observe(self, key: str, x: Tensor, gradient: Tensor | None) -> None:
         """Add one call of a layer: inputs `(tokens, in)` and, for fisher, output gradients `(tokens, out)`."""
         if gradient is not None:
-            felt = gradient.ne(0).any(dim=1)
-            x, gradient = x[felt], gradient[felt]
-            active = x.ne(0).any(dim=0)
-            self.live[key] = self.live[key] | active if key in self.live else active
+            self._observe_fisher(key, x, gradient)
+            return
         self.tokens[key] = self.tokens.get(key, 0) + x.shape[0]
         if x.shape[0] == 0:
-            return
-        if self.choice.kind == "fisher":
-            assert gradient is not None
-            if self.choice.terms == "sequence":
-                with products(x.dtype):
-                    whole = gradient.float().t() @ x.float()
-                self._add(key, whole, x.dtype)
-                return
-            self._add(key, x * gradient.float().norm(dim=1, keepdim=True), x.dtype)
             return
         if self._last is not None and self._last[1].data_ptr() == x.data_ptr() and self._last[1].shape == x.shape:
             self.shared[key] = self._last[0]
             return
         self._last = (key, x)
         self._add(key, x.to(torch.float32), x.dtype)
+
+    def _observe_fisher(self, key: str, x: Tensor, gradient: Tensor) -> None:
+        norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True, dtype=torch.float32)
+        felt = norms > 0
+        count = int(felt.sum())
+        self.tokens[key] = self.tokens.get(key, 0) + count
+        # As a product, since a comparison of every input takes as long as the curvature itself.
+        active = (felt.to(x.dtype).t() @ x.abs()).view(-1) > 0
+        self.live[key] = self.live[key] | active if key in self.live else active
+        if not count:
+            return
+        if self.choice.terms == "sequence":
+            with products(x.dtype):
+                whole = gradient.float().t() @ x.float()
+            self._add(key, whole, x.dtype)
+        else:
+            self._add(key, x * norms, x.dtype)
 
     def curvature(self, key: str) -> Tensor | None:
         """The sum of a layer, or None when it never ran (an expert that saw no token)."""

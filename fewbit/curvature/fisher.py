@@ -23,17 +23,19 @@ def measure_fisher(
     ids: Tensor,
     choice: CurvatureChoice,
     step: Step | None = None,
+    recompute: bool = True,
 ) -> tuple[Accumulator, float]:
     """Fisher sums of `layers` over the sequences `ids` `(samples, length)`; also the mean loss in nats a token.
 
-    blocks: the decoder blocks that are run under checkpointing, the first of them the first that holds a layer;
-    whatever comes before takes no part in the backward pass. The loss is summed over a sequence, so that 16-bit
-    gradients do not underflow. step(done, total) is called after every sequence.
+    blocks: the decoder blocks, the first of them the first that holds a layer; whatever comes before takes no part in
+    the backward pass. recompute: blocks keep only their inputs and are run again on the way back, so that memory does
+    not grow with depth times length. The loss is summed over a sequence, so that 16-bit gradients do not underflow.
+    step(done, total) is called after every sequence.
     """
     accumulator = Accumulator(choice)
     generator = torch.Generator().manual_seed(0)
     total, tokens = 0.0, 0
-    with _frozen(model), _checkpointed(blocks), watching(layers, accumulator.observe, backward=True):
+    with _frozen(model), _begun(blocks, recompute), watching(layers, accumulator.observe, backward=True):
         for index, sequence in enumerate(ids):
             logits = model(sequence[None].to(model.device), use_cache=False).logits[0, :-1]
             gradient, loss = _loss_gradient(logits.detach(), sequence[1:], choice.labels, generator)
@@ -76,22 +78,24 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Blocks keep only their inputs and are run again on the way back; the first one's input begins the graph."""
+def _begun(blocks: Sequence[nn.Module], recompute: bool) -> Iterator[None]:
+    """The first block's input begins the graph; with `recompute` every block runs under checkpointing."""
     try:
         for index, block in enumerate(blocks):
-            block.forward = _Recomputed(block.forward, first=index == 0)
+            block.forward = _Block(block.forward, first=index == 0, recompute=recompute)
         yield
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
 
 
-class _Recomputed:
-    def __init__(self, forward: Any, first: bool) -> None:
-        self._forward, self._first = forward, first
+class _Block:
+    def __init__(self, forward: Any, first: bool, recompute: bool) -> None:
+        self._forward, self._first, self._recompute = forward, first, recompute
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._first:
             hidden = hidden.detach().requires_grad_(True)
+        if not self._recompute:
+            return self._forward(hidden, *args, **kwargs)
         return checkpoint(self._forward, hidden, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -20,6 +20,7 @@ from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.fisher import measure_fisher
 from fewbit.curvature.store import StoredCurvature
 from fewbit.errors import FewbitError, missing_extra
+from fewbit.memory import activation_bytes
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import Plan
 from fewbit.pipeline.solve_blocks import BlockSolver, Network, Progress
@@ -151,13 +152,19 @@ def _with_fisher(run: BlockSolver, calibration: CalibrationSet) -> None:
             layers = {site.watched.key: site.watched for index in stage for site in network.sites[index]}
             run.what = f"curvature of blocks {stage[0] + 1} to {stage[-1] + 1}"
             blocks = network.blocks[stage[0] :]
+            recompute = crowded(network.model, calibration.ids.shape[1], run.options.memory)
             accumulator, _ = measure_fisher(
-                network.model, blocks, list(layers.values()), calibration.ids, choice, run.step
+                network.model, blocks, list(layers.values()), calibration.ids, choice, run.step, recompute
             )
             accumulator.check_gradients()
         for index in stage:
             # Measured once means with the original's weights, also where memory makes several passes of it.
             run.solve_block(index, partial(_curvature_at, accumulator), install=refresh > 0)
+
+
+def crowded(model: Any, length: int, memory_bytes: int) -> bool:
+    """Whether one sequence's activations would take more than a quarter of the memory that a run may have."""
+    return activation_bytes(model.config, length) > memory_bytes // 4
 
 
 def stages_of(sites: list[list[Site]], refresh: int, memory_bytes: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ from fewbit.curvature.fisher import measure_fisher
 from fewbit.curvature.store import CurvatureWriter
 from fewbit.device import check_device
 from fewbit.memory import peak_rss_bytes
-from fewbit.pipeline.calibrated import calibration_set, open_network, stages_of
+from fewbit.pipeline.calibrated import calibration_set, crowded, open_network, stages_of
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import make_plan
 from fewbit.pipeline.solve_blocks import Network, Progress
@@ -83,9 +83,9 @@ def measure_tokens(
                     progress(begun * total + done, len(stages) * total, f"sequence {done} of {total}")
 
             layers = {site.watched.key: site.watched for index in stage for site in network.sites[index]}
-            found, _ = measure_fisher(
-                network.model, network.blocks[stage[0] :], list(layers.values()), calibration.ids, choice, step
-            )
+            recompute = crowded(network.model, calibration.ids.shape[1], options.memory)
+            blocks, watched = network.blocks[stage[0] :], list(layers.values())
+            found, _ = measure_fisher(network.model, blocks, watched, calibration.ids, choice, step, recompute)
             found.check_gradients()
             for index in stage:
                 _put(network, index, found, writer)

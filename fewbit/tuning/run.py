@@ -18,7 +18,7 @@ from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, check_output
 from fewbit.device import check_device
 from fewbit.errors import FewbitError, missing_extra
-from fewbit.memory import peak_rss_bytes
+from fewbit.memory import activation_bytes, available_bytes, peak_rss_bytes
 from fewbit.pipeline.calibrated import calibration_set
 from fewbit.runtime.load import load
 from fewbit.tuning.choice import TuningChoice
@@ -213,10 +213,5 @@ def _relative_errors(reference: Path, reader: FileReader) -> Callable[[str, Tens
 
 def _crowded(model: Any, choice: TuningChoice, ids: Tensor) -> bool:
     """Whether the activations of one micro-batch would take more than half of the memory that is free."""
-    from fewbit.memory import available_bytes
-
-    config = model.config.get_text_config()
-    width = 12 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-    needed = 2 * choice.micro_batch * ids.shape[1] * config.num_hidden_layers * width
     free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else available_bytes()
-    return needed > free // 2
+    return activation_bytes(model.config, choice.micro_batch * ids.shape[1]) > free // 2
