@@ -33,6 +33,15 @@ def available_bytes() -> int:
         return 4 << 30
 
 
+def rows_at_once(matrix: Any) -> int:
+    """Rows of a tensor `(rows, columns)` to take at a time in several passes over float32 copies of them.
+
+    On the CPU so many that the copies stay in a core's cache, which makes passes over logits two to four times faster;
+    elsewhere many.
+    """
+    return max(4, (1 << (20 if matrix.device.type == "cpu" else 26)) // matrix.shape[-1])
+
+
 def activation_bytes(config: Any, tokens: int) -> int:
     """About what a transformers model of that config keeps in 16 bits for a backward pass over `tokens` tokens."""
     text = config.get_text_config()

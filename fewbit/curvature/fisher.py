@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.observe import Watched, watching
+from fewbit.memory import rows_at_once
 
-_TOKENS_AT_ONCE = 128
 Step = Callable[[int, int], None]
 
 
@@ -51,8 +51,9 @@ def _loss_gradient(logits: Tensor, targets: Tensor, labels: str, generator: torc
     gradient = torch.empty_like(logits)
     loss = 0.0
     targets = targets.to(logits.device)
-    for first in range(0, targets.numel(), _TOKENS_AT_ONCE):
-        part = slice(first, first + _TOKENS_AT_ONCE)
+    at_once = rows_at_once(logits)
+    for first in range(0, targets.numel(), at_once):
+        part = slice(first, first + at_once)
         log_probabilities = torch.log_softmax(logits[part].float(), dim=-1)
         loss -= float(log_probabilities.gather(1, targets[part, None]).double().sum())
         probabilities = log_probabilities.exp_()

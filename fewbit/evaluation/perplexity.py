@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import FewbitError
-
-_TOKENS_AT_ONCE = 256
+from fewbit.memory import rows_at_once
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,9 @@ class Totals:
 
     def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
         """Add one window: logits `(tokens, vocabulary)` predict targets `(tokens,)`; `reference` are the original's."""
-        for first in range(0, targets.numel(), _TOKENS_AT_ONCE):
-            part = slice(first, first + _TOKENS_AT_ONCE)
+        at_once = rows_at_once(logits)
+        for first in range(0, targets.numel(), at_once):
+            part = slice(first, first + at_once)
             log_q = torch.log_softmax(logits[part].float(), dim=-1)
             self.nll -= float(log_q.gather(1, targets[part, None]).double().sum())
             if reference is not None:

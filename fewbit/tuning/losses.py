@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TOKENS_AT_ONCE = 128
+from fewbit.memory import rows_at_once
+
 _TINY = 1e-12
 
 
@@ -61,8 +62,9 @@ class _Loss(torch.autograd.Function):
     def forward(context: Any, logits: Tensor, targets: Tensor, prediction: Prediction | None, loss: str) -> Tensor:
         gradient = torch.empty_like(logits)
         total, count = 0.0, targets.numel()
-        for first in range(0, count, _TOKENS_AT_ONCE):
-            part = slice(first, first + _TOKENS_AT_ONCE)
+        at_once = rows_at_once(logits)
+        for first in range(0, count, at_once):
+            part = slice(first, first + at_once)
             log_q = torch.log_softmax(logits[part].float(), dim=-1)
             sums = torch.zeros_like(log_q)
             if "nll" in loss:
