@@ -25,6 +25,7 @@ from fewbit.calibration.choice import CalibrationChoice
 from fewbit.calibration.tokens import make_set
 from fewbit.checkpoints.locate import locate
 from fewbit.evaluation.perplexity import Protocol
+from fewbit.memory import keep_freed_memory
 
 SAMPLES = {"autoround": 64, "gptqmodel": 128}
 STEPS = 50
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, action="append", required=True)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "against_calibrated_tools.json")
     arguments = parser.parse_args()
+    keep_freed_memory()
     size = GROUP[arguments.model]
     for bits in arguments.bits:
         with tempfile.TemporaryDirectory() as scratch:

@@ -23,6 +23,7 @@ from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.store import open_curvature
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.grids.codebook import ScaleSearch
+from fewbit.memory import keep_freed_memory
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.measure import measure
 from fewbit.pipeline.run import RunOptions
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--variant", action="append", choices=VARIANTS)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "calibrated_choices.json")
     arguments = parser.parse_args()
+    keep_freed_memory()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
     done = {(row["model"], row["bits"], row["variant"]) for row in rows}

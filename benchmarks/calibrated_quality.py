@@ -19,6 +19,7 @@ from typing import Any
 
 import fewbit
 from fewbit.evaluation.perplexity import Protocol
+from fewbit.memory import keep_freed_memory
 
 HERE = Path(__file__).parent
 TEXT = HERE / "../../shared/data/wikitext2_raw_test.txt"
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--method", action="append", choices=METHODS)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "calibrated_quality.json")
     arguments = parser.parse_args()
+    keep_freed_memory()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
     done = {(r["model"], r["method"], r["bits"], r["seed"]) for r in rows}

@@ -18,6 +18,7 @@ from calibrated_quality import C4, GROUP, HERE, TEXT, quantize
 import fewbit
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.evaluation.perplexity import Protocol
+from fewbit.memory import keep_freed_memory
 from fewbit.progress import progress_line
 from fewbit.tuning.choice import LOSSES, TRAINED, TuningChoice
 from fewbit.tuning.run import TuneOptions, tune
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "tuning.json")
     arguments = parser.parse_args()
+    keep_freed_memory()
     given = {name: getattr(arguments, name) for name in ("loss", "train", *FIELDS)}
     choice = replace(TuningChoice(seed=arguments.seed), **given)
     text = CalibrationChoice(str(C4.resolve()), arguments.samples, 512, arguments.seed)

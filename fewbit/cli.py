@@ -13,6 +13,7 @@ from fewbit.cli_shared import HtmlFlag, JsonFlag, announce, print_json
 from fewbit.cli_study import study_app
 from fewbit.cli_tune import tune
 from fewbit.errors import FewbitError
+from fewbit.memory import keep_freed_memory
 from fewbit.progress import progress_line
 
 app = typer.Typer(
@@ -198,6 +199,7 @@ def fetch_model(
 
 def main() -> None:
     """Run the command line; bad input ends with one line and status 2."""
+    keep_freed_memory()
     try:
         app()
     except SystemExit as end:

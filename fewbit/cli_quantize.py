@@ -116,7 +116,6 @@ def quantize(
     from fewbit.checkpoints.locate import locate
     from fewbit.checkpoints.source import open_checkpoint
     from fewbit.curvature.store import open_curvature
-    from fewbit.memory import keep_freed_memory
     from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh, refuse_unused
     from fewbit.pipeline.run import RunOptions
     from fewbit.pipeline.run import quantize as run
@@ -169,7 +168,6 @@ def quantize(
     refuse_unused(recipe, text, others, tune)
     tuning = tuning_choice(tune, tune_epochs, seed, report_only)
     announce(model)
-    keep_freed_memory()
     calibrated = CalibrationOptions(
         choice=calibration_choice(**text),
         stored=open_curvature(curvature, open_checkpoint(locate(model))) if curvature else None,
