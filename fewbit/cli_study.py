@@ -218,14 +218,12 @@ def run_named(
     name: str, model: str, out: Path, data: str, given: dict[str, Any], *, overwrite: bool, as_json: bool
 ) -> None:
     """Run a study with what the user gave and print its conclusion, or with `as_json` all of its result."""
-    from fewbit.memory import keep_freed_memory
     from fewbit.studies.registry import find_study, make_choice
     from fewbit.studies.run import run_study
 
     study = find_study(name)
     choice = make_choice(study, model, out, data, given)
     announce(model)
-    keep_freed_memory()
     with progress_line(f"study {name}") as progress:
         try:
             result = run_study(study, choice, progress, overwrite)
