@@ -111,6 +111,15 @@ def test_tuning_brings_a_model_nearer_to_the_original(folder: Path, model: Path,
     assert float(loss) == pytest.approx(held[best], rel=2e-3)
 
 
+def test_a_float16_model_is_trained_in_bfloat16(tmp_path: Path) -> None:
+    model = build_tiny(tmp_path / "model", dtype="float16", initializer_range=0.1)
+    fewbit.quantize(model, tmp_path / "rtn", fewbit.preset("rtn", bits=2, group_size="32"))
+    report = tune(tmp_path / "rtn", tmp_path / "out", CHOICE, TuneOptions(calibration=TEXT, device="cpu"))
+    held = report["tuning"]["history"]["held_out"]
+    assert min(held) < 0.9 * held[0]
+    assert open_checkpoint(tmp_path / "out").config["dtype"] == "float16"
+
+
 def test_accumulation_and_checkpointing_change_nothing(folder: Path, tmp_path: Path) -> None:
     options = TuneOptions(calibration=TEXT, device="cpu", checkpointing=False)
     short = {**vars(CHOICE), "epochs": 1}

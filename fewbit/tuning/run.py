@@ -77,7 +77,7 @@ def tune(
         calibration = calibration_set(open_checkpoint(reference), options.calibration, original, progress)
         sequences = _split(calibration.ids, choice)
         teacher = _teacher(original, calibration.ids, choice, path, accelerator, progress)
-        model = load(checkpoint.folder, device="cpu")
+        model = load(checkpoint.folder, dtype=_training_dtype(checkpoint), device="cpu")
         with FileReader() as reader:
             names = make_trainable(model, choice, _originals(open_checkpoint(reference), reader, model))
         model.to(accelerator.device)
@@ -150,6 +150,12 @@ def _job(checkpoint: Checkpoint, reference: Path, choice: TuningChoice, options:
         "calibration": asdict(options.calibration),
         "fewbit": __version__,
     }
+
+
+def _training_dtype(checkpoint: Checkpoint) -> Any:
+    """The model's own, but for float16 bfloat16: gradients of a mean loss would underflow."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return torch.bfloat16 if named == "float16" else "auto"
 
 
 def _split(ids: Tensor, choice: TuningChoice) -> Sequences:
