@@ -2,8 +2,10 @@
 
     python benchmarks/calibrated_choices.py --folder /somewhere/with/space --model smollm2-135m --bits 2 --bits 3
 
-Curvatures, calibration and perplexity as in calibrated_quality.py, whose folder and curvatures it shares. Rows that
-stand in `results/calibrated_choices.json` are not measured again.
+Calibration and perplexity as in calibrated_quality.py, whose folder and curvatures it shares. Which curvature a row is
+solved on is one of the table CURVATURES: its own measurement, or the mean of a Fisher and a Gram after dividing each
+matrix by its mean diagonal. `refresh` rows measure the Fisher in the run, 10 or 3 blocks at a time. Rows that stand in
+`results/calibrated_choices.json` are not measured again.
 """
 
 import argparse
@@ -14,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from calibrated_quality import C4, GROUP, TEXT
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import fewbit
 from fewbit.calibration.choice import CalibrationChoice
@@ -33,22 +38,44 @@ HERE = Path(__file__).parent
 EVEN = {"grid": "zero-point", "scale_format": "float16"}
 NO_OUTLIERS = {"outliers": "none"}
 
+TOKEN = CurvatureChoice("fisher", terms="token")
+CURVATURES: dict[str, tuple[CurvatureChoice, int, int]] = {
+    "fisher": (TOKEN, 128, 512),
+    "fisher-sequence": (CurvatureChoice("fisher", terms="sequence"), 128, 512),
+    "fisher-sampled": (replace(TOKEN, labels="sampled"), 128, 512),
+    "fisher-32x512": (TOKEN, 32, 512),
+    "fisher-512x128": (TOKEN, 512, 128),
+    "fisher-32x2048": (TOKEN, 32, 2048),
+    "gram": (CurvatureChoice("gram"), 128, 512),
+}
+MEAN = "fisher and gram"
+REFRESH = {"refresh 10": 10, "refresh 3": 3}
+
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "precal+oac": ("fisher-token", {}, {}),
+    "precal+oac": ("fisher", {}, {}),
     "Fisher of whole sequences": ("fisher-sequence", {}, {}),
+    "labels sampled from the model": ("fisher-sampled", {}, {}),
+    "32 sequences of 512": ("fisher-32x512", {}, {}),
+    "512 sequences of 128": ("fisher-512x128", {}, {}),
+    "32 sequences of 2048": ("fisher-32x2048", {}, {}),
+    "mean of Fisher and Gram": (MEAN, {}, {}),
     "input Gram": ("gram", {}, {}),
+    "measured again every 10 blocks": ("refresh 10", {}, {}),
+    "measured again every 3 blocks": ("refresh 3", {}, {}),
     "no curvature (rounding)": ("", {}, {}),
-    "damping 0.01": ("fisher-token", {}, {"damping": 0.01}),
-    "damping 1": ("fisher-token", {}, {"damping": 1.0}),
-    "no act-order": ("fisher-token", {}, {"act_order": False}),
-    "importance diagonal": ("fisher-token", {}, {"importance": "diagonal"}),
-    "importance none": ("fisher-token", {}, {"importance": "none"}),
-    "one outlier in 64": ("fisher-token", {"outlier_fraction": 1 / 64}, {}),
-    "no outliers": ("fisher-token", NO_OUTLIERS, {}),
-    "no outliers, evenly spaced": ("fisher-token", {**NO_OUTLIERS, **EVEN}, {}),
-    "no outliers, evenly spaced, min-max": ("fisher-token", {**NO_OUTLIERS, **EVEN, "search": None}, {}),
-    "search power 2.5": ("fisher-token", {"search": ScaleSearch(error_power=2.5)}, {}),
-    "search from 0.3": ("fisher-token", {"search": ScaleSearch(smallest=0.3)}, {}),
+    "damping 0.001": ("fisher", {}, {"damping": 0.001}),
+    "damping 0.01": ("fisher", {}, {"damping": 0.01}),
+    "damping 1": ("fisher", {}, {"damping": 1.0}),
+    "damping 10": ("fisher", {}, {"damping": 10.0}),
+    "no act-order": ("fisher", {}, {"act_order": False}),
+    "importance diagonal": ("fisher", {}, {"importance": "diagonal"}),
+    "importance none": ("fisher", {}, {"importance": "none"}),
+    "one outlier in 64": ("fisher", {"outlier_fraction": 1 / 64}, {}),
+    "no outliers": ("fisher", NO_OUTLIERS, {}),
+    "no outliers, evenly spaced": ("fisher", {**NO_OUTLIERS, **EVEN}, {}),
+    "no outliers, evenly spaced, min-max": ("fisher", {**NO_OUTLIERS, **EVEN, "search": None}, {}),
+    "search power 2.5": ("fisher", {"search": ScaleSearch(error_power=2.5)}, {}),
+    "search from 0.3": ("fisher", {"search": ScaleSearch(smallest=0.3)}, {}),
 }
 
 
@@ -58,18 +85,47 @@ def recipe_of(label: str, bits: int, group_size: str) -> Recipe:
     recipe = fewbit.preset("precal+oac", bits=bits, group_size=f"{group_size},auto", **changes)
     if not kind:
         return replace(recipe, curvature=None, solver=replace(recipe.solver, kind="round"))
-    name, _, terms = kind.partition("-")
-    return replace_solver(replace(recipe, curvature=CurvatureChoice(name, terms=terms or "token")), **solver)
+    choice = CURVATURES[kind][0] if kind in CURVATURES else TOKEN
+    return replace_solver(replace(recipe, curvature=choice), **solver)
 
 
-def curvature(model: str, choice: CurvatureChoice, folder: Path) -> Path:
+def curvature(model: str, kind: str, folder: Path) -> Path:
     """The folder of a curvature, measured if it is not there."""
-    suffix = "-sequence" if choice.kind == "fisher" and choice.terms == "sequence" else ""
-    out = folder / f"{model}-{choice.kind}{suffix}-0"
-    if not (out.with_suffix(".json").exists()):
-        options = CalibrationOptions(CalibrationChoice(str(C4.resolve()), 128, 512, 0))
-        out.with_suffix(".json").write_text(json.dumps(measure(model, out, choice, options)))
+    out = folder / f"{model}-{kind.replace(' ', '-')}-0"
+    if out.with_suffix(".json").exists():
+        return out
+    if kind == MEAN:
+        figures: dict[str, Any] = {}
+        mix(curvature(model, "fisher", folder), curvature(model, "gram", folder), out)
+    else:
+        choice, samples, length = CURVATURES[kind]
+        options = CalibrationOptions(CalibrationChoice(str(C4.resolve()), samples, length, 0))
+        figures = measure(model, out, choice, options)
+    out.with_suffix(".json").write_text(json.dumps(figures))
     return out
+
+
+def mix(fisher: Path, gram: Path, out: Path) -> None:
+    """The mean of two stored curvatures after dividing each matrix by its mean diagonal, kept as a Fisher."""
+    shutil.copytree(fisher, out)
+    for path in out.glob("block-*.safetensors"):
+        with safe_open(gram / path.name, framework="pt") as file:
+            owners = json.loads(file.metadata()["shared"])
+        grams = load_file(gram / path.name)
+        mixed = {n: unit(m) + unit(grams[owners.get(n, n)]) for n, m in load_file(path).items()}
+        save_file(mixed, path, {"shared": "{}"})
+
+
+def unit(matrix: Tensor) -> Tensor:
+    """A matrix with a mean diagonal of 1."""
+    return matrix / matrix.diagonal().mean()
+
+
+def calibration_of(model: str, kind: str, folder: Path) -> CalibrationOptions:
+    """What a row calibrates on: a stored curvature, or one that is measured in the run."""
+    if kind in REFRESH:
+        return CalibrationOptions(CalibrationChoice(str(C4.resolve()), 128, 512, 0), refresh=REFRESH[kind])
+    return CalibrationOptions(stored=open_curvature(curvature(model, kind, folder), open_checkpoint(locate(model))))
 
 
 def main() -> None:
@@ -93,10 +149,9 @@ def main() -> None:
                 recipe = recipe_of(label, bits, GROUP[model])
                 options = RunOptions(overwrite=True)
                 if recipe.curvature is not None:
-                    kept = curvature(model, recipe.curvature, arguments.folder)
-                    stored = open_curvature(kept, open_checkpoint(locate(model)))
-                    options = replace(options, calibration=CalibrationOptions(stored=stored))
-                out = arguments.folder / "out-choices"
+                    calibration = calibration_of(model, VARIANTS[label][0], arguments.folder)
+                    options = replace(options, calibration=calibration)
+                out = arguments.folder / f"out-choices-{model}"
                 report = fewbit.quantize(model, out, recipe, options)
                 found = fewbit.evaluate(out, TEXT, Protocol(1024, 24))["models"][0]
                 shutil.rmtree(out)
