@@ -58,8 +58,10 @@ def preset(model: str, method: str, bits: str, samples: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         command = [sys.executable, "-m", "fewbit.cli", "quantize", model, str(out), "--method", method, "--bits", bits]
-        command += ["--calibration", str(C4.resolve()), "--samples", str(samples), "--json"]
-        command += ["--sequence-length", str(LENGTH)]
+        command += ["--json"]
+        if fewbit.preset(method).curvature is not None:
+            command += ["--calibration", str(C4.resolve()), "--samples", str(samples)]
+            command += ["--sequence-length", str(LENGTH)]
         began = time.perf_counter()
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
         seconds = time.perf_counter() - began
