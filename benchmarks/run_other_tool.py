@@ -42,8 +42,11 @@ def autoround(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps:
 
 def gptqmodel(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) -> tuple[Any, Any, float]:
     """GPTQModel with its defaults (symmetric) but for bits and groups."""
+    import os
     import tempfile
 
+    # Its own default on two cores is one worker, with which it refuses to start.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from transformers import AutoModelForCausalLM
 

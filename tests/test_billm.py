@@ -12,17 +12,34 @@ from fewbit.pipeline.solve_weight import solve_weight
 from fewbit.recipe import preset
 
 
-def test_twice_binarized_by_an_explicit_loop() -> None:
-    weights = torch.randn(5, 12)
-    a1, a2 = binary.residual_scales(weights)
-    found = binary.binarize_twice(weights, a1, a2)
-    for row in range(5):
-        first = sum(abs(float(w)) for w in weights[row]) / 12
-        rest = [float(w) - (first if w >= 0 else -first) for w in weights[row]]
-        second = sum(abs(r) for r in rest) / 12
-        for column in range(12):
-            expected = (first if weights[row, column] >= 0 else -first) + (second if rest[column] >= 0 else -second)
-            assert float(found[row, column]) == pytest.approx(expected, abs=1e-6)
+def squared_error(block: torch.Tensor, salient: torch.Tensor) -> float:
+    """Of one sign for what is not salient, and two signs for what is, weight by weight."""
+    total = 0.0
+    for row in block.tolist():
+        one = [w for w, chosen in zip(row, salient.tolist(), strict=True) if not chosen]
+        two = [w for w, chosen in zip(row, salient.tolist(), strict=True) if chosen]
+        mean = sum(map(abs, one)) / len(one)
+        total += sum((abs(w) - mean) ** 2 for w in one)
+        if two:
+            a1 = sum(map(abs, two)) / len(two)
+            rest = [w - (a1 if w >= 0 else -a1) for w in two]
+            a2 = sum(map(abs, rest)) / len(two)
+            total += sum((r - (a2 if r >= 0 else -a2)) ** 2 for r in rest)
+    return total
+
+
+@pytest.mark.parametrize(("columns", "most"), [(24, 10), (5, 30), (1, 30)])
+def test_the_number_of_salient_columns_by_an_explicit_loop(columns: int, most: int) -> None:
+    block = torch.randn(7, columns, dtype=torch.float64).float() * torch.rand(columns)
+    saliency = block.square().sum(dim=0)
+    order = saliency.argsort(descending=True, stable=True)
+    errors = []
+    for count in range(min(most, columns - 1) + 1):
+        salient = torch.zeros(columns, dtype=torch.bool)
+        salient[order[:count]] = True
+        errors.append(squared_error(block, salient))
+    found, _ = binary.fit_block(block, saliency, most)
+    assert squared_error(block, found) == pytest.approx(min(errors), rel=1e-5)
 
 
 def test_the_break_point_by_an_explicit_loop() -> None:

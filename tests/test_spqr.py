@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fewbit.formats import native
 from fewbit.formats.scheme import Scheme, StoredWeight, stored_bytes
-from fewbit.grids.scales import from_statistics, to_statistics
+from fewbit.grids.scales import as_statistics, from_statistics, to_statistics
 from fewbit.outliers.sensitivity import leave_one_out, sensitivity_threshold
 from fewbit.pipeline.plan import scheme_for
 from fewbit.pipeline.solve_weight import solve_weight
@@ -21,6 +21,7 @@ def test_statistics_are_within_half_a_step(rows: int, groups: int, bits: int, bl
     values = torch.randn(rows, groups) * 3 + 7
     packed, second = to_statistics(values, bits, block)
     found = from_statistics(packed, second, bits, block, groups)
+    assert torch.equal(found, as_statistics(values, bits, block))
     for first in range(0, rows, block):
         part = slice(first, first + block)
         step = (values[part].amax(dim=0) - values[part].amin(dim=0)) / (2**bits - 1)

@@ -65,6 +65,20 @@ class Accumulator:
         else:
             self._add(key, x * norms, x.dtype)
 
+    def another(self) -> "Accumulator":
+        """An empty one for the same curvature, for a part of the sequences."""
+        return Accumulator(self.choice)
+
+    def add(self, other: "Accumulator") -> None:
+        """Take in the sums of another part of the sequences."""
+        self.shared.update(other.shared)
+        for key, found in other.sums.items():
+            self.sums[key] = self.sums[key] + found if key in self.sums else found
+        for key, count in other.tokens.items():
+            self.tokens[key] = self.tokens.get(key, 0) + count
+        for key, live in other.live.items():
+            self.live[key] = self.live[key] | live if key in self.live else live
+
     def curvature(self, key: str) -> Tensor | None:
         """The sum of a layer, or None when it never ran (an expert that saw no token)."""
         return self.sums.get(self.shared.get(key, key))

@@ -22,18 +22,8 @@ def fit_block(block: Tensor, saliency: Tensor, most_salient: int) -> tuple[Tenso
     """
     columns = block.shape[1]
     order = torch.argsort(saliency, descending=True, stable=True)
-    best_error, best_count = float("inf"), 0
-    for count in range(min(most_salient, columns - 1) + 1):
-        salient = torch.zeros(columns, dtype=torch.bool, device=block.device)
-        salient[order[:count]] = True
-        one = block[:, ~salient]
-        error = float((one.abs() - one.abs().mean(dim=1, keepdim=True)).square().sum())
-        if count:
-            two = block[:, salient]
-            a1, a2 = residual_scales(two)
-            error += float((binarize_twice(two, a1, a2) - two).square().sum())
-        if error < best_error:
-            best_error, best_count = error, count
+    errors = _errors_by_count(block.abs(), order[: min(most_salient, columns - 1)])
+    best_count = int(errors.argmin())
     salient = torch.zeros(columns, dtype=torch.bool, device=block.device)
     salient[order[:best_count]] = True
     scales = block.new_zeros(block.shape[0], 4)
@@ -43,34 +33,52 @@ def fit_block(block: Tensor, saliency: Tensor, most_salient: int) -> tuple[Tenso
     return salient, scales
 
 
+def _errors_by_count(magnitudes: Tensor, candidates: Tensor) -> Tensor:
+    """Squared error of a block when its first 0, 1, … `candidates` are salient, float64.
+
+    A mean magnitude a of n weights leaves ``sum w^2 - n a^2``, and two signs leave ``sum r^2 - n a2^2`` of the first
+    one's rest r: so prefix sums over the candidates are all that most of it needs.
+    """
+    columns, count = magnitudes.shape[1], candidates.numel()
+    first = magnitudes[:, candidates].to(torch.float64)
+    ones = torch.arange(1, count + 1, device=magnitudes.device, dtype=torch.float64)
+    sums, squares = first.cumsum(dim=1), first.square().sum(dim=0).cumsum(dim=0)
+    total, total_square = magnitudes.sum(dim=1, dtype=torch.float64), magnitudes.to(torch.float64).square().sum()
+    rest = (total.unsqueeze(1) - sums).square().sum(dim=0) / (columns - ones)
+    a1 = sums / ones
+    a2_squared = torch.zeros_like(ones)
+    for index in range(count):
+        a2 = (first[:, : index + 1] - a1[:, index : index + 1]).abs_().mean(dim=1)
+        a2_squared[index] = a2.square().sum()
+    two = squares - ones * (a1.square().sum(dim=0) + a2_squared)
+    none = total_square - total.square().sum() / columns
+    return torch.cat([none.view(1), total_square - squares - rest + two])
+
+
 def residual_scales(weights: Tensor) -> tuple[Tensor, Tensor]:
     """a1 and a2 `(rows, 1)`: the mean magnitude, and that of what the first sign leaves."""
     a1 = weights.abs().mean(dim=1, keepdim=True)
     return a1, (weights.abs() - a1).abs().mean(dim=1, keepdim=True)
 
 
-def binarize_twice(weights: Tensor, a1: Tensor, a2: Tensor) -> Tensor:
-    """``a1 sign(w) + a2 sign(w - a1 sign(w))``."""
-    first = torch.where(weights >= 0, a1, -a1)
-    return first + torch.where(weights - first >= 0, a2, -a2)
-
-
 def split_scales(weights: Tensor) -> tuple[Tensor, Tensor]:
     """a_c and a_s `(rows, 1)`: mean magnitudes below and above the break point with the least squared error."""
     magnitudes = weights.abs()
-    largest = float(magnitudes.max()) if magnitudes.numel() else 0.0
-    best_error = float("inf")
-    best = (magnitudes.mean(dim=1, keepdim=True), magnitudes.mean(dim=1, keepdim=True))
-    for step in range(1, BREAKS):
-        sparse = (magnitudes > largest * step / BREAKS).to(weights.dtype)
-        inside = 1.0 - sparse
-        near = (magnitudes * inside).sum(dim=1, keepdim=True) / inside.sum(dim=1, keepdim=True).clamp(min=1.0)
-        far = (magnitudes * sparse).sum(dim=1, keepdim=True) / sparse.sum(dim=1, keepdim=True).clamp(min=1.0)
-        far = torch.where(far > 0, far, near)
-        error = float((magnitudes - near * inside - far * sparse).square().sum())
-        if error < best_error:
-            best_error, best = error, (near, far)
-    return best
+    largest = magnitudes.max() if magnitudes.numel() else magnitudes.new_zeros(())
+    breaks = largest * torch.arange(1, BREAKS, device=weights.device, dtype=weights.dtype) / BREAKS
+    # How many weights, and how much of them, lie between two break points: all splits follow from that.
+    between = torch.bucketize(magnitudes, breaks)
+    empty = torch.zeros(weights.shape[0], BREAKS, dtype=torch.float64, device=weights.device)
+    exact = magnitudes.to(torch.float64)
+    inside = empty.scatter_add(1, between, torch.ones_like(exact)).cumsum(dim=1)
+    near_sum = empty.scatter_add(1, between, exact).cumsum(dim=1)
+    outside, far_sum = inside[:, -1:] - inside, near_sum[:, -1:] - near_sum
+    near, far = near_sum / inside.clamp(min=1.0), far_sum / outside.clamp(min=1.0)
+    gained = (inside * near.square() + outside * far.square()).sum(dim=0)[: BREAKS - 1]
+    best = int(gained.argmax())
+    near, far = near[:, best : best + 1], far[:, best : best + 1]
+    none_beyond = outside[:, best : best + 1] == 0
+    return near.to(weights.dtype), torch.where(none_beyond, near, far).to(weights.dtype)
 
 
 def magnitudes_of(scales: Tensor, salient: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,24 @@ def to_statistics(values: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor
     The values of `block` neighbouring rows in one group share a float16 minimum and step. Returns packed codes uint8
     `(rows, bytes)` and second-level patterns int16 `(blocks, groups, 2)`: minimum, step.
     """
+    codes, low, step = _statistics(values, bits, block)
+    return pack(codes.to(torch.uint8), bits), torch.stack([low, step], dim=2).view(torch.int16)
+
+
+def as_statistics(values: Tensor, bits: int, block: int) -> Tensor:
+    """What a reader sees of :func:`to_statistics`, without packing and unpacking."""
+    codes, low, step = _statistics(values, bits, block)
+    return _of_codes(codes, low, step, block)
+
+
+def from_statistics(packed: Tensor, patterns: Tensor, bits: int, block: int, groups: int) -> Tensor:
+    """Inverse of :func:`to_statistics`: float32 `(rows, groups)`."""
+    low, step = patterns.view(torch.float16).unbind(dim=2)
+    return _of_codes(unpack(packed, bits, groups).to(torch.float32), low, step, block)
+
+
+def _statistics(values: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes `(rows, groups)` as float32, and float16 minima and steps `(blocks, groups)`."""
     rows, groups = values.shape
     largest = torch.finfo(torch.float16).max
     padded = values.clamp(-largest, largest)
@@ -73,16 +91,14 @@ def to_statistics(values: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor
     low = blocks.amin(dim=1).to(torch.float16)
     step = ((blocks.amax(dim=1) - low.float()).clamp(min=0.0) / (2**bits - 1)).to(torch.float16)
     below, unit = low.float().unsqueeze(1), divisor(step.float()).unsqueeze(1)
-    codes = ((blocks - below) / unit).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-    patterns = torch.stack([low, step], dim=2).view(torch.int16)
-    return pack(codes.reshape(-1, groups)[:rows].contiguous(), bits), patterns
+    codes = ((blocks - below) / unit).round_().clamp_(0, 2**bits - 1)
+    return codes.reshape(-1, groups)[:rows], low, step
 
 
-def from_statistics(packed: Tensor, patterns: Tensor, bits: int, block: int, groups: int) -> Tensor:
-    """Inverse of :func:`to_statistics`: float32 `(rows, groups)`."""
-    codes = unpack(packed, bits, groups).to(torch.float32)
-    second = patterns.view(torch.float16).to(torch.float32)[torch.arange(codes.shape[0], device=codes.device) // block]
-    return codes * second[..., 1] + second[..., 0]
+def _of_codes(codes: Tensor, low: Tensor, step: Tensor, block: int) -> Tensor:
+    rows = codes.shape[0]
+    each_step = step.to(torch.float32).repeat_interleave(block, dim=0)[:rows]
+    return codes * each_step + low.to(torch.float32).repeat_interleave(block, dim=0)[:rows]
 
 
 def divisor(scale: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ What rounding weight w in column j costs, once later columns have made up for it
 U the column solver's factor: ``U_jj^2`` is ``[H^-1]_jj`` of the columns that are not fixed yet.
 """
 
+import torch
 from torch import Tensor
 
 from fewbit.grids.scales import divisor
@@ -26,11 +27,12 @@ def leave_one_out(group: Tensor, cost: Tensor, bits: int, threshold: float) -> T
     own = _cost(group, low, high, cost, bits)
     total = own.sum(dim=1, keepdim=True)
     saved = own.clone()
-    ordered = group.sort(dim=1).values
     if group.shape[1] > 1:
-        for extreme, index in ((0, group.argmin(dim=1, keepdim=True)), (1, group.argmax(dim=1, keepdim=True))):
-            narrower = (ordered[:, 1:2], high) if extreme == 0 else (low, ordered[:, -2:-1])
-            rest = _cost(group, *narrower, cost, bits).scatter(1, index, 0.0)
+        lowest, highest = group.argmin(dim=1, keepdim=True), group.argmax(dim=1, keepdim=True)
+        second_low = group.scatter(1, lowest, torch.inf).amin(dim=1, keepdim=True)
+        second_high = group.scatter(1, highest, -torch.inf).amax(dim=1, keepdim=True)
+        for index, narrower in ((lowest, (second_low, high)), (highest, (low, second_high))):
+            rest = _cost(group, *narrower, cost, bits).scatter_(1, index, 0.0)
             saved.scatter_(1, index, total - rest.sum(dim=1, keepdim=True))
     return saved > threshold
 

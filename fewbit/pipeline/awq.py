@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fewbit.architecture.folding import find_feeder
 from fewbit.architecture.network import Site
 from fewbit.curvature.damping import prepare
+from fewbit.curvature.products import products
 from fewbit.pipeline.solved import curvature_cost
 
 _STEPS = 20
@@ -61,17 +62,21 @@ def fold_block(
 def best_scales(consumers: Sequence[Site], gram: Tensor, rounding: Rounding) -> tuple[float, Tensor]:
     """The exponent among 0, 0.05, … 0.95 with the least error of all consumers together, and its scales `(in,)`."""
     prepared, dead = prepare(gram.to(consumers[0].watched.weight.device))
-    prepared = prepared - torch.diag(dead.to(prepared.dtype))
-    size = prepared.diagonal().sqrt().to(torch.float32)
+    prepared = (prepared - torch.diag(dead.to(prepared.dtype))).to(torch.float32)
+    size = prepared.diagonal().sqrt()
     weights = [site.read().float() for site in consumers]
     best_error, best = float("inf"), (0.0, torch.ones_like(size))
     for step in range(_STEPS):
         scales = size.clamp(min=1e-4).pow(step / _STEPS)
         scales = scales / (scales.max() * scales.min()).sqrt()
         scales = torch.where(dead, torch.ones_like(scales), scales)
-        error = 0.0
-        for site, weight in zip(consumers, weights, strict=True):
-            error += curvature_cost(rounding(site, weight * scales) / scales - weight, prepared)
+        errors = [
+            rounding(site, weight * scales).div_(scales).sub_(weight)
+            for site, weight in zip(consumers, weights, strict=True)
+        ]
+        # Exponents are only compared, and all are summed over the same matrix: 16-bit factors tell them apart.
+        with products(consumers[0].watched.weight.dtype):
+            error = sum(curvature_cost(one, prepared) for one in errors)
         if error < best_error:
             best_error, best = error, (step / _STEPS, scales)
     return best

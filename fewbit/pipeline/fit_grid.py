@@ -14,7 +14,7 @@ from fewbit.formats.scheme import Scheme
 from fewbit.grids import codebook, integer
 from fewbit.grids.codebook import ScaleSearch
 from fewbit.grids.packing import pack, small_integers
-from fewbit.grids.scales import divisor, from_pattern, to_pattern
+from fewbit.grids.scales import as_statistics, divisor, from_pattern, to_pattern
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,18 @@ class Grid:
 
 
 def fit_core(
-    x: Tensor, rows: int, scheme: Scheme, search: ScaleSearch | None, outside: Tensor | None, importance: Tensor | None
+    x: Tensor,
+    rows: int,
+    scheme: Scheme,
+    search: ScaleSearch | None,
+    outside: Tensor | None,
+    importance: Tensor | None,
+    stored: bool = True,
 ) -> Grid:
     """Fit a grid to every group of `rows` rows.
 
-    x: `(rows * groups, g)` float32, 0 where `outside` is True (outliers). importance: c_j that broadcasts to x.
+    x: `(rows * groups, g)` float32, 0 where `outside` is True (outliers). importance: c_j that broadcasts to x. stored:
+    False where the parts that store the grid are not wanted, so that they need not be made.
     """
     if scheme.grid == "codebook":
         wanted = codebook.search_scale(x, importance, scheme.levels, search or ScaleSearch(smallest=1.0))
@@ -46,12 +53,16 @@ def fit_core(
     low, high = integer.extremes(x, outside)
     if search is not None:
         low, high = _search_range(x, outside, (low, high), importance, scheme, search)
-    return evenly_spaced(low.view(rows, -1), high.view(rows, -1), scheme)
+    return evenly_spaced(low.view(rows, -1), high.view(rows, -1), scheme, stored)
 
 
-def evenly_spaced(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
-    """The grid of groups whose ranges are `low` to `high`, each `(rows, groups)`."""
+def evenly_spaced(low: Tensor, high: Tensor, scheme: Scheme, stored: bool = True) -> Grid:
+    """The grid of groups whose ranges are `low` to `high`, each `(rows, groups)`; `stored` as in :func:`fit_core`."""
     bits, ends = scheme.bits, (low, high)
+    if scheme.grid == "real-zero" and not stored:
+        form = (scheme.statistic_bits, scheme.statistic_rows)
+        seen = as_statistics(integer.minimum_grid(low, high, bits), *form)
+        return Grid(scheme, {}, seen, as_statistics(-low / divisor(seen), *form), ends)
     if scheme.grid == "real-zero":
         parts, seen = native.pack_scales(integer.minimum_grid(low, high, bits), scheme)
         zero_parts, zero = native.pack_real_zeros(-low / divisor(seen), scheme)
@@ -155,12 +166,17 @@ def outlier_grid_of(where: Tensor, columns: int, grid: Grid) -> tuple[Tensor, Te
     return grid.scale.reshape(-1)[group], grid.offset.reshape(-1)[group]
 
 
+def as_float16(values: Tensor) -> Tensor:
+    """Float32 values as float16 holds them; what is beyond its range becomes its largest number."""
+    largest = torch.finfo(torch.float16).max
+    return values.clamp(-largest, largest).to(torch.float16).to(torch.float32)
+
+
 def encode_outliers(values: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Codes (int32) and decoded values of outliers; scale and minimum broadcast to `values`."""
     if scheme.outlier_grid == "float16":
-        largest = torch.finfo(torch.float16).max
-        pattern = to_pattern(values.clamp(-largest, largest), "float16")
-        return pattern.to(torch.int32), from_pattern(pattern, "float16")
+        kept = as_float16(values)
+        return to_pattern(kept, "float16").to(torch.int32), kept
     top = 2**scheme.outlier_bits - 1
     half = 2 ** (scheme.outlier_bits - 1)
     if scheme.outlier_grid == "row":

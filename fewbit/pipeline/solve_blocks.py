@@ -18,7 +18,7 @@ from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import PlannedTensor
 from fewbit.pipeline.quantize_tensor import assemble
 from fewbit.pipeline.quantize_weight import NotFiniteError
-from fewbit.pipeline.solve_weight import solve_weight
+from fewbit.pipeline.solve_weight import round_weight, solve_weight
 from fewbit.pipeline.solved import Solved
 from fewbit.pipeline.solved_store import SolvedStore, SolvedWeight
 from fewbit.pipeline.walk import Walk
@@ -128,7 +128,7 @@ class BlockSolver:
         def rounding(site: Site, weight: Tensor) -> Tensor:
             item = self.network.items[site.tensor.entry.name]
             assert item.stored is not None
-            return solve_weight(weight, None, self.recipe, item.stored.scheme).decoded
+            return round_weight(weight, self.recipe, item.stored.scheme)
 
         before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
         notes = fold_block(block, sites, curvature, rounding, partial(sample.change, index))

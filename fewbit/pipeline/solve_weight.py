@@ -17,7 +17,7 @@ from fewbit.grids.positions import flat_positions
 from fewbit.outliers.adaptive_lasso import group_mask, outlier_count, split, threshold
 from fewbit.outliers.sensitivity import leave_one_out, sensitivity_threshold
 from fewbit.pipeline.encode_weight import Settled, encode_weight
-from fewbit.pipeline.fit_grid import Grid, encode_outliers, evenly_spaced, fit_core, fit_outliers, round_to
+from fewbit.pipeline.fit_grid import Grid, as_float16, encode_outliers, evenly_spaced, fit_core, fit_outliers, round_to
 from fewbit.pipeline.plan import outliers_per_group
 from fewbit.pipeline.quantize_weight import NotFiniteError, QuantizedRows
 from fewbit.pipeline.solve_binary import solve_binary
@@ -81,6 +81,16 @@ def _rounded(weight: Tensor, recipe: Recipe, scheme: Scheme, path: str) -> Solve
     if scheme.grid == "binary":
         return solve_binary(weight, None, None, scheme, path)
     return _finish(weight, weight, _static(_Problem(recipe, scheme, weight, None)), path, None)
+
+
+def round_weight(weight: Tensor, recipe: Recipe, scheme: Scheme) -> Tensor:
+    """What a weight `(out, in)` float32 decodes to when it is rounded with no curvature, without its stored form."""
+    if scheme.grid == "binary" or recipe.outliers != "none":
+        return solve_weight(weight, None, recipe, scheme).decoded
+    core = _static(_Problem(recipe, scheme, weight, None)).core
+    grouped = weight.view(weight.shape[0], -1, scheme.group_size)
+    offset = core.offset.unsqueeze(2) if isinstance(core.offset, Tensor) else core.offset
+    return round_to(grouped, core.scale.unsqueeze(2), offset, scheme).view(weight.shape)
 
 
 def _order(prepared: Tensor, recipe: Recipe) -> Tensor:
@@ -172,6 +182,8 @@ def _columns(problem: _Problem, fixed: _Fixed, found: Factor, order: Tensor) -> 
             return decoded
         if sensitive:
             torch.gt((column - decoded).square() * cost[j], cut, out=mask[j])
+        if scheme.outlier_grid == "float16":
+            return torch.where(mask[column_of[j]], as_float16(column), decoded)
         assert fixed.outliers is not None and isinstance(fixed.outliers.offset, Tensor)
         place = group if fixed.outliers.scale.shape[1] > 1 else 0
         _, kept = encode_outliers(column, fixed.outliers.scale[:, place], fixed.outliers.offset[:, place], scheme)
@@ -186,7 +198,7 @@ def _columns(problem: _Problem, fixed: _Fixed, found: Factor, order: Tensor) -> 
         core = group if outside is None else group.masked_fill(outside, 0.0)
         weights = None if problem.importance is None else problem.importance[part].unsqueeze(0)
         try:
-            grid = fit_core(core, rows, scheme, recipe.search, outside, weights)
+            grid = fit_core(core, rows, scheme, recipe.search, outside, weights, stored=False)
         except FewbitError as error:
             # Weights that ran away fit no storage format; the weight as it was does.
             raise DivergedError from error

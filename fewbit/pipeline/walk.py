@@ -5,25 +5,22 @@ called with (masks, position embeddings) is the same for all sequences of one le
 """
 
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewbit.curvature.observe import Watched, watching
+from fewbit.curvature.products import products
 from fewbit.errors import FewbitError
+from fewbit.parallel import over_cores
+from fewbit.pipeline.observers import Divisible, EnoughSeenError, Observing, PerThread, Step, UntilLast
 
-Step = Callable[[], None]
+_MOST_WORKERS = 8
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class Observing(Protocol):
-    """Something that is shown what the layers of a block see."""
-
-    def observe(self, key: str, x: Tensor, gradient: Tensor | None) -> None:
-        """One call of a layer with inputs `(tokens, in)`."""
 
 
 class Walk:
@@ -31,7 +28,7 @@ class Walk:
 
     def __init__(self, model: Any, blocks: Sequence[nn.Module], ids: Tensor, memory_bytes: int) -> None:
         """Run the part before the blocks. ids: `(samples, length)`. memory_bytes: above it, states live on disk."""
-        self._blocks = blocks
+        self._blocks, self._memory = blocks, memory_bytes
         first, self._calls = self._record(model, ids[:1])
         if ids.shape[0] > 1:
             _, other = self._record(model, ids[1:2])
@@ -65,19 +62,20 @@ class Walk:
                 handle.remove()
         return entering[0], calls
 
-    def observe(self, index: int, layers: list[Watched], accumulator: Observing, step: Step) -> None:
-        """Run block `index` over all sequences for what its layers see; the states stay."""
-        with watching(layers, accumulator.observe, backward=False):
-            self._run(index, step, keep=False)
+    def observe(self, index: int, layers: list[Watched], observer: Observing, step: Step) -> None:
+        """Run block `index` over all sequences for what its layers see; the states stay.
 
-    def observe_and_advance(self, index: int, layers: list[Watched], accumulator: Observing, step: Step) -> None:
+        From the second sequence on a run ends where the last of the layers is called.
+        """
+        self._watched(index, layers, observer, step, keep=False)
+
+    def observe_and_advance(self, index: int, layers: list[Watched], observer: Observing, step: Step) -> None:
         """Both in one pass: what the layers see and the next states are those of the weights as they are."""
-        with watching(layers, accumulator.observe, backward=False):
-            self._run(index, step, keep=True)
+        self._watched(index, layers, observer, step, keep=True)
 
     def advance(self, index: int, step: Step) -> None:
         """Run block `index` as it is now; its outputs become the states."""
-        self._run(index, step, keep=True)
+        self._run(index, step, True, self._workers(index))
 
     def states(self, sample: int) -> Tensor:
         """What enters the next block of one sequence, `(1, length, hidden)`, on the CPU or where states are kept."""
@@ -101,15 +99,46 @@ class Walk:
     def _device(self, index: int) -> torch.device:
         return next(self._blocks[index].parameters()).device
 
-    def _run(self, index: int, step: Step, keep: bool) -> None:
-        device = self._device(index)
+    def _watched(self, index: int, layers: list[Watched], observer: Observing, step: Step, keep: bool) -> None:
+        size = 4 * sum(layer.weight.shape[-1] ** 2 for layer in layers)
+        workers = min(self._workers(index), max(1, self._memory // size)) if isinstance(observer, Divisible) else 1
+        parts: list[Any] = [observer, *(observer.another() for _ in range(workers - 1))]  # type: ignore[attr-defined]
+        shown = [UntilLast(part, layers) for part in parts] if not keep else parts
+        mine = PerThread(shown)
+        # Observers set the precision of products for the whole process: set before, none can undo another's choice.
+        with products(self._states.dtype), watching(layers, mine.observe, backward=False):
+            self._run(index, step, keep, workers, mine.begin)
+        for part in parts[1:]:
+            observer.add(part)  # type: ignore[attr-defined]
+
+    def _workers(self, index: int) -> int:
+        """Sequences that run side by side: one a core, where there are many of them."""
+        if self._device(index).type != "cpu" or self._states.shape[0] < 2 * _MOST_WORKERS:
+            return 1
+        return min(torch.get_num_threads(), _MOST_WORKERS)
+
+    def _run(
+        self, index: int, step: Step, keep: bool, workers: int, begin: Callable[[int], Any] = lambda worker: None
+    ) -> None:
+        device, lock = self._device(index), threading.Lock()
         args, kwargs = _converted(self._calls[index], device)
-        with torch.inference_mode():
-            for sample in range(self._states.shape[0]):
-                out = self._blocks[index](self._states[sample : sample + 1].to(device), *args, **kwargs)
-                if keep:
-                    self._states[sample : sample + 1] = out[0] if isinstance(out, tuple) else out
+
+        def one(sample: int, worker: int) -> None:
+            ended = begin(worker)
+            with torch.inference_mode():
+                states = self._states[sample : sample + 1]
+                try:
+                    out = self._blocks[index](states.to(device), *args, **kwargs)
+                    if keep:
+                        states.copy_(out[0] if isinstance(out, tuple) else out)
+                except EnoughSeenError:
+                    pass
+            if ended is not None:
+                ended()
+            with lock:
                 step()
+
+        over_cores(one, self._states.shape[0], workers)
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -124,7 +153,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 class _StopError(Exception):
-    """Ends a forward pass at the first block."""
+    """Ends a forward pass early."""
 
 
 def _until_first_block(model: Any, block: nn.Module, ids: Tensor) -> Tensor:
