@@ -5,7 +5,7 @@
 In one run: a plain forward pass over the sequences, a plain forward and backward pass with all gradients, and every
 preset end to end in a process of its own, start-up and loading included. Ratios are against the passes it needs: two
 forward passes for the input Gram, one forward and backward pass for the output Fisher. Zero-shot `adpq` is there for a
-published comparison.
+published comparison. Rows of other presets stay in the results as they are.
 """
 
 import argparse
@@ -27,12 +27,15 @@ from fewbit.checkpoints.locate import locate
 
 HERE = Path(__file__).parent
 C4 = HERE / "../../shared/data/c4_rp_sample1.jsonl"
-PRESETS = ["adpq:4", "adpq+:3", "gptq:4", "awq:4", "spqr:3", "billm:1", "oac:3", "precal+oac:3"]
+PRESETS = [
+    *["adpq:4", "adpq+:3", "gptq:4", "awq:4", "spqr:3", "billm:1", "precal+gptq:3", "precal+spqr:3"],
+    *["oac:3", "oac+spqr:3", "oac+billm:1", "precal+oac:3"],
+]
 LENGTH = 512
 
 
-def passes(model: str, samples: int) -> dict[str, float]:
-    """Seconds of a plain forward pass, and of a plain forward and backward pass, over the sequences."""
+def passes(model: str, samples: int, backward: bool) -> dict[str, float]:
+    """Seconds of a plain forward pass, and with `backward` of a plain forward and backward pass, over the sequences."""
     from transformers import AutoTokenizer
 
     loaded = fewbit.load(model, device="cpu")
@@ -45,6 +48,8 @@ def passes(model: str, samples: int) -> dict[str, float]:
         for sequence in ids:
             loaded(sequence[None], use_cache=False)
         forward = time.perf_counter() - began
+    if not backward:
+        return {"forward": forward}
     loaded.requires_grad_(True)
     began = time.perf_counter()
     for sequence in ids:
@@ -78,24 +83,25 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results" / "calibrated_speed.json")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
-    base = passes(arguments.model, arguments.samples)
-    print(f"forward {base['forward']:.1f} s, forward and backward {base['forward_backward']:.1f} s", flush=True)
-    rows = []
-    for text in arguments.preset or PRESETS:
-        method, bits = text.split(":")
+    wanted = [tuple(text.split(":")) for text in arguments.preset or PRESETS]
+    kinds = {method: fewbit.preset(method).curvature for method, _ in wanted}
+    fisher = any(choice is not None and choice.kind == "fisher" for choice in kinds.values())
+    base = passes(arguments.model, arguments.samples, fisher)
+    print("plain passes: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in base.items()), flush=True)
+    before = results.get(arguments.model, {"rows": []})
+    rows = [row for row in before["rows"] if (row["method"], str(row["bits"])) not in wanted]
+    for method, bits in wanted:
         row = {"method": method, "bits": int(bits), **preset(arguments.model, method, bits, arguments.samples)}
-        needed = None
-        if "oac" in method:
-            needed = base["forward_backward"]
-        elif method not in ("rtn", "adpq", "adpq+"):
-            needed = 2 * base["forward"]
-        if needed:
+        row["samples"], row["passes"] = arguments.samples, base
+        choice, ratio = kinds[method], ""
+        if choice is not None:
+            needed = base["forward_backward"] if choice.kind == "fisher" else 2 * base["forward"]
             row["times_needed_passes"] = row["seconds"] / needed
+            ratio = f"{row['times_needed_passes']:5.2f} x its passes"
         rows.append(row)
-        ratio = f"{row['times_needed_passes']:5.2f} x its passes" if needed else ""
-        print(f"{text:14} {row['seconds']:7.1f} s  {row['peak_rss_bytes'] / 1e9:5.2f} GB  {ratio}", flush=True)
-    results[arguments.model] = {"samples": arguments.samples, "length": LENGTH, "passes": base, "rows": rows}
-    arguments.results.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{method:14} {row['seconds']:7.1f} s  {row['peak_rss_bytes'] / 1e9:5.2f} GB  {ratio}", flush=True)
+        results[arguments.model] = {"rows": rows}
+        arguments.results.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -204,3 +204,25 @@ def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
     description.write_text("{}")
     with pytest.raises(FewbitError, match="damaged"):
         open_curvature(tmp_path / "kept", open_checkpoint(tiny))
+
+
+@pytest.mark.parametrize(("columns", "parts"), [(1024, 1), (1100, 2), (1537, 1)])
+def test_wide_sums_are_whole_and_symmetric(columns: int, parts: int) -> None:
+    rows = [torch.randn(5, columns) for _ in range(4)]
+    found = [Accumulator(CurvatureChoice("gram")) for _ in range(parts)]
+    with torch.inference_mode():
+        for index, x in enumerate(rows):
+            found[index % parts].observe("layer", x, None)
+    for other in found[1:]:
+        found[0].add(other)
+    expected = sum(x.double().T @ x.double() for x in rows)
+    for _ in range(2):
+        matrix = found[0].curvature("layer")
+        assert matrix is not None
+        assert torch.allclose(matrix.double(), expected, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(matrix, matrix.T, atol=1e-5)
+    with torch.inference_mode():
+        found[0].observe("layer", rows[0], None)
+    again = found[0].curvature("layer")
+    assert again is not None
+    assert torch.allclose(again.double(), expected + rows[0].double().T @ rows[0].double(), rtol=1e-4, atol=1e-4)

@@ -21,8 +21,9 @@ _ADVICE = "run the model in float32 or bfloat16"
 
 @dataclass
 class Accumulator:
-    """Sums by layer. shared: layers that see the very same inputs -> the one whose Gram they use.
+    """Sums by layer, to be read through :meth:`curvature`.
 
+    shared: layers that see the very same inputs -> the one whose Gram they use.
     tokens: how many each layer saw; for fisher those whose gradient is not 0 (that of a sequence's last token is).
     live: for fisher, the columns that were active at such tokens.
     """
@@ -80,8 +81,14 @@ class Accumulator:
             self.live[key] = self.live[key] | live if key in self.live else live
 
     def curvature(self, key: str) -> Tensor | None:
-        """The sum of a layer, or None when it never ran (an expert that saw no token)."""
-        return self.sums.get(self.shared.get(key, key))
+        """The whole sum of a layer, or None when it never ran (an expert that saw no token)."""
+        matrix = self.sums.get(self.shared.get(key, key))
+        half = 0 if matrix is None or matrix.dim() == 1 else _half(matrix.shape[0])
+        if matrix is not None and half:
+            # The sums may be tensors of inference mode, which change only inside it.
+            with torch.inference_mode():
+                matrix[half:, :half] = matrix[:half, half:].t()
+        return matrix
 
     def check_gradients(self) -> None:
         """FewbitError when gradients underflowed: all of them, or those of a column that was active."""
@@ -103,7 +110,20 @@ class Accumulator:
             return
         found = self.sums.get(key)
         with products(precision):
+            half = _half(rows.shape[1])
             if found is None:
                 self.sums[key] = rows.t() @ rows
-            else:
+            elif not half:
                 found.addmm_(rows.t(), rows)
+            else:
+                left, right = rows[:, :half], rows[:, half:]
+                found[:half].addmm_(left.t(), rows)
+                found[half:, half:].addmm_(right.t(), right)
+
+
+def _half(columns: int) -> int:
+    """Where a symmetric sum is cut: its lower left quarter mirrors the upper right one and is left out while summing.
+
+    0 where the three smaller products are not faster than the whole one.
+    """
+    return columns // 128 * 64 if columns >= 1024 else 0

@@ -122,5 +122,5 @@ def _gram(
 
 def _put(network: Network, index: int, found: Accumulator, writer: CurvatureWriter) -> None:
     keys = {site.watched.key for site in network.sites[index]}
-    sums = {key: tensor for key, tensor in found.sums.items() if key in keys}
+    sums = {key: matrix for key in found.sums if key in keys and (matrix := found.curvature(key)) is not None}
     writer.put(index, sums, {key: owner for key, owner in found.shared.items() if key in keys})
