@@ -90,18 +90,13 @@ def other_tools() -> None:
 
 def calibrated_speed() -> None:
     """Seconds of presets against the passes that they need."""
+    print("\n| model | preset | sequences | seconds | x its passes | peak memory |\n" + "| --- " * 6 + "|")
     for model, result in (read("calibrated_speed") or {}).items():
-        base = result["passes"]
-        print(
-            f"\n{model}, {result['samples']} x {result['length']} tokens: a forward pass {base['forward']:.1f} s, ",
-            end="",
-        )
-        print(f"forward and backward {base['forward_backward']:.1f} s\n\n| preset | seconds | x passes | peak memory |")
-        print("| --- | --- | --- | --- |")
         for r in result["rows"]:
             ratio = f"{r['times_needed_passes']:.2f}" if "times_needed_passes" in r else ""
-            peak = f"{r['peak_rss_bytes'] / 1e9:.1f} GB"
-            print(f"| {r['method']}, {r['bits']} bits | {r['seconds']:.1f} | {ratio} | {peak} |")
+            name = r["method"] if "billm" in r["method"] else f"{r['method']}, {r['bits']} bits"
+            figures = f"{r['seconds']:.1f} | {ratio} | {r['peak_rss_bytes'] / 1e9:.1f} GB"
+            print(f"| {model} | {name} | {r['samples']} | {figures} |")
 
 
 def tuning() -> None:

@@ -1,5 +1,7 @@
 """The column solver against one-weight-at-a-time optimal brain surgeon in float64, and its invariances."""
 
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -11,7 +13,7 @@ from fewbit.formats import native
 from fewbit.formats.scheme import Scheme, StoredWeight
 from fewbit.grids.packing import unpack
 from fewbit.pipeline.plan import scheme_for
-from fewbit.pipeline.solve_weight import solve_weight
+from fewbit.pipeline.solve_weight import solve_weight, solve_weights
 from fewbit.recipe import Recipe, preset, replace_solver
 from fewbit.solvers.column import DivergedError, solve_columns
 
@@ -177,3 +179,35 @@ def test_a_curvature_that_is_not_one_falls_back() -> None:
     assert solve_weight(weight, indefinite, recipe, scheme).path == "fallback: the curvature has no Cholesky factor"
     indefinite[0, 1] = indefinite[1, 0] = 1.05
     assert solve_weight(weight, indefinite, recipe, scheme).path == "solved with damping 0.1"
+
+
+@pytest.mark.parametrize("rows", [(16, 32, 48), (7, 16, 5)])
+@pytest.mark.parametrize("method", ["gptq", "spqr", "precal+gptq", "precal+spqr", "precal+oac", "oac", "billm"])
+def test_weights_solved_together_are_as_if_alone(method: str, rows: tuple[int, ...]) -> None:
+    recipe = preset(method, **({} if method == "billm" else {"bits": 3}))
+    _, curvature = random_problem(1, 128)
+    weights = [random_problem(count, 128, seed=count)[0] * count for count in rows]
+    scheme = scheme_for(128, recipe)
+    together = solve_weights(weights, curvature, recipe, scheme)
+    for weight, found in zip(weights, together, strict=True):
+        alone = solve_weight(weight, curvature, recipe, scheme)
+        # Sums over more rows may be added up in another order, which can move a code that was a tie.
+        assert (found.decoded != alone.decoded).double().mean() < 0.02
+        assert found.rows.squared_error == pytest.approx(alone.rows.squared_error, rel=0.02)
+        assert found.rows.parts.keys() == alone.rows.parts.keys()
+        for name, part in alone.rows.parts.items():
+            assert found.rows.parts[name].shape == part.shape
+
+
+def test_a_weight_that_diverges_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverging(weight: Tensor, *others: Any) -> Tensor:
+        if float(weight.abs().max()) > 1e20:
+            raise DivergedError
+        return solve_columns(weight, *others)
+
+    monkeypatch.setattr("fewbit.pipeline.solve_weight.solve_columns", diverging)
+    recipe = preset("spqr", bits=3)
+    good, curvature = random_problem(16, 64)
+    found = solve_weights([good, good * 1e30], curvature, recipe, scheme_for(64, recipe))
+    assert [one.path for one in found] == ["solved", "fallback: the solver diverged"]
+    assert torch.equal(found[0].decoded, solve_weight(good, curvature, recipe, scheme_for(64, recipe)).decoded)

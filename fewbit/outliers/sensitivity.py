@@ -16,12 +16,12 @@ def sensitivity_threshold(weight: Tensor, upper: Tensor, tau: float) -> float:
     return tau * float((variance / upper.diagonal().square()).mean())
 
 
-def leave_one_out(group: Tensor, cost: Tensor, bits: int, threshold: float) -> Tensor:
+def leave_one_out(group: Tensor, cost: Tensor, bits: int, threshold: float | Tensor) -> Tensor:
     """Mask `(rows, g)` of the weights without which a group's min-max grid costs less by more than the threshold.
 
-    group: `(rows, g)` float32. cost: ``1 / U_jj^2`` of its columns, `(g,)`. The cost that goes is that of the whole
-    group, the weight's own included. Only the smallest and the largest weight of a group shape its grid; without any
-    other, just its own cost goes.
+    group: `(rows, g)` float32. cost: ``1 / U_jj^2`` of its columns, `(g,)`. threshold: one, or `(rows, 1)`. The cost
+    that goes is that of the whole group, the weight's own included. Only the smallest and the largest weight of a group
+    shape its grid; without any other, just its own cost goes.
     """
     low, high = group.amin(dim=1, keepdim=True), group.amax(dim=1, keepdim=True)
     own = _cost(group, low, high, cost, bits)

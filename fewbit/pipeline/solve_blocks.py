@@ -18,7 +18,7 @@ from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import PlannedTensor
 from fewbit.pipeline.quantize_tensor import assemble
 from fewbit.pipeline.quantize_weight import NotFiniteError
-from fewbit.pipeline.solve_weight import round_weight, solve_weight
+from fewbit.pipeline.solve_weight import round_weight, solve_weight, solve_weights
 from fewbit.pipeline.solved import Solved
 from fewbit.pipeline.solved_store import SolvedStore, SolvedWeight
 from fewbit.pipeline.walk import Walk
@@ -89,24 +89,37 @@ class BlockSolver:
         by_tensor: dict[str, list[Site]] = {}
         for site in self.network.sites[index]:
             by_tensor.setdefault(site.tensor.entry.name, []).append(site)
+        for names in self._together(by_tensor, curvature):
+            found = [self.store.find(name) for name in names]
+            if any(one is None for one in found):
+                # All of them, so that a run that was interrupted between two ends with the same bytes.
+                found = self._solve_together({name: by_tensor[name] for name in names}, curvature)
+            for name, one in zip(names, found, strict=True):
+                assert one is not None
+                self._take(name, one, by_tensor[name], install)
+            self.what = f"block {index + 1} of {len(self.network.blocks)}, error {_error(found[-1]):.2%}"
+
+    def _together(
+        self, by_tensor: dict[str, list[Site]], curvature: Callable[[Site], Tensor | None]
+    ) -> list[list[str]]:
+        """Names of tensors that are solved together: plain layers that share their curvature and are stored alike."""
+        groups: dict[Any, list[str]] = {}
         for name, sites in by_tensor.items():
-            item = self.network.items[name]
+            item, matrix = self.network.items[name], curvature(sites[0])
             assert item.stored is not None
-            found = self.store.find(name)
-            if found is None:
-                matrices = [(site.read(), curvature(site)) for site in sites]
-                found = self._solve(
-                    item, matrices, idle=any(_idle(site, m) for site, (_, m) in zip(sites, matrices, strict=True))
-                )
-            self.paths[name] = found.record["path"]
-            if install:
-                decoded = native.decode(found.parts, found.stored)
-                first = 0
-                for site in sites:
-                    site.write(decoded[first : first + site.rows])
-                    first += site.rows
-            error = found.record["relative_squared_error"]
-            self.what = f"block {index + 1} of {len(self.network.blocks)}, error {error:.2%}"
+            alone = len(sites) > 1 or matrix is None
+            key = name if alone or matrix is None else (matrix.data_ptr(), item.stored.scheme)
+            groups.setdefault(key, []).append(name)
+        return list(groups.values())
+
+    def _take(self, name: str, found: SolvedWeight, sites: list[Site], install: bool) -> None:
+        self.paths[name] = found.record["path"]
+        if install:
+            decoded = native.decode(found.parts, found.stored)
+            first = 0
+            for site in sites:
+                site.write(decoded[first : first + site.rows])
+                first += site.rows
 
     def _fold(self, index: int, curvature: Callable[[Site], Tensor | None]) -> None:
         """Scale the channels of a block; what is not quantized and changed by that is kept for the output."""
@@ -151,14 +164,33 @@ class BlockSolver:
                 whole = reader.tensor(item.tensor.entry)
             self._solve(item, [(whole.t() if item.tensor.transposed else whole, None)])
 
+    def _solve_together(
+        self, by_tensor: dict[str, list[Site]], curvature: Callable[[Site], Tensor | None]
+    ) -> list[SolvedWeight | None]:
+        """Solve the tensors of one group and keep them."""
+        if len(by_tensor) > 1:
+            sites = [found[0] for found in by_tensor.values()]
+            items = [self.network.items[name] for name in by_tensor]
+            assert items[0].stored is not None
+            try:
+                weights = [site.read() for site in sites]
+                solved = solve_weights(weights, curvature(sites[0]), self.recipe, items[0].stored.scheme)
+                return [self._keep(item, [one]) for item, one in zip(items, solved, strict=True)]
+            except (NotFiniteError, FewbitError):
+                # One by one the error says which of them it is.
+                pass
+        kept: list[SolvedWeight | None] = []
+        for name, found in by_tensor.items():
+            matrices = [(site.read(), curvature(site)) for site in found]
+            idle = any(_idle(site, matrix) for site, (_, matrix) in zip(found, matrices, strict=True))
+            kept.append(self._solve(self.network.items[name], matrices, idle))
+        return kept
+
     def _solve(
         self, item: PlannedTensor, matrices: list[tuple[Tensor, Tensor | None]], idle: bool = False
     ) -> SolvedWeight:
         assert item.stored is not None
-        name = item.tensor.entry.name
-        solved: list[Solved] = []
-        spans: list[tuple[int, int]] = []
-        first = 0
+        name, solved = item.tensor.entry.name, []
         for weight, matrix in matrices:
             try:
                 solved.append(solve_weight(weight, matrix, self.recipe, item.stored.scheme))
@@ -166,8 +198,15 @@ class BlockSolver:
                 raise FewbitError(f"{name}: a weight is NaN or infinite: the checkpoint is damaged") from error
             except FewbitError as error:
                 raise FewbitError(f"{name}: {error}") from error
-            spans.append((first, weight.shape[0]))
-            first += weight.shape[0]
+        return self._keep(item, solved, idle)
+
+    def _keep(self, item: PlannedTensor, solved: list[Solved], idle: bool = False) -> SolvedWeight:
+        """Store a tensor whose parts, one below the other, were solved."""
+        assert item.stored is not None
+        spans: list[tuple[int, int]] = []
+        for one in solved:
+            first = spans[-1][0] + spans[-1][1] if spans else 0
+            spans.append((first, one.decoded.shape[0]))
         stored, parts, record = assemble(item, item.stored, [one.rows for one in solved], spans, self.recipe)
         paths = sorted({one.path for one in solved})
         record["path"] = next((path for path in paths if path.startswith("fallback")), "; ".join(paths))
@@ -176,7 +215,11 @@ class BlockSolver:
         predicted = [one.predicted for one in solved if one.predicted is not None]
         if predicted:
             record["relative_curvature_error"] = sum(predicted) / len(predicted)
-        return self.store.put(name, SolvedWeight(stored, parts, record))
+        return self.store.put(item.tensor.entry.name, SolvedWeight(stored, parts, record))
+
+
+def _error(found: SolvedWeight | None) -> float:
+    return float(found.record["relative_squared_error"]) if found is not None else 0.0
 
 
 def _idle(site: Site, matrix: Tensor | None) -> bool:

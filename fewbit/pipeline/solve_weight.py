@@ -4,8 +4,9 @@ Read it beside `docs/methods.md`. With static grids everything but the codes is 
 grids that are refitted a group's is chosen when the solver enters it, from weights that already make up for errors.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,39 +42,63 @@ def solve_weight(weight: Tensor, curvature: Tensor | None, recipe: Recipe, schem
 
     Raises NotFiniteError when a weight is NaN or infinite.
     """
-    weight = weight.to(torch.float32)
-    if not bool(torch.isfinite(weight).all()):
+    return solve_weights([weight], curvature, recipe, scheme)[0]
+
+
+def solve_weights(weights: Sequence[Tensor], curvature: Tensor | None, recipe: Recipe, scheme: Scheme) -> list[Solved]:
+    """Quantize weights `(out, in)` that have one curvature in common, each as by itself.
+
+    Rows do not see each other in the column solver, so it goes over all of them at once: a third fewer columns to step
+    through in a block whose layers share their inputs.
+    """
+    if len(weights) > 1 and not _stackable(weights, scheme):
+        return [solve_weight(weight, curvature, recipe, scheme) for weight in weights]
+    weights = [weight.to(torch.float32) for weight in weights]
+    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
         raise NotFiniteError
+
+    def rounded(path: str) -> list[Solved]:
+        return [_rounded(weight, recipe, scheme, path) for weight in weights]
+
     if curvature is None:
-        return _rounded(weight, recipe, scheme, "rounded: no input seen")
+        return rounded("rounded: no input seen")
     if not bool(torch.isfinite(curvature).all()):
-        return _rounded(weight, recipe, scheme, "fallback: the curvature is not finite")
-    if curvature.shape[0] != weight.shape[1]:
+        return rounded("fallback: the curvature is not finite")
+    if curvature.shape[0] != weights[0].shape[1]:
         raise FewbitError(
-            f"its curvature has {curvature.shape[0]} columns, the weight {weight.shape[1]}: this layer is not one that "
-            "can be calibrated: keep it with --exclude"
+            f"its curvature has {curvature.shape[0]} columns, the weight {weights[0].shape[1]}: this layer is not one "
+            "that can be calibrated: keep it with --exclude"
         )
-    prepared, dead = prepare(curvature.to(weight.device))
+    prepared, dead = prepare(curvature.to(weights[0].device))
     if bool(dead.all()):
-        return _rounded(weight, recipe, scheme, "fallback: its curvature is all 0")
+        return rounded("fallback: its curvature is all 0")
     if recipe.solver.kind == "round":
-        return _rounded(weight, recipe, scheme, "rounded")
+        return rounded("rounded")
     order = _order(prepared, recipe)
     live = prepared - torch.diag(dead.to(prepared.dtype))
     found = factor(prepared[order][:, order], recipe.solver.damping)
-    importance = _importance(prepared, dead, found, order, recipe.solver.importance)
-    problem = _Problem(recipe, scheme, weight, importance)
     if scheme.grid == "binary":
-        return solve_binary(weight, live, found, scheme)
-    fixed = _static(problem)
-    if found is None:
-        return _finish(weight, weight, fixed, "fallback: the curvature has no Cholesky factor", live)
-    try:
-        compensated, fixed = _columns(problem, fixed, found, order)
-    except DivergedError:
-        return _finish(weight, weight, fixed, "fallback: the solver diverged", live)
-    path = "solved" if found.step == 0 else f"solved with damping {found.damping:g}"
-    return _finish(weight, compensated, fixed, path, live)
+        return [solve_binary(weight, live, found, scheme) for weight in weights]
+    importance = _importance(prepared, dead, found, order, recipe.solver.importance)
+    problems = [_Problem(recipe, scheme, weight, importance) for weight in weights]
+    fixed = [_static(problem) for problem in problems]
+    path = "fallback: the curvature has no Cholesky factor"
+    compensated = list(weights)
+    if found is not None:
+        try:
+            compensated, fixed = _columns(problems, fixed, found, order)
+            path = "solved" if found.step == 0 else f"solved with damping {found.damping:g}"
+        except DivergedError:
+            if len(weights) > 1:
+                return [solve_weight(weight, curvature, recipe, scheme) for weight in weights]
+            path = "fallback: the solver diverged"
+    return [_finish(*one, path, live) for one in zip(weights, compensated, fixed, strict=True)]
+
+
+def _stackable(weights: Sequence[Tensor], scheme: Scheme) -> bool:
+    """Whether the rows of weights can be solved as one: statistics are shared by blocks of rows of one weight."""
+    blocks = scheme.statistic_rows if scheme.scale_format == "statistics" else 1
+    return all(weight.shape[0] % blocks == 0 for weight in weights[:-1])
 
 
 def _rounded(weight: Tensor, recipe: Recipe, scheme: Scheme, path: str) -> Solved:
@@ -159,19 +184,19 @@ def _outliers(x: Tensor, importance: Tensor | None, recipe: Recipe, scheme: Sche
     return split(magnitudes, cut)[1]
 
 
-def _columns(problem: _Problem, fixed: _Fixed, found: Factor, order: Tensor) -> tuple[Tensor, _Fixed]:
-    """Run the column solver; returns the compensated weights in storage order and the grids it ended with."""
-    scheme, recipe, weight = problem.scheme, problem.recipe, problem.weight
-    size = scheme.group_size
+def _columns(
+    problems: list[_Problem], each: list[_Fixed], found: Factor, order: Tensor
+) -> tuple[list[Tensor], list[_Fixed]]:
+    """Run the column solver; returns the compensated weights in storage order and the grids they ended with."""
+    scheme, recipe, importance = problems[0].scheme, problems[0].recipe, problems[0].importance
+    weight, fixed, size = torch.cat([problem.weight for problem in problems]), _stack(each), scheme.group_size
     scale = fixed.core.scale.t().contiguous()
     offset = fixed.core.offset.t().contiguous() if isinstance(fixed.core.offset, Tensor) else fixed.core.offset
     column_of, group_of = order.tolist(), (order // size).tolist()
-    sensitive = recipe.outliers == "sensitivity"
-    cut, cost = math.inf, found.upper.diagonal().square().reciprocal()
-    if sensitive:
-        cut = sensitivity_threshold(weight[:, order], found.upper, recipe.sensitivity)
     mask = None if fixed.mask is None else fixed.mask.t().contiguous()
-    if sensitive:
+    cut, cost = None, found.upper.diagonal().square().reciprocal()
+    if recipe.outliers == "sensitivity":
+        cut = _thresholds(problems, found, order)
         mask = torch.zeros(weight.t().shape, dtype=torch.bool, device=weight.device)
     refitted: list[Grid] = []
 
@@ -180,7 +205,7 @@ def _columns(problem: _Problem, fixed: _Fixed, found: Factor, order: Tensor) -> 
         decoded = round_to(column, scale[group], offset[group] if isinstance(offset, Tensor) else offset, scheme)
         if mask is None:
             return decoded
-        if sensitive:
+        if cut is not None:
             torch.gt((column - decoded).square() * cost[j], cut, out=mask[j])
         if scheme.outlier_grid == "float16":
             return torch.where(mask[column_of[j]], as_float16(column), decoded)
@@ -193,10 +218,10 @@ def _columns(problem: _Problem, fixed: _Fixed, found: Factor, order: Tensor) -> 
         index, rows, part = first // size, group.shape[0], slice(first, first + size)
         group = group.contiguous()
         outside = mask[part].t().contiguous() if mask is not None else None
-        if sensitive:
-            outside = leave_one_out(group, cost[part], scheme.bits, cut)
+        if cut is not None:
+            outside = leave_one_out(group, cost[part], scheme.bits, cut.unsqueeze(1))
         core = group if outside is None else group.masked_fill(outside, 0.0)
-        weights = None if problem.importance is None else problem.importance[part].unsqueeze(0)
+        weights = None if importance is None else importance[part].unsqueeze(0)
         try:
             grid = fit_core(core, rows, scheme, recipe.search, outside, weights, stored=False)
         except FewbitError as error:
@@ -210,16 +235,46 @@ def _columns(problem: _Problem, fixed: _Fixed, found: Factor, order: Tensor) -> 
     ordered = solve_columns(weight[:, order], found.upper, quantize, enter if recipe.solver.refit else None, size)
     compensated = torch.empty_like(ordered)
     compensated[:, order] = ordered
-    if sensitive and mask is not None:
-        fixed = replace(fixed, mask=mask.t().contiguous())
-    return compensated, replace(fixed, core=_join(refitted, scheme)) if recipe.solver.refit else fixed
+    ends, first = [], 0
+    for one, problem in zip(each, problems, strict=True):
+        rows = slice(first, first + problem.weight.shape[0])
+        first = rows.stop
+        if cut is not None and mask is not None:
+            one = replace(one, mask=mask[:, rows].t().contiguous())
+        ends.append(replace(one, core=_join(refitted, rows, scheme)) if recipe.solver.refit else one)
+    return list(compensated.split([problem.weight.shape[0] for problem in problems])), ends
 
 
-def _join(grids: list[Grid], scheme: Scheme) -> Grid:
-    """One grid of all groups from those of single groups, in order: stored anew from the same ranges."""
+def _thresholds(problems: list[_Problem], found: Factor, order: Tensor) -> Tensor:
+    """What each row's weights may cost before they are outliers, `(rows,)`: one threshold for all rows of a weight."""
+    tau = problems[0].recipe.sensitivity
+    cuts = []
+    for problem in problems:
+        cut = sensitivity_threshold(problem.weight[:, order], found.upper, tau)
+        cuts.append(problem.weight.new_full((problem.weight.shape[0],), cut))
+    return torch.cat(cuts)
+
+
+def _stack(each: list[_Fixed]) -> _Fixed:
+    """What was chosen for several weights, as for one with all their rows; without the parts that store it."""
+    masks = [one.mask for one in each if one.mask is not None]
+    outliers = [one.outliers for one in each if one.outliers is not None]
+    return _Fixed(torch.cat(masks) if masks else None, _stack_grids([one.core for one in each]), _stack_grids(outliers))
+
+
+def _stack_grids(grids: list[Grid]) -> Any:
+    if not grids:
+        return None
+    offsets = [grid.offset for grid in grids if isinstance(grid.offset, Tensor)]
+    offset = torch.cat(offsets) if offsets else grids[0].offset
+    return Grid(grids[0].scheme, {}, torch.cat([grid.scale for grid in grids]), offset)
+
+
+def _join(grids: list[Grid], rows: slice, scheme: Scheme) -> Grid:
+    """One grid of all groups of some rows from those of single groups, in order: stored anew from the same ranges."""
     ends = [grid.extremes for grid in grids if grid.extremes is not None]
     return evenly_spaced(
-        torch.cat([low for low, _ in ends], dim=1), torch.cat([high for _, high in ends], dim=1), scheme
+        torch.cat([low[rows] for low, _ in ends], dim=1), torch.cat([high[rows] for _, high in ends], dim=1), scheme
     )
 
 
