@@ -63,6 +63,10 @@ def evaluate_command(
     bos: Annotated[
         str, typer.Option(help="A BOS before each window: auto (as the tokenizer), always, never.")
     ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="What models run in: auto (their own), float32 for small differences, bfloat16, float16."),
+    ] = "auto",
     reference: Annotated[str | None, typer.Option(help="The original, to measure the distance from.")] = None,
     tasks: Annotated[
         str | None,
@@ -94,7 +98,9 @@ def evaluate_command(
     chosen = choose_tasks(tasks, task_data, task_limit)
     announce(*models, reference)
     with progress_line("evaluating") as progress:
-        result = evaluate(list(models), data, Protocol(seq_len, windows, bos), reference, device, progress, chosen)
+        result = evaluate(
+            list(models), data, Protocol(seq_len, windows, bos, dtype), reference, device, progress, chosen
+        )
     if as_json:
         print_json(result)
     else:

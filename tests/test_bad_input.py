@@ -158,6 +158,7 @@ def test_evaluation(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8 text" in refused("eval", tiny, "--data", tmp_path / "b.txt")
     assert "bos must be auto" in refused("eval", tiny, "--data", tmp_path / "a.txt", "--bos", "perhaps")
+    assert "dtype must be auto, float32" in refused("eval", tiny, "--data", tmp_path / "a.txt", "--dtype", "int8")
 
 
 def test_named_model_without_network_or_cache(tmp_path: Path) -> None:

@@ -150,6 +150,14 @@ def check_page(path: Path) -> None:
     assert "url(http" not in path.read_text(encoding="utf-8")
 
 
+def test_models_run_in_the_dtype_that_was_asked_for(tiny: Path, text: Path) -> None:
+    own = fewbit.evaluate(tiny, text, Protocol(32, 4), reference=tiny)["models"][0]
+    wide = fewbit.evaluate(tiny, text, Protocol(32, 4, dtype="float32"), reference=tiny)["models"][0]
+    assert (own["dtype"], wide["dtype"]) == ("bfloat16", "float32")
+    assert own["perplexity"] != wide["perplexity"] == pytest.approx(own["perplexity"], rel=0.02)
+    assert wide["kl_mean"] == 0
+
+
 def test_texts(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
     assert read_text(tmp_path / "a.jsonl").content == "one\n\ntwo"

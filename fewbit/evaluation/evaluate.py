@@ -60,8 +60,8 @@ def evaluate(
     shown = _Counter(progress, total + (scored if reference is not None else 0))
     original = None
     if reference is not None and windows is not None:
-        original = Original(reference, windows, device, shown.step)
-    work = _Work(windows, original, opened, device)
+        original = Original(reference, windows, device, shown.step, protocol.torch_dtype)
+    work = _Work(windows, original, opened, protocol, device)
     rows = [_evaluate_one(name, work, shown) for name in names]
     described: dict[str, Any] = {"reference": str(reference) if reference is not None else None}
     if text is not None and windows is not None:
@@ -102,6 +102,7 @@ class _Work:
     windows: Tensor | None
     original: Original | None
     tasks: OpenTasks | None
+    protocol: Protocol
     device: str | None
 
 
@@ -109,7 +110,7 @@ def _evaluate_one(name: str | Path, work: _Work, shown: _Counter) -> dict[str, A
     started = time.perf_counter()
     folder = locate(name)
     checkpoint = open_checkpoint(folder)
-    model = unpack_modules(load(name, device=work.device))
+    model = unpack_modules(load(name, work.protocol.torch_dtype, work.device))
     row: dict[str, Any] = {"name": str(name), **describe(checkpoint)}
     if work.windows is not None:
         row |= score(model, work.windows, work.original, str(name), shown.step)

@@ -5,12 +5,15 @@ All sums are in float32 or wider, whatever the model's dtype.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbit.errors import FewbitError
 from fewbit.memory import rows_at_once
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,14 @@ class Protocol:
 
     sequence_length: tokens a window. windows: how many, from the start; 0 for all whole ones. bos: auto (as the
     tokenizer does), always or never. With BOS a window is the BOS and the first `sequence_length - 1` of its tokens,
-    all of them scored; without, its first token is not scored.
+    all of them scored; without, its first token is not scored. dtype: what models run in: auto (their own) or one of
+    DTYPES. A model's own bfloat16 moves a perplexity by about 0.1 %, float32 shows smaller differences.
     """
 
     sequence_length: int = 1024
     windows: int = 0
     bos: str = "auto"
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
@@ -33,6 +38,13 @@ class Protocol:
             raise FewbitError(f"the number of windows cannot be {self.windows}")
         if self.bos not in ("auto", "always", "never"):
             raise FewbitError(f"bos must be auto, always or never, not {self.bos!r}")
+        if self.dtype not in ("auto", *DTYPES):
+            raise FewbitError(f"dtype must be auto, {', '.join(DTYPES)}, not {self.dtype!r}")
+
+    @property
+    def torch_dtype(self) -> Any:
+        """As `fewbit.load` takes it."""
+        return DTYPES.get(self.dtype, "auto")
 
 
 def cut_windows(token_ids: Tensor, protocol: Protocol, bos_id: int | None) -> Tensor:

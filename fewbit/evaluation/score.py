@@ -19,9 +19,11 @@ Step = Callable[[str], None]
 class Original:
     """The original's logits, kept in memory when they fit into half of what is free, else computed each time."""
 
-    def __init__(self, name: str | Path, windows: Tensor, device: str | None, step: Step | None = None) -> None:
+    def __init__(
+        self, name: str | Path, windows: Tensor, device: str | None, step: Step | None = None, dtype: Any = "auto"
+    ) -> None:
         """Load the model; where its logits fit, run it on `windows` `(windows, length)`, calling `step` after each."""
-        self._model = load(name, device=device)
+        self._model = load(name, dtype, device)
         self._windows, self._step = windows, step
         vocabulary = self._model.get_output_embeddings().weight.shape[0]
         size = windows.numel() * vocabulary * self._model.dtype.itemsize
