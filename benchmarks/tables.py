@@ -80,6 +80,16 @@ def calibrated() -> None:
             print(f"| {model} | {bits} | {method} | {', '.join(f'{v:,.1f}' for v in values)} | {spread} |")
 
 
+def eight_bits() -> None:
+    """What 8 bits change, run in float32."""
+    print("\n| 8 bits, float32 | smollm2-135m: bits | change | gemma3-270m: bits | change |\n" + "| --- " * 5 + "|")
+    found = {(r["model"], r["method"]): r for r in read("eight_bits")}
+    for method in dict.fromkeys(method for _, method in found):
+        rows = [found.get((model, method)) for model in MODELS]
+        cells = [f"{r['bits_per_weight']:.2f} | {r['change']:+.2%}" if r else " | " for r in rows]
+        print(f"| {method} | {' | '.join(cells)} |")
+
+
 def other_tools() -> None:
     """Other calibrated tools on the same tokens."""
     print("\n| model | bits | tool | bits/weight | perplexity | seconds | cores |\n" + "| --- " * 7 + "|")
@@ -126,6 +136,7 @@ if __name__ == "__main__":
     speed()
     against_hqq()
     calibrated()
+    eight_bits()
     other_tools()
     calibrated_speed()
     tuning()
