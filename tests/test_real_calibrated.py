@@ -21,7 +21,8 @@ from fewbit.pipeline.run import RunOptions
 pytestmark = pytest.mark.real_model
 MODEL = "smollm2-135m"
 TEXT = SHARED / "wikitext2_raw_test.txt"
-PROTOCOL = Protocol(512, 12)
+PROTOCOL = Protocol(512, 12, dtype="float32")
+METHODS_AT_8_BITS = ["gptq", "awq", "spqr", "precal+gptq", "precal+spqr", "oac", "oac+spqr", "precal+oac"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def perplexity(kept: dict[str, Path], out: Path, method: str, **choices: Any) ->
     return fewbit.evaluate(out, TEXT, PROTOCOL)["models"][0]["perplexity"], report["output"]["bits_per_weight"]
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "spqr", "precal+gptq", "precal+oac"])
+@pytest.mark.parametrize("method", METHODS_AT_8_BITS)
 def test_8_bits_cost_nothing(kept: dict[str, Path], original: float, tmp_path: Path, method: str) -> None:
     measured, _ = perplexity(kept, tmp_path / "out", method, bits=8, group_size="64")
     assert abs(math.log(measured / original)) < 0.003
