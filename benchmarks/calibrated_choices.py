@@ -1,4 +1,4 @@
-"""Which choices of a calibrated method earn their place: one choice at a time is changed from `precal+oac`.
+"""Which choices of a calibrated method earn their place: one choice at a time is changed from `precal+oac` on a Fisher.
 
     python benchmarks/calibrated_choices.py --folder /somewhere/with/space --model smollm2-135m --bits 2 --bits 3
 
@@ -24,7 +24,7 @@ import fewbit
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
-from fewbit.curvature.choice import CurvatureChoice
+from fewbit.curvature.choice import BEST_GRAM_SHARE, CurvatureChoice
 from fewbit.curvature.store import open_curvature
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.grids.codebook import ScaleSearch
@@ -41,6 +41,7 @@ NO_OUTLIERS = {"outliers": "none"}
 TOKEN = CurvatureChoice("fisher", terms="token")
 CURVATURES: dict[str, tuple[CurvatureChoice, int, int]] = {
     "fisher": (TOKEN, 128, 512),
+    "fisher-mixed": (replace(TOKEN, gram_share=BEST_GRAM_SHARE), 128, 512),
     "fisher-sequence": (CurvatureChoice("fisher", terms="sequence"), 128, 512),
     "fisher-sampled": (replace(TOKEN, labels="sampled"), 128, 512),
     "fisher-32x512": (TOKEN, 32, 512),
@@ -52,7 +53,8 @@ MEAN = "fisher and gram"
 REFRESH = {"refresh 10": 10, "refresh 3": 3}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "precal+oac": ("fisher", {}, {}),
+    "Fisher alone": ("fisher", {}, {}),
+    "Gram share 0.5, one pass": ("fisher-mixed", {}, {}),
     "Fisher of whole sequences": ("fisher-sequence", {}, {}),
     "labels sampled from the model": ("fisher-sampled", {}, {}),
     "32 sequences of 512": ("fisher-32x512", {}, {}),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import fewbit
+from fewbit.curvature.choice import CurvatureChoice
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.memory import keep_freed_memory
 
@@ -42,14 +43,15 @@ def command(*arguments: Any) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def curvature(model: str, kind: str, seed: int, folder: Path) -> tuple[Path, dict[str, Any]]:
+def curvature(model: str, wanted: CurvatureChoice, seed: int, folder: Path) -> tuple[Path, dict[str, Any]]:
     """The folder of a measured curvature, and what measuring it took."""
-    out = folder / f"{model}-{kind}-{seed}"
+    share = ["--gram-share", wanted.gram_share]
+    out = folder / f"{model}-{wanted.kind}{'-mixed' if wanted.gram_share else ''}-{seed}"
     figures = out.with_suffix(".json")
     if not figures.exists():
         print(f"measuring {out.name} …", flush=True)
         text = ["--calibration", C4.resolve(), "--samples", 128, "--sequence-length", 512, "--seed", seed]
-        figures.write_text(json.dumps(command("curvature", model, out, "--kind", kind, *text)))
+        figures.write_text(json.dumps(command("curvature", model, out, "--kind", wanted.kind, *share, *text)))
     return out, json.loads(figures.read_text())
 
 
@@ -60,7 +62,7 @@ def quantize(model: str, method: str, bits: int, seed: int, folder: Path, out: P
     before = {"seconds": 0.0, "peak_rss_bytes": 0}
     wanted = fewbit.preset(method).curvature
     if wanted is not None:
-        kept, before = curvature(model, wanted.kind, seed, folder)
+        kept, before = curvature(model, wanted, seed, folder)
         choices += ["--curvature", kept]
     report = command("quantize", model, out, "--method", method, *choices)["report"]
     return {

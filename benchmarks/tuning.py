@@ -39,6 +39,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="Keep the tuned folders: tuned-MODEL-METHOD-BITS-SEED.")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "tuning.json")
     arguments = parser.parse_args()
     keep_freed_memory()
@@ -63,7 +64,11 @@ def main() -> None:
         with progress_line(f"{start} {choice.loss} {choice.train}") as progress:
             report = tune(begin, out, choice, TuneOptions(arguments.model, text, device="cpu"), progress)
         found = fewbit.evaluate(out, TEXT, Protocol(1024, 24))["models"][0]
-        shutil.rmtree(out)
+        if arguments.keep:
+            shutil.rmtree(begin.with_name(begin.name.replace("start-", "tuned-")), ignore_errors=True)
+            out.rename(begin.with_name(begin.name.replace("start-", "tuned-")))
+        else:
+            shutil.rmtree(out)
         row.update(
             before=json.loads(figures.read_text())["perplexity"],
             perplexity=found["perplexity"],

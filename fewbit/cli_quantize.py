@@ -66,6 +66,9 @@ def quantize(
         str | None, typer.Option(help="sequence (as published) or token: drop the terms between tokens.")
     ] = None,
     fisher_labels: Annotated[str | None, typer.Option(help="data, or sampled from the model.")] = None,
+    gram_share: Annotated[
+        float | None, typer.Option(help="Share of the input Gram mixed into a Fisher, 0 (as published) to below 1.")
+    ] = None,
     tempering: TemperingOption = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
@@ -116,7 +119,7 @@ def quantize(
     from fewbit.checkpoints.locate import locate
     from fewbit.checkpoints.source import open_checkpoint
     from fewbit.curvature.store import open_curvature
-    from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh, refuse_unused
+    from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh, refuse_unused, share_of_stored
     from fewbit.pipeline.run import RunOptions
     from fewbit.pipeline.run import quantize as run
     from fewbit.recipe import recipe_from_choices
@@ -145,6 +148,7 @@ def quantize(
             "static_groups": static_groups,
             "fisher_terms": fisher_terms,
             "fisher_labels": fisher_labels,
+            "gram_share": gram_share,
             "tempering": tempering,
             "include": tuple(include or ()),
             "exclude": tuple(exclude or ()),
@@ -176,6 +180,8 @@ def quantize(
         memory_bytes=parse_size(memory) if memory else 0,
         max_fallback=max_fallback or 0,
     )
+    if calibrated.stored is not None and gram_share is None:
+        recipe = share_of_stored(recipe, calibrated.stored)
     with progress_line(f"{recipe.method} {recipe.bits} bits") as progress:
         options = RunOptions(parse_size(shard_size), overwrite, report_only, workers, device, progress, calibrated)
         try:
@@ -208,6 +214,9 @@ def curvature(
     fisher_terms: Annotated[str, typer.Option(help="sequence (as published) or token.")] = "token",
     fisher_labels: Annotated[str, typer.Option(help="data, or sampled from the model.")] = "data",
     diagonal: Annotated[bool, typer.Option("--diagonal", help="Keep only the diagonal.")] = False,
+    gram_share: Annotated[
+        float | None, typer.Option(help="Share of the input Gram mixed into a Fisher, 0 (as published) to below 1.")
+    ] = None,
     tempering: TemperingOption = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
@@ -228,7 +237,7 @@ def curvature(
 
       fewbit quantize smollm2-135m small --method precal+oac --bits 2 --curvature smol-fisher
     """
-    from fewbit.curvature.choice import CurvatureChoice
+    from fewbit.curvature.choice import BEST_GRAM_SHARE, CurvatureChoice
     from fewbit.pipeline.calibration_options import CalibrationOptions
     from fewbit.pipeline.measure import measure
     from fewbit.recipe import Recipe
@@ -245,7 +254,9 @@ def curvature(
         ),
         memory_bytes=parse_size(memory) if memory else 0,
     )
-    choice = CurvatureChoice(kind, fisher_terms, fisher_labels, diagonal, tempering or 0.0)
+    if gram_share is None:
+        gram_share = BEST_GRAM_SHARE if kind == "fisher" else 0.0
+    choice = CurvatureChoice(kind, fisher_terms, fisher_labels, diagonal, tempering or 0.0, gram_share)
     recipe = Recipe(group_size="row", include=tuple(include or ()), exclude=tuple(exclude or ()))
     with progress_line(f"{kind} of {model}") as progress:
         result = measure(model, out, choice, options, device, progress, recipe)

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from fewbit.curvature.choice import CurvatureChoice
+from fewbit.curvature.choice import BEST_GRAM_SHARE, CurvatureChoice
 from fewbit.errors import FewbitError
 from fewbit.grids.codebook import ScaleSearch, normal_float
 from fewbit.solvers.choice import SolverChoice
@@ -191,7 +191,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "outlier_grid": "row",
         "outlier_bits": 8,
         "search": ScaleSearch(),
-        "curvature": CurvatureChoice("fisher", terms="token"),
+        "curvature": CurvatureChoice("fisher", terms="token", gram_share=BEST_GRAM_SHARE),
         "solver": SolverChoice("column", damping=0.1, act_order=True, importance="inverse"),
     },
 }
@@ -306,7 +306,7 @@ def _refuse_inert(base: Recipe, given: dict[str, Any], clip_search: bool | None,
     if base.solver.kind == "round" and base.curvature is not None:
         unused += [key for key in ("damping", "act_order", "static_groups") if key in given]
     if base.curvature is not None and base.curvature.kind != "fisher":
-        unused += [key for key in ("fisher_terms", "fisher_labels") if key in given]
+        unused += [key for key in ("fisher_terms", "fisher_labels", "gram_share") if key in given]
     if unused:
         named = ", ".join(f"--{key.replace('_', '-')}" for key in unused)
         raise FewbitError(f"{named}: {base.method} has no use for it")
@@ -314,7 +314,7 @@ def _refuse_inert(base: Recipe, given: dict[str, Any], clip_search: bool | None,
 
 def _with_curvature(base: Recipe, given: dict[str, Any]) -> Recipe:
     """`base` with the choices that concern the curvature and the solver, which are taken out of `given`."""
-    options = ("damping", "act_order", "static_groups", "fisher_terms", "fisher_labels", "tempering")
+    options = ("damping", "act_order", "static_groups", "fisher_terms", "fisher_labels", "gram_share", "tempering")
     named = [f"--{key.replace('_', '-')}" for key in options if key in given]
     if named and base.curvature is None:
         raise FewbitError(f"{', '.join(named)}: belongs to methods with a curvature, {base.method} has none")
@@ -324,8 +324,7 @@ def _with_curvature(base: Recipe, given: dict[str, Any]) -> Recipe:
     if solver.get("act_order"):
         solver.setdefault("refit", False)
     curvature = {key: given.pop(f"fisher_{key}") for key in ("terms", "labels") if f"fisher_{key}" in given}
-    if "tempering" in given:
-        curvature["tempering"] = given.pop("tempering")
+    curvature.update({key: given.pop(key) for key in ("gram_share", "tempering") if key in given})
     if curvature and base.curvature is not None:
         base = replace(base, curvature=replace(base.curvature, **curvature))
     return replace_solver(base, **solver) if solver else base

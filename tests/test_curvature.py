@@ -83,6 +83,35 @@ def test_fisher_is_the_sum_over_per_sequence_gradients(network: Any, terms: str)
         assert torch.allclose(kept, measured.diagonal(), rtol=1e-3)
 
 
+@pytest.mark.parametrize("terms", ["sequence", "token"])
+def test_a_share_of_the_gram_is_weighed_by_the_traces_so_far(terms: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixed = Accumulator(CurvatureChoice("fisher", terms, gram_share=0.25))
+    expected, fisher, gram = torch.zeros(6, 6).double(), 0.0, 0.0
+    for size in (1.0, 0.01, 3.0):
+        x, d = torch.randn(40, 6, generator=generator), size * torch.randn(40, 5, generator=generator)
+        d[-1] = 0
+        mixed.observe("layer", x, d)
+        x, d = x.double(), d.double()
+        rows = d.T @ x if terms == "sequence" else x * d.norm(dim=1, keepdim=True)
+        fisher, gram = fisher + float((rows**2).sum()), gram + float((x**2).sum())
+        expected += rows.T @ rows + 0.25 / 0.75 * fisher / gram * x.T @ x
+    found = mixed.curvature("layer")
+    assert found is not None
+    assert torch.allclose(found.double(), expected, rtol=1e-4)
+
+
+def test_equal_parts_of_two_steady_sums_have_equal_mean_diagonals() -> None:
+    generator = torch.Generator().manual_seed(1)
+    plain, mixed = (Accumulator(CurvatureChoice("fisher", "token", gram_share=share)) for share in (0.0, 0.5))
+    for _ in range(8):
+        x, d = torch.randn(256, 8, generator=generator), 1e-4 * torch.randn(256, 4, generator=generator)
+        plain.observe("layer", x, d)
+        mixed.observe("layer", x, d)
+    ratio = float(mixed.sums["layer"].trace() / plain.sums["layer"].trace())
+    assert ratio == pytest.approx(2.0, rel=0.02)
+
+
 def test_fisher_leaves_the_model_as_it_was(network: Any) -> None:
     model, blocks, sites = network
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
@@ -163,6 +192,20 @@ def test_a_stored_curvature_gives_the_same_weights(tiny: Path, tmp_path: Path, k
     assert stored.read_bytes() == direct.read_bytes()
 
 
+def test_a_stored_share_of_the_gram_serves_every_method(tiny: Path, tmp_path: Path) -> None:
+    source = ["--calibration", "random-tokens", "--samples", "4", "--sequence-length", "32"]
+    run_cli("curvature", tiny, tmp_path / "kept", *source)
+    method = ["--method", "oac", "--bits", "3", "--group-size", "32"]
+    run_cli("quantize", tiny, tmp_path / "stored", *method, "--curvature", tmp_path / "kept")
+    run_cli("quantize", tiny, tmp_path / "direct", *method, "--gram-share", "0.5", *source)
+    run_cli("quantize", tiny, tmp_path / "published", *method, *source)
+    stored, direct, published = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("stored", "direct", "published")
+    )
+    assert stored == direct
+    assert stored != published
+
+
 def test_tempering_divides_by_the_size_of_the_inputs() -> None:
     x = torch.randn(50, 8) * torch.logspace(-2, 3, 50).unsqueeze(1)
     for tempering in (0.5, 1.0):
@@ -187,6 +230,7 @@ def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
             "its Fisher was measured with terms 'token', not 'sequence'",
         ),
         (["--method", "oac", "--tempering", "1"], "was measured with tempering 0, not 1: pass --tempering 0"),
+        (["--method", "oac", "--gram-share", "0.3"], "a Gram share of 0.5, not 0.3: pass --gram-share 0.5"),
         (["--method", "oac", "--samples", "3"], "--samples: with --curvature nothing is measured"),
     ):
         result = run_cli("quantize", tiny, tmp_path / "out", *arguments, "--curvature", tmp_path / "kept", code=2)

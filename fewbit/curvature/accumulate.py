@@ -5,6 +5,8 @@ fisher, a whole sequence: ``sum_i G_i^T G_i`` with ``G_i = sum_t delta_t x_t^T``
 (OAC, arXiv 2405.15025): what an error costs at the model's output.
 fisher, tokens: ``sum_t |delta_t|^2 x_t x_t^T``, the same without the terms between tokens, which are noise around 0
 where the contributions of different tokens are independent.
+fisher with a share s of the Gram: ``F + rho G`` with ``rho = s / (1 - s) tr(F) / tr(G)``, summed as one matrix: what a
+call adds is weighed by the rho of all calls up to it.
 """
 
 from dataclasses import dataclass, field
@@ -33,6 +35,7 @@ class Accumulator:
     shared: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     live: dict[str, Tensor] = field(default_factory=dict)
+    _traces: dict[str, tuple[float, float]] = field(default_factory=dict)
     _last: tuple[str, Tensor] | None = None
 
     def observe(self, key: str, x: Tensor, gradient: Tensor | None) -> None:
@@ -62,9 +65,23 @@ class Accumulator:
         if self.choice.terms == "sequence":
             with products(x.dtype):
                 whole = gradient.float().t() @ x.float()
-            self._add(key, whole, x.dtype)
-        else:
+            rho = self._rho(key, float(whole.square().sum()), x)
+            self._add(key, torch.cat([whole, x.float() * rho**0.5]) if rho else whole, x.dtype)
+        elif not self.choice.gram_share:
             self._add(key, x * norms, x.dtype)
+        else:
+            rho = self._rho(key, float((x * norms).square().sum()), x)
+            self._add(key, x * (norms.square() + rho).sqrt(), x.dtype)
+
+    def _rho(self, key: str, trace: float, x: Tensor) -> float:
+        """What the Gram of inputs `(tokens, in)` is weighed by, when a call adds `trace` to the trace of the Fisher."""
+        share = self.choice.gram_share
+        if not share:
+            return 0.0
+        fisher, gram = self._traces.get(key, (0.0, 0.0))
+        fisher, gram = fisher + trace, gram + float(x.float().square().sum())
+        self._traces[key] = fisher, gram
+        return share / (1 - share) * fisher / gram if gram else 0.0
 
     def another(self) -> "Accumulator":
         """An empty one for the same curvature, for a part of the sequences."""
@@ -79,6 +96,9 @@ class Accumulator:
             self.tokens[key] = self.tokens.get(key, 0) + count
         for key, live in other.live.items():
             self.live[key] = self.live[key] | live if key in self.live else live
+        for key, (fisher, gram) in other._traces.items():
+            before = self._traces.get(key, (0.0, 0.0))
+            self._traces[key] = before[0] + fisher, before[1] + gram
 
     def curvature(self, key: str) -> Tensor | None:
         """The whole sum of a layer, or None when it never ran (an expert that saw no token)."""

@@ -7,6 +7,8 @@ from fewbit.errors import FewbitError
 KINDS = ("gram", "fisher")
 TERMS = ("sequence", "token")
 LABELS = ("data", "sampled")
+BEST_GRAM_SHARE = 0.5
+"""What wins at 2 bits (`benchmarks/calibrated_choices.py`, docs/experiments.md)."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,8 @@ class CurvatureChoice:
     kind: gram or fisher. terms: for fisher, sequence (as published) or token. labels: for fisher, the data's next
     tokens (empirical Fisher) or tokens sampled from the model. diagonal: keep only the diagonal. tempering: each
     token's share is divided by ``|x_t|^(2 tempering)``, 0 for none, 1 for unit inputs: what keeps a massive activation
-    from being all that a Gram sees.
+    from being all that a Gram sees. gram_share: for fisher, how much of the matrix is the input Gram, from 0 to below
+    1, after each of the two is divided by its mean diagonal.
     """
 
     kind: str = "gram"
@@ -24,6 +27,7 @@ class CurvatureChoice:
     labels: str = "data"
     diagonal: bool = False
     tempering: float = 0.0
+    gram_share: float = 0.0
 
     def __post_init__(self) -> None:
         for name, choices in (("kind", KINDS), ("terms", TERMS), ("labels", LABELS)):
@@ -31,3 +35,7 @@ class CurvatureChoice:
                 raise FewbitError(f"curvature {name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if not 0 <= self.tempering <= 1:
             raise FewbitError(f"tempering must be from 0 to 1, not {self.tempering}")
+        if not 0 <= self.gram_share < 1:
+            raise FewbitError(f"gram share must be from 0 to below 1, not {self.gram_share}")
+        if self.gram_share and self.kind != "fisher":
+            raise FewbitError("gram share: only a fisher can be mixed with a Gram")

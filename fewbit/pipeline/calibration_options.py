@@ -1,6 +1,6 @@
 """What a calibrated run needs beside its recipe."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fewbit.calibration.choice import CalibrationChoice
@@ -48,6 +48,13 @@ class CalibrationOptions:
         }
 
 
+def share_of_stored(recipe: Recipe, stored: StoredCurvature) -> Recipe:
+    """The recipe with the stored curvature's share of the Gram: one Fisher, mixed or not, serves all methods."""
+    if recipe.curvature is None or recipe.curvature.kind != stored.choice.kind:
+        return recipe
+    return replace(recipe, curvature=replace(recipe.curvature, gram_share=stored.choice.gram_share))
+
+
 def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
     """FewbitError when a recipe cannot use an option, or a stored curvature is not the one it asks for."""
     wanted = recipe.curvature
@@ -65,6 +72,11 @@ def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
         raise FewbitError(
             f"{options.stored.folder}: was measured with tempering {found.tempering:g}, not {wanted.tempering:g}: pass "
             f"--tempering {found.tempering:g}, or measure again"
+        )
+    if found.gram_share != wanted.gram_share:
+        raise FewbitError(
+            f"{options.stored.folder}: was measured with a Gram share of {found.gram_share:g}, not "
+            f"{wanted.gram_share:g}: pass --gram-share {found.gram_share:g}, or measure again"
         )
     for name in ("terms", "labels"):
         has, needs = getattr(found, name), getattr(wanted, name)

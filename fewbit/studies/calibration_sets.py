@@ -3,8 +3,10 @@
 After arXiv 2405.20835, with what it lacks: the spread over seeds alone, and a test of equivalence.
 """
 
+from dataclasses import asdict
 from typing import Any
 
+from fewbit.curvature.choice import CurvatureChoice
 from fewbit.errors import FewbitError
 from fewbit.pipeline.plan import make_plan
 from fewbit.recipe import PRESETS, Recipe, preset
@@ -52,22 +54,24 @@ def cells(choice: StudyChoice) -> list[Cell]:
 
 
 def grouped(methods: tuple[str, ...], widths: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The methods by what they measure on a set: ``{"measures": gram, fisher or inputs, "terms", "methods"}``."""
-    groups: dict[tuple[str, str], list[list[Any]]] = {}
+    """The methods by what they measure on a set: ``{"measures": gram, fisher or inputs, "curvature", "methods"}``."""
+    groups: dict[CurvatureChoice | None, list[list[Any]]] = {}
     for method in methods:
         if method in INPUTS:
-            groups.setdefault(("inputs", ""), []).append([method, 8])
+            groups.setdefault(None, []).append([method, 8])
             continue
         if method not in PRESETS or PRESETS[method].get("curvature") is None:
             known = [name for name, row in PRESETS.items() if row.get("curvature") is not None]
             raise FewbitError(f"--methods: {method!r} is not calibrated: there are {', '.join([*known, *INPUTS])}")
         for bits in (1,) if "billm" in method else widths:
             curvature = recipe_of(method, bits).curvature
-            assert curvature is not None
-            entry = groups.setdefault((curvature.kind, curvature.terms), [])
+            entry = groups.setdefault(curvature, [])
             if [method, bits] not in entry:
                 entry.append([method, bits])
-    return [{"measures": kind, "terms": terms, "methods": entry} for (kind, terms), entry in groups.items()]
+    return [
+        {"measures": one.kind if one else "inputs", "curvature": asdict(one) if one else None, "methods": entry}
+        for one, entry in groups.items()
+    ]
 
 
 def recipe_of(method: str, bits: int) -> Recipe:

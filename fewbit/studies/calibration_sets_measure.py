@@ -177,7 +177,7 @@ def _measure(cell: Cell, drawn: CalibrationSet, opened: OpenedSets, out: Path, t
     if cell["measures"] == "gram":
         # A walk empties the blocks behind it, so it takes a network of its own.
         _, network = open_original(choice.model, choice.device, walking=True)
-    wanted = CurvatureChoice(cell["measures"], terms=cell["terms"])
+    wanted = CurvatureChoice(**cell["curvature"])
     options = CalibrationOptions(drawn.choice)
     measure_tokens(
         network, opened.inner.checkpoint, drawn, out, wanted, options, lambda done, total, _: tell(done / total)

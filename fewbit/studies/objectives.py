@@ -34,7 +34,8 @@ from fewbit.studies.objectives_page import draw
 from fewbit.studies.objectives_summary import summarize
 from fewbit.studies.study import Cell, Progress, Row, Size, Study, Tell
 from fewbit.studies.variants import (
-    CURVATURES,
+    FISHER,
+    GRAM,
     Variant,
     curvature_folder,
     drop_variant,
@@ -85,17 +86,17 @@ def _variants(choice: StudyChoice) -> list[Variant]:
 
 def prepare(choice: StudyChoice, progress: Progress | None) -> None:
     """Curvature of the calibration set for the methods, and of the evaluation text for the measures."""
-    measure_once(choice, _variants(choice), progress, also=("fisher",))
+    measure_once(choice, _variants(choice), progress, also=(FISHER,))
     checkpoint = open_checkpoint(locate(choice.model))
     windows = _windows(choice)
     described = CalibrationChoice("none", windows.shape[0], windows.shape[1], choice.seed)
-    for kind in ("gram", "fisher"):
-        out = choice.work / f"{_HELD_OUT}-{kind}"
+    for curvature in (GRAM, FISHER):
+        out = choice.work / f"{_HELD_OUT}-{curvature.kind}"
         if is_measured(out, choice):
             continue
-        _, network = open_original(choice.model, choice.device, walking=kind == "gram")
+        _, network = open_original(choice.model, choice.device, walking=curvature.kind == "gram")
         tokens, options = CalibrationSet(windows, described), CalibrationOptions()
-        measure_tokens(network, checkpoint, tokens, out, CURVATURES[kind], options, progress)
+        measure_tokens(network, checkpoint, tokens, out, curvature, options, progress)
 
 
 def _windows(choice: StudyChoice) -> Tensor:
@@ -108,7 +109,7 @@ def open_cells(choice: StudyChoice) -> Opened:
     folders = {
         "gram": choice.work / f"{_HELD_OUT}-gram",
         "fisher": choice.work / f"{_HELD_OUT}-fisher",
-        "fisher-calibration": curvature_folder(choice, "fisher"),
+        "fisher-calibration": curvature_folder(choice, FISHER),
     }
     stored = {name: open_curvature(folder, checkpoint) for name, folder in folders.items()}
     return Opened(choice, checkpoint, network, _windows(choice), stored)

@@ -19,8 +19,8 @@ from fewbit.recipe import PRESETS, Recipe, preset
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.study import Cell, Progress
 
-CURVATURES = {"gram": CurvatureChoice("gram"), "fisher": CurvatureChoice("fisher", terms="token")}
-"""The two that the presets ask for: inputs of the original, and its output Fisher without terms between tokens."""
+GRAM, FISHER = CurvatureChoice("gram"), CurvatureChoice("fisher", terms="token")
+"""Inputs of the original, and its output Fisher without terms between tokens."""
 
 _ONE_BIT = ("billm", "oac+billm")
 
@@ -65,15 +65,15 @@ def variants(methods: Sequence[str], bits: Sequence[int], group_sizes: Sequence[
 
 
 def measure_once(
-    choice: StudyChoice, wanted: Sequence[Variant], progress: Progress | None, also: Sequence[str] = ()
+    choice: StudyChoice, wanted: Sequence[Variant], progress: Progress | None, also: Sequence[CurvatureChoice] = ()
 ) -> None:
     """Measure in `choice.work` every curvature that the variants need, and those of `also`, on the calibration set."""
-    needed = {variant.recipe.curvature.kind for variant in wanted if variant.recipe.curvature} | set(also)
-    for kind in sorted(needed):
-        folder = curvature_folder(choice, kind)
+    needed = [*also, *(variant.recipe.curvature for variant in wanted if variant.recipe.curvature)]
+    for curvature in dict.fromkeys(needed):
+        folder = curvature_folder(choice, curvature)
         if not is_measured(folder, choice):
             options = CalibrationOptions(choice.calibration)
-            measure(choice.model, folder, CURVATURES[kind], options, choice.device, progress)
+            measure(choice.model, folder, curvature, options, choice.device, progress)
 
 
 def is_measured(folder: Path, choice: StudyChoice) -> bool:
@@ -85,9 +85,10 @@ def is_measured(folder: Path, choice: StudyChoice) -> bool:
     return True
 
 
-def curvature_folder(choice: StudyChoice, kind: str) -> Path:
-    """Where the curvature of the calibration set is kept while a study runs."""
-    return choice.work / f"curvature-{kind}"
+def curvature_folder(choice: StudyChoice, curvature: CurvatureChoice) -> Path:
+    """Where a curvature of the calibration set is kept while a study runs."""
+    mixed = f"-gram-{curvature.gram_share:g}" if curvature.gram_share else ""
+    return choice.work / f"curvature-{curvature.kind}{mixed}"
 
 
 def make_variant(variant: Variant, choice: StudyChoice) -> tuple[Path, dict[str, Any]]:
@@ -99,7 +100,7 @@ def make_variant(variant: Variant, choice: StudyChoice) -> tuple[Path, dict[str,
         stored = None
         if recipe.curvature is not None:
             checkpoint = open_checkpoint(locate(choice.model))
-            stored = open_curvature(curvature_folder(choice, recipe.curvature.kind), checkpoint)
+            stored = open_curvature(curvature_folder(choice, recipe.curvature), checkpoint)
         # Weights that fall back to rounding are counted in the result; they do not end a study.
         calibration = CalibrationOptions(choice.calibration, stored=stored, max_fallback=1 << 30)
         quantize(choice.model, out, recipe, RunOptions(device=choice.device, calibration=calibration))
