@@ -140,6 +140,7 @@ class Recipe:
         return normal_float(self.bits) if self.grid == "normal-float" else ()
 
 
+_OUTPUT = CurvatureChoice("fisher", terms="token", gram_share=BEST_GRAM_SHARE)
 PRESETS: dict[str, dict[str, Any]] = {
     "rtn": {},
     "adpq": {"group_size": "128,64,auto", "grid": "minimum", "outliers": "adaptive-lasso"},
@@ -178,7 +179,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "oac": {
         "group_size": "64,auto",
-        "curvature": CurvatureChoice("fisher", terms="token"),
+        "curvature": _OUTPUT,
         "search": ScaleSearch(),
         "solver": SolverChoice("column", damping=0.1, act_order=True, importance="inverse"),
     },
@@ -191,11 +192,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "outlier_grid": "row",
         "outlier_bits": 8,
         "search": ScaleSearch(),
-        "curvature": CurvatureChoice("fisher", terms="token", gram_share=BEST_GRAM_SHARE),
+        "curvature": _OUTPUT,
         "solver": SolverChoice("column", damping=0.1, act_order=True, importance="inverse"),
     },
 }
-_FISHER = {"curvature": CurvatureChoice("fisher", terms="token")}
 _LASSO = {"outliers": "adaptive-lasso"}
 PRESETS["precal+gptq"] = {
     **PRESETS["adpq"],
@@ -203,8 +203,8 @@ PRESETS["precal+gptq"] = {
     "solver": PRESETS["gptq"]["solver"],
 }
 PRESETS["precal+spqr"] = {**PRESETS["spqr"], **_LASSO, "outlier_fraction": 0.01}
-PRESETS["oac+spqr"] = {**PRESETS["spqr"], **_FISHER}
-PRESETS["oac+billm"] = {**PRESETS["billm"], **_FISHER}
+PRESETS["oac+spqr"] = {**PRESETS["spqr"], "curvature": _OUTPUT}
+PRESETS["oac+billm"] = {**PRESETS["billm"], "curvature": CurvatureChoice("fisher", terms="token")}
 """Published methods (and our own) as choices that differ from a plain Recipe. Sources: `docs/methods.md`."""
 
 PRESETS_FROM_5_BITS: dict[str, dict[str, Any]] = {

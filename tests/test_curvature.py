@@ -197,8 +197,8 @@ def test_a_stored_share_of_the_gram_serves_every_method(tiny: Path, tmp_path: Pa
     run_cli("curvature", tiny, tmp_path / "kept", *source)
     method = ["--method", "oac", "--bits", "3", "--group-size", "32"]
     run_cli("quantize", tiny, tmp_path / "stored", *method, "--curvature", tmp_path / "kept")
-    run_cli("quantize", tiny, tmp_path / "direct", *method, "--gram-share", "0.5", *source)
-    run_cli("quantize", tiny, tmp_path / "published", *method, *source)
+    run_cli("quantize", tiny, tmp_path / "direct", *method, *source)
+    run_cli("quantize", tiny, tmp_path / "published", *method, "--gram-share", "0", *source)
     stored, direct, published = (
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("stored", "direct", "published")
     )
