@@ -20,7 +20,8 @@ from fewbit.pipeline.fit_grid import Grid, encode_outliers, outlier_grid_of
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.straight_through import round_evenly, round_to_levels, round_to_magnitudes, seen_as
 
-_INSIDE = 0.49
+_INSIDE = 0.3
+"""Of a step: latent weights begin no farther from their level, lest the first noise undoes a solver's work."""
 _SMALLEST_GAIN = 0.05
 
 
@@ -43,7 +44,7 @@ class TunedWeight(nn.Module):
     def __init__(
         self, stored: StoredWeight, parts: Mapping[str, Tensor], original: Tensor | None, choice: TuningChoice
     ) -> None:
-        """`original`: the 16-bit weight `(out, in)`; latent weights begin where it is, as far as the codes allow."""
+        """`original`: the 16-bit weight `(out, in)`; latent weights begin there, up to `_INSIDE` from their level."""
         super().__init__()
         self.stored, self._choice = stored, choice
         decoded = native.decode(parts, stored)
