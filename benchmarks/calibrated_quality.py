@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ GROUP = {"smollm2-135m": "64", "gemma3-270m": "128"}
 METHODS = [
     *["rtn", "adpq", "adpq+", "gptq", "awq", "spqr", "precal+gptq", "precal+spqr"],
     *["oac", "oac+spqr", "precal+oac", "billm", "oac+billm"],
+    *["oac --gram-share 0", "oac+spqr --gram-share 0", "precal+oac --gram-share 0"],
 ]
 
 
@@ -60,11 +62,14 @@ def quantize(model: str, method: str, bits: int, seed: int, folder: Path, out: P
     size = "64" if method == "adpq+" else GROUP[model]
     choices = ["--overwrite"] if "billm" in method else ["--overwrite", "--bits", bits, "--group-size", f"{size},auto"]
     before = {"seconds": 0.0, "peak_rss_bytes": 0}
-    wanted = fewbit.preset(method).curvature
+    preset, _, share = method.partition(" --gram-share ")
+    wanted = fewbit.preset(preset).curvature
+    if wanted is not None and share:
+        wanted = replace(wanted, gram_share=float(share))
     if wanted is not None:
         kept, before = curvature(model, wanted, seed, folder)
         choices += ["--curvature", kept]
-    report = command("quantize", model, out, "--method", method, *choices)["report"]
+    report = command("quantize", model, out, "--method", preset, *choices)["report"]
     return {
         "model": model,
         "method": method,
@@ -101,7 +106,7 @@ def main() -> None:
                     actual = 1 if "billm" in method else bits
                     if (model, method, actual, seed) in done:
                         continue
-                    out = arguments.folder / f"out-{model}-{method}-{actual}"
+                    out = arguments.folder / f"out-{model}-{method.replace(' ', '')}-{actual}"
                     batch.append((quantize(model, method, actual, seed, arguments.folder, out), out))
                     done.add((model, method, actual, seed))
                 if not batch:

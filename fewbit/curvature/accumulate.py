@@ -65,21 +65,22 @@ class Accumulator:
         if self.choice.terms == "sequence":
             with products(x.dtype):
                 whole = gradient.float().t() @ x.float()
-            rho = self._rho(key, float(whole.square().sum()), x)
+            rho = self._rho(key, float(whole.square().sum()), float(_squares(x).sum()))
             self._add(key, torch.cat([whole, x.float() * rho**0.5]) if rho else whole, x.dtype)
         elif not self.choice.gram_share:
             self._add(key, x * norms, x.dtype)
         else:
-            rho = self._rho(key, float((x * norms).square().sum()), x)
-            self._add(key, x * (norms.square() + rho).sqrt(), x.dtype)
+            weights, squares = norms.square(), _squares(x)
+            rho = self._rho(key, float((weights.view(-1) * squares).sum()), float(squares.sum()))
+            self._add(key, x * (weights + rho).sqrt(), x.dtype)
 
-    def _rho(self, key: str, trace: float, x: Tensor) -> float:
-        """What the Gram of inputs `(tokens, in)` is weighed by, when a call adds `trace` to the trace of the Fisher."""
+    def _rho(self, key: str, fisher: float, gram: float) -> float:
+        """What the Gram is weighed by, when a call adds these to the traces of the two."""
         share = self.choice.gram_share
         if not share:
             return 0.0
-        fisher, gram = self._traces.get(key, (0.0, 0.0))
-        fisher, gram = fisher + trace, gram + float(x.float().square().sum())
+        before = self._traces.get(key, (0.0, 0.0))
+        fisher, gram = before[0] + fisher, before[1] + gram
         self._traces[key] = fisher, gram
         return share / (1 - share) * fisher / gram if gram else 0.0
 
@@ -139,6 +140,11 @@ class Accumulator:
                 left, right = rows[:, :half], rows[:, half:]
                 found[:half].addmm_(left.t(), rows)
                 found[half:, half:].addmm_(right.t(), right)
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Squared lengths of the rows, float32."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
 
 
 def _half(columns: int) -> int:
