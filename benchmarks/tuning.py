@@ -38,6 +38,7 @@ def main() -> None:
         default = getattr(TuningChoice, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="Keep the tuned folders: tuned-MODEL-METHOD-BITS-SEED.")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "tuning.json")
@@ -45,14 +46,14 @@ def main() -> None:
     keep_freed_memory()
     given = {name: getattr(arguments, name) for name in ("loss", "train", *FIELDS)}
     choice = replace(TuningChoice(seed=arguments.seed), **given)
-    text = CalibrationChoice(str(C4.resolve()), arguments.samples, 512, arguments.seed)
+    text = CalibrationChoice(str(C4.resolve()), arguments.samples, arguments.length, arguments.seed)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for start in arguments.start:
         method, bits = start.split(":")
         row = {"model": arguments.model, "method": method, "bits": int(bits), "seed": arguments.seed}
-        row = {**row, "samples": arguments.samples, "choice": asdict(choice)}
+        row |= {"samples": arguments.samples, "length": arguments.length, "choice": asdict(choice)}
         rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
-        if any(all(known[key] == value for key, value in row.items()) for known in rows):
+        if any(all(known.get(key) == value for key, value in row.items()) for known in rows):
             continue
         begin = arguments.folder / f"start-{arguments.model}-{method}-{bits}-{arguments.seed}"
         figures = begin.with_name(begin.name + ".json")
