@@ -9,7 +9,16 @@ import typer
 
 from fewbit.cli_plan import plan
 from fewbit.cli_quantize import curvature, quantize
-from fewbit.cli_shared import HtmlFlag, JsonFlag, announce, print_json
+from fewbit.cli_shared import (
+    CalibrationOption,
+    HtmlFlag,
+    JsonFlag,
+    LengthOption,
+    SamplesOption,
+    SeedOption,
+    announce,
+    print_json,
+)
 from fewbit.cli_study import study_app
 from fewbit.cli_tune import tune
 from fewbit.errors import FewbitError
@@ -76,6 +85,13 @@ def evaluate_command(
         Path | None, typer.Option(help="A folder with the questions as TASK*.jsonl; default: the hub.")
     ] = None,
     task_limit: Annotated[int, typer.Option(help="The first so many questions of each task; 0 for all.")] = 0,
+    w8a8: Annotated[
+        str | None, typer.Option(help="Also originals with 8-bit weights and inputs: w8a8,smoothquant,w8a8-dynamic.")
+    ] = None,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = None,
+    sequence_length: LengthOption = None,
+    seed: SeedOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: CUDA if there is one.")] = None,
     as_json: JsonFlag = False,
     html: HtmlFlag = None,
@@ -87,19 +103,24 @@ def evaluate_command(
       fewbit eval smollm2-135m small --data wiki.txt --windows 24 --reference smollm2-135m
 
       fewbit eval smollm2-135m small --tasks piqa,arc_easy --task-limit 200
+
+      fewbit eval smollm2-135m --data wiki.txt --w8a8 w8a8,smoothquant --calibration my-texts.jsonl
     """
     from fewbit.evaluation.evaluate import evaluate
     from fewbit.evaluation.perplexity import Protocol
+    from fewbit.evaluation.rounded import choose_rounded
     from fewbit.evaluation.tasks import choose_tasks
     from fewbit.report.html import check_page, write_evaluation_page
     from fewbit.report.text import evaluation_table
 
     check_page(html)
     chosen = choose_tasks(tasks, task_data, task_limit)
+    text = {"sources": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
+    rounded = choose_rounded(w8a8, text)
     announce(*models, reference)
     with progress_line("evaluating") as progress:
         result = evaluate(
-            list(models), data, Protocol(seq_len, windows, bos, dtype), reference, device, progress, chosen
+            list(models), data, Protocol(seq_len, windows, bos, dtype), reference, device, progress, chosen, rounded
         )
     if as_json:
         print_json(result)

@@ -171,3 +171,51 @@ def test_quantize_and_inspect_pages(tiny: Path, tmp_path: Path) -> None:
     check_page(tmp_path / "q.html")
     run_cli("inspect", tmp_path / "out", "--html", tmp_path / "i.html")
     check_page(tmp_path / "i.html")
+
+
+def test_originals_with_rounded_weights_and_inputs(tiny: Path, text: Path) -> None:
+    options = ["--data", text, "--seq-len", "64", "--windows", "4", "--reference", tiny]
+    source = ["--calibration", "random-tokens", "--samples", "4", "--sequence-length", "32"]
+    names = ["w8a8", "smoothquant", "w8a8-dynamic"]
+    printed = run_cli("eval", tiny, *options, *source, "--w8a8", ",".join(names), "--json").stdout
+    original, *rows = json.loads(printed)["models"]
+    assert [row["method"] for row in rows] == names
+    assert original["kl_mean"] == 0
+    for row in rows:
+        assert 8 < row["bits_per_weight"] < 9
+        assert 0 < row["kl_mean"] < 0.01
+        assert row["perplexity"] == pytest.approx(original["perplexity"], rel=0.02)
+        assert ("calibration" in row) == (row["method"] != "w8a8-dynamic")
+
+    # The same figure by hand: inputs and weights rounded in a layer's own call.
+    from fewbit.activations.choice import NAMED
+    from fewbit.evaluation.score import window_losses
+    from fewbit.evaluation.windows import read_windows
+    from fewbit.pipeline.w8a8 import rounding_inputs
+    from fewbit.studies.network import open_original
+
+    _, network = open_original(tiny, "cpu")
+    windows, _ = read_windows(tiny, read_text(str(text)), Protocol(64, 4))
+    with rounding_inputs(network, NAMED["w8a8-dynamic"]):
+        losses = window_losses(network.model, windows, "tiny")
+    assert rows[2]["nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--w8a8", "w4a4"], "--w8a8 must be of w8a8, smoothquant, w8a8-dynamic, not w4a4"),
+        (["--samples", "4"], "--samples: belongs to --w8a8"),
+    ],
+)
+def test_bad_rounding_of_inputs(tiny: Path, text: Path, options: list[str], message: str) -> None:
+    assert message in run_cli("eval", tiny, "--data", text, *options, code=2).stderr
+
+
+def test_quantized_folders_are_not_rounded_again(tiny: Path, text: Path, tmp_path: Path) -> None:
+    fewbit.quantize(tiny, tmp_path / "rtn", fewbit.preset("rtn", group_size="32"))
+    options = ["--data", text, "--seq-len", "64", "--windows", "2", "--w8a8", "w8a8-dynamic"]
+    result = run_cli("eval", tmp_path / "rtn", *options, code=2)
+    assert "rounds an original's weights and inputs, this one is quantized already" in result.stderr
+    result = run_cli("eval", tiny, "--tasks", "piqa", "--w8a8", "w8a8", code=2)
+    assert "--w8a8 is measured on a text: give --data too" in result.stderr

@@ -43,3 +43,11 @@ class ActivationChoice:
     def calibrated(self) -> bool:
         """Whether it needs calibration text."""
         return self.ranges == "static" or self.exponent is not None
+
+
+NAMED = {
+    "w8a8": ActivationChoice(),
+    "smoothquant": ActivationChoice(exponent=0.5),
+    "w8a8-dynamic": ActivationChoice(granularity="token", ranges="dynamic"),
+}
+"""W8A8 with one static range for all tokens, plain and smoothed (arXiv 2211.10438), and with a range for each token."""

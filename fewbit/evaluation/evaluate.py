@@ -12,6 +12,7 @@ from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.evaluation.perplexity import Protocol
+from fewbit.evaluation.rounded import RoundedChoice, score_rounded
 from fewbit.evaluation.score import Original, score
 from fewbit.evaluation.task_answers import answer_tasks, summarize
 from fewbit.evaluation.tasks import OpenTasks, TaskChoice, open_tasks
@@ -35,11 +36,13 @@ def evaluate(
     device: str | None = None,
     progress: Progress | None = None,
     tasks: TaskChoice | None = None,
+    rounded: RoundedChoice | None = None,
 ) -> dict[str, Any]:
     """Evaluate models on a text, on tasks, or on both.
 
     models: one or several, as for :func:`fewbit.load`. data: as for :func:`fewbit.evaluation.text.read_text`.
-    reference: the original, for the distance of each model from it on the text.
+    reference: the original, for the distance of each model from it on the text. rounded: what rounding the weights and
+    inputs of the models to 8 bits does to their loss on the text, each in a row of its own.
     Returns ``{"models": [...], "protocol": {...}, "versions": {...}}`` with the stable keys of `docs/guide.md`.
     Raises FewbitError for bad input.
     """
@@ -50,19 +53,26 @@ def evaluate(
         raise FewbitError("nothing to measure: give --data, --tasks or both")
     if data is None and reference is not None:
         raise FewbitError("the distance from --reference is measured on a text: give --data too")
+    if data is None and rounded is not None:
+        raise FewbitError("--w8a8 is measured on a text: give --data too")
     protocol = protocol or Protocol()
     text = read_text(data) if data is not None else None
     opened = open_tasks(tasks) if tasks is not None else None
     first = locate(reference if reference is not None else names[0])
     windows, bos = read_windows(first, text, protocol) if text is not None else (None, False)
     scored = windows.shape[0] if windows is not None else 0
-    total = len(names) * (scored + (opened.requests if opened is not None else 0))
+    runs = 1 + (len(rounded.names) if rounded is not None else 0)
+    total = len(names) * (runs * scored + (opened.requests if opened is not None else 0))
     shown = _Counter(progress, total + (scored if reference is not None else 0))
     original = None
     if reference is not None and windows is not None:
         original = Original(reference, windows, device, shown.step, protocol.torch_dtype)
     work = _Work(windows, original, opened, protocol, device)
-    rows = [_evaluate_one(name, work, shown) for name in names]
+    rows = []
+    for name in names:
+        rows.append(_evaluate_one(name, work, shown))
+        if rounded is not None and windows is not None:
+            rows += score_rounded(name, rounded, windows, original, device, shown.step)
     described: dict[str, Any] = {"reference": str(reference) if reference is not None else None}
     if text is not None and windows is not None:
         described |= {**describe_protocol(protocol, windows, bos, text), "loss": LOSS}

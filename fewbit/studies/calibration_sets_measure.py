@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from fewbit.activations.choice import ActivationChoice
+from fewbit.activations.choice import NAMED
 from fewbit.calibration.tokens import CalibrationSet
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.store import open_curvature
@@ -30,7 +30,7 @@ from fewbit.studies.opened import Opened, open_model, plan_of
 from fewbit.studies.sets import NamedSet, draw_set
 from fewbit.studies.study import Cell, Progress, Row, Tell
 
-INPUTS = {"w8a8": ActivationChoice(), "smoothquant": ActivationChoice(exponent=0.5)}
+INPUTS = {name: NAMED[name] for name in ("w8a8", "smoothquant")}
 """Methods that round inputs: one range for all tokens, measured on the set."""
 _ANY = 1 << 30
 _TASKS = "fewbit.evaluation.tasks"
