@@ -22,6 +22,7 @@ from fewbit.memory import keep_freed_memory
 from fewbit.progress import progress_line
 from fewbit.tuning.choice import LOSSES, TRAINED, TuningChoice
 from fewbit.tuning.run import TuneOptions, tune
+from fewbit.tuning.tuned_weight import MARGIN
 
 FIELDS = ("epochs", "lr", "scale_lr", "batch_size", "micro_batch", "held_out", "top", "reconstruction")
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", action="store_true", help="Keep the tuned folders: tuned-MODEL-METHOD-BITS-SEED.")
+    parser.add_argument("--keep", action="store_true", help="Keep the tuned folders, as tuned-….")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "tuning.json")
     arguments = parser.parse_args()
     keep_freed_memory()
@@ -51,11 +52,14 @@ def main() -> None:
     for start in arguments.start:
         method, bits = start.split(":")
         row = {"model": arguments.model, "method": method, "bits": int(bits), "seed": arguments.seed}
-        row |= {"samples": arguments.samples, "length": arguments.length, "choice": asdict(choice)}
+        curvature = fewbit.preset(method).curvature
+        share = curvature.gram_share if curvature is not None else 0.0
+        row |= {"samples": arguments.samples, "length": arguments.length, "gram_share": share, "margin": MARGIN}
+        row["choice"] = asdict(choice)
         rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
         if any(all(known.get(key) == value for key, value in row.items()) for known in rows):
             continue
-        begin = arguments.folder / f"start-{arguments.model}-{method}-{bits}-{arguments.seed}"
+        begin = arguments.folder / f"start-{arguments.model}-{method}-{bits}-{arguments.seed}-g{share:g}"
         figures = begin.with_name(begin.name + ".json")
         if not figures.exists():
             made = quantize(arguments.model, method, int(bits), arguments.seed, arguments.folder, begin)

@@ -67,7 +67,10 @@ def quantize(
     ] = None,
     fisher_labels: Annotated[str | None, typer.Option(help="data, or sampled from the model.")] = None,
     gram_share: Annotated[
-        float | None, typer.Option(help="Share of the input Gram mixed into a Fisher, 0 (as published) to below 1.")
+        float | None,
+        typer.Option(
+            help="Share of the input Gram mixed into a Fisher, 0 (as published) to below 1; default: the method's."
+        ),
     ] = None,
     tempering: TemperingOption = None,
     calibration: CalibrationOption = None,
@@ -215,7 +218,8 @@ def curvature(
     fisher_labels: Annotated[str, typer.Option(help="data, or sampled from the model.")] = "data",
     diagonal: Annotated[bool, typer.Option("--diagonal", help="Keep only the diagonal.")] = False,
     gram_share: Annotated[
-        float | None, typer.Option(help="Share of the input Gram mixed into a Fisher, 0 (as published) to below 1.")
+        float | None,
+        typer.Option(help="Share of the input Gram in a Fisher, from 0 (as published); default 0.5."),
     ] = None,
     tempering: TemperingOption = None,
     calibration: CalibrationOption = None,

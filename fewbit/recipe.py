@@ -1,5 +1,6 @@
 """Recipes: one choice per axis. A published method is a row of the table PRESETS, not a class."""
 
+import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -232,6 +233,12 @@ def preset(method: str, **choices: Any) -> Recipe:
     if bits == 2:
         row.update(PRESETS_AT_2_BITS.get(method, {}))
     return Recipe(**{"method": method, **row, **choices})
+
+
+def fingerprint() -> str:
+    """SHA-256 of all presets, to tell results of other defaults apart."""
+    rows = repr((PRESETS, PRESETS_FROM_5_BITS, PRESETS_AT_2_BITS))
+    return hashlib.sha256(rows.encode()).hexdigest()
 
 
 def replace_solver(recipe: Recipe, **choices: Any) -> Recipe:

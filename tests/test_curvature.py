@@ -215,6 +215,20 @@ def test_tempering_divides_by_the_size_of_the_inputs() -> None:
         assert torch.allclose(found.sums["layer"].double(), scaled.T @ scaled, rtol=1e-4, atol=1e-4)
 
 
+def test_tempering_of_a_fisher_divides_inputs_and_keeps_the_gradients_weight() -> None:
+    x = torch.randn(50, 8) * torch.logspace(-2, 3, 50).unsqueeze(1)
+    gradients = torch.randn(50, 4) * torch.logspace(1, -1, 50).unsqueeze(1)
+    unit = x.double() / x.double().norm(dim=1, keepdim=True)
+    weights = gradients.double().norm(dim=1, keepdim=True) ** 2
+    found = Accumulator(CurvatureChoice("fisher", "token", tempering=1.0))
+    found.observe("layer", x, gradients)
+    assert torch.allclose(found.sums["layer"].double(), (weights * unit).T @ unit, rtol=1e-4)
+    whole = gradients.double().T @ unit
+    found = Accumulator(CurvatureChoice("fisher", "sequence", tempering=1.0))
+    found.observe("layer", x, gradients)
+    assert torch.allclose(found.sums["layer"].double(), whole.T @ whole, rtol=1e-3, atol=1e-3)
+
+
 def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
     source = ["--calibration", "random-tokens", "--samples", "2", "--sequence-length", "16"]
     run_cli("curvature", tiny, tmp_path / "kept", *source)
@@ -231,6 +245,7 @@ def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
         ),
         (["--method", "oac", "--tempering", "1"], "was measured with tempering 0, not 1: pass --tempering 0"),
         (["--method", "oac", "--gram-share", "0.3"], "a Gram share of 0.5, not 0.3: pass --gram-share 0.5"),
+        (["--method", "oac+billm"], "was measured with a Gram share of 0.5, not 0: pass --gram-share 0.5"),
         (["--method", "oac", "--samples", "3"], "--samples: with --curvature nothing is measured"),
     ):
         result = run_cli("quantize", tiny, tmp_path / "out", *arguments, "--curvature", tmp_path / "kept", code=2)

@@ -177,8 +177,13 @@ def test_originals_with_rounded_weights_and_inputs(tiny: Path, text: Path) -> No
     options = ["--data", text, "--seq-len", "64", "--windows", "4", "--reference", tiny]
     source = ["--calibration", "random-tokens", "--samples", "4", "--sequence-length", "32"]
     names = ["w8a8", "smoothquant", "w8a8-dynamic"]
-    printed = run_cli("eval", tiny, *options, *source, "--w8a8", ",".join(names), "--json").stdout
+    page = ["--html", text.parent / "page.html", "--json"]
+    printed = run_cli("eval", tiny, *options, *source, "--w8a8", ",".join(names), *page).stdout
     original, *rows = json.loads(printed)["models"]
+    assert all(name in (text.parent / "page.html").read_text() for name in names)
+    assert "smoothquant" in run_cli("eval", tiny, *options, *source, "--w8a8", "smoothquant").stdout
+    wide = run_cli("eval", tiny, *options, "--w8a8", "w8a8-dynamic", "--dtype", "float32", "--json").stdout
+    assert [row["dtype"] for row in json.loads(wide)["models"]] == ["float32", "float32"]
     assert [row["method"] for row in rows] == names
     assert original["kl_mean"] == 0
     for row in rows:
@@ -205,7 +210,8 @@ def test_originals_with_rounded_weights_and_inputs(tiny: Path, text: Path) -> No
     ("options", "message"),
     [
         (["--w8a8", "w4a4"], "--w8a8 must be of w8a8, smoothquant, w8a8-dynamic, not w4a4"),
-        (["--samples", "4"], "--samples: belongs to --w8a8"),
+        (["--samples", "4"], "--samples: only --w8a8 w8a8 and smoothquant are measured on text"),
+        (["--w8a8", "w8a8-dynamic", "--seed", "3"], "--seed: only --w8a8 w8a8 and smoothquant are measured on text"),
     ],
 )
 def test_bad_rounding_of_inputs(tiny: Path, text: Path, options: list[str], message: str) -> None:
@@ -216,6 +222,9 @@ def test_quantized_folders_are_not_rounded_again(tiny: Path, text: Path, tmp_pat
     fewbit.quantize(tiny, tmp_path / "rtn", fewbit.preset("rtn", group_size="32"))
     options = ["--data", text, "--seq-len", "64", "--windows", "2", "--w8a8", "w8a8-dynamic"]
     result = run_cli("eval", tmp_path / "rtn", *options, code=2)
-    assert "rounds an original's weights and inputs, this one is quantized already" in result.stderr
+    assert "rounds an original's weights and inputs: name one, these are quantized already" in result.stderr
+    result = run_cli("eval", tiny, tmp_path / "rtn", *options, "--json")
+    methods = [row["method"] for row in json.loads(result.stdout)["models"]]
+    assert methods == ["original", "w8a8-dynamic", "rtn"]
     result = run_cli("eval", tiny, "--tasks", "piqa", "--w8a8", "w8a8", code=2)
     assert "--w8a8 is measured on a text: give --data too" in result.stderr

@@ -25,6 +25,8 @@ _ADVICE = "run the model in float32 or bfloat16"
 class Accumulator:
     """Sums by layer, to be read through :meth:`curvature`.
 
+    Only Gram sums are made in parts (:meth:`another`, :meth:`add`): a Fisher's sequences come one after another.
+
     shared: layers that see the very same inputs -> the one whose Gram they use.
     tokens: how many each layer saw; for fisher those whose gradient is not 0 (that of a sequence's last token is).
     live: for fisher, the columns that were active at such tokens.
@@ -35,7 +37,7 @@ class Accumulator:
     shared: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     live: dict[str, Tensor] = field(default_factory=dict)
-    _traces: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _traces: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _last: tuple[str, Tensor] | None = None
 
     def observe(self, key: str, x: Tensor, gradient: Tensor | None) -> None:
@@ -50,7 +52,7 @@ class Accumulator:
             self.shared[key] = self._last[0]
             return
         self._last = (key, x)
-        self._add(key, x.to(torch.float32), x.dtype)
+        self._add(key, self._tempered(x).to(torch.float32), x.dtype)
 
     def _observe_fisher(self, key: str, x: Tensor, gradient: Tensor) -> None:
         norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True, dtype=torch.float32)
@@ -62,27 +64,35 @@ class Accumulator:
         self.live[key] = self.live[key] | active if key in self.live else active
         if not count:
             return
+        precision, x = x.dtype, self._tempered(x)
         if self.choice.terms == "sequence":
-            with products(x.dtype):
+            with products(precision):
                 whole = gradient.float().t() @ x.float()
-            rho = self._rho(key, float(whole.square().sum()), float(_squares(x).sum()))
-            self._add(key, torch.cat([whole, x.float() * rho**0.5]) if rho else whole, x.dtype)
-        elif not self.choice.gram_share:
-            self._add(key, x * norms, x.dtype)
+            if self.choice.gram_share:
+                rho = self._rho(key, whole.square().sum(), _squares(x).sum())
+                whole = torch.cat([whole, x.float() * rho.sqrt()])
+            self._add(key, whole, precision)
+        elif self.choice.gram_share:
+            weights, squares = norms.square().view(-1), _squares(x)
+            rho = self._rho(key, weights @ squares, squares.sum())
+            self._add(key, x * (weights + rho).sqrt().unsqueeze(1), precision)
         else:
-            weights, squares = norms.square(), _squares(x)
-            rho = self._rho(key, float((weights.view(-1) * squares).sum()), float(squares.sum()))
-            self._add(key, x * (weights + rho).sqrt(), x.dtype)
+            self._add(key, x * norms, precision)
 
-    def _rho(self, key: str, fisher: float, gram: float) -> float:
+    def _rho(self, key: str, fisher: Tensor, gram: Tensor) -> Tensor:
         """What the Gram is weighed by, when a call adds these to the traces of the two."""
-        share = self.choice.gram_share
-        if not share:
-            return 0.0
-        before = self._traces.get(key, (0.0, 0.0))
-        fisher, gram = before[0] + fisher, before[1] + gram
+        if key in self._traces:
+            fisher, gram = self._traces[key][0] + fisher, self._traces[key][1] + gram
         self._traces[key] = fisher, gram
-        return share / (1 - share) * fisher / gram if gram else 0.0
+        share = self.choice.gram_share
+        return share / (1 - share) * fisher / gram.clamp(min=1e-30)
+
+    def _tempered(self, x: Tensor) -> Tensor:
+        """Inputs divided by a power of their own length."""
+        if not self.choice.tempering:
+            return x
+        x = x.to(torch.float32)
+        return x / x.norm(dim=1, keepdim=True).clamp(min=1e-20).pow(self.choice.tempering)
 
     def another(self) -> "Accumulator":
         """An empty one for the same curvature, for a part of the sequences."""
@@ -97,9 +107,6 @@ class Accumulator:
             self.tokens[key] = self.tokens.get(key, 0) + count
         for key, live in other.live.items():
             self.live[key] = self.live[key] | live if key in self.live else live
-        for key, (fisher, gram) in other._traces.items():
-            before = self._traces.get(key, (0.0, 0.0))
-            self._traces[key] = before[0] + fisher, before[1] + gram
 
     def curvature(self, key: str) -> Tensor | None:
         """The whole sum of a layer, or None when it never ran (an expert that saw no token)."""
@@ -112,7 +119,10 @@ class Accumulator:
         return matrix
 
     def check_gradients(self) -> None:
-        """FewbitError when gradients underflowed: all of them, or those of a column that was active."""
+        """FewbitError when gradients underflowed: all of them, or those of a column that was active.
+
+        With a share of the Gram such a column is judged by its inputs, and only the loss of all gradients is found.
+        """
         for key, live in self.live.items():
             matrix = self.sums.get(key)
             diagonal = None if matrix is None else matrix if matrix.dim() == 1 else matrix.diagonal()
@@ -123,8 +133,6 @@ class Accumulator:
             raise FewbitError(f"{next(iter(self.live))}: its gradients are all 0 though it had inputs: {_ADVICE}")
 
     def _add(self, key: str, rows: Tensor, precision: torch.dtype) -> None:
-        if self.choice.tempering:
-            rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-20).pow(self.choice.tempering)
         if self.choice.diagonal:
             squares = rows.square().sum(dim=0)
             self.sums[key] = self.sums[key].add_(squares) if key in self.sums else squares

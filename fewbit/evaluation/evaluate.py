@@ -12,7 +12,7 @@ from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.evaluation.perplexity import Protocol
-from fewbit.evaluation.rounded import RoundedChoice, score_rounded
+from fewbit.evaluation.rounded import RoundedChoice, Scoring, is_original, score_rounded
 from fewbit.evaluation.score import Original, score
 from fewbit.evaluation.task_answers import answer_tasks, summarize
 from fewbit.evaluation.tasks import OpenTasks, TaskChoice, open_tasks
@@ -42,7 +42,7 @@ def evaluate(
 
     models: one or several, as for :func:`fewbit.load`. data: as for :func:`fewbit.evaluation.text.read_text`.
     reference: the original, for the distance of each model from it on the text. rounded: what rounding the weights and
-    inputs of the models to 8 bits does to their loss on the text, each in a row of its own.
+    inputs of the originals among the models to 8 bits does to their loss on the text, each in a row of its own.
     Returns ``{"models": [...], "protocol": {...}, "versions": {...}}`` with the stable keys of `docs/guide.md`.
     Raises FewbitError for bad input.
     """
@@ -55,14 +55,17 @@ def evaluate(
         raise FewbitError("the distance from --reference is measured on a text: give --data too")
     if data is None and rounded is not None:
         raise FewbitError("--w8a8 is measured on a text: give --data too")
+    originals = [name for name in names if rounded is not None and is_original(name)]
+    if rounded is not None and not originals:
+        raise FewbitError("--w8a8 rounds an original's weights and inputs: name one, these are quantized already")
     protocol = protocol or Protocol()
     text = read_text(data) if data is not None else None
     opened = open_tasks(tasks) if tasks is not None else None
     first = locate(reference if reference is not None else names[0])
     windows, bos = read_windows(first, text, protocol) if text is not None else (None, False)
     scored = windows.shape[0] if windows is not None else 0
-    runs = 1 + (len(rounded.names) if rounded is not None else 0)
-    total = len(names) * (runs * scored + (opened.requests if opened is not None else 0))
+    more = len(originals) * len(rounded.names) * scored if rounded is not None else 0
+    total = more + len(names) * (scored + (opened.requests if opened is not None else 0))
     shown = _Counter(progress, total + (scored if reference is not None else 0))
     original = None
     if reference is not None and windows is not None:
@@ -70,9 +73,12 @@ def evaluate(
     work = _Work(windows, original, opened, protocol, device)
     rows = []
     for name in names:
-        rows.append(_evaluate_one(name, work, shown))
-        if rounded is not None and windows is not None:
-            rows += score_rounded(name, rounded, windows, original, device, shown.step)
+        extra: list[dict[str, Any]] = []
+        if rounded is not None and windows is not None and name in originals:
+            # First, so that a calibration set that cannot be had ends the run before the work.
+            scoring = Scoring(windows, original, protocol.torch_dtype, device, shown.step, shown.say)
+            extra = score_rounded(name, rounded, scoring)
+        rows += [_evaluate_one(name, work, shown), *extra]
     described: dict[str, Any] = {"reference": str(reference) if reference is not None else None}
     if text is not None and windows is not None:
         described |= {**describe_protocol(protocol, windows, bos, text), "loss": LOSS}
@@ -101,6 +107,9 @@ class _Counter:
 
     def step(self, what: str) -> None:
         self._done += 1
+        self.say(what)
+
+    def say(self, what: str) -> None:
         if self._progress:
             self._progress(min(self._done, self._total), self._total, what)
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ class RoundedChoice:
             raise FewbitError(f"--w8a8 must be of {', '.join(NAMED)}, not {', '.join(unknown) or 'nothing'}")
 
     @property
+    def calibrated(self) -> bool:
+        """Whether any of them needs calibration text."""
+        return any(NAMED[name].calibrated for name in self.names)
+
+    @property
     def choices(self) -> dict[str, ActivationChoice]:
         """What is asked for, by name."""
         return {name: NAMED[name] for name in self.names}
@@ -45,43 +51,59 @@ def choose_rounded(names: str | None, text: dict[str, Any]) -> RoundedChoice | N
     Raises FewbitError for options that would go unused.
     """
     given = {key: value for key, value in text.items() if value is not None}
-    if names is None:
-        if given:
-            options = ", ".join(f"--{ {'sources': 'calibration'}.get(k, k).replace('_', '-') }" for k in given)
-            raise FewbitError(f"{options}: belongs to --w8a8")
-        return None
-    wanted = tuple(name.strip() for name in names.split(",") if name.strip())
-    return RoundedChoice(wanted, CalibrationChoice(**given))
+    wanted = tuple(name.strip() for name in (names or "").split(",") if name.strip())
+    rounded = RoundedChoice(wanted, CalibrationChoice(**given)) if names is not None else None
+    if given and (rounded is None or not rounded.calibrated):
+        options = ", ".join(f"--{ {'sources': 'calibration'}.get(k, k).replace('_', '-') }" for k in given)
+        raise FewbitError(f"{options}: only --w8a8 w8a8 and smoothquant are measured on text")
+    return rounded
 
 
-def score_rounded(
-    name: str | Path,
-    rounded: RoundedChoice,
-    windows: Tensor,
-    original: Original | None,
-    device: str | None,
-    step: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """A row for each choice: the loss of an original whose linear layers round weights and inputs on `windows`.
+@dataclass(frozen=True)
+class Scoring:
+    """How rows are scored: windows `(windows, tokens)`, the original's predictions, dtype and device as for a load.
 
-    Raises FewbitError for a folder that is quantized already.
+    step(name) is called after each window, say(what) while inputs are measured.
     """
+
+    windows: Tensor
+    original: Original | None
+    dtype: Any
+    device: str | None
+    step: Callable[[str], None]
+    say: Callable[[str], None]
+
+
+def is_original(name: str | Path) -> bool:
+    """Whether a model is in 16 bits, so that its weights and inputs can be rounded."""
+    return open_checkpoint(locate(name)).quantization is None
+
+
+def _say(scoring: Scoring, name: str, done: int, total: int) -> None:
+    scoring.say(f"{name}: inputs of sequence {done} of {total}")
+
+
+def score_rounded(name: str | Path, rounded: RoundedChoice, scoring: Scoring) -> list[dict[str, Any]]:
+    """A row for each choice: the loss of an original whose linear layers round weights and inputs."""
+    started = time.perf_counter()
     checkpoint = open_checkpoint(locate(name))
-    if checkpoint.quantization is not None:
-        raise FewbitError(f"{name}: --w8a8 rounds an original's weights and inputs, this one is quantized already")
     plan = make_plan(checkpoint, Recipe(group_size="row"), 1 << 62)
-    network = open_network(checkpoint, plan, device or "cpu")
-    calibrated = any(choice.calibrated for choice in rounded.choices.values())
-    drawn = calibration_set(checkpoint, rounded.calibration, network.model, None) if calibrated else None
+    network = open_network(checkpoint, plan, scoring.device, dtype=scoring.dtype)
+    drawn = None
+    if rounded.calibrated:
+        what = f"{name}: the calibration set"
+        drawn = calibration_set(checkpoint, rounded.calibration, network.model, lambda *_: scoring.say(what))
     rows = []
     for label, choice in rounded.choices.items():
-        started = time.perf_counter()
-        with rounding_inputs(network, choice, drawn.ids if drawn is not None else None) as simulation:
-            row = {"name": f"{name} {label}", "method": label, "bits_per_weight": simulation.bits_per_weight}
-            row |= score(network.model, windows, original, f"{name} {label}", step)
+        full = f"{name} {label}"
+        ids = drawn.ids if drawn is not None else None
+        with rounding_inputs(network, choice, ids, partial(_say, scoring, full)) as simulation:
+            row = {"name": full, "method": label, "bits_per_weight": simulation.bits_per_weight}
+            row |= score(network.model, scoring.windows, scoring.original, full, scoring.step)
         if drawn is not None and choice.calibrated:
             row["calibration"] = drawn.describe()
         row["dtype"] = str(network.model.dtype).removeprefix("torch.")
         row |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
         rows.append(row)
+        started = time.perf_counter()
     return rows

@@ -74,12 +74,15 @@ def solve_model(
     }
 
 
-def open_network(checkpoint: Checkpoint, plan: Plan, device: str, walking: bool = False) -> Network:
+def open_network(
+    checkpoint: Checkpoint, plan: Plan, device: str | None, walking: bool = False, dtype: Any = "auto"
+) -> Network:
     """Load the model and find the planned tensors in it.
 
     walking: only one block at a time will run, so the weights stay where they are mapped until a block is taken.
+    device, dtype: as for :func:`fewbit.load`.
     """
-    model = load(checkpoint.folder, device="cpu" if walking else device)
+    model = load(checkpoint.folder, dtype, "cpu" if walking else device)
     if hasattr(model, "set_experts_implementation"):
         # One linear layer for each expert, which can be watched, in place of one fused product for all.
         model.set_experts_implementation("eager")
@@ -98,7 +101,7 @@ def open_network(checkpoint: Checkpoint, plan: Plan, device: str, walking: bool 
     for tensor in plan.coverage.of("keep"):
         if tensor.block is not None and prefix_of_block(tensor.entry.name) in inside:
             kept[tensor.block][name_in_block(tensor.entry.name)] = tensor.entry.name
-    return Network(model, blocks, sites, items, kept, torch.device(device))
+    return Network(model, blocks, sites, items, kept, torch.device(device) if device else model.device)
 
 
 def calibration_set(

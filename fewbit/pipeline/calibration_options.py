@@ -49,8 +49,8 @@ class CalibrationOptions:
 
 
 def share_of_stored(recipe: Recipe, stored: StoredCurvature) -> Recipe:
-    """The recipe with the stored curvature's share of the Gram: one Fisher, mixed or not, serves all methods."""
-    if recipe.curvature is None or recipe.curvature.kind != stored.choice.kind:
+    """The recipe with the stored curvature's share of the Gram; a method that has no share of its own keeps to that."""
+    if recipe.curvature is None or not recipe.curvature.gram_share or stored.choice.kind != "fisher":
         return recipe
     return replace(recipe, curvature=replace(recipe.curvature, gram_share=stored.choice.gram_share))
 

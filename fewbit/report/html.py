@@ -9,7 +9,7 @@ from typing import Any
 
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.report import plots
-from fewbit.report.tasks import measured_tasks, task_cells, task_notes
+from fewbit.report.tasks import asked_models, measured_tasks, task_cells, task_notes
 from fewbit.sizes import show_size
 from fewbit.versions import versions
 
@@ -129,7 +129,7 @@ def evaluation_section(result: dict[str, Any], heading: str = "Models") -> Secti
 def task_section(result: dict[str, Any]) -> Section:
     """Accuracy on tasks, drawn and as a table."""
     columns, rows = task_cells(result)
-    figure = Figure(plots.task_accuracies(result["models"], measured_tasks(result)), "acc ± one standard error.")
+    figure = Figure(plots.task_accuracies(asked_models(result), measured_tasks(result)), "acc ± one standard error.")
     return Section("Tasks", [f"{task_notes(result)}."], [figure], columns, rows)
 
 
@@ -141,7 +141,7 @@ def _evaluation_row(row: dict[str, Any]) -> list[str]:
         row["name"],
         row["method"],
         cell("bits_per_weight", ".2f"),
-        show_size(row["bytes"]),
+        show_size(row["bytes"]) if "bytes" in row else "",
         cell("perplexity", ".2f"),
         cell("perplexity_ratio", ".3f"),
         cell("kl_mean", ".4f"),

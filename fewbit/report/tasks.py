@@ -13,11 +13,16 @@ def measured_tasks(result: dict[str, Any]) -> list[str]:
     return [name for name in TASKS if name in asked]
 
 
+def asked_models(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an evaluation that were asked questions: not those of rounded inputs."""
+    return [row for row in result["models"] if "tasks" in row]
+
+
 def task_cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Column titles, and a row for each model and metric: per cent right ± one standard error."""
     names = measured_tasks(result)
     rows = []
-    for row in result["models"]:
+    for row in asked_models(result):
         for metric, key, error in _METRICS:
             if any(key in row["tasks"][name] for name in names):
                 rows.append([row["name"], metric, *(_cell(row["tasks"][name], key, error) for name in names)])
@@ -32,9 +37,9 @@ def _cell(found: dict[str, Any], key: str, error: str) -> str:
 
 def task_notes(result: dict[str, Any]) -> str:
     """What was asked and how, in a few words."""
-    protocol, first = result["protocol"]["tasks"], result["models"][0]["tasks"]
+    protocol, first = result["protocol"]["tasks"], asked_models(result)[0]["tasks"]
     counts = ", ".join(f"{name} {first[name]['questions']}" for name in measured_tasks(result))
     source = "local files" if any("file" in data for data in protocol["data"].values()) else "the hub"
     line = f"Per cent right ± one standard error; {protocol['harness']}, no examples, questions from {source}: {counts}"
-    cut = sum(found["truncated"] for row in result["models"] for found in row["tasks"].values())
+    cut = sum(found["truncated"] for row in asked_models(result) for found in row["tasks"].values())
     return line + (f"; {cut} choices lost the beginning of their prompt" if cut else "")

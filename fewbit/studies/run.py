@@ -14,6 +14,7 @@ from fewbit.evaluation.evaluate import LOSS, describe_protocol
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
 from fewbit.memory import peak_rss_bytes
+from fewbit.recipe import fingerprint
 from fewbit.report.html import check_page
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.folder import PAGE, RESULT, StudyFolder
@@ -40,7 +41,7 @@ def run_study(study: Study, choice: StudyChoice, progress: Progress | None = Non
     cells = study.cells(choice)
     protocol = _protocol(choice, model)
     job = {**choice.describe(), "files": _files([model, *map(locate, choice.folders)])}
-    job.update(data_sha256=protocol["evaluation"]["data_sha256"], fewbit=__version__)
+    job.update(presets=fingerprint(), data_sha256=protocol["evaluation"]["data_sha256"], fewbit=__version__)
     folder = StudyFolder(choice.out, job, overwrite)
     try:
         check_page(choice.out / PAGE)

@@ -20,7 +20,7 @@ from fewbit.pipeline.fit_grid import Grid, encode_outliers, outlier_grid_of
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.straight_through import round_evenly, round_to_levels, round_to_magnitudes, seen_as
 
-_INSIDE = 0.3
+MARGIN = 0.3
 """Of a step: latent weights begin no farther from their level, lest the first noise undoes a solver's work."""
 _SMALLEST_GAIN = 0.05
 
@@ -44,7 +44,7 @@ class TunedWeight(nn.Module):
     def __init__(
         self, stored: StoredWeight, parts: Mapping[str, Tensor], original: Tensor | None, choice: TuningChoice
     ) -> None:
-        """`original`: the 16-bit weight `(out, in)`; latent weights begin there, up to `_INSIDE` from their level."""
+        """`original`: the 16-bit weight `(out, in)`; latent weights begin there, up to `MARGIN` from their level."""
         super().__init__()
         self.stored, self._choice = stored, choice
         decoded = native.decode(parts, stored)
@@ -65,7 +65,7 @@ class TunedWeight(nn.Module):
         self._keep(step=divisor(step), first=first)
         begin = grouped
         if original is not None:
-            margin = _INSIDE * step
+            margin = MARGIN * step
             begin = torch.maximum(torch.minimum(original.float().view_as(grouped), grouped + margin), grouped - margin)
         self.latent = nn.Parameter(begin / self.step, requires_grad=choice.trains_weights)
         if choice.train == "codes":
