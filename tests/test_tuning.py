@@ -114,6 +114,19 @@ def test_tuning_brings_a_model_nearer_to_the_original(folder: Path, model: Path,
     assert float(loss) == pytest.approx(held[best], rel=2e-3)
 
 
+def test_an_epoch_that_made_it_worse_is_taken_back(folder: Path, tmp_path: Path) -> None:
+    choice = replace(CHOICE, lr=0.4, scale_lr=0.05, epochs=6, patience=6)
+    report = tune(folder, tmp_path / "out", choice, TuneOptions(calibration=TEXT, device="cpu"))
+    history = report["tuning"]["history"]
+    best, worse = history["held_out"][0], 0
+    for loss in history["held_out"][1:]:
+        worse += loss >= best
+        best = min(best, loss)
+    assert worse > 0
+    assert history["share"] == 0.5**worse
+    assert history["held_out"][history["best_epoch"]] == best < history["held_out"][0]
+
+
 def test_a_float16_model_is_trained_in_bfloat16(tmp_path: Path) -> None:
     model = build_tiny(tmp_path / "model", dtype="float16", initializer_range=0.1)
     fewbit.quantize(model, tmp_path / "rtn", fewbit.preset("rtn", bits=2, group_size="32"))

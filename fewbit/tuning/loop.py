@@ -21,16 +21,21 @@ from fewbit.tuning.tuned_model import optimizer_for, set_rates, trained
 
 Progress = Callable[[int, int, str], None]
 _LAST_RATE = 0.05
+_AFTER_A_WORSE_EPOCH = 0.5
 
 
 @dataclass
 class History:
-    """Losses of all updates, held-out losses after every epoch (the first before any), and the best epoch."""
+    """Losses of all updates, held-out losses after every epoch (the first before any), and the best epoch.
+
+    share: what all rates are multiplied by; halved whenever an epoch made the held-out loss worse and was taken back.
+    """
 
     losses: list[float] = field(default_factory=list)
     held_out: list[float] = field(default_factory=list)
     best_epoch: int = 0
     stopped: bool = False
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class Trainer:
             epoch, batch = divmod(step, batches)
             numbers = order_of(epoch, self._sequences.training, choice.batch_size, choice.seed)[batch]
             rate = learning_rate(step, total, choice.warmup)
+            rate *= history.share
             history.losses.append(self._update(numbers, rate, step))
             if progress:
                 held = f", held out {history.held_out[-1]:.3f}" if history.held_out[-1] else ""
@@ -111,7 +117,11 @@ class Trainer:
         if history.held_out[-1] < best or not self._sequences.held_out:
             history.best_epoch = epoch
             self._snapshots.keep_best(self.model)
+            return
         history.stopped = epoch - history.best_epoch >= self._choice.patience
+        if not history.stopped:
+            self._snapshots.load_best(self.model)
+            history.share *= _AFTER_A_WORSE_EPOCH
 
     def _update(self, numbers: list[int], rate: float, step: int) -> float:
         set_rates(self._optimizer, rate)
