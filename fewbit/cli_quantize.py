@@ -92,7 +92,7 @@ def quantize(
     tune: Annotated[
         bool, typer.Option("--tune", help="Fine-tune the result on the same text (see `fewbit tune`).")
     ] = False,
-    tune_epochs: Annotated[int | None, typer.Option(help="Passes over the text in --tune; default 2.")] = None,
+    tune_epochs: Annotated[int | None, typer.Option(help="Passes over the text in --tune; default 3.")] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Also quantize tensors of this pattern (repeatable).")
     ] = None,

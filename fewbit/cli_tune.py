@@ -37,9 +37,9 @@ def tune(
     train: Annotated[
         str, typer.Option(help="weights, scales (and zero-points), codes (by one step at most), or all.")
     ] = "all",
-    epochs: Annotated[int | None, typer.Option(help="Passes over the text; default 2.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Of weights, in steps of their grid; default 0.004.")] = None,
-    scale_lr: Annotated[float | None, typer.Option(help="Of scales, relative; default 0.004.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the text; default 3.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Of weights, in steps of their grid; default 0.002.")] = None,
+    scale_lr: Annotated[float | None, typer.Option(help="Of scales, relative; default 0.003.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences of an update; default 4.")] = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="Of them, how many run at a time; the rest is accumulated.")

@@ -32,9 +32,9 @@ class TuningChoice:
 
     loss: str = "kd"
     train: str = "all"
-    epochs: int = 2
-    lr: float = 0.004
-    scale_lr: float = 0.004
+    epochs: int = 3
+    lr: float = 0.002
+    scale_lr: float = 0.003
     batch_size: int = 4
     micro_batch: int = 4
     warmup: float = 0.1
