@@ -11,7 +11,6 @@ import fewbit
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
-from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.store import open_curvature
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.pipeline.calibration_options import CalibrationOptions
@@ -27,11 +26,13 @@ METHODS_AT_8_BITS = ["gptq", "awq", "spqr", "precal+gptq", "precal+spqr", "oac",
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A stored Gram and a stored Fisher of 16 sequences of 256 tokens."""
+    """A stored Gram and a stored Fisher with the presets' share of it, of 16 sequences of 256 tokens."""
     folder = tmp_path_factory.mktemp("curvature")
     choice = CalibrationChoice(str(SHARED / "c4_rp_sample1.jsonl"), 16, 256)
-    for kind in ("gram", "fisher"):
-        measure(MODEL, folder / kind, CurvatureChoice(kind, terms="token"), CalibrationOptions(choice))
+    for method in ("gptq", "oac"):
+        wanted = fewbit.preset(method).curvature
+        assert wanted is not None
+        measure(MODEL, folder / wanted.kind, wanted, CalibrationOptions(choice))
     return {kind: folder / kind for kind in ("gram", "fisher")}
 
 
