@@ -39,7 +39,6 @@ class Accumulator:
     live: dict[str, Tensor] = field(default_factory=dict)
     _traces: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _last: tuple[str, Tensor] | None = None
-    _lengths: tuple[Tensor, Tensor] | None = None
 
     def observe(self, key: str, x: Tensor, gradient: Tensor | None) -> None:
         """Add one call of a layer: inputs `(tokens, in)` and, for fisher, output gradients `(tokens, out)`."""
@@ -49,7 +48,7 @@ class Accumulator:
         self.tokens[key] = self.tokens.get(key, 0) + x.shape[0]
         if x.shape[0] == 0:
             return
-        if self._last is not None and _same(self._last[1], x):
+        if self._last is not None and self._last[1].data_ptr() == x.data_ptr() and self._last[1].shape == x.shape:
             self.shared[key] = self._last[0]
             return
         self._last = (key, x)
@@ -70,11 +69,11 @@ class Accumulator:
             with products(precision):
                 whole = gradient.float().t() @ x.float()
             if self.choice.gram_share:
-                rho = self._rho(key, whole.square().sum(), self._squares(x).sum())
+                rho = self._rho(key, whole.square().sum(), _squares(x).sum())
                 whole = torch.cat([whole, x.float() * rho.sqrt()])
             self._add(key, whole, precision)
         elif self.choice.gram_share:
-            weights, squares = norms.square().view(-1), self._squares(x)
+            weights, squares = norms.square().view(-1), _squares(x)
             rho = self._rho(key, weights @ squares, squares.sum())
             self._add(key, x * (weights + rho).sqrt().unsqueeze(1), precision)
         else:
@@ -87,12 +86,6 @@ class Accumulator:
         self._traces[key] = fisher, gram
         share = self.choice.gram_share
         return share / (1 - share) * fisher / gram.clamp(min=1e-30)
-
-    def _squares(self, x: Tensor) -> Tensor:
-        """Squared lengths of the rows, float32; layers that see the same inputs come one after another."""
-        if self._lengths is None or not _same(self._lengths[0], x):
-            self._lengths = (x, torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square())
-        return self._lengths[1]
 
     def _tempered(self, x: Tensor) -> Tensor:
         """Inputs divided by a power of their own length."""
@@ -157,9 +150,9 @@ class Accumulator:
                 found[half:, half:].addmm_(right.t(), right)
 
 
-def _same(kept: Tensor, x: Tensor) -> bool:
-    """Whether two tensors are the same memory; the one that is kept cannot have been freed for the other."""
-    return kept.data_ptr() == x.data_ptr() and kept.shape == x.shape
+def _squares(x: Tensor) -> Tensor:
+    """Squared lengths of the rows, float32."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
 
 
 def _half(columns: int) -> int:
