@@ -91,17 +91,17 @@ def recipe_of(label: str, bits: int, group_size: str) -> Recipe:
     return replace_solver(replace(recipe, curvature=choice), **solver)
 
 
-def curvature(model: str, kind: str, folder: Path) -> Path:
+def curvature(model: str, kind: str, folder: Path, seed: int) -> Path:
     """The folder of a curvature, measured if it is not there."""
-    out = folder / f"{model}-{kind.replace(' ', '-')}-0"
+    out = folder / f"{model}-{kind.replace(' ', '-')}-{seed}"
     if out.with_suffix(".json").exists():
         return out
     if kind == MEAN:
         figures: dict[str, Any] = {}
-        mix(curvature(model, "fisher", folder), curvature(model, "gram", folder), out)
+        mix(curvature(model, "fisher", folder, seed), curvature(model, "gram", folder, seed), out)
     else:
         choice, samples, length = CURVATURES[kind]
-        options = CalibrationOptions(CalibrationChoice(str(C4.resolve()), samples, length, 0))
+        options = CalibrationOptions(CalibrationChoice(str(C4.resolve()), samples, length, seed))
         figures = measure(model, out, choice, options)
     out.with_suffix(".json").write_text(json.dumps(figures))
     return out
@@ -123,11 +123,13 @@ def unit(matrix: Tensor) -> Tensor:
     return matrix / matrix.diagonal().mean()
 
 
-def calibration_of(model: str, kind: str, folder: Path) -> CalibrationOptions:
+def calibration_of(model: str, kind: str, folder: Path, seed: int) -> CalibrationOptions:
     """What a row calibrates on: a stored curvature, or one that is measured in the run."""
     if kind in REFRESH:
-        return CalibrationOptions(CalibrationChoice(str(C4.resolve()), 128, 512, 0), refresh=REFRESH[kind])
-    return CalibrationOptions(stored=open_curvature(curvature(model, kind, folder), open_checkpoint(locate(model))))
+        return CalibrationOptions(CalibrationChoice(str(C4.resolve()), 128, 512, seed), refresh=REFRESH[kind])
+    return CalibrationOptions(
+        stored=open_curvature(curvature(model, kind, folder, seed), open_checkpoint(locate(model)))
+    )
 
 
 def main() -> None:
@@ -136,22 +138,23 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--model", action="append", required=True, choices=GROUP)
     parser.add_argument("--bits", type=int, action="append", required=True)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", action="append", choices=VARIANTS)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "calibrated_choices.json")
     arguments = parser.parse_args()
     keep_freed_memory()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
-    done = {(row["model"], row["bits"], row["variant"]) for row in rows}
+    done = {(row["model"], row["bits"], row["variant"], row["seed"]) for row in rows}
     for model in arguments.model:
         for bits in arguments.bits:
             for label in arguments.variant or VARIANTS:
-                if (model, bits, label) in done:
+                if (model, bits, label, arguments.seed) in done:
                     continue
                 recipe = recipe_of(label, bits, GROUP[model])
                 options = RunOptions(overwrite=True)
                 if recipe.curvature is not None:
-                    calibration = calibration_of(model, VARIANTS[label][0], arguments.folder)
+                    calibration = calibration_of(model, VARIANTS[label][0], arguments.folder, arguments.seed)
                     options = replace(options, calibration=calibration)
                 out = arguments.folder / f"out-choices-{model}"
                 report = fewbit.quantize(model, out, recipe, options)
@@ -161,6 +164,7 @@ def main() -> None:
                     "model": model,
                     "bits": bits,
                     "variant": label,
+                    "seed": arguments.seed,
                     "bits_per_weight": report["output"]["bits_per_weight"],
                     "perplexity": found["perplexity"],
                     "seconds": report["run"]["seconds"],

@@ -31,6 +31,7 @@ METHODS = [
     *["rtn", "adpq", "adpq+", "gptq", "awq", "spqr", "precal+gptq", "precal+spqr"],
     *["oac", "oac+spqr", "precal+oac", "billm", "oac+billm"],
     *["oac --gram-share 0", "oac+spqr --gram-share 0", "precal+oac --gram-share 0"],
+    "oac+billm --gram-share 0.5",
 ]
 
 

@@ -196,8 +196,8 @@ def test_originals_with_rounded_weights_and_inputs(tiny: Path, text: Path) -> No
     from fewbit.activations.choice import NAMED
     from fewbit.evaluation.score import window_losses
     from fewbit.evaluation.windows import read_windows
+    from fewbit.pipeline.calibrated import open_original
     from fewbit.pipeline.w8a8 import rounding_inputs
-    from fewbit.studies.network import open_original
 
     _, network = open_original(tiny, "cpu")
     windows, _ = read_windows(tiny, read_text(str(text)), Protocol(64, 4))

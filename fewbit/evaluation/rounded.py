@@ -16,10 +16,9 @@ from fewbit.checkpoints.source import open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.evaluation.score import Original, score
 from fewbit.memory import peak_rss_bytes
-from fewbit.pipeline.calibrated import calibration_set, open_network
-from fewbit.pipeline.plan import make_plan
+from fewbit.pipeline.calibrated import calibration_set, open_original
+from fewbit.pipeline.calibration_options import flags
 from fewbit.pipeline.w8a8 import rounding_inputs
-from fewbit.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ def choose_rounded(names: str | None, text: dict[str, Any]) -> RoundedChoice | N
     wanted = tuple(name.strip() for name in (names or "").split(",") if name.strip())
     rounded = RoundedChoice(wanted, CalibrationChoice(**given)) if names is not None else None
     if given and (rounded is None or not rounded.calibrated):
-        options = ", ".join(f"--{ {'sources': 'calibration'}.get(k, k).replace('_', '-') }" for k in given)
-        raise FewbitError(f"{options}: only --w8a8 w8a8 and smoothquant are measured on text")
+        raise FewbitError(f"{flags(given)}: only --w8a8 w8a8 and smoothquant are measured on text")
     return rounded
 
 
@@ -86,9 +84,7 @@ def _say(scoring: Scoring, name: str, done: int, total: int) -> None:
 def score_rounded(name: str | Path, rounded: RoundedChoice, scoring: Scoring) -> list[dict[str, Any]]:
     """A row for each choice: the loss of an original whose linear layers round weights and inputs."""
     started = time.perf_counter()
-    checkpoint = open_checkpoint(locate(name))
-    plan = make_plan(checkpoint, Recipe(group_size="row"), 1 << 62)
-    network = open_network(checkpoint, plan, scoring.device, dtype=scoring.dtype)
+    checkpoint, network = open_original(name, scoring.device, dtype=scoring.dtype)
     drawn = None
     if rounded.calibrated:
         what = f"{name}: the calibration set"

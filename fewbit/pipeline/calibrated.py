@@ -5,6 +5,7 @@ A stage is one block for the input Gram (which sees what the quantized blocks be
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +15,16 @@ from fewbit.architecture.coverage import name_in_block, prefix_of_block
 from fewbit.architecture.network import Site, find_blocks, find_sites
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.calibration.tokens import CalibrationSet, make_set
+from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader
-from fewbit.checkpoints.source import Checkpoint
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.fisher import measure_fisher
 from fewbit.curvature.store import StoredCurvature
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.memory import activation_bytes
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.plan import Plan
+from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.solve_blocks import BlockSolver, Network, Progress
 from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.pipeline.walk import Walk
@@ -72,6 +74,15 @@ def solve_model(
         **({"calibration": calibration.describe()} if calibration else {}),
         **({"channel_scales": run.notes} if run.notes else {}),
     }
+
+
+def open_original(
+    model: str | Path, device: str | None, walking: bool = False, dtype: Any = "auto"
+) -> tuple[Checkpoint, Network]:
+    """An original and its network, with every linear layer in the blocks as a site; options as for `open_network`."""
+    checkpoint = open_checkpoint(locate(model))
+    plan = make_plan(checkpoint, Recipe(group_size="row"), 1 << 62)
+    return checkpoint, open_network(checkpoint, plan, device, walking, dtype)
 
 
 def open_network(

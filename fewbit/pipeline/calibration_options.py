@@ -87,23 +87,30 @@ def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
             )
 
 
+def flags(options: dict[str, Any]) -> str:
+    """The options that were given (not None) as the command line spells them, with commas."""
+    names = {"sources": "calibration"}
+    return ", ".join(
+        f"--{names.get(key, key).replace('_', '-')}" for key, value in options.items() if value is not None
+    )
+
+
 def refuse_unused(recipe: Recipe, text: dict[str, Any], others: dict[str, Any], tuned: bool = False) -> None:
     """FewbitError when options were given (not None) that the recipe would silently leave unused.
 
     text: the fields of the calibration set. others: the remaining options of calibrated runs, by name. tuned: the text
     is also for fine-tuning.
     """
-    names = {"sources": "calibration"}
     if tuned:
         text = {}
-    given = [f"--{names.get(k, k).replace('_', '-')}" for k, v in {**text, **others}.items() if v is not None]
+    given = flags({**text, **others})
     if given and recipe.curvature is None:
         raise FewbitError(
-            f"{', '.join(given)}: {recipe.method} sees no data: choose a calibrated method, e.g. --method precal+oac"
+            f"{given}: {recipe.method} sees no data: choose a calibrated method, e.g. --method precal+oac"
         )
-    drawn = [f"--{names.get(k, k).replace('_', '-')}" for k, v in text.items() if v is not None]
+    drawn = flags(text)
     if drawn and others.get("curvature") is not None:
-        raise FewbitError(f"{', '.join(drawn)}: with --curvature nothing is measured: leave it out")
+        raise FewbitError(f"{drawn}: with --curvature nothing is measured: leave it out")
 
 
 def parse_refresh(text: str) -> int:

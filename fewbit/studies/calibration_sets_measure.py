@@ -17,6 +17,7 @@ from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
 from fewbit.evaluation.score import window_losses
+from fewbit.pipeline.calibrated import open_original
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.measure import measure_tokens
 from fewbit.pipeline.run import RunOptions, quantize
@@ -25,7 +26,6 @@ from fewbit.recipe import preset
 from fewbit.runtime.load import load
 from fewbit.runtime.unpack import unpack_modules
 from fewbit.studies.choice import StudyChoice
-from fewbit.studies.network import open_original
 from fewbit.studies.opened import Opened, open_model, plan_of
 from fewbit.studies.sets import NamedSet, draw_set
 from fewbit.studies.study import Cell, Progress, Row, Tell

@@ -17,12 +17,13 @@ from fewbit.errors import FewbitError
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
 from fewbit.formats.config import describe
+from fewbit.pipeline.calibrated import open_original
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.directions import KINDS, Direction, norm, plane_of, random_direction
 from fewbit.studies.landscape_page import draw
 from fewbit.studies.landscape_summary import summarize
 from fewbit.studies.moving import Movable, loss
-from fewbit.studies.network import check_folders, open_original, open_quantized
+from fewbit.studies.network import check_folders, open_quantized
 from fewbit.studies.study import Cell, Progress, Row, Size, Study, Tell
 from fewbit.studies.variants import Variant, make_variant, measure_once, variants
 

@@ -14,18 +14,7 @@ from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
 from fewbit.formats.scheme import StoredWeight
-from fewbit.pipeline.calibrated import open_network
-from fewbit.pipeline.plan import make_plan
-from fewbit.pipeline.solve_blocks import Network
-from fewbit.recipe import Recipe
 from fewbit.runtime.unpack import check_all_parts, read_weight
-
-
-def open_original(model: str | Path, device: str, walking: bool = False) -> tuple[Checkpoint, Network]:
-    """The original and its network, with every linear layer in the blocks as a site."""
-    checkpoint = open_checkpoint(locate(model))
-    plan = make_plan(checkpoint, Recipe(group_size="row"), 1 << 62)
-    return checkpoint, open_network(checkpoint, plan, device, walking)
 
 
 @dataclass(frozen=True)

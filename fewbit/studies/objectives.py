@@ -22,6 +22,7 @@ from fewbit.evaluation.score import Original, score
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
 from fewbit.formats.config import describe
+from fewbit.pipeline.calibrated import open_original
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.measure import measure_tokens
 from fewbit.pipeline.solve_blocks import Network
@@ -29,7 +30,7 @@ from fewbit.runtime.load import load
 from fewbit.runtime.unpack import unpack_modules
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.layer_errors import Fisher, output_error, predicted_increase, weight_error
-from fewbit.studies.network import QuantizedFolder, check_folders, open_original, open_quantized
+from fewbit.studies.network import QuantizedFolder, check_folders, open_quantized
 from fewbit.studies.objectives_page import draw
 from fewbit.studies.objectives_summary import summarize
 from fewbit.studies.study import Cell, Progress, Row, Size, Study, Tell

@@ -9,11 +9,11 @@ from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
+from fewbit.pipeline.calibrated import open_original
 from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.solve_blocks import Network
 from fewbit.recipe import Recipe
 from fewbit.studies.choice import StudyChoice
-from fewbit.studies.network import open_original
 from fewbit.studies.sets import NamedSet, draw_set
 
 
