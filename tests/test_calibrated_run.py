@@ -107,12 +107,14 @@ def test_little_memory_gives_the_same_weights(deep: Path, tmp_path: Path, monkey
         return original(shape, *rest)
 
     monkeypatch.setattr(walk, "_allocate", note)
+    # Little memory lets fewer sequences run side by side, which changes the order of float sums.
+    monkeypatch.setattr(walk.Walk, "_workers", lambda *_: 1)
     for method in ("oac", "gptq"):
         recipe = fewbit.preset(method, bits=3, group_size="32")
         fewbit.quantize(deep, tmp_path / f"{method}-little", recipe, options(memory_bytes=180_000))
         fewbit.quantize(deep, tmp_path / f"{method}-much", recipe, options())
-        little, much = (tmp_path / f"{method}-{name}" / "model.safetensors" for name in ("little", "much"))
-        assert little.read_bytes() == much.read_bytes()
+        little, much = (folder_bytes(tmp_path / f"{method}-{name}") for name in ("little", "much"))
+        assert little == much
     assert allocated == [True, False]
 
 
