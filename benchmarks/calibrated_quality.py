@@ -58,9 +58,11 @@ def curvature(model: str, wanted: CurvatureChoice, seed: int, folder: Path) -> t
     return out, json.loads(figures.read_text())
 
 
-def quantize(model: str, method: str, bits: int, seed: int, folder: Path, out: Path) -> dict[str, Any]:
+def quantize(
+    model: str, method: str, bits: int, seed: int, folder: Path, out: Path, group_size: str = ""
+) -> dict[str, Any]:
     """Make one row's folder; what it took, with the share of the curvature."""
-    size = "64" if method == "adpq+" else GROUP[model]
+    size = group_size or ("64" if method == "adpq+" else GROUP[model])
     choices = ["--overwrite"] if "billm" in method else ["--overwrite", "--bits", bits, "--group-size", f"{size},auto"]
     before = {"seconds": 0.0, "peak_rss_bytes": 0}
     preset, _, share = method.partition(" --gram-share ")

@@ -41,13 +41,19 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--group-size", choices=("64", "128"), help="Default: 64 for smollm2-135m, 128 for gemma3-270m."
+    )
+    parser.add_argument("--also", default="", help="More to tune on beside C4, as in --calibration: self:64")
     parser.add_argument("--keep", action="store_true", help="Keep the tuned folders, as tuned-….")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "tuning.json")
     arguments = parser.parse_args()
     keep_freed_memory()
     given = {name: getattr(arguments, name) for name in ("loss", "train", *FIELDS)}
     choice = replace(TuningChoice(seed=arguments.seed), **given)
-    text = CalibrationChoice(str(C4.resolve()), arguments.samples, arguments.length, arguments.seed)
+    group_size = arguments.group_size or GROUP[arguments.model]
+    source = f"{C4.resolve()}:{arguments.samples},{arguments.also}" if arguments.also else str(C4.resolve())
+    text = CalibrationChoice(source, arguments.samples, arguments.length, arguments.seed)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for start in arguments.start:
         method, bits = start.split(":")
@@ -55,14 +61,16 @@ def main() -> None:
         curvature = fewbit.preset(method).curvature
         share = curvature.gram_share if curvature is not None else 0.0
         row |= {"samples": arguments.samples, "length": arguments.length, "gram_share": share, "margin": MARGIN}
-        row["choice"] = asdict(choice)
+        row |= {"group_size": group_size, "also": arguments.also, "choice": asdict(choice)}
         rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
         if any(all(known.get(key) == value for key, value in row.items()) for known in rows):
             continue
-        begin = arguments.folder / f"start-{arguments.model}-{method}-{bits}-{arguments.seed}-g{share:g}"
+        begin = (
+            arguments.folder / f"start-{arguments.model}-{method}-{bits}-{arguments.seed}-g{share:g}-of-{group_size}"
+        )
         figures = begin.with_name(begin.name + ".json")
         if not figures.exists():
-            made = quantize(arguments.model, method, int(bits), arguments.seed, arguments.folder, begin)
+            made = quantize(arguments.model, method, int(bits), arguments.seed, arguments.folder, begin, group_size)
             before = fewbit.evaluate(begin, TEXT, Protocol(1024, 24))["models"][0]["perplexity"]
             figures.write_text(json.dumps({**made, "perplexity": before}))
         out = arguments.folder / f"tuned-{os.getpid()}"

@@ -106,12 +106,22 @@ def test_tuning_brings_a_model_nearer_to_the_original(folder: Path, model: Path,
     original, tuned = fewbit.load(model, device="cpu"), fewbit.load(tmp_path / "out", device="cpu")
     from fewbit.pipeline.calibrated import calibration_set
 
-    ids = calibration_set(open_checkpoint(model), TEXT, original).ids[-CHOICE.held_out :]
+    ids = loop.held_out_last(calibration_set(open_checkpoint(model), TEXT, original).ids, CHOICE.held_out)
+    ids = ids[-CHOICE.held_out :]
     with torch.inference_mode():
         prediction = predict(original(ids).logits[:, :-1], CHOICE.top).flat()
         logits = tuned(ids).logits[:, :-1].reshape(-1, 256)
     loss = mean_loss(logits, ids[:, 1:].reshape(-1), prediction, "kd")
     assert float(loss) == pytest.approx(held[best], rel=2e-3)
+
+
+def test_what_is_held_out_is_spread_over_the_sources() -> None:
+    ids = torch.arange(24).view(12, 2)
+    spread = loop.held_out_last(ids, 3)
+    assert spread[-3:, 0].tolist() == [4, 12, 20]
+    assert sorted(spread.flatten().tolist()) == list(range(24))
+    assert spread[:-3, 0].tolist() == sorted(spread[:-3, 0].tolist())
+    assert loop.held_out_last(ids, 0) is ids
 
 
 def test_an_epoch_that_made_it_worse_is_taken_back(folder: Path, tmp_path: Path) -> None:

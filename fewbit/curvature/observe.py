@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fewbit.linear import linear
+
 Observer = Callable[[str, Tensor, Tensor | None], None]
 """Called with a layer's key, its inputs `(tokens, in)` and, going back, gradients of its outputs `(tokens, out)`."""
 Replacement = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
@@ -107,7 +109,7 @@ class _LinearMode(TorchFunctionMode):
 
 def _as_linear(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Inputs, weight `(out, in)` and bias of a call that is a linear layer; None for any other."""
-    if func is nn.functional.linear:
+    if func is nn.functional.linear or func is linear:
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         return args[0], args[1] if len(args) > 1 else kwargs["weight"], bias
     if func is torch.addmm and len(args) == 3 and not kwargs:
@@ -127,11 +129,11 @@ class _Observed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, key: str, observer: Observer) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.key, ctx.observer = key, observer
-        return nn.functional.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
         ctx.observer(ctx.key, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
-        return gradient @ weight if ctx.needs_input_grad[0] else None, None, None, None, None
+        return linear(gradient, weight.t()) if ctx.needs_input_grad[0] else None, None, None, None, None

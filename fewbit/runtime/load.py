@@ -21,6 +21,8 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
     try:
         import torch
         from transformers import AutoModelForCausalLM
+
+        from fewbit.linear import use_fast_products
     except ImportError as error:
         raise missing_extra(error.name or "transformers", "hf") from error
     folder = locate(model)
@@ -39,4 +41,5 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
         if keys.get(kind):
             names = ", ".join(sorted(str(key) for key in keys[kind])[:3])
             raise FewbitError(f"{folder}: {kind.replace('_keys', '')} weights ({names}): the folder is not whole")
+    use_fast_products(loaded)
     return loaded.to(target).eval()

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fewbit.formats import native
 from fewbit.formats.scheme import StoredWeight, part_layout
+from fewbit.linear import linear
 
 
 class PackedLinear(nn.Module):
@@ -32,7 +33,7 @@ class PackedLinear(nn.Module):
         return native.decode(dict(self.named_buffers(recurse=False)), self.stored, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.decode(x.dtype), self.bias)
+        return linear(x, self.decode(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         scheme = self.stored.scheme

@@ -13,6 +13,7 @@ from fewbit.errors import FewbitError
 from fewbit.formats import native
 from fewbit.formats.config import read_weights
 from fewbit.formats.scheme import StoredWeight, part_layout
+from fewbit.linear import Linear
 from fewbit.runtime.packed_linear import PackedLinear
 
 
@@ -24,7 +25,7 @@ def unpack_modules(model: nn.Module) -> Any:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, PackedLinear):
-                plain = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
+                plain = Linear(child.in_features, child.out_features, bias=False, device="meta")
                 plain.weight = nn.Parameter(child.weight, requires_grad=False)
                 plain.register_parameter("bias", child.bias)
                 setattr(parent, name, plain)

@@ -50,6 +50,19 @@ class Sequences:
         return self.ids.shape[0] - self.held_out
 
 
+def held_out_last(ids: Tensor, count: int) -> Tensor:
+    """Sequences `(sequences, length)` with `count` of them, taken at equal distances, moved to the end.
+
+    Sources follow one another in a calibration set: each is held out in proportion to its sequences.
+    """
+    total = ids.shape[0]
+    if not 0 < count < total:
+        return ids
+    taken = [(2 * index + 1) * total // (2 * count) for index in range(count)]
+    kept = sorted(set(range(total)) - set(taken))
+    return ids[torch.tensor(kept + taken)]
+
+
 def learning_rate(step: int, total: int, warmup: float) -> float:
     """Share of the full rate at update `step` of `total`: a linear rise, then a cosine down to 5 %."""
     rise = max(1, round(total * warmup))

@@ -22,7 +22,7 @@ from fewbit.memory import activation_bytes, available_bytes, peak_rss_bytes
 from fewbit.pipeline.calibrated import calibration_set
 from fewbit.runtime.load import load
 from fewbit.tuning.choice import TuningChoice
-from fewbit.tuning.loop import Sequences, Trainer
+from fewbit.tuning.loop import Sequences, Trainer, held_out_last
 from fewbit.tuning.reconstruct import SUFFIX, reconstruct_blocks
 from fewbit.tuning.snapshots import Snapshots, whole_state
 from fewbit.tuning.teacher import Teacher, keep_predictions
@@ -76,7 +76,7 @@ def tune(
         original = load(reference, device=str(accelerator.device))
         calibration = calibration_set(open_checkpoint(reference), options.calibration, original, progress)
         sequences = _split(calibration.ids, choice)
-        teacher = _teacher(original, calibration.ids, choice, path, accelerator, progress)
+        teacher = _teacher(original, sequences.ids, choice, path, accelerator, progress)
         model = load(checkpoint.folder, dtype=_training_dtype(checkpoint), device="cpu")
         with FileReader() as reader:
             names = make_trainable(model, choice, _originals(open_checkpoint(reference), reader, model))
@@ -159,7 +159,7 @@ def _training_dtype(checkpoint: Checkpoint) -> Any:
 
 
 def _split(ids: Tensor, choice: TuningChoice) -> Sequences:
-    sequences = Sequences(ids, choice.held_out)
+    sequences = Sequences(held_out_last(ids, choice.held_out), choice.held_out)
     if sequences.training < choice.batch_size:
         raise FewbitError(
             f"{ids.shape[0]} sequences with {choice.held_out} held out leave {max(sequences.training, 0)} for batches "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import FewbitError
+from fewbit.linear import linear
 from fewbit.runtime.packed_linear import PackedLinear
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.tuned_weight import TunedWeight
@@ -22,7 +23,7 @@ class TunedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.tuned.decoded().to(x.dtype), self.bias)
+        return linear(x, self.tuned.decoded().to(x.dtype), self.bias)
 
 
 def make_trainable(model: nn.Module, choice: TuningChoice, original: Callable[[str], Tensor | None]) -> list[str]:
