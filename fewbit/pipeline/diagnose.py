@@ -10,6 +10,7 @@ import torch
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.formats.scheme import stored_bytes
+from fewbit.linear import is_native, linear
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import Plan, PlannedTensor, group_size_problem, make_plan, outliers_per_group
 from fewbit.pipeline.quantize_tensor import available_cores
@@ -123,11 +124,12 @@ def _calibrated(
 
 
 def _speed() -> float:
-    """Floating-point operations a second of a bfloat16 product on this machine."""
+    """Floating-point operations a second of a network of bfloat16 weights on this machine."""
     a, b = torch.ones(512, 1024, dtype=torch.bfloat16), torch.ones(1024, 1024, dtype=torch.bfloat16)
-    a @ b
+    linear(a, b)
     began = time.perf_counter()
     for _ in range(5):
-        a @ b
-    # A network's forward pass reaches about a third of what a bare product does.
-    return 5 * 2 * a.numel() * b.shape[1] / (time.perf_counter() - began) / 3
+        linear(a, b)
+    product = 5 * 2 * a.numel() * b.shape[0] / (time.perf_counter() - began)
+    # Fast products leave two thirds of a forward pass to everything else; widened ones are most of it themselves.
+    return product / 3 if is_native(a.dtype) else product
