@@ -14,7 +14,7 @@ demo: $(READY)
 	$(BIN)/fewbit demo demo-out
 
 test: check $(TASKS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(if $(FAST),-m "not real_model")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 15 $(if $(FAST),-m "not real_model")
 
 check: $(READY)
 	$(BIN)/ruff check .

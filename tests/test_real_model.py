@@ -1,4 +1,8 @@
-"""Golden figures on the two named models, WikiText-2 raw test, 24 windows of 1,024 tokens, bfloat16."""
+"""Golden figures on the two named models, WikiText-2 raw test in windows of 1,024 tokens, bfloat16.
+
+The originals on 24 windows, what methods make of them on the first 6: a run of all must end in half an hour on two
+cores without bfloat16 arithmetic. `benchmarks/zero_shot_quality.py` has the methods on 24.
+"""
 
 import math
 from pathlib import Path
@@ -15,32 +19,35 @@ from fewbit.recipe import recipe_from_choices
 
 pytestmark = pytest.mark.real_model
 TEXT = SHARED / "wikitext2_raw_test.txt"
-PROTOCOL = Protocol(1024, 24)
+WHOLE, PROTOCOL = Protocol(1024, 24), Protocol(1024, 6)
 
 
-def perplexity(model: str, tmp_path: Path, method: str | None = None, **choices: Any) -> tuple[float, float]:
-    """(perplexity, bits per weight) of a named model or of what a method makes of it."""
-    folder: str | Path = model
-    if method:
-        folder = tmp_path / "out"
-        fewbit.quantize(model, folder, recipe_from_choices(method, choices), RunOptions(overwrite=True))
+def perplexity(model: str, tmp_path: Path, method: str, **choices: Any) -> tuple[float, float]:
+    """(perplexity, bits per weight) of what a method makes of a named model."""
+    folder = tmp_path / "out"
+    fewbit.quantize(model, folder, recipe_from_choices(method, choices), RunOptions(overwrite=True))
     row = fewbit.evaluate(folder, TEXT, PROTOCOL)["models"][0]
     return row["perplexity"], row["bits_per_weight"]
+
+
+@pytest.mark.parametrize(("model", "expected"), [("smollm2-135m", 23.35), ("gemma3-270m", 18.63)])
+def test_figures_of_originals(model: str, expected: float) -> None:
+    measured = fewbit.evaluate(model, TEXT, WHOLE)["models"][0]["perplexity"]
+    assert measured == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize(
     ("expected", "method", "choices"),
     [
-        (23.35, None, {}),
-        (30.9, "rtn", {"bits": 4, "group_size": "64", "scale_format": "float32"}),
-        (29.4, "rtn", {"bits": 4, "group_size": "32", "scale_format": "float32"}),
-        (80.5, "rtn", {"bits": 3, "group_size": "64", "scale_format": "float32"}),
-        (61.1, "rtn", {"bits": 3, "group_size": "32", "scale_format": "float32"}),
-        (27.9, "adpq", {"bits": 4, "scale_format": "float32"}),
-        (89.2, "adpq", {"bits": 3, "scale_format": "float32"}),
+        (36.14, "rtn", {"bits": 4, "group_size": "64", "scale_format": "float32"}),
+        (35.01, "rtn", {"bits": 4, "group_size": "32", "scale_format": "float32"}),
+        (96.73, "rtn", {"bits": 3, "group_size": "64", "scale_format": "float32"}),
+        (72.88, "rtn", {"bits": 3, "group_size": "32", "scale_format": "float32"}),
+        (32.20, "adpq", {"bits": 4, "scale_format": "float32"}),
+        (108.4, "adpq", {"bits": 3, "scale_format": "float32"}),
     ],
 )
-def test_figures_of_smollm2(expected: float, method: str | None, choices: dict[str, Any], tmp_path: Path) -> None:
+def test_figures_of_smollm2(expected: float, method: str, choices: dict[str, Any], tmp_path: Path) -> None:
     measured, _ = perplexity("smollm2-135m", tmp_path, method, **choices)
     assert measured == pytest.approx(expected, rel=0.01)
 
@@ -48,22 +55,21 @@ def test_figures_of_smollm2(expected: float, method: str | None, choices: dict[s
 def test_adpq_plus_on_smollm2_at_3_bits(tmp_path: Path) -> None:
     measured, bits = perplexity("smollm2-135m", tmp_path, "adpq+", bits=3)
     assert bits <= 3.6
-    assert measured <= 40
+    assert measured == pytest.approx(43.48, rel=0.01)
 
 
 def test_gemma3_and_adpq_plus_against_rounding_at_equal_bytes(tmp_path: Path) -> None:
-    original, _ = perplexity("gemma3-270m", tmp_path)
-    assert original == pytest.approx(18.63, rel=0.01)
     ours, bits = perplexity("gemma3-270m", tmp_path, "adpq+", bits=3)
     rounded, rounded_bits = perplexity("gemma3-270m", tmp_path, "rtn", bits=3, group_size="32")
     assert bits < rounded_bits
-    assert ours < 40 < 100 < rounded
+    assert ours < 45 < 110 < rounded
 
 
 def test_8_bits_cost_nothing(tmp_path: Path) -> None:
-    original, _ = perplexity("smollm2-135m", tmp_path)
-    measured, _ = perplexity("smollm2-135m", tmp_path, "adpq+", bits=8)
-    assert abs(math.log(measured / original)) < 0.002
+    exact = Protocol(512, 6, dtype="float32")
+    fewbit.quantize("smollm2-135m", tmp_path / "out", fewbit.preset("adpq+", bits=8))
+    original, measured = fewbit.evaluate(["smollm2-135m", tmp_path / "out"], TEXT, exact)["models"]
+    assert abs(math.log(measured["perplexity"] / original["perplexity"])) < 0.003
 
 
 def test_the_cached_model_and_a_sentence(tmp_path: Path) -> None:
