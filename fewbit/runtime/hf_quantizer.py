@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fewbit.formats.config import read_weights
+from fewbit.linear import use_fast_products
 from fewbit.runtime.packed_linear import PackedLinear
 
 
@@ -53,6 +54,7 @@ class FewbitQuantizer(HfQuantizer):
             setattr(parent, child, packed)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        use_fast_products(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
