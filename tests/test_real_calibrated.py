@@ -23,7 +23,7 @@ from fewbit.pipeline.run import RunOptions
 pytestmark = pytest.mark.real_model
 MODEL = "smollm2-135m"
 TEXT = SHARED / "wikitext2_raw_test.txt"
-PROTOCOL = Protocol(512, 6, dtype="float32")
+PROTOCOL = Protocol(512, 4, dtype="float32")
 METHODS_AT_8_BITS = ["gptq", "awq", "spqr", "oac", "precal+oac"]
 
 
