@@ -15,19 +15,19 @@ import fewbit
 from fewbit import linear
 
 
-def seconds(model: torch.nn.Module, ids: torch.Tensor, repeats: int) -> float:
-    """Median over repeats, after one that is not counted."""
+def measure(model: torch.nn.Module, ids: torch.Tensor, repeats: int) -> tuple[float, torch.Tensor]:
+    """Seconds, median over repeats after one that is not counted, and log-probabilities `(tokens, vocabulary)`."""
     found = []
     with torch.inference_mode():
         for _ in range(repeats + 1):
             started = time.perf_counter()
-            model(ids, use_cache=False)
+            logits = model(ids, use_cache=False).logits[0]
             found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+    return statistics.median(found[1:]), logits.float().log_softmax(-1)
 
 
 def main() -> None:
-    """Print the three, and their ratios to torch's own."""
+    """Print the three: seconds, ratios to torch's own, distance from float32."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=1024)
@@ -40,12 +40,13 @@ def main() -> None:
     took = {}
     for name, native in (("torch's own", True), ("widened", False)):
         linear.is_native = lambda dtype, native=native: native  # type: ignore[assignment]
-        took[name] = seconds(model, ids, arguments.repeats)
+        took[name] = measure(model, ids, arguments.repeats)
     linear.is_native = chosen
-    took["float32"] = seconds(fewbit.load(arguments.model, dtype=torch.float32, device="cpu"), ids, arguments.repeats)
-    base = took["torch's own"]
-    for name, value in took.items():
-        print(f"{name:12} {value:6.2f} s  {value / base:.2f}")
+    took["float32"] = measure(fewbit.load(arguments.model, dtype=torch.float32, device="cpu"), ids, arguments.repeats)
+    base, exact = took["torch's own"][0], took["float32"][1]
+    for name, (value, found) in took.items():
+        far = float(torch.nn.functional.kl_div(found, exact, log_target=True, reduction="none").sum(-1).mean())
+        print(f"{name:12} {value:6.2f} s  {value / base:.2f}  {far:.5f} nats a token from float32")
 
 
 if __name__ == "__main__":
