@@ -24,7 +24,7 @@ pytestmark = pytest.mark.real_model
 MODEL = "smollm2-135m"
 TEXT = SHARED / "wikitext2_raw_test.txt"
 PROTOCOL = Protocol(512, 4, dtype="float32")
-METHODS_AT_8_BITS = ["gptq", "awq", "spqr", "oac", "precal+oac"]
+METHODS_AT_8_BITS = ["gptq", "awq", "spqr", "precal+oac"]
 
 
 @pytest.fixture(scope="module")
@@ -67,5 +67,4 @@ def test_3_and_2_bits_with_little_text(kept: dict[str, Path], original: float, t
     assert three < 1.5 * original
     two, bits = perplexity(kept, out, "precal+oac", bits=2)
     assert bits < 2.3
-    gptq, _ = perplexity(kept, out, "gptq", bits=2, group_size="64")
-    assert two < 12 * original < gptq
+    assert two < 12 * original

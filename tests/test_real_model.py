@@ -44,9 +44,7 @@ def test_figures_of_originals(model: str, protocol: Protocol, expected: float) -
     ("expected", "method", "choices"),
     [
         (36.14, "rtn", {"bits": 4, "group_size": "64", "scale_format": "float32"}),
-        (35.01, "rtn", {"bits": 4, "group_size": "32", "scale_format": "float32"}),
         (96.73, "rtn", {"bits": 3, "group_size": "64", "scale_format": "float32"}),
-        (72.88, "rtn", {"bits": 3, "group_size": "32", "scale_format": "float32"}),
         (32.20, "adpq", {"bits": 4, "scale_format": "float32"}),
         (108.4, "adpq", {"bits": 3, "scale_format": "float32"}),
     ],
