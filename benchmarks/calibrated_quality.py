@@ -18,9 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import fewbit
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.evaluation.perplexity import Protocol
+from fewbit.linear import is_native
 from fewbit.memory import keep_freed_memory
 
 HERE = Path(__file__).parent
@@ -84,6 +87,7 @@ def quantize(
         "curvature_seconds": before["seconds"],
         "peak_rss_bytes": max(report["run"]["peak_rss_bytes"], before["peak_rss_bytes"]),
         "cores": len(os.sched_getaffinity(0)),
+        "bfloat16_products": is_native(torch.bfloat16),
     }
 
 

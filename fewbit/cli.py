@@ -224,34 +224,37 @@ def fetch_model(
         print(folder)
 
 
-def main() -> None:
-    """Run the command line; bad input ends with one line and status 2."""
-    keep_freed_memory()
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line in this process (None: on its own arguments); its status: bad input is one line and 2."""
     try:
-        app()
+        app(arguments)
     except SystemExit as end:
-        _leave(end.code)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return int(end.code or 0)
     except FewbitError as error:
         print(f"fewbit: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except BrokenPipeError:
-        sys.exit(141)
+        return 141
     except OSError as error:
         print(f"fewbit: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
 
 
-def _leave(code: Any) -> None:
-    """End the process at once: taking torch apart, module by module, would cost a third of a second more."""
-    if isinstance(code, str):
-        print(code, file=sys.stderr)
-        code = 1
+def main() -> None:
+    """Run the command line and end the process."""
+    keep_freed_memory()
+    code = run()
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         code = 141
     sys.stderr.flush()
-    os._exit(int(code or 0))
+    # At once: taking torch apart, module by module, would cost a third of a second more.
+    os._exit(code)
 
 
 if __name__ == "__main__":

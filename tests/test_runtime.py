@@ -39,7 +39,7 @@ def test_logits_equal_those_of_unpacked_weights(tiny: Path, tmp_path: Path, meth
     packed_logits = logits(packed)
     if dtype == "bfloat16":
         unpack(tmp_path / "out", tmp_path / "plain")
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch_dtype).eval()
+        plain = fewbit.load(tmp_path / "plain", dtype=torch_dtype)
         assert not [m for m in plain.modules() if isinstance(m, PackedLinear)]
         assert torch.equal(packed_logits, logits(plain))
     assert torch.equal(packed_logits, logits(unpack_modules(packed)))
