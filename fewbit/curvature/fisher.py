@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fewbit.attention import fast_attention
 from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.observe import Watched, watching
@@ -35,7 +36,8 @@ def measure_fisher(
     accumulator = Accumulator(choice)
     generator = torch.Generator().manual_seed(0)
     total, tokens = 0.0, 0
-    with _frozen(model), _begun(blocks, recompute), watching(layers, accumulator.observe, backward=True):
+    seen = watching(layers, accumulator.observe, backward=True)
+    with _frozen(model), _begun(blocks, recompute), fast_attention(), seen:
         for index, sequence in enumerate(ids):
             logits = model(sequence[None].to(model.device), use_cache=False).logits[0, :-1]
             gradient, loss = _loss_gradient(logits.detach(), sequence[1:], choice.labels, generator)
