@@ -1,29 +1,49 @@
-"""A forward pass of 16-bit weights: torch's own products, widened ones, and the model in float32; medians, in one run.
+"""Passes of 16-bit weights: torch's own products, widened ones, and the model in float32; medians, in one run.
 
     python benchmarks/products.py --model smollm2-135m
 
-Tells what `fewbit.linear` is worth on this processor. On one with bfloat16 products of its own nothing is widened.
+Forward, and forward and back to the inputs of the first block. Tells what `fewbit.linear` and `fewbit.attention` are
+worth on this processor. On one with bfloat16 products of its own nothing is widened.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import fewbit
-from fewbit import linear
+from fewbit import attention, linear
 
 
-def measure(model: torch.nn.Module, ids: torch.Tensor, repeats: int) -> tuple[float, torch.Tensor]:
-    """Seconds, median over repeats after one that is not counted, and log-probabilities `(tokens, vocabulary)`."""
+def median(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds, median over repeats after one that is not counted."""
     found = []
-    with torch.inference_mode():
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            logits = model(ids, use_cache=False).logits[0]
-            found.append(time.perf_counter() - started)
-    return statistics.median(found[1:]), logits.float().log_softmax(-1)
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+    return statistics.median(found[1:])
+
+
+def measure(model: Any, ids: torch.Tensor, repeats: int) -> tuple[float, float, torch.Tensor]:
+    """Seconds forward, seconds forward and back, and log-probabilities `(tokens, vocabulary)`."""
+    model.requires_grad_(False)
+    embedded = model.get_input_embeddings()(ids)
+    log_probabilities = torch.empty(0)
+
+    def forward() -> None:
+        nonlocal log_probabilities
+        with torch.inference_mode():
+            log_probabilities = model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+
+    def there_and_back() -> None:
+        with attention.fast_attention():
+            model(inputs_embeds=embedded.clone().requires_grad_(), labels=ids, use_cache=False).loss.backward()
+
+    return median(forward, repeats), median(there_and_back, repeats), log_probabilities
 
 
 def main() -> None:
@@ -39,14 +59,19 @@ def main() -> None:
     chosen = linear.is_native
     took = {}
     for name, native in (("torch's own", True), ("widened", False)):
-        linear.is_native = lambda dtype, native=native: native  # type: ignore[assignment]
+        for module in (linear, attention):
+            module.is_native = lambda dtype, native=native: native  # type: ignore[attr-defined]
         took[name] = measure(model, ids, arguments.repeats)
-    linear.is_native = chosen
+    for module in (linear, attention):
+        module.is_native = chosen  # type: ignore[attr-defined]
     took["float32"] = measure(fewbit.load(arguments.model, dtype=torch.float32, device="cpu"), ids, arguments.repeats)
-    base, exact = took["torch's own"][0], took["float32"][1]
-    for name, (value, found) in took.items():
+    forward, both, _ = took["torch's own"]
+    exact = took["float32"][2]
+    print("               forward        and back")
+    for name, (there, back, found) in took.items():
         far = float(torch.nn.functional.kl_div(found, exact, log_target=True, reduction="none").sum(-1).mean())
-        print(f"{name:12} {value:6.2f} s  {value / base:.2f}  {far:.5f} nats a token from float32")
+        figures = f"{there:6.2f} s {there / forward:.2f}  {back:6.2f} s {back / both:.2f}"
+        print(f"{name:12} {figures}  {far:.5f} nats a token from float32", flush=True)
 
 
 if __name__ == "__main__":

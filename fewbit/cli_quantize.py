@@ -101,7 +101,9 @@ def quantize(
     report_only: Annotated[bool, typer.Option("--report-only", help="Measure only; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if fewbit made it.")] = False,
     workers: Annotated[int, typer.Option(help="Threads; 0 for one a core.")] = 0,
-    device: DeviceOption = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cpu (default), cuda, …; --tune takes CUDA by itself where there is one.")
+    ] = None,
     as_json: JsonFlag = False,
     html: HtmlFlag = None,
 ) -> None:
@@ -186,7 +188,9 @@ def quantize(
     if calibrated.stored is not None and gram_share is None:
         recipe = share_of_stored(recipe, calibrated.stored)
     with progress_line(f"{recipe.method} {recipe.bits} bits") as progress:
-        options = RunOptions(parse_size(shard_size), overwrite, report_only, workers, device, progress, calibrated)
+        options = RunOptions(
+            parse_size(shard_size), overwrite, report_only, workers, device or "cpu", progress, calibrated
+        )
         try:
             if tuning is not None and out is not None:
                 # Not at the top: a run without data starts in half the time without what training imports.

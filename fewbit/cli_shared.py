@@ -31,9 +31,9 @@ MemoryOption = Annotated[
 
 def calibration_choice(**given: Any) -> Any:
     """The calibration set from options, None for those that were not given."""
-    from fewbit.calibration.choice import CalibrationChoice
+    from fewbit.calibration.choice import choice_from
 
-    return CalibrationChoice(**{name: value for name, value in given.items() if value is not None})
+    return choice_from(given)
 
 
 def print_json(data: Any) -> None:

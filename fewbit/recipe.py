@@ -94,6 +94,8 @@ class Recipe:
             raise FewbitError("statistics need 1 to 8 bits and blocks of at least 1 row")
         if self.outliers == "sensitivity" and (self.solver.kind != "column" or self.outlier_grid != "float16"):
             raise FewbitError("outliers by sensitivity are found by the column solver and kept in float16")
+        if self.outliers == "adaptive-lasso" and not self.outlier_fraction:
+            raise FewbitError("outlier_fraction 0 finds none: outliers none")
         if self.sensitivity <= 0:
             raise FewbitError(f"sensitivity must be above 0, not {self.sensitivity}")
         if self.outlier_bits and not self.bits <= self.outlier_bits <= MAX_BITS:
@@ -310,6 +312,8 @@ def _refuse_inert(base: Recipe, given: dict[str, Any], clip_search: bool | None,
         unused += ["error_power"] if error_power is not None else []
     elif base.outliers == "sensitivity":
         unused = [key for key in given if key.startswith("outlier_")]
+    elif given.get("outlier_grid", base.outlier_grid) == "float16":
+        unused = [key for key in ("outlier_bits",) if key in given]
     if base.solver.kind == "round" and base.curvature is not None:
         unused += [key for key in ("damping", "act_order", "static_groups") if key in given]
     if base.curvature is not None and base.curvature.kind != "fisher":

@@ -189,6 +189,7 @@ def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> N
             "--calibration, --samples: adpq+ sees no data",
         ),
         (["--method", "awq", "--damping", "0.1"], "--damping: awq has no use for it"),
+        (["--method", "precal+spqr", "--outlier-bits", "8"], "--outlier-bits: precal+spqr has no use for it"),
         (["--method", "spqr", "--outlier-fraction", "0.1"], "--outlier-fraction: spqr has no use for it"),
         (["--method", "billm", "--act-order"], "the binary grid is fitted block by block: no act-order"),
         (["--method", "billm", "--scale-format", "float32"], "--scale-format: billm has no use for it"),
@@ -214,6 +215,14 @@ def test_plan_says_what_a_run_does(tiny: Path, tmp_path: Path) -> None:
     assert {t["name"] for t in plan["tensors"]["quantize"]} == {r["name"] for r in report["layers"]}
     assert plan["problems"] == []
     assert all(plan["needs"][key] > 0 for key in ("seconds", "memory_bytes", "disk_bytes"))
+    text = ("--samples", "2000", "--calibration")
+    times = {
+        source: json.loads(run_cli("plan", tiny, "--method", "gptq", *text, source, "--json").stdout)["needs"][
+            "seconds"
+        ]
+        for source in ("self", "nonsense")
+    }
+    assert times["self"] > times["nonsense"]
     odd = run_cli("plan", tiny, "--method", "precal+oac", "--bits", "2", "--group-size", "48").stdout
     assert "problem: group size 48 does not divide" in odd
     assert "can be written as: fewbit" in odd

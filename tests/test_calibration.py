@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import build_tiny, byte_tokenizer, run_cli
 
-from fewbit.calibration.choice import CalibrationChoice
+from fewbit.calibration.choice import CalibrationChoice, choice_from
 from fewbit.calibration.source import Source, parse_sources, shares
 from fewbit.calibration.tokens import make_set
 from fewbit.errors import FewbitError
@@ -59,7 +59,11 @@ def test_syntax_errors(text: str, message: str) -> None:
 def test_shares() -> None:
     assert shares(parse_sources("self,nonsense"), 5) == [3, 2]
     assert shares(parse_sources("self:1,nonsense,random-tokens"), 6) == [1, 3, 2]
-    assert shares(parse_sources("self:4,nonsense:9"), 2) == [4, 9]
+    assert shares(parse_sources("self:4,nonsense:9"), 13) == [4, 9]
+    assert choice_from({"sources": "self:4,nonsense:9", "samples": None}).samples == 13
+    assert choice_from({"sources": "self:4,nonsense"}).samples == 128
+    with pytest.raises(FewbitError, match="--samples 2: the sources count 13 sequences in all: leave one of them out"):
+        CalibrationChoice("self:4,nonsense:9", 2)
     with pytest.raises(FewbitError, match="--samples 3: the counts of the sources leave 0 for 1"):
         shares(parse_sources("self:4,nonsense"), 3)
 

@@ -8,8 +8,10 @@ import torch
 from conftest import build_tiny, run_cli
 from torch import Tensor
 
+import fewbit
 from fewbit.architecture.coverage import cover
 from fewbit.architecture.network import Site, find_blocks, find_sites
+from fewbit.calibration.choice import CalibrationChoice
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.choice import CurvatureChoice
@@ -17,6 +19,10 @@ from fewbit.curvature.fisher import measure_fisher
 from fewbit.curvature.observe import watching
 from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
+from fewbit.pipeline.calibration_options import CalibrationOptions
+from fewbit.pipeline.measure import measure
+from fewbit.pipeline.run import RunOptions
+from fewbit.recipe import Recipe
 from fewbit.runtime.load import load
 
 
@@ -244,12 +250,19 @@ def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
             "its Fisher was measured with terms 'token', not 'sequence'",
         ),
         (["--method", "oac", "--tempering", "1"], "was measured with tempering 0, not 1: pass --tempering 0"),
-        (["--method", "oac", "--gram-share", "0.3"], "a Gram share of 0.5, not 0.3: pass --gram-share 0.5"),
-        (["--method", "oac+billm"], "was measured with a Gram share of 0.5, not 0: pass --gram-share 0.5"),
+        (["--method", "oac", "--gram-share", "0.3"], "a Gram share of 0.5, not 0.3: measure again with"),
+        (
+            ["--method", "oac+billm"],
+            "a Gram share of 0.5, not 0: measure again with  fewbit curvature … --gram-share 0",
+        ),
         (["--method", "oac", "--samples", "3"], "--samples: with --curvature nothing is measured"),
+        (["--method", "oac", "--memory", "1GB"], "--memory: with --curvature nothing is measured"),
     ):
         result = run_cli("quantize", tiny, tmp_path / "out", *arguments, "--curvature", tmp_path / "kept", code=2)
         assert message in result.stderr
+    run_cli("curvature", tiny, tmp_path / "thin", "--kind", "gram", "--gram-share", "0", "--diagonal", *source)
+    result = run_cli("quantize", tiny, tmp_path / "out", "--method", "gptq", "--curvature", tmp_path / "thin", code=2)
+    assert "holds diagonals, by which gptq would only round: measure again without --diagonal" in result.stderr
     block = tmp_path / "kept" / "block-00001.safetensors"
     whole = block.read_bytes()
     block.unlink()
@@ -263,6 +276,22 @@ def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
     description.write_text("{}")
     with pytest.raises(FewbitError, match="damaged"):
         open_curvature(tmp_path / "kept", open_checkpoint(tiny))
+
+
+def test_what_was_left_out_is_named_before_anything_is_solved(tiny: Path, tmp_path: Path) -> None:
+    text = CalibrationOptions(CalibrationChoice("random-tokens", 2, 16))
+    wanted = fewbit.preset("gptq").curvature
+    assert wanted is not None
+    left_out = Recipe(group_size="row", exclude=("*.layers.0.*", "*.1.mlp.down_proj.weight"))
+    measure(tiny, tmp_path / "kept", wanted, text, recipe=left_out)
+    stored = CalibrationOptions(stored=open_curvature(tmp_path / "kept", open_checkpoint(tiny)))
+    message = r"holds no curvature of .*layers\.0\..* … \(8 weights\): they were left out when it was measured"
+    with pytest.raises(FewbitError, match=message):
+        fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("gptq"), RunOptions(calibration=stored))
+    assert not list((tmp_path / ".out.fewbit-partial").glob("*.solved"))
+    same = fewbit.preset("gptq", exclude=left_out.exclude)
+    report = fewbit.quantize(tiny, tmp_path / "out", same, RunOptions(calibration=stored, overwrite=True))
+    assert len(report["layers"]) == 6
 
 
 @pytest.mark.parametrize(("columns", "parts"), [(1024, 1), (1100, 2), (1537, 1)])

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +21,14 @@ from fewbit.calibration.choice import CalibrationChoice
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.config import describe
+from fewbit.pipeline.calibration_options import CalibrationOptions
+from fewbit.pipeline.run import RunOptions
 from fewbit.tuning import loop
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.losses import Prediction, mean_loss, predict
 from fewbit.tuning.reconstruct import reconstruct_blocks
 from fewbit.tuning.run import TuneOptions, tune
-from fewbit.tuning.tuned_model import make_trainable
+from fewbit.tuning.tuned_model import make_trainable, without_dropout
 
 TEXT = CalibrationChoice("random-tokens", samples=68, sequence_length=32)
 CHOICE = TuningChoice(epochs=3, held_out=4, lr=0.02, scale_lr=0.01, top=16)
@@ -261,6 +264,66 @@ def test_quantize_and_tune_in_one_go(folder: Path, model: Path, tmp_path: Path) 
     assert "--tune-epochs: belongs to --tune" in run_cli(*quantize[:7], "--tune-epochs", 2, code=2).stderr
 
 
+def test_the_first_step_is_made_again_for_another_job(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize = ["quantize", model, out, "--method", "gptq", "--bits", 2, "--sequence-length", 32, "--tune"]
+    quantize += ["--tune-epochs", 1, "--calibration"]
+    few = run_cli(*quantize, "random-tokens:10", code=2)
+    assert "10 sequences with 8 held out leave 2 for batches of 4" in few.stderr
+    assert not list(tmp_path.iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewbit.tuning.in_one_go.tune", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_cli(*quantize, "random-tokens:16")
+    refused = run_cli(*quantize, "random-tokens:20", code=2)
+    assert "a run with other arguments was interrupted here (calibration was" in refused.stderr
+    run_cli(*quantize, "random-tokens:20", "--overwrite")
+    run_cli(*[tmp_path / "once" if word == out else word for word in quantize], "random-tokens:20")
+    assert folder_weights(out) == folder_weights(tmp_path / "once")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["once", "out"]
+    assert "--epochs must be at least 1" in run_cli(*quantize[:-2], 0, "--overwrite", code=2).stderr
+
+
+def test_text_that_changed_between_two_runs_is_refused(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some words that go on and on. " * 100)
+    options = TuneOptions(calibration=CalibrationChoice(str(text), 12, 32), device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "run", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tune(folder, tmp_path / "out", CHOICE, options)
+    text.write_text("other words that go on and on. " * 100)
+    with pytest.raises(FewbitError, match="the calibration text has changed since this run was interrupted"):
+        tune(folder, tmp_path / "out", CHOICE, options)
+
+
+def test_there_is_no_dropout_in_training() -> None:
+    from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    opt = OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5, layerdrop=0.5)
+    falcon = FalconConfig(**sizes, hidden_dropout=0.5, attention_dropout=0.5)
+    gpt2 = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    ids = torch.arange(20)[None]
+    for made in (OPTForCausalLM(opt), FalconForCausalLM(falcon), GPT2LMHeadModel(gpt2)):
+        plain = made.eval()(ids).logits
+        assert not torch.equal(made.train()(ids).logits, plain)
+        assert torch.equal(without_dropout(made).train()(ids).logits, plain)
+
+
+def test_weights_whose_channels_were_scaled_are_compared_with_nothing(model: Path, tmp_path: Path) -> None:
+    text = CalibrationOptions(CalibrationChoice("random-tokens", 8, 32))
+    fewbit.quantize(model, tmp_path / "awq", fewbit.preset("awq", bits=4), RunOptions(calibration=text))
+    report = json.loads((tmp_path / "awq" / "fewbit_report.json").read_text())
+    before = {row["name"]: row["relative_squared_error"] for row in report["layers"]}
+    inspected = fewbit.inspect(tmp_path / "awq")
+    assert inspected["reference"] and not any("relative_squared_error" in row for row in inspected["tensors"])
+    assert "scaled before they were rounded" in run_cli("inspect", tmp_path / "awq").stdout.replace("\n", " ")
+    gentle = replace(CHOICE, epochs=1, lr=1e-9, scale_lr=1e-9)
+    found = tune(tmp_path / "awq", tmp_path / "out", gentle, TuneOptions(calibration=TEXT, device="cpu"))
+    assert {row["name"]: row["relative_squared_error"] for row in found["layers"]} == before
+
+
 def folder_weights(path: Path) -> dict[str, bytes]:
     return {name: data for name, data in folder_bytes(path).items() if name.endswith(".safetensors")}
 
@@ -292,8 +355,11 @@ def test_a_loss_that_is_no_number_stops_with_the_update(folder: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_input(folder: Path, model: Path, tmp_path: Path) -> None:
+def test_bad_input(folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = TuneOptions(calibration=TEXT, device="cpu")
+    with monkeypatch.context() as three, pytest.raises(FewbitError, match="--batch-size 4: 3 processes share it"):
+        three.setattr("fewbit.tuning.run._accelerator", lambda device: SimpleNamespace(num_processes=3))
+        tune(folder, tmp_path / "out", CHOICE, options)
     with pytest.raises(FewbitError, match="not quantized by fewbit: make a folder with"):
         tune(model, tmp_path / "out", CHOICE, options)
     with pytest.raises(FewbitError, match="is quantized itself: --reference takes the original"):

@@ -1,8 +1,9 @@
 """What to calibrate on."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from fewbit.calibration.source import parse_sources
+from fewbit.calibration.source import parse_sources, shares
 from fewbit.errors import FewbitError
 
 
@@ -23,4 +24,16 @@ class CalibrationChoice:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.sequence_length < 2:
             raise FewbitError("calibration needs at least 1 sample of at least 2 tokens")
-        parse_sources(self.sources)
+        if sources := parse_sources(self.sources):
+            shares(sources, self.samples)
+
+
+def choice_from(given: dict[str, Any], samples: int = CalibrationChoice.samples) -> CalibrationChoice:
+    """The choice from a user's options by field, None for those that were not given.
+
+    samples: where none were asked for; sources that all have counts give as many as they count.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    counts = [source.count for source in parse_sources(given.get("sources", CalibrationChoice.sources))]
+    counted = sum(count or 0 for count in counts) if None not in counts else 0
+    return CalibrationChoice(**{"samples": counted or samples, **given})

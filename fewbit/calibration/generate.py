@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BATCH = 32
+BATCH = 32
 Progress = Callable[[int, int, str], None]
 
 
@@ -26,8 +26,8 @@ def generate_sequences(
     device = model.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
     parts = []
-    for first in range(0, count, _BATCH):
-        rows = min(_BATCH, count - first)
+    for first in range(0, count, BATCH):
+        rows = min(BATCH, count - first)
         if bos is None:
             ids = torch.randint(0, vocabulary, (rows, 1), generator=generator)
         else:

@@ -73,6 +73,8 @@ def shares(sources: list[Source], samples: int) -> list[int]:
     fixed = sum(source.count or 0 for source in sources)
     open_ended = [i for i, source in enumerate(sources) if source.count is None]
     if not open_ended:
+        if fixed != samples:
+            raise FewbitError(f"--samples {samples}: the sources count {fixed} sequences in all: leave one of them out")
         return [source.count or 0 for source in sources]
     left = samples - fixed
     if left < len(open_ended):

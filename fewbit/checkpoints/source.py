@@ -36,6 +36,12 @@ class Checkpoint:
         """Whether the folder is in fewbit's own format."""
         return self.quantization is not None and self.quantization.get("quant_method") == "fewbit"
 
+    @property
+    def has_scaled_channels(self) -> bool:
+        """Whether scales were folded into the weights before they were rounded: none is its original's, rounded."""
+        recipe = (self.quantization or {}).get("recipe") or {}
+        return bool(recipe.get("channel_scales", "none") != "none")
+
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the config and all headers of a folder; FewbitError says what is missing or broken."""

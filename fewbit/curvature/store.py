@@ -47,6 +47,11 @@ class StoredCurvature:
     choice: CurvatureChoice
     description: dict[str, Any]
 
+    def layers(self, index: int) -> set[str]:
+        """Keys of the layers of one block that were measured."""
+        with safe_open(_block_path(self.folder, index), framework="pt") as file:
+            return {*file.keys(), *json.loads(file.metadata()["shared"])}
+
     def block(self, index: int) -> dict[str, Tensor]:
         """Layer key -> float32 `(in, in)` of one block's layers."""
         path = _block_path(self.folder, index)

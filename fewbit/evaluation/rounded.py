@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fewbit.activations.choice import NAMED, ActivationChoice
-from fewbit.calibration.choice import CalibrationChoice
+from fewbit.calibration.choice import CalibrationChoice, choice_from
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.errors import FewbitError
@@ -51,7 +51,7 @@ def choose_rounded(names: str | None, text: dict[str, Any]) -> RoundedChoice | N
     """
     given = {key: value for key, value in text.items() if value is not None}
     wanted = tuple(name.strip() for name in (names or "").split(",") if name.strip())
-    rounded = RoundedChoice(wanted, CalibrationChoice(**given)) if names is not None else None
+    rounded = RoundedChoice(wanted, choice_from(given)) if names is not None else None
     if given and (rounded is None or not rounded.calibrated):
         raise FewbitError(f"{flags(given)}: only --w8a8 w8a8 and smoothquant are measured on text")
     return rounded

@@ -51,6 +51,7 @@ def solve_model(
     if calibration is not None:
         store.same_tokens(calibration.sha256)
     run = BlockSolver(recipe, options, store, network, progress)
+    run.begin()
     outside = [item for item in network.items.values() if item.tensor.block is None]
     for item in outside:
         run.round_outside(item, checkpoint)
@@ -209,7 +210,23 @@ def stages_of(sites: list[list[Site]], refresh: int, memory_bytes: int) -> list[
     return stages
 
 
+def _check_measured(run: BlockSolver, stored: StoredCurvature) -> None:
+    """FewbitError, before anything is solved, when weights have no curvature that should have one."""
+    missing: list[str] = []
+    for index, sites in enumerate(run.network.sites):
+        layers = stored.layers(index)
+        # An expert may have seen no token.
+        lost = [s for s in sites if s.watched.key not in layers and s.watched.expert is None]
+        missing += [site.tensor.entry.name for site in lost]
+    if len(missing) > run.options.max_fallback:
+        raise FewbitError(
+            f"{stored.folder}: holds no curvature of {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} "
+            f"({len(missing)} weights): they were left out when it was measured: measure again, or --exclude them here"
+        )
+
+
 def _with_stored(run: BlockSolver, stored: StoredCurvature) -> None:
+    _check_measured(run, stored)
     run.total = len(run.network.blocks)
     for index in range(len(run.network.blocks)):
         matrices = stored.block(index)

@@ -68,6 +68,11 @@ def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
     found = options.stored.choice
     if found.kind != wanted.kind:
         raise FewbitError(f"{options.stored.folder}: holds a {found.kind}, {recipe.method} needs a {wanted.kind}")
+    if found.diagonal and not wanted.diagonal and recipe.solver.kind != "round":
+        raise FewbitError(
+            f"{options.stored.folder}: holds diagonals, by which {recipe.method} would only round: measure again "
+            "without --diagonal"
+        )
     if found.tempering != wanted.tempering:
         raise FewbitError(
             f"{options.stored.folder}: was measured with tempering {found.tempering:g}, not {wanted.tempering:g}: pass "
@@ -76,7 +81,8 @@ def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
     if found.gram_share != wanted.gram_share:
         raise FewbitError(
             f"{options.stored.folder}: was measured with a Gram share of {found.gram_share:g}, not "
-            f"{wanted.gram_share:g}: pass --gram-share {found.gram_share:g}, or measure again"
+            f"{wanted.gram_share:g}: measure again with  fewbit curvature … --gram-share {wanted.gram_share:g}, or "
+            f"pass --gram-share {found.gram_share:g} here"
         )
     for name in ("terms", "labels"):
         has, needs = getattr(found, name), getattr(wanted, name)
@@ -108,7 +114,7 @@ def refuse_unused(recipe: Recipe, text: dict[str, Any], others: dict[str, Any], 
         raise FewbitError(
             f"{given}: {recipe.method} sees no data: choose a calibrated method, e.g. --method precal+oac"
         )
-    drawn = flags(text)
+    drawn = flags({**text, "memory": others.get("memory")})
     if drawn and others.get("curvature") is not None:
         raise FewbitError(f"{drawn}: with --curvature nothing is measured: leave it out")
 

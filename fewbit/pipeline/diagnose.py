@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fewbit.calibration.generate import BATCH
+from fewbit.calibration.source import parse_sources, shares
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.formats.scheme import stored_bytes
@@ -20,6 +22,7 @@ from fewbit.recipe import Recipe
 _START_SECONDS = 1.5
 _START_BYTES = 350_000_000
 _TRIAL_ROWS = 256
+_READ_BYTES_A_SECOND = 1e10
 _SOLVE_NANOSECONDS = 160.0
 """A weight's share of the column solver, as `benchmarks/calibrated.py` measures it on two cores."""
 
@@ -104,7 +107,9 @@ def _calibrated(
     weights = sum(item.stored.weights for item in items if item.stored)
     squares = [4 * item.tensor.matrix_shape[1] ** 2 for item in items]
     blocks = len({item.tensor.block for item in items}) or 1
-    forward = 2.0 * tokens * (checkpoint.bytes / 2) / _speed()
+    speed = _speed()
+    forward = 2.0 * tokens * (checkpoint.bytes / 2) / speed
+    writing = _writing(checkpoint, options, speed) if options.stored is None else 0.0
     if options.stored is not None:
         measuring = 0.0
         held = sum(squares) // blocks
@@ -120,7 +125,16 @@ def _calibrated(
     vocabulary = int(checkpoint.config.get("vocab_size") or 0)
     states = 2 * tokens * hidden + 4 * options.choice.sequence_length * vocabulary
     memory = _START_BYTES + checkpoint.bytes + min(held, options.memory) + states
-    return measuring + _SOLVE_NANOSECONDS * 1e-9 * weights, memory
+    return writing + measuring + _SOLVE_NANOSECONDS * 1e-9 * weights, memory
+
+
+def _writing(checkpoint: Checkpoint, options: CalibrationOptions, speed: float) -> float:
+    """Seconds in which the model writes the sequences of the source `self`, a token of a batch at a time."""
+    choice = options.choice
+    sources = parse_sources(choice.sources)
+    written = sum(n for one, n in zip(sources, shares(sources, choice.samples), strict=True) if one.kind == "self")
+    steps = -(-written // BATCH) * choice.sequence_length
+    return steps * (min(written, BATCH) * checkpoint.bytes / speed + checkpoint.bytes / _READ_BYTES_A_SECOND)
 
 
 def _speed() -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import shutil
 import tempfile
 import time
@@ -230,6 +231,11 @@ def _workers(options: RunOptions) -> Iterator[Workers]:
             yield Workers(pool, torch.device(options.device))
     finally:
         torch.set_num_threads(before)
+
+
+def job_of(model: str | Path, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+    """What fixes the result of :func:`quantize`, as a JSON file has it."""
+    return dict(json.loads(json.dumps(_job(open_checkpoint(locate(model)), recipe, options))))
 
 
 def _job(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> dict[str, Any]:

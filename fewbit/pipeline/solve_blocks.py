@@ -82,6 +82,12 @@ class BlockSolver:
         if self.progress:
             self.progress(min(self.done, self.total), self.total, self.what)
 
+    def begin(self) -> None:
+        """To be called while the whole network is on one device."""
+        if self.recipe.channel_scales == "awq":
+            ids = torch.arange(_SAMPLE_TOKENS).unsqueeze(0) + 5
+            self.sample = Walk(self.network.model, self.network.blocks, ids, 1 << 30)
+
     def solve_block(self, index: int, curvature: Callable[[Site], Tensor | None], install: bool = True) -> None:
         """Solve the weights of a block, or take them from an interrupted run; `install` puts them into the network."""
         if self.recipe.channel_scales == "awq":
@@ -124,10 +130,8 @@ class BlockSolver:
     def _fold(self, index: int, curvature: Callable[[Site], Tensor | None]) -> None:
         """Scale the channels of a block; what is not quantized and changed by that is kept for the output."""
         block, sites = self.network.blocks[index], self.network.sites[index]
-        if self.sample is None:
-            ids = torch.arange(_SAMPLE_TOKENS).unsqueeze(0) + 5
-            self.sample = Walk(self.network.model, self.network.blocks, ids, 1 << 30)
         sample = self.sample
+        assert sample is not None
         if self.solved(index):
             for name, parameter in block.named_parameters():
                 changed = self.store.kept(self.network.kept[index].get(name, ""))

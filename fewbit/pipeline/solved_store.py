@@ -74,7 +74,10 @@ class SolvedStore:
         """FewbitError when an interrupted run here was calibrated on other tokens: its text has changed since."""
         path = self._path("tokens")
         if path.is_file() and path.read_text(encoding="ascii") != sha256:
-            raise FewbitError("the calibration text has changed since this run was interrupted: pass --overwrite")
+            raise FewbitError(
+                f"{self._folder}: the calibration text has changed since this run was interrupted: put the old text "
+                "back, or remove that folder to begin again"
+            )
         path.write_text(sha256, encoding="ascii")
 
     def put_notes(self, block: int, notes: list[dict[str, Any]]) -> None:

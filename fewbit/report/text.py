@@ -147,6 +147,12 @@ def inspection_table(result: dict[str, Any]) -> None:
     console.print(table)
     if result["models"][0]["method"] != "original" and result["reference"] is None:
         console.print("Its original was not found, so nothing is compared: name it with --reference", highlight=False)
+    elif result["models"][0]["method"] != "original" and not compared:
+        console.print(
+            "Its channels were scaled before they were rounded, so no weight is compared with the original's: compare "
+            "what they do with  fewbit eval --reference",
+            highlight=False,
+        )
     vectors = sum(len(row["shape"]) < 2 for row in result["tensors"])
     console.print(
         f"{vectors} vectors not shown (--json has them). Estimator: {result['protocol']['estimator']}", highlight=False

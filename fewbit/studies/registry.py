@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from fewbit.calibration.choice import CalibrationChoice
+from fewbit.calibration.choice import choice_from
 from fewbit.errors import FewbitError
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.studies.choice import SIZES, StudyChoice
@@ -42,10 +42,7 @@ def make_choice(study: Study, model: str, out: Path, data: str, given: dict[str,
         values.pop("windows", size.windows),
         values.pop("bos", "auto"),
     )
-    calibration = CalibrationChoice(
-        values.pop("sources", "self"),
-        values.pop("samples", size.samples),
-        values.pop("sample_length", size.sample_length),
-        seed,
-    )
+    drawn = {name: values.pop(name, None) for name in ("sources", "samples")}
+    length = values.pop("sample_length", size.sample_length)
+    calibration = choice_from({**drawn, "sequence_length": length, "seed": seed}, size.samples)
     return StudyChoice(study.name, model, out, data, protocol, calibration, **values)

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fewbit.calibration.choice import CalibrationChoice
+from fewbit.calibration.choice import CalibrationChoice, choice_from
 from fewbit.calibration.source import parse_sources
 from fewbit.calibration.tokens import CalibrationSet
 from fewbit.checkpoints.source import Checkpoint
@@ -90,6 +90,7 @@ def draw_set(
 ) -> CalibrationSet:
     """The tokens of a set, in as many sequences as the default set has; FewbitError naming it when it has too few."""
     try:
-        return calibration_set(checkpoint, replace(calibration, sources=one.sources, seed=seed), model)
+        drawn = {**asdict(calibration), "sources": one.sources, "seed": seed, "samples": None}
+        return calibration_set(checkpoint, choice_from(drawn, calibration.samples), model)
     except FewbitError as error:
         raise FewbitError(f"set {one.axis}/{one.name}: {error}") from error

@@ -80,4 +80,4 @@ def tuning_choice(wanted: bool, epochs: int | None, seed: int | None, report_onl
         raise FewbitError("--tune-epochs: belongs to --tune")
     if wanted and report_only:
         raise FewbitError("--tune trains what is written: leave --report-only out")
-    return TuningChoice(epochs=epochs or TuningChoice.epochs, seed=seed or 0) if wanted else None
+    return TuningChoice(epochs=TuningChoice.epochs if epochs is None else epochs, seed=seed or 0) if wanted else None

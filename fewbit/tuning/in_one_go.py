@@ -1,16 +1,15 @@
 """`fewbit quantize --tune`: quantize into a folder beside the output, train from there, leave the trained one."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from fewbit.checkpoints.workdir import check_output
+from fewbit.checkpoints.workdir import check_output, differences, read_json, write_json
 from fewbit.errors import FewbitError
-from fewbit.pipeline.run import RunOptions, quantize
+from fewbit.pipeline.run import RunOptions, job_of, quantize
 from fewbit.recipe import Recipe
 from fewbit.tuning.choice import TuningChoice
-from fewbit.tuning.run import TuneOptions, tune
+from fewbit.tuning.run import TuneOptions, check_enough, tune
 
 
 def quantize_and_tune(
@@ -21,22 +20,29 @@ def quantize_and_tune(
     Killed at any point, the same call goes on. Raises FewbitError as the two steps do.
     """
     check_output(out, Path(model), run.overwrite)
+    check_enough(options.calibration.samples, choice)
     between = out.absolute().with_name(f".{out.name}.fewbit-untuned")
-    if not _is_done(between, recipe):
-        if between.exists() and not run.overwrite:
-            raise FewbitError(
-                f"{out}: a run with another method was interrupted here: repeat its arguments to go on, or pass "
-                "--overwrite to begin again"
-            )
+    record = between.with_name(f"{between.name}.json")
+    _begin(between, record, job_of(model, recipe, run), run.overwrite)
+    if not (between / "fewbit_report.json").is_file():
         quantize(model, between, recipe, run)
     report = tune(between, out, choice, options, run.progress)
     shutil.rmtree(between)
+    record.unlink()
     return report
 
 
-def _is_done(folder: Path, recipe: Recipe) -> bool:
-    """Whether the first step was finished, with this recipe."""
-    report = folder / "fewbit_report.json"
-    if not report.is_file():
-        return False
-    return bool(json.loads(report.read_text(encoding="utf-8"))["recipe"] == json.loads(json.dumps(recipe.to_dict())))
+def _begin(between: Path, record: Path, job: dict[str, Any], overwrite: bool) -> None:
+    """Note the job of the first step; what another job left is refused, or dropped with `overwrite`."""
+    before = read_json(record)
+    if before == job:
+        return
+    if before is not None and not overwrite:
+        raise FewbitError(
+            f"{between.name}: a run with other arguments was interrupted here ({differences(before, job)}): repeat "
+            "those arguments to go on, or pass --overwrite to begin again"
+        )
+    record.parent.mkdir(parents=True, exist_ok=True)
+    # In this order: a folder never stands beside a record that it was not made by.
+    shutil.rmtree(between, ignore_errors=True)
+    write_json(record, job)

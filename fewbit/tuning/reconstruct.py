@@ -7,6 +7,7 @@ the length of its target, so that tokens with massive activations do not decide 
     mean_t |y_t - y*_t|^2 / |y*_t|^2
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,10 @@ def reconstruct_blocks(
                     done = index * updates + step + 1
                     progress(done, len(blocks) * updates, f"block {index + 1} of {len(blocks)}, was {before:.2%}")
             state = {name: parameter.detach().cpu().contiguous() for name, parameter in trained(block).items()}
-            save_file(state, kept.with_suffix(".partial"))
-            kept.with_suffix(".partial").replace(kept)
+            # Every process of a launch trains all blocks, and may be here at the same time.
+            partial = kept.with_suffix(f".{os.getpid()}.partial")
+            save_file(state, partial)
+            partial.replace(kept)
         found.append((before, _mean(error, judged)))
         walk.advance(index, _nothing)
     return found

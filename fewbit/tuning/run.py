@@ -20,13 +20,14 @@ from fewbit.device import check_device
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.memory import activation_bytes, available_bytes, peak_rss_bytes
 from fewbit.pipeline.calibrated import calibration_set
+from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.runtime.load import load
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.loop import Sequences, Trainer, held_out_last
 from fewbit.tuning.reconstruct import SUFFIX, reconstruct_blocks
 from fewbit.tuning.snapshots import Snapshots, whole_state
 from fewbit.tuning.teacher import Teacher, keep_predictions
-from fewbit.tuning.tuned_model import make_trainable, stored_parts
+from fewbit.tuning.tuned_model import make_trainable, stored_parts, without_dropout
 from fewbit.tuning.write import write_tuned
 
 Progress = Callable[[int, int, str], None]
@@ -62,6 +63,10 @@ def tune(
     """
     choice, options = choice or TuningChoice(), options or TuneOptions()
     accelerator = _accelerator(options.device)
+    if choice.batch_size % accelerator.num_processes:
+        raise FewbitError(
+            f"--batch-size {choice.batch_size}: {accelerator.num_processes} processes share it: make it a multiple"
+        )
     started = time.perf_counter()
     checkpoint = open_checkpoint(Path(folder))
     if not checkpoint.is_native:
@@ -75,17 +80,19 @@ def tune(
     try:
         original = load(reference, device=str(accelerator.device))
         calibration = calibration_set(open_checkpoint(reference), options.calibration, original, progress)
+        if accelerator.is_main_process:
+            SolvedStore(path).same_tokens(calibration.sha256)
         sequences = _split(calibration.ids, choice)
         teacher = _teacher(original, sequences.ids, choice, path, accelerator, progress)
         model = load(checkpoint.folder, dtype=_training_dtype(checkpoint), device="cpu")
         with FileReader() as reader:
-            names = make_trainable(model, choice, _originals(open_checkpoint(reference), reader, model))
+            names = make_trainable(model, choice, _originals(checkpoint, open_checkpoint(reference), reader, model))
         model.to(accelerator.device)
         if choice.reconstruction:
             reconstruct_blocks(model, original, sequences, choice, path, progress)
         if choice.top or "kd" not in choice.loss:
             del original
-        model.train()
+        without_dropout(model).train()
         if options.checkpointing or (options.checkpointing is None and _crowded(model, choice, calibration.ids)):
             # The older name of the same method is all that transformers 5.0 has.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -107,7 +114,7 @@ def tune(
                 "fewbit_version": __version__,
             }
             with FileReader() as reader:
-                report = write_tuned(checkpoint, work, parts, tuning, _relative_errors(reference, reader))
+                report = write_tuned(checkpoint, work, parts, tuning, _relative_errors(checkpoint, reference, reader))
             report["run"] = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
         accelerator.wait_for_everyone()
     finally:
@@ -158,14 +165,19 @@ def _training_dtype(checkpoint: Checkpoint) -> Any:
     return torch.bfloat16 if named == "float16" else "auto"
 
 
-def _split(ids: Tensor, choice: TuningChoice) -> Sequences:
-    sequences = Sequences(held_out_last(ids, choice.held_out), choice.held_out)
-    if sequences.training < choice.batch_size:
+def check_enough(sequences: int, choice: TuningChoice) -> None:
+    """FewbitError when so many sequences leave too few to train on."""
+    training = max(sequences - choice.held_out, 0)
+    if training < choice.batch_size:
         raise FewbitError(
-            f"{ids.shape[0]} sequences with {choice.held_out} held out leave {max(sequences.training, 0)} for batches "
-            f"of {choice.batch_size}: give more text (--samples), or lower --held-out or --batch-size"
+            f"{sequences} sequences with {choice.held_out} held out leave {training} for batches of "
+            f"{choice.batch_size}: give more text (--samples), or lower --held-out or --batch-size"
         )
-    return sequences
+
+
+def _split(ids: Tensor, choice: TuningChoice) -> Sequences:
+    check_enough(ids.shape[0], choice)
+    return Sequences(held_out_last(ids, choice.held_out), choice.held_out)
 
 
 def _teacher(
@@ -186,9 +198,13 @@ def _teacher(
     return Teacher(ids, keep_predictions(original, ids, choice.top, folder / _TEACHER, step))
 
 
-def _originals(checkpoint: Checkpoint, reader: FileReader, model: Any) -> Callable[[str], Tensor | None]:
-    """The 16-bit weight `(out, in)` of a module, where the checkpoint has one of its name."""
+def _originals(
+    quantized: Checkpoint, checkpoint: Checkpoint, reader: FileReader, model: Any
+) -> Callable[[str], Tensor | None]:
+    """The 16-bit weight `(out, in)` of a module, where the checkpoint has one that stands for the same function."""
     base = f"{model.base_model_prefix}."
+    if quantized.has_scaled_channels:
+        return lambda module: None
 
     def find(module: str) -> Tensor | None:
         for name in (f"{module}.weight", f"{module.removeprefix(base)}.weight", f"{base}{module}.weight"):
@@ -202,8 +218,12 @@ def _originals(checkpoint: Checkpoint, reader: FileReader, model: Any) -> Callab
     return find
 
 
-def _relative_errors(reference: Path, reader: FileReader) -> Callable[[str, Tensor], float | None]:
+def _relative_errors(
+    quantized: Checkpoint, reference: Path, reader: FileReader
+) -> Callable[[str, Tensor], float | None]:
     """The relative squared error of a decoded weight of a tensor by its name, where the original has it."""
+    if quantized.has_scaled_channels:
+        return lambda name, decoded: None
     entries = open_checkpoint(reference).entries
 
     def error(name: str, decoded: Tensor) -> float | None:

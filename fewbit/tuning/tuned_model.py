@@ -45,6 +45,20 @@ def make_trainable(model: nn.Module, choice: TuningChoice, original: Callable[[s
     return names
 
 
+def without_dropout(model: nn.Module) -> nn.Module:
+    """`model` with all dropout at 0, in place: it is to follow the original, whose predictions have none.
+
+    Whatever holds a rate under a name with "drop" in it is set, module or config: a forward pass may read either.
+    """
+    for holder in [*model.modules(), model.config]:
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and "drop" in name:
+                setattr(holder, name, 0.0)
+        if isinstance(holder, nn.Dropout):
+            holder.p = 0.0
+    return model
+
+
 def stored_parts(model: nn.Module, names: list[str], state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The stored form of every trained module by its name, on the CPU.
 
