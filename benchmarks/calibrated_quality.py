@@ -74,7 +74,7 @@ def quantize(
         wanted = replace(wanted, gram_share=float(share))
     if wanted is not None:
         kept, before = curvature(model, wanted, seed, folder)
-        choices += ["--curvature", kept]
+        choices += ["--curvature", kept, *(["--gram-share", share] if share else [])]
     report = command("quantize", model, out, "--method", preset, *choices)["report"]
     return {
         "model": model,

@@ -16,7 +16,7 @@ from pathlib import Path
 from calibrated_quality import C4, GROUP, HERE, TEXT, quantize
 
 import fewbit
-from fewbit.calibration.choice import CalibrationChoice
+from fewbit.calibration.choice import choice_from
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.memory import keep_freed_memory
 from fewbit.progress import progress_line
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--model", required=True, choices=GROUP)
-    parser.add_argument("--start", action="append", required=True, help="METHOD:BITS")
+    parser.add_argument("--start", action="append", required=True, help="METHOD:BITS, e.g. precal+oac:2")
     parser.add_argument("--loss", choices=LOSSES, default=TuningChoice.loss)
     parser.add_argument("--train", choices=TRAINED, default=TuningChoice.train)
     for name in FIELDS:
@@ -53,13 +53,15 @@ def main() -> None:
     choice = replace(TuningChoice(seed=arguments.seed), **given)
     group_size = arguments.group_size or GROUP[arguments.model]
     source = f"{C4.resolve()}:{arguments.samples},{arguments.also}" if arguments.also else str(C4.resolve())
-    text = CalibrationChoice(source, arguments.samples, arguments.length, arguments.seed)
+    drawn = {"sources": source, "sequence_length": arguments.length, "seed": arguments.seed}
+    text = choice_from(drawn, arguments.samples)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for start in arguments.start:
         method, bits = start.split(":")
         row = {"model": arguments.model, "method": method, "bits": int(bits), "seed": arguments.seed}
-        curvature = fewbit.preset(method).curvature
-        share = curvature.gram_share if curvature is not None else 0.0
+        preset, _, asked = method.partition(" --gram-share ")
+        curvature = fewbit.preset(preset).curvature
+        share = float(asked) if asked else curvature.gram_share if curvature is not None else 0.0
         row |= {"samples": arguments.samples, "length": arguments.length, "gram_share": share, "margin": MARGIN}
         row |= {"group_size": group_size, "also": arguments.also, "choice": asdict(choice)}
         rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else []

@@ -1,8 +1,12 @@
 """Commands and Python in the documents are the program's own."""
 
+import argparse
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -14,12 +18,12 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def commands() -> list[tuple[str, str]]:
+def commands(beginning: str = "fewbit ") -> list[tuple[str, str]]:
     found = []
     for path in DOCUMENTS:
         for block in re.findall(r"```(?:sh|console)\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                if re.match(r"(\$ )?fewbit ", line):
+                if line.removeprefix("$ ").startswith(beginning):
                     found.append((path.name, line.removeprefix("$ ").split("#")[0].strip()))
     return found
 
@@ -37,6 +41,29 @@ def test_every_command_parses(document: str, line: str) -> None:
         command, words = command.commands[words[0]], words[1:]
     context = command.make_context("fewbit", words)
     assert context.params is not None
+
+
+class _ParsedError(Exception):
+    """A benchmark has read its arguments: enough."""
+
+
+@pytest.mark.parametrize(("document", "line"), commands("python benchmarks/"))
+def test_every_benchmark_command_parses(document: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, *arguments: Any) -> None:
+        parse(parser, *arguments)
+        raise _ParsedError
+
+    script, *words = shlex.split(line)[1:]
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    if (ROOT / script).read_text(encoding="utf-8").count("ArgumentParser("):
+        with pytest.raises(_ParsedError):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    else:
+        assert not words
 
 
 def test_make_targets_in_the_readme_exist() -> None:
