@@ -31,7 +31,7 @@ def loss_of(model: torch.nn.Module, windows: torch.Tensor, backward: bool) -> fl
             loss = model(window[None], labels=window[None], use_cache=False).loss / len(windows)
             if backward:
                 loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total
 
 

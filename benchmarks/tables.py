@@ -54,7 +54,7 @@ def against_hqq() -> None:
 
 
 def calibrated() -> None:
-    """Every preset with the same text, seed 0; then the claims over seeds."""
+    """Every preset with the same text, seed 0 (* without bfloat16 products); then the claims over seeds."""
     rows = read("calibrated_quality")
     for model in MODELS:
         for bits in (8, 4, 3, 2, 1):
@@ -68,7 +68,9 @@ def calibrated() -> None:
                 figures = (
                     f"{r['bits_per_weight']:.2f} | {r['perplexity']:,.{2 if bits == 8 else 1}f} | {r['kl_mean']:.3f}"
                 )
-                times = f"{r['curvature_seconds']:.0f} | {r['solve_seconds']:.0f} | {r['peak_rss_bytes'] / 1e9:.1f} GB"
+                mark = "" if r.get("bfloat16_products", True) else " *"
+                times = f"{r['curvature_seconds']:.0f}{mark} | {r['solve_seconds']:.0f}{mark}"
+                times += f" | {r['peak_rss_bytes'] / 1e9:.1f} GB"
                 print(f"| {r['method']} | {figures} | {times} |")
     print("\n| model | bits | method | perplexity by seed | spread |\n| --- | --- | --- | --- | --- |")
     seeds: dict[tuple[str, int, str], list[float]] = {}
