@@ -16,6 +16,7 @@ import torch
 
 import fewbit
 from fewbit import attention, linear
+from fewbit.architecture.network import find_blocks
 
 
 def median(call: Callable[[], Any], repeats: int) -> float:
@@ -40,7 +41,7 @@ def measure(model: Any, ids: torch.Tensor, repeats: int) -> tuple[float, float, 
             log_probabilities = model(ids, use_cache=False).logits[0].float().log_softmax(-1)
 
     def there_and_back() -> None:
-        with attention.fast_attention():
+        with attention.fast_attention(find_blocks(model)):
             model(inputs_embeds=embedded.clone().requires_grad_(), labels=ids, use_cache=False).loss.backward()
 
     return median(forward, repeats), median(there_and_back, repeats), log_probabilities

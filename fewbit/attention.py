@@ -4,12 +4,12 @@ Going back through attention torch multiplies 16-bit numbers one by one there, w
 layers together; going forward it does not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
@@ -17,13 +17,36 @@ from fewbit.linear import is_native
 
 
 @contextmanager
-def fast_attention() -> Iterator[None]:
-    """While inside, 16-bit attention on a processor without such products is computed in float32, and rounded once."""
+def fast_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While inside, 16-bit attention in `modules` on a processor without such products is computed in float32.
+
+    Blocks that are run again under checkpointing have to be named themselves.
+    """
     if is_native(torch.bfloat16) and is_native(torch.float16):
         yield
         return
-    with _WideAttention():
+    changed = list(modules)
+    before = [module.__dict__.get("forward") for module in changed]
+    try:
+        for module in changed:
+            module.forward = _Attending(module.forward)
         yield
+    finally:
+        for module, forward in zip(changed, before, strict=True):
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+class _Attending:
+    """A module's forward under the mode; again when a checkpoint recomputes it, which no mode outside would see."""
+
+    def __init__(self, forward: Any) -> None:
+        self._forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _WideAttention():
+            return self._forward(*args, **kwargs)
 
 
 class _WideAttention(TorchFunctionMode):

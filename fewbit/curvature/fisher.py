@@ -37,7 +37,8 @@ def measure_fisher(
     generator = torch.Generator().manual_seed(0)
     total, tokens = 0.0, 0
     seen = watching(layers, accumulator.observe, backward=True)
-    with _frozen(model), _begun(blocks, recompute), fast_attention(), seen:
+    # The blocks before the first of `blocks` attend as they do when they are among them.
+    with _frozen(model), fast_attention([model, *blocks]), _begun(blocks, recompute), seen:
         for index, sequence in enumerate(ids):
             logits = model(sequence[None].to(model.device), use_cache=False).logits[0, :-1]
             gradient, loss = _loss_gradient(logits.detach(), sequence[1:], choice.labels, generator)

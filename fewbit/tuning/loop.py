@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.attention import fast_attention
 from fewbit.errors import FewbitError
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.losses import mean_loss
@@ -98,7 +97,6 @@ class Trainer:
         self.model, self._optimizer = accelerator.prepare(model, optimizer_for(model, choice))
         self.history = History()
 
-    @fast_attention()
     def run(self, progress: Progress | None = None) -> History:
         """Train; the model ends with the weights of the best epoch. Raises FewbitError when the loss is no number."""
         choice, history = self._choice, self.history

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewbit.architecture.network import find_blocks
-from fewbit.attention import fast_attention
 from fewbit.memory import available_bytes
 from fewbit.pipeline.walk import Walk
 from fewbit.tuning.choice import TuningChoice
@@ -34,7 +33,6 @@ def relative_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (errors / targets.float().square().sum(dim=-1).clamp(min=1e-20)).mean()
 
 
-@fast_attention()
 def reconstruct_blocks(
     model: Any,
     original: Any,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fewbit import __version__
+from fewbit.architecture.network import find_blocks
+from fewbit.attention import fast_attention
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader
@@ -88,8 +90,10 @@ def tune(
         with FileReader() as reader:
             names = make_trainable(model, choice, _originals(checkpoint, open_checkpoint(reference), reader, model))
         model.to(accelerator.device)
+        blocks = list(find_blocks(model))
         if choice.reconstruction:
-            reconstruct_blocks(model, original, sequences, choice, path, progress)
+            with fast_attention(blocks):
+                reconstruct_blocks(model, original, sequences, choice, path, progress)
         if choice.top or "kd" not in choice.loss:
             del original
         without_dropout(model).train()
@@ -99,7 +103,8 @@ def tune(
             enable({"use_reentrant": False})
         snapshots = Snapshots(path, accelerator)
         trainer = Trainer(model, sequences, teacher, choice, snapshots, accelerator)
-        history = trainer.run(progress)
+        with fast_attention(blocks):
+            history = trainer.run(progress)
         state = whole_state(trainer.model)
         report: dict[str, Any] = {}
         if accelerator.is_main_process:
