@@ -103,7 +103,7 @@ def test_little_memory_gives_the_same_weights(deep: Path, tmp_path: Path, monkey
     original = walk._allocate
 
     def note(shape: tuple[int, ...], *rest: Any) -> torch.Tensor:
-        allocated.append(rest[-1] < 2 * math.prod(shape))
+        allocated.append(rest[2] < 2 * math.prod(shape))
         return original(shape, *rest)
 
     monkeypatch.setattr(walk, "_allocate", note)
@@ -149,6 +149,57 @@ def test_a_fisher_that_underflowed_is_an_error(deep: Path, tmp_path: Path, monke
     monkeypatch.setattr(fisher, "_loss_gradient", nothing)
     with pytest.raises(FewbitError, match=r"model\.layers\..*: its gradients are all 0 though it had inputs"):
         fewbit.quantize(deep, tmp_path / "out", fewbit.preset("oac", bits=4, group_size="32"), options())
+
+
+def test_a_layer_whose_gradients_underflowed_is_an_error(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fewbit.curvature.accumulate as accumulate
+
+    original = accumulate.Accumulator.observe
+
+    def lost(self: Any, key: str, x: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        assert gradient is not None
+        original(self, key, x, gradient * (0 if "layers.1.self_attn.q_proj" in key or "layers.1.attn" in key else 1))
+
+    monkeypatch.setattr(accumulate.Accumulator, "observe", lost)
+    run = RunOptions(report_only=True, calibration=options().calibration)
+    with pytest.raises(FewbitError, match=r"q_proj.*: its gradients are all 0 though it had inputs"):
+        fewbit.quantize(deep, None, fewbit.preset("oac", bits=4, group_size="32"), run)
+
+
+@pytest.mark.parametrize("method", ["oac", "gptq"])
+def test_progress_goes_on_while_blocks_are_solved(deep: Path, method: str) -> None:
+    shown: list[tuple[int, int, str]] = []
+    run = RunOptions(report_only=True, progress=lambda *line: shown.append(line), calibration=options().calibration)
+    fewbit.quantize(deep, None, fewbit.preset(method, bits=4, group_size="32"), run)
+    solving = [line for line in shown if " error " in line[2]]
+    assert {text.split(",")[0] for _, _, text in solving} == {f"block {index} of 4" for index in range(1, 5)}
+    calibrated = shown[: shown.index(solving[-1]) + 1]
+    assert [done for done, _, _ in calibrated] == sorted(done for done, _, _ in calibrated)
+    assert all(done < total for done, total, text in solving if not text.startswith("block 4"))
+
+
+def test_a_full_disk_while_calibrating(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+
+    recipe, little = fewbit.preset("gptq", bits=4, group_size="32"), options(memory_bytes=180_000)
+    with monkeypatch.context() as patched:
+        patched.setattr("os.posix_fallocate", raise_full)
+        with pytest.raises(FewbitError, match=r"the disk is full: free .* and run the same command again"):
+            fewbit.quantize(deep, tmp_path / "out", recipe, little)
+
+    def full(*arguments: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("fewbit.checkpoints.whole_file.save_file", full)
+    with pytest.raises(FewbitError, match=r"solved: the disk is full: free .* and run the same command again"):
+        fewbit.quantize(deep, tmp_path / "out", recipe, little)
+    text = ("--calibration", "random-tokens", "--samples", "4", "--sequence-length", "32")
+    result = run_cli("curvature", deep, tmp_path / "fisher", *text, code=2)
+    assert "block-00000.safetensors: the disk is full: free some and run the same command again" in result.stderr
+
+
+def raise_full(*arguments: Any) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def test_the_report_names_tokens_and_paths(deep: Path, tmp_path: Path) -> None:
@@ -215,7 +266,7 @@ def test_plan_says_what_a_run_does(tiny: Path, tmp_path: Path) -> None:
     assert {t["name"] for t in plan["tensors"]["quantize"]} == {r["name"] for r in report["layers"]}
     assert plan["problems"] == []
     assert all(plan["needs"][key] > 0 for key in ("seconds", "memory_bytes", "disk_bytes"))
-    text = ("--samples", "2000", "--calibration")
+    text = ("--samples", "2000", "--sequence-length", "128", "--calibration")
     times = {
         source: json.loads(run_cli("plan", tiny, "--method", "gptq", *text, source, "--json").stdout)["needs"][
             "seconds"
@@ -223,6 +274,11 @@ def test_plan_says_what_a_run_does(tiny: Path, tmp_path: Path) -> None:
         for source in ("self", "nonsense")
     }
     assert times["self"] > times["nonsense"]
+    oac = ("plan", tiny, "--method", "oac", "--sequence-length", "64", "--json", "--memory")
+    little, much, none = (json.loads(run_cli(*oac, size).stdout) for size in ("220KB", "1GB", "1KB"))
+    assert little["needs"]["seconds"] >= much["needs"]["seconds"]
+    assert little["needs"]["memory_bytes"] < much["needs"]["memory_bytes"]
+    assert none["problems"] == ["block 1: its curvature takes 0.2 MB, --memory allows 0.0 MB: give at least 0.2 MB"]
     odd = run_cli("plan", tiny, "--method", "precal+oac", "--bits", "2", "--group-size", "48").stdout
     assert "problem: group size 48 does not divide" in odd
     assert "can be written as: fewbit" in odd

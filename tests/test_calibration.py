@@ -1,6 +1,8 @@
 """Calibration sources: one syntax, repeatable tokens, and exact refusals."""
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from fewbit.calibration.choice import CalibrationChoice, choice_from
 from fewbit.calibration.source import Source, parse_sources, shares
 from fewbit.calibration.tokens import make_set
 from fewbit.errors import FewbitError
+from fewbit.pipeline.stages import positions_of
 from fewbit.runtime.load import load
 
 
@@ -126,6 +129,8 @@ def test_chat_template(tmp_path: Path, tokenizer: Any) -> None:
         make_set(CalibrationChoice(source, 2, 32, chat_template=True), tokenizer, 256)
     templated = byte_tokenizer()
     templated.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    with pytest.raises(FewbitError, match="--chat-template: self:3,random-tokens has no documents to put into it"):
+        CalibrationChoice("self:3,random-tokens", 5, 32, chat_template=True)
     ids = make_set(CalibrationChoice(source, 2, 300, chat_template=True), templated, 256).ids
     assert "<user>document" in templated.decode(ids.reshape(-1))
 
@@ -137,23 +142,72 @@ RANDOM = ["--calibration", "random-tokens", "--samples", "4", "--sequence-length
 def refused(*arguments: Any) -> str:
     result = run_cli("quantize", *arguments, code=2)
     assert not result.stdout
+    # Nothing stands in the way of the same name with better arguments.
+    assert not list(Path(arguments[1]).parent.glob(".*fewbit*"))
     return result.stderr.strip().splitlines()[-1].removeprefix("fewbit: ")
 
 
 def test_a_hub_data_set_without_a_network(tiny: Path, tmp_path: Path) -> None:
-    line = refused(tiny, tmp_path / "out", *CALIBRATED, "--calibration", "c4")
+    line = refused(tiny, tmp_path / "out", *CALIBRATED, *RANDOM[2:], "--calibration", "c4")
     assert "c4: no such file here, and the data set cannot be fetched" in line or "pip install 'fewbit[data]'" in line
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["c4", "redpajama", "some/set:body"])
+def test_a_hub_data_set(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> list[dict[str, Any]]:
+        asked.append((arguments, options))
+        return [{"text": f"words of row {row} ", "body": None if row % 2 else "a body "} for row in range(50)]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    ids = make_set(CalibrationChoice(name, 4, 32), tokenizer, 256).ids
+    text = tokenizer.decode(ids.reshape(-1))
+    assert ("a body" if name.endswith("body") else "words of row") in text
+    assert "None" not in text
+    [((path, configuration), options)] = asked
+    files = options.pop("data_files")
+    assert options == {"split": "train", "streaming": True}
+    assert (path, configuration) == {
+        "c4": ("allenai/c4", "en"),
+        "redpajama": ("json", None),
+        "some/set:body": ("some/set", None),
+    }[name]
+    assert (files is not None) == (name == "redpajama")
+
+
 def test_none_is_no_calibration(tiny: Path, tmp_path: Path) -> None:
-    line = refused(tiny, tmp_path / "out", *CALIBRATED, "--calibration", "none")
+    line = refused(tiny, tmp_path / "out", *CALIBRATED, *RANDOM[2:], "--calibration", "none")
     assert line == "this method needs calibration text: give --calibration, e.g. self, c4 or a file"
 
 
 def test_memory_too_small_for_one_block(tiny: Path, tmp_path: Path) -> None:
-    line = refused(tiny, tmp_path / "out", "--method", "oac", "--group-size", "32", *RANDOM, "--memory", "1KB")
-    assert line == "block 1: its curvature takes 0.00 GB, --memory allows 0.00"
+    text = ["--calibration", "self", *RANDOM[2:], "--memory", "1KB"]
+    expected = "block 1: its curvature takes 0.2 MB, --memory allows 0.0 MB: give at least 0.2 MB"
+    assert refused(tiny, tmp_path / "out", "--method", "oac", "--group-size", "32", *text) == expected
+    for kind in ("gram", "fisher"):
+        result = run_cli("curvature", tiny, tmp_path / kind, "--kind", kind, *text, code=2)
+        assert result.stderr.strip().splitlines()[-1] == f"fewbit: {expected}"
+        assert not (tmp_path / kind).exists()
+
+
+def test_sequences_longer_than_the_model(tiny: Path, tmp_path: Path) -> None:
+    long = ["--calibration", "random-tokens", "--samples", "2", "--sequence-length", "129"]
+    expected = "--sequence-length 129: the model has 128 positions: take 128 or fewer"
+    assert refused(tiny, tmp_path / "out", *CALIBRATED, *long) == expected
+    assert expected in run_cli("curvature", tiny, tmp_path / "c", *long, code=2).stderr
+    assert f"problem: {expected}" in run_cli("plan", tiny, "--method", "oac", *long).stdout
+    assert positions_of({"n_positions": 64}) == positions_of({"text_config": {"max_position_embeddings": 64}}) == 64
+    assert positions_of({"hidden_size": 64}) is None
+
+
+def test_after_a_refusal_the_same_name_is_free(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    text = ["--samples", "4", "--sequence-length", "32", "--calibration"]
+    refused(tiny, tmp_path / "out", *CALIBRATED, *text, tmp_path / "short.txt")
+    refused(tiny, tmp_path / "out", *CALIBRATED, *text, tmp_path / "short.txt", "--tune", "--tune-epochs", "1")
+    run_cli("quantize", tiny, tmp_path / "out", *CALIBRATED, *text, "nonsense")
 
 
 def test_a_model_without_tokenizer(tmp_path: Path) -> None:
@@ -161,5 +215,5 @@ def test_a_model_without_tokenizer(tmp_path: Path) -> None:
     for path in model.glob("token*"):
         path.unlink()
     run_cli("quantize", model, tmp_path / "out", *CALIBRATED, *RANDOM)
-    line = refused(model, tmp_path / "more", *CALIBRATED, "--calibration", "nonsense")
+    line = refused(model, tmp_path / "more", *CALIBRATED, *RANDOM[2:], "--calibration", "nonsense")
     assert "no tokenizer that transformers can read: add it, or take random-tokens" in line

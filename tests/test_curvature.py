@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tiny, run_cli
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fewbit
@@ -212,6 +213,23 @@ def test_a_stored_share_of_the_gram_serves_every_method(tiny: Path, tmp_path: Pa
     assert stored != published
 
 
+def test_columns_are_judged_by_their_inputs_not_by_gradients_that_are_left() -> None:
+    x = torch.rand(6, 4) + 0.1
+    x[:, 2] = 0
+    x[[0, 1, 2, 3, 5], 1] = 0
+    gradients = torch.rand(6, 3) + 0.1
+    gradients[[4, 5]] = 0
+    # Column 1 is active at token 4 alone, whose gradient is lost; column 2 nowhere; the last token has no target.
+    found = Accumulator(CurvatureChoice("fisher"), length=6)
+    found.observe("layer", x, gradients)
+    with pytest.raises(FewbitError, match="layer: the gradients of 1 active columns underflowed to 0"):
+        found.check_gradients()
+    x[4, 1], x[5, 1] = 0, 1
+    found = Accumulator(CurvatureChoice("fisher"), length=6)
+    found.observe("layer", x, gradients)
+    found.check_gradients()
+
+
 def test_tempering_divides_by_the_size_of_the_inputs() -> None:
     x = torch.randn(50, 8) * torch.logspace(-2, 3, 50).unsqueeze(1)
     for tempering in (0.5, 1.0):
@@ -241,6 +259,12 @@ def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
     other = build_tiny(tmp_path / "other", intermediate_size=192)
     with pytest.raises(FewbitError, match="was measured on another model"):
         open_curvature(tmp_path / "kept", open_checkpoint(other))
+    merged = build_tiny(tmp_path / "merged")
+    weights = load_file(next(merged.glob("*-00003-*")))
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name] + 0.01}, next(merged.glob("*-00003-*")), {"format": "pt"})
+    with pytest.raises(FewbitError, match=r"was measured on another model \(its sample differs\)"):
+        open_curvature(tmp_path / "kept", open_checkpoint(merged))
     with pytest.raises(FewbitError, match="no curvature here: make one with"):
         open_curvature(tmp_path, open_checkpoint(tiny))
     for arguments, message in (

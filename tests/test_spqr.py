@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fewbit.formats import native
 from fewbit.formats.scheme import Scheme, StoredWeight, stored_bytes
+from fewbit.grids.packing import unpack
 from fewbit.grids.scales import as_statistics, from_statistics, to_statistics
-from fewbit.outliers.sensitivity import leave_one_out, sensitivity_threshold
+from fewbit.outliers.sensitivity import column_costs, leave_one_out, sensitivity_threshold
 from fewbit.pipeline.plan import scheme_for
 from fewbit.pipeline.solve_weight import solve_weight
 from fewbit.recipe import Recipe, preset
@@ -117,4 +118,26 @@ def test_sensitive_weights_keep_16_bits(bits: int) -> None:
 def test_the_threshold_is_the_mean_over_columns() -> None:
     weight = torch.tensor([[1.0, 4.0], [3.0, 8.0]])
     upper = torch.tensor([[2.0, 1.0], [0.0, 0.5]])
-    assert sensitivity_threshold(weight, upper, 0.1) == pytest.approx(0.1 * (1 / 4 + 4 / 0.25) / 2)
+    none, second = torch.tensor([False, False]), torch.tensor([False, True])
+    whole = sensitivity_threshold(weight, column_costs(upper, none), 0.1)
+    assert whole == pytest.approx(0.1 * (1 / 4 + 4 / 0.25) / 2)
+    assert sensitivity_threshold(weight, column_costs(upper, second), 0.1) == pytest.approx(0.1 / 4)
+
+
+@pytest.mark.parametrize("name", ["spqr", "oac+spqr", "billm"])
+def test_columns_without_input_are_neither_outliers_nor_salient(name: str) -> None:
+    weight, curvature = random_problem(64, 128)
+    dead = torch.arange(128) % 4 == 0
+    weight[:, dead] *= 4
+    curvature[dead] = 0
+    curvature[:, dead] = 0
+    recipe = preset(name) if name == "billm" else preset(name, bits=3)
+    rows = solve_weight(weight, curvature, recipe, scheme_for(128, recipe)).rows
+    if name == "billm":
+        assert not bool((unpack(rows.parts["salient"], 1, 128).bool() & dead).any())
+        return
+    where = rows.outlier_positions
+    assert where is not None
+    assert len(where) > 0
+    # One that stretches its group's grid may still be split off: that is a gain for the others.
+    assert float(dead[where % 128].double().mean()) < 0.1

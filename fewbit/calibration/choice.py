@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fewbit.calibration.source import parse_sources, shares
+from fewbit.calibration.source import DOCUMENTS, parse_sources, shares
 from fewbit.errors import FewbitError
 
 
@@ -24,8 +24,11 @@ class CalibrationChoice:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.sequence_length < 2:
             raise FewbitError("calibration needs at least 1 sample of at least 2 tokens")
-        if sources := parse_sources(self.sources):
+        sources = parse_sources(self.sources)
+        if sources:
             shares(sources, self.samples)
+        if self.chat_template and not any(source.kind in DOCUMENTS for source in sources):
+            raise FewbitError(f"--chat-template: {self.sources} has no documents to put into it: leave it out")
 
 
 def choice_from(given: dict[str, Any], samples: int = CalibrationChoice.samples) -> CalibrationChoice:

@@ -6,7 +6,7 @@ import string
 from collections.abc import Iterator
 from pathlib import Path
 
-from fewbit.calibration.source import HUB, Source
+from fewbit.calibration.source import HUB, HubSet, Source
 from fewbit.errors import FewbitError, missing_extra
 
 _NONSENSE = string.punctuation + " "
@@ -82,11 +82,13 @@ def _from_hub(source: Source) -> Iterator[str]:
         from datasets import load_dataset
     except ImportError as error:
         raise missing_extra("datasets", "data") from error
-    path, configuration, split, default = HUB.get(source.name, (source.name, None, "train", "text"))
-    column = source.column or default
+    named = HUB.get(source.name, HubSet(source.name))
+    column = source.column or named.column
     try:
-        for row in load_dataset(path, configuration, split=split, streaming=True):
-            yield str(row[column])
+        rows = load_dataset(named.path, named.configuration, data_files=named.files, split="train", streaming=True)
+        for row in rows:
+            if row[column] is not None:
+                yield str(row[column])
     except KeyError as error:
         raise FewbitError(
             f"{source.name}: it has no column {column!r}: name one as {source.name}:COLUMN[:COUNT]"

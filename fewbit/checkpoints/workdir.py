@@ -14,6 +14,10 @@ from fewbit.checkpoints.source import INDEX_NAME
 from fewbit.errors import FewbitError
 
 _JOB = "job.json"
+SOLVED = ".solved"
+"""Ending of what is kept only until the work is whole."""
+TOKENS = "tokens"
+"""Name of what is kept of the calibration text: its SHA-256, which by itself is no work."""
 
 
 def check_output(out: Path, source: Path, overwrite: bool) -> None:
@@ -73,6 +77,16 @@ class WorkFolder:
             os.close(self._lock)
             self._lock = None
 
+    def discard_unbegun(self) -> None:
+        """Remove the folder when it holds no work yet, so that the same output can be asked for in another way."""
+        if self._lock is not None and all(path.name in (_JOB, TOKENS + SOLVED) for path in self.path.iterdir()):
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove the folder: its work cannot be gone on with."""
+        shutil.rmtree(self.path)
+        self.release()
+
     def finished(self, shard: str) -> list[dict[str, Any]] | None:
         """The records of a shard that an earlier run finished, else None."""
         record = read_json(self.path / f"{shard}.json")
@@ -94,7 +108,7 @@ class WorkFolder:
         if self.out.exists():
             self.out.rename(self.out.with_name(f".{self.out.name}.fewbit-old-{os.getpid()}"))
         self.path.rename(self.out)
-        for record in [*self.out.glob("*.safetensors.json"), *self.out.glob("*.solved"), self.out / _JOB]:
+        for record in [*self.out.glob("*.safetensors.json"), *self.out.glob(f"*{SOLVED}"), self.out / _JOB]:
             record.unlink()
         for old in self.out.parent.glob(f".{self.out.name}.fewbit-old-*"):
             shutil.rmtree(old)

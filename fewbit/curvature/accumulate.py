@@ -29,7 +29,9 @@ class Accumulator:
 
     shared: layers that see the very same inputs -> the one whose Gram they use.
     tokens: how many each layer saw; for fisher those whose gradient is not 0 (that of a sequence's last token is).
-    live: for fisher, the columns that were active at such tokens.
+    live: for fisher, the columns that were active at any token but a sequence's last.
+    length: for fisher, tokens of a sequence; a call with another number of rows (an expert's, whose tokens come in any
+    order) has the columns judged that were active at tokens with a gradient.
     """
 
     choice: CurvatureChoice
@@ -37,6 +39,7 @@ class Accumulator:
     shared: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     live: dict[str, Tensor] = field(default_factory=dict)
+    length: int = 0
     _traces: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _last: tuple[str, Tensor] | None = None
 
@@ -60,7 +63,11 @@ class Accumulator:
         count = int(felt.sum())
         self.tokens[key] = self.tokens.get(key, 0) + count
         # As a product, since a comparison of every input takes as long as the curvature itself.
-        active = (felt.to(x.dtype).t() @ x.abs()).view(-1) > 0
+        judged = felt
+        if x.shape[0] == self.length:
+            judged = torch.ones_like(felt)
+            judged[-1] = False
+        active = (judged.to(x.dtype).t() @ x.abs()).view(-1) > 0
         self.live[key] = self.live[key] | active if key in self.live else active
         if not count:
             return
@@ -119,11 +126,13 @@ class Accumulator:
         return matrix
 
     def check_gradients(self) -> None:
-        """FewbitError when gradients underflowed: all of them, or those of a column that was active.
+        """FewbitError when gradients underflowed: all of a layer's, or those of a column that was active.
 
         With a share of the Gram such a column is judged by its inputs, and only the loss of all gradients is found.
         """
         for key, live in self.live.items():
+            if not self.tokens[key] and bool(live.any()):
+                raise FewbitError(f"{key}: its gradients are all 0 though it had inputs: {_ADVICE}")
             matrix = self.sums.get(key)
             diagonal = None if matrix is None else matrix if matrix.dim() == 1 else matrix.diagonal()
             if diagonal is not None and bool((live & ~(diagonal > 0)).any()):

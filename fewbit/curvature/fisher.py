@@ -33,7 +33,7 @@ def measure_fisher(
     not grow with depth times length. The loss is summed over a sequence, so that 16-bit gradients do not underflow.
     step(done, total) is called after every sequence.
     """
-    accumulator = Accumulator(choice)
+    accumulator = Accumulator(choice, length=ids.shape[1])
     generator = torch.Generator().manual_seed(0)
     total, tokens = 0.0, 0
     seen = watching(layers, accumulator.observe, backward=True)

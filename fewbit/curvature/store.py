@@ -2,21 +2,24 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
+from fewbit.checkpoints.whole_file import save_whole
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.errors import FewbitError
 
-VERSION = 1
+VERSION = 2
 _DESCRIPTION = "fewbit_curvature.json"
+_SAMPLE_BYTES = 4096
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -30,12 +33,14 @@ def model_fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _sample(checkpoint: Checkpoint) -> str:
-    """SHA-256 of a stretch from the middle of every weights file: fine-tunes differ in it, copies do not."""
+    """SHA-256 of a stretch from the middle of every tensor: fine-tunes differ in it, copies do not."""
     digest = hashlib.sha256()
-    for path in sorted({entry.file for entry in checkpoint.entries.values()}):
-        with path.open("rb") as file:
-            file.seek(path.stat().st_size // 2)
-            digest.update(file.read(1 << 20))
+    with FileReader() as reader:
+        for name in sorted(checkpoint.entries):
+            entry = checkpoint.entries[name]
+            length = min(entry.bytes, _SAMPLE_BYTES)
+            first = entry.start + (entry.bytes - length) // 2
+            digest.update(os.pread(reader.descriptor(entry.file), length, first))
     return digest.hexdigest()
 
 
@@ -72,7 +77,7 @@ class CurvatureWriter:
     """A curvature folder that is being filled; a block that is there already is whole."""
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, choice: CurvatureChoice, calibration: dict[str, Any]):
-        self._folder = folder
+        self.folder = folder
         self._header = {
             "version": VERSION,
             "choice": asdict(choice),
@@ -89,18 +94,15 @@ class CurvatureWriter:
 
     def has(self, index: int) -> bool:
         """Whether a block is written."""
-        return _block_path(self._folder, index).is_file()
+        return _block_path(self.folder, index).is_file()
 
     def put(self, index: int, sums: dict[str, Tensor], shared: dict[str, str]) -> None:
         """Write one block's matrices."""
-        path = _block_path(self._folder, index)
-        partial = path.with_suffix(".partial")
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in sums.items()}
-        save_file(tensors, partial, metadata={"shared": json.dumps(shared)})
-        partial.replace(path)
+        path = _block_path(self.folder, index)
+        save_whole({name: tensor.cpu() for name, tensor in sums.items()}, path, {"shared": json.dumps(shared)})
 
     def _write_header(self) -> None:
-        path = self._folder / _DESCRIPTION
+        path = self.folder / _DESCRIPTION
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(self._header, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
@@ -122,7 +124,7 @@ def open_curvature(folder: Path, checkpoint: Checkpoint) -> StoredCurvature:
             differs = next(
                 (k for k in ("model_type", "tensors", "bytes", "sample") if wanted[k] != found.get(k)), "tensors"
             )
-            raise FewbitError(f"{folder}: was measured on another model (its {differs} differ): measure this one")
+            raise FewbitError(f"{folder}: was measured on another model (its {differs} differs): measure this one")
         choice = CurvatureChoice(**data["choice"])
         missing = [i for i in range(data["calibration"]["blocks"]) if not _block_path(folder, i).is_file()]
         if missing:

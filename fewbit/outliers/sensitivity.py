@@ -10,16 +10,27 @@ from torch import Tensor
 from fewbit.grids.scales import divisor
 
 
-def sensitivity_threshold(weight: Tensor, upper: Tensor, tau: float) -> float:
-    """``tau * mean_j( Var_rows(W[:, j]) / U_jj^2 )``, one for a matrix `(out, in)` in the solver's order."""
-    variance = weight.var(dim=0, correction=0)
-    return tau * float((variance / upper.diagonal().square()).mean())
+def column_costs(upper: Tensor, dead: Tensor) -> Tensor:
+    """``1 / U_jj^2`` of every column `(in,)` in the solver's order; 0 where no input was ever active (`dead`).
+
+    The solver has to give dead columns some curvature, but errors in them cost nothing.
+    """
+    return upper.diagonal().square().reciprocal().masked_fill(dead, 0.0)
+
+
+def sensitivity_threshold(weight: Tensor, cost: Tensor, tau: float) -> float:
+    """``tau * mean_j( Var_rows(W[:, j]) / U_jj^2 )`` over the columns that cost anything, one for a matrix `(out, in)`.
+
+    cost: of :func:`column_costs`, in the order of the weight's columns.
+    """
+    felt = cost > 0
+    return tau * float((weight.var(dim=0, correction=0) * cost)[felt].mean())
 
 
 def leave_one_out(group: Tensor, cost: Tensor, bits: int, threshold: float | Tensor) -> Tensor:
     """Mask `(rows, g)` of the weights without which a group's min-max grid costs less by more than the threshold.
 
-    group: `(rows, g)` float32. cost: ``1 / U_jj^2`` of its columns, `(g,)`. threshold: one, or `(rows, 1)`. The cost
+    group: `(rows, g)` float32. cost: of :func:`column_costs`, `(g,)`. threshold: one, or `(rows, 1)`. The cost
     that goes is that of the whole group, the weight's own included. Only the smallest and the largest weight of a group
     shape its grid; without any other, just its own cost goes.
     """

@@ -22,11 +22,11 @@ from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.fisher import measure_fisher
 from fewbit.curvature.store import StoredCurvature
 from fewbit.errors import FewbitError, missing_extra
-from fewbit.memory import activation_bytes
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.solve_blocks import BlockSolver, Network, Progress
 from fewbit.pipeline.solved_store import SolvedStore
+from fewbit.pipeline.stages import check_length, crowded, matrix_bytes, stages_of
 from fewbit.pipeline.walk import Walk
 from fewbit.recipe import Recipe
 from fewbit.runtime.load import load
@@ -47,6 +47,9 @@ def solve_model(
     """
     walking = options.stored is not None or (recipe.curvature is not None and recipe.curvature.kind == "gram")
     network = open_network(checkpoint, plan, device, walking)
+    if options.stored is None:
+        # Before the model writes its own text, which takes minutes.
+        stages_of(matrix_bytes(network.sites), options.refresh, options.memory)
     calibration = None if options.stored else calibration_set(checkpoint, options.choice, network.model, progress)
     if calibration is not None:
         store.same_tokens(calibration.sha256)
@@ -67,8 +70,8 @@ def solve_model(
     if len(fallen) > options.max_fallback:
         raise FewbitError(
             f"{len(fallen)} weights fell back to rounding: "
-            + "; ".join(f"{name} ({run.paths[name]})" for name in fallen[:5])
-            + ": raise --damping, give more calibration text, or allow it with --max-fallback"
+            + "; ".join(f"{name} ({run.paths[name].removeprefix('fallback: ')})" for name in fallen)
+            + ": allow it with --max-fallback, or raise --damping or give more calibration text, with --overwrite"
         )
     return {
         **options.describe(),
@@ -128,15 +131,15 @@ def calibration_set(
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     except (OSError, ValueError, KeyError, TypeError):
         tokenizer = None
+    check_length(model.config, choice.sequence_length)
     return make_set(choice, tokenizer, model.get_input_embeddings().weight.shape[0], model, progress)
 
 
 def _with_gram(run: BlockSolver, calibration: CalibrationSet) -> None:
     network, options = run.network, run.options
-    stages_of(network.sites, 0, options.memory)
     passes = 1 if options.original_inputs else 2
     run.total = passes * len(network.blocks) * calibration.ids.shape[0]
-    walk = Walk(network.model, network.blocks, calibration.ids, options.memory // 2)
+    walk = Walk(network.model, network.blocks, calibration.ids, options.memory // 2, run.store.folder)
     assert run.recipe.curvature is not None
     for index, sites in enumerate(network.sites):
         accumulator = Accumulator(run.recipe.curvature)
@@ -157,8 +160,9 @@ def _with_gram(run: BlockSolver, calibration: CalibrationSet) -> None:
 def _with_fisher(run: BlockSolver, calibration: CalibrationSet) -> None:
     network, choice, refresh = run.network, run.recipe.curvature, run.options.refresh
     assert choice is not None
-    stages = stages_of(network.sites, refresh, run.options.memory)
-    run.total = len(stages) * calibration.ids.shape[0]
+    stages = stages_of(matrix_bytes(network.sites), refresh, run.options.memory)
+    # To solve a block takes about as long as one sequence forward and back.
+    run.total = len(stages) * calibration.ids.shape[0] + len(network.blocks)
     for stage in stages:
         accumulator = Accumulator(choice)
         if all(run.solved(index) for index in stage):
@@ -175,39 +179,7 @@ def _with_fisher(run: BlockSolver, calibration: CalibrationSet) -> None:
         for index in stage:
             # Measured once means with the original's weights, also where memory makes several passes of it.
             run.solve_block(index, partial(_curvature_at, accumulator), install=refresh > 0)
-
-
-def crowded(model: Any, length: int, memory_bytes: int) -> bool:
-    """Whether one sequence's activations would take more than a quarter of the memory that a run may have."""
-    return activation_bytes(model.config, length) > memory_bytes // 4
-
-
-def stages_of(sites: list[list[Site]], refresh: int, memory_bytes: int) -> list[list[int]]:
-    """Blocks whose curvature is measured in one pass: `refresh` of them, or as many as fit (`refresh` 0).
-
-    Raises FewbitError when the matrices of one block, or of one refresh, do not fit.
-    """
-    sizes = [sum({site.watched.key: 4 * site.columns**2 for site in block}.values()) for block in sites]
-    stages: list[list[int]] = [[]]
-    filled = 0
-    for index, size in enumerate(sizes):
-        if size > memory_bytes:
-            raise FewbitError(
-                f"block {index + 1}: its curvature takes {size / 1e9:.2f} GB, --memory allows {memory_bytes / 1e9:.2f}"
-            )
-        crowded = filled + size > memory_bytes
-        full = len(stages[-1]) >= refresh if refresh else crowded
-        if crowded and refresh and not full:
-            raise FewbitError(
-                f"the curvature of {refresh} blocks takes more than the {memory_bytes / 1e9:.2f} GB of --memory: allow "
-                "more, or refresh more often"
-            )
-        if stages[-1] and full:
-            stages.append([])
-            filled = 0
-        stages[-1].append(index)
-        filled += size
-    return stages
+            run.step()
 
 
 def _check_measured(run: BlockSolver, stored: StoredCurvature) -> None:

@@ -1,5 +1,6 @@
 """`fewbit plan`: what a run would do and take, before it does anything."""
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ from fewbit.calibration.generate import BATCH
 from fewbit.calibration.source import parse_sources, shares
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.errors import FewbitError
 from fewbit.formats.scheme import stored_bytes
 from fewbit.linear import is_native, linear
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import Plan, PlannedTensor, group_size_problem, make_plan, outliers_per_group
 from fewbit.pipeline.quantize_tensor import available_cores
 from fewbit.pipeline.quantize_weight import RowsContext, quantize_rows
+from fewbit.pipeline.stages import check_length, stages_of
 from fewbit.recipe import Recipe
 
 _START_SECONDS = 1.5
@@ -31,8 +34,9 @@ def diagnose(model: str | Path, recipe: Recipe, options: CalibrationOptions | No
     """What `quantize` would do with these choices; nothing is written.
 
     Times come from short trials on this machine and are rough. Returns ``tensors`` (by action), ``output`` (weights,
-    bits per weight, bytes), ``needs`` (seconds, memory_bytes, disk_bytes), ``problems`` (groups that do not divide) and
-    ``exports`` (format -> None, or why it cannot hold the result). Raises FewbitError for a model that cannot be read.
+    bits per weight, bytes), ``needs`` (seconds, memory_bytes, disk_bytes), ``problems`` (groups that do not divide,
+    limits that a calibrated run would break) and ``exports`` (format -> None, or why it cannot hold the result).
+    Raises FewbitError for a model that cannot be read.
     """
     options = options or CalibrationOptions()
     checkpoint = open_checkpoint(locate(model))
@@ -46,10 +50,13 @@ def diagnose(model: str | Path, recipe: Recipe, options: CalibrationOptions | No
     size = sum(stored_bytes(item.stored) for item in items if item.stored)
     kept = sum(item.bytes for shard in plan.shards for item in shard if item.stored is None)
     seconds, memory = _zero_shot(checkpoint, items, recipe)
-    scratch = 0
+    scratch, problems = 0, [problem] if problem else []
     if recipe.curvature is not None:
-        more, memory = _calibrated(checkpoint, plan, items, recipe, options)
-        seconds, scratch = seconds + more, size
+        try:
+            more, memory, spilled = _calibrated(checkpoint, plan, items, recipe, options)
+            seconds, scratch = seconds + more, size + spilled
+        except FewbitError as error:
+            problems.append(str(error))
     return {
         "model": str(model),
         "method": recipe.method,
@@ -74,7 +81,7 @@ def diagnose(model: str | Path, recipe: Recipe, options: CalibrationOptions | No
             "source_bytes": checkpoint.bytes,
         },
         "needs": {"seconds": seconds, "memory_bytes": memory, "disk_bytes": size + kept + scratch},
-        "problems": [problem] if problem else [],
+        "problems": problems,
         "exports": {"fewbit": None, "plain 16-bit (fewbit unpack)": None},
     }
 
@@ -101,31 +108,48 @@ def _zero_shot(checkpoint: Checkpoint, items: list[PlannedTensor], recipe: Recip
 
 def _calibrated(
     checkpoint: Checkpoint, plan: Plan, items: list[PlannedTensor], recipe: Recipe, options: CalibrationOptions
-) -> tuple[float, int]:
-    """Seconds of measuring and solving, and the peak of memory."""
+) -> tuple[float, int, int]:
+    """Seconds of measuring and solving, the peak of memory, and bytes of hidden states on disk.
+
+    Raises FewbitError for limits that the run would break.
+    """
+    if options.stored is None:
+        check_length(checkpoint.config, options.choice.sequence_length)
     tokens = options.choice.samples * options.choice.sequence_length
     weights = sum(item.stored.weights for item in items if item.stored)
-    squares = [4 * item.tensor.matrix_shape[1] ** 2 for item in items]
-    blocks = len({item.tensor.block for item in items}) or 1
+    sizes = _matrix_bytes(items)
     speed = _speed()
     forward = 2.0 * tokens * (checkpoint.bytes / 2) / speed
     writing = _writing(checkpoint, options, speed) if options.stored is None else 0.0
     if options.stored is not None:
         measuring = 0.0
-        held = sum(squares) // blocks
+        held = max(sizes)
     elif recipe.curvature is not None and recipe.curvature.kind == "fisher":
         # Forward, forward again block by block, and back; with a refresh, for every stage, half of it on average.
-        stages = -(-blocks // options.refresh) if options.refresh else 1
-        measuring = 3.0 * forward * (1 if stages == 1 else (stages + 1) / 2)
-        held = sum(squares) // stages
+        stages = stages_of(sizes, options.refresh, options.memory)
+        measuring = 3.0 * forward * (1 if len(stages) == 1 else (len(stages) + 1) / 2)
+        held = max(sum(sizes[index] for index in stage) for stage in stages)
     else:
+        stages_of(sizes, 0, options.memory)
         measuring = 2.5 * forward
-        held = sum(squares) // blocks
+        held = max(sizes)
     hidden = int(checkpoint.config.get("hidden_size") or checkpoint.config.get("n_embd") or 0)
     vocabulary = int(checkpoint.config.get("vocab_size") or 0)
-    states = 2 * tokens * hidden + 4 * options.choice.sequence_length * vocabulary
-    memory = _START_BYTES + checkpoint.bytes + min(held, options.memory) + states
-    return writing + measuring + _SOLVE_NANOSECONDS * 1e-9 * weights, memory
+    states = 2 * tokens * hidden if recipe.curvature is not None and recipe.curvature.kind == "gram" else 0
+    spilled = states if states > options.memory // 2 else 0
+    logits = 4 * options.choice.sequence_length * vocabulary
+    memory = _START_BYTES + checkpoint.bytes + held + states - spilled + logits
+    return writing + measuring + _SOLVE_NANOSECONDS * 1e-9 * weights, memory, spilled
+
+
+def _matrix_bytes(items: list[PlannedTensor]) -> list[int]:
+    """Bytes of the curvatures of each block's weights."""
+    sizes: dict[int, int] = {}
+    for item in items:
+        if item.tensor.block is not None:
+            experts = math.prod(item.tensor.entry.shape[:-2])
+            sizes[item.tensor.block] = sizes.get(item.tensor.block, 0) + 4 * item.tensor.matrix_shape[1] ** 2 * experts
+    return [sizes[block] for block in sorted(sizes)] or [0]
 
 
 def _writing(checkpoint: Checkpoint, options: CalibrationOptions, speed: float) -> float:

@@ -9,16 +9,18 @@ import torch
 from fewbit.calibration.tokens import CalibrationSet
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.fisher import measure_fisher
 from fewbit.curvature.store import CurvatureWriter
 from fewbit.device import check_device
 from fewbit.memory import peak_rss_bytes
-from fewbit.pipeline.calibrated import calibration_set, crowded, open_network, stages_of
+from fewbit.pipeline.calibrated import calibration_set, open_network
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import make_plan
 from fewbit.pipeline.solve_blocks import Network, Progress
+from fewbit.pipeline.stages import crowded, matrix_bytes, stages_of
 from fewbit.pipeline.walk import Walk
 from fewbit.recipe import Recipe
 
@@ -42,8 +44,11 @@ def measure(
     checkpoint = open_checkpoint(locate(model))
     plan = make_plan(checkpoint, recipe or Recipe(group_size="row"), 1 << 62)
     network = open_network(checkpoint, plan, device, walking=choice.kind == "gram")
+    # Before the model writes its own text, which takes minutes.
+    stages_of(matrix_bytes(network.sites), 0, options.memory)
     calibration = calibration_set(checkpoint, options.choice, network.model, progress)
-    measure_tokens(network, checkpoint, calibration, out, choice, options, progress)
+    with said_when_full("free some and run the same command again, finished blocks are kept"):
+        measure_tokens(network, checkpoint, calibration, out, choice, options, progress)
     return {
         "folder": str(out),
         "kind": choice.kind,
@@ -73,7 +78,7 @@ def measure_tokens(
     if choice.kind == "gram":
         _gram(network, calibration.ids, choice, options, writer, progress)
     else:
-        stages = stages_of(network.sites, 0, options.memory)
+        stages = stages_of(matrix_bytes(network.sites), 0, options.memory)
         for number, stage in enumerate(stages):
             if all(writer.has(index) for index in stage):
                 continue
@@ -99,7 +104,7 @@ def _gram(
     writer: CurvatureWriter,
     progress: Progress | None,
 ) -> None:
-    walk = Walk(network.model, network.blocks, ids, options.memory // 2)
+    walk = Walk(network.model, network.blocks, ids, options.memory // 2, writer.folder)
     done, total = 0, len(network.blocks) * ids.shape[0]
     for index, sites in enumerate(network.sites):
         accumulator = Accumulator(choice)

@@ -1,7 +1,6 @@
 """A zero-shot run from end to end: plan, stream every tensor, write shards, publish the folder."""
 
 import contextlib
-import errno
 import json
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from fewbit import __version__
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.checkpoints.workdir import WorkFolder, check_output, copy_companions, write_index, write_json
 from fewbit.device import check_device
 from fewbit.errors import FewbitError
@@ -77,34 +77,31 @@ def quantize(
         check_output(Path(out), folder, options.overwrite)
         work = WorkFolder(Path(out), _job(checkpoint, recipe, options), options.overwrite)
     try:
+        with said_when_full(f"free {plan.bytes / 1e9:.1f} GB and run the same command again, what is finished is kept"):
+            if work is not None:
+                _check_space(plan, work.path, twice=recipe.curvature is not None)
+            with contextlib.ExitStack() as scratch:
+                solved = calibration = None
+                if recipe.curvature is not None:
+                    where = work.path if work else Path(scratch.enter_context(tempfile.TemporaryDirectory()))
+                    solved = SolvedStore(where)
+                    calibration = _calibrate(checkpoint, plan, recipe, options, solved)
+                workers = scratch.enter_context(_workers(options))
+                reader = scratch.enter_context(FileReader())
+                results = _stream(plan, checkpoint, recipe, _Run(workers, reader, work, options.progress, solved))
+            report = _report(str(model), checkpoint, recipe, plan, results)
+            if calibration is not None:
+                report["calibration"] = calibration
+            if work is not None:
+                _write_companions(work, checkpoint, recipe, plan, results)
+                report["output"]["file_bytes"] = sum(p.stat().st_size for p in work.path.glob("*.safetensors"))
+                write_json(work.path / "fewbit_report.json", report)
+                run = _run_facts(started, options)
+                write_json(work.path / "fewbit_run.json", run)
+                work.publish()
+    except FewbitError:
         if work is not None:
-            _check_space(plan, work.path, twice=recipe.curvature is not None)
-        with contextlib.ExitStack() as scratch:
-            solved = calibration = None
-            if recipe.curvature is not None:
-                where = work.path if work else Path(scratch.enter_context(tempfile.TemporaryDirectory()))
-                solved = SolvedStore(where)
-                calibration = _calibrate(checkpoint, plan, recipe, options, solved)
-            workers = scratch.enter_context(_workers(options))
-            reader = scratch.enter_context(FileReader())
-            results = _stream(plan, checkpoint, recipe, _Run(workers, reader, work, options.progress, solved))
-        report = _report(str(model), checkpoint, recipe, plan, results)
-        if calibration is not None:
-            report["calibration"] = calibration
-        if work is not None:
-            _write_companions(work, checkpoint, recipe, plan, results)
-            report["output"]["file_bytes"] = sum(p.stat().st_size for p in work.path.glob("*.safetensors"))
-            write_json(work.path / "fewbit_report.json", report)
-            run = _run_facts(started, options)
-            write_json(work.path / "fewbit_run.json", run)
-            work.publish()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = work.path.parent if work else folder
-            raise FewbitError(
-                f"{where}: the disk is full: free {plan.bytes / 1e9:.1f} GB and run the same command again, "
-                "finished shards are kept"
-            ) from error
+            work.discard_unbegun()
         raise
     finally:
         if work is not None:

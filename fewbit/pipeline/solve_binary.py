@@ -21,10 +21,18 @@ _MOST_SALIENT = 30
 
 
 def solve_binary(
-    weight: Tensor, prepared: Tensor | None, found: Factor | None, scheme: Scheme, path: str = ""
+    weight: Tensor,
+    prepared: Tensor | None,
+    found: Factor | None,
+    costs: Tensor | None,
+    scheme: Scheme,
+    path: str = "",
 ) -> Solved:
-    """Binarize `(out, in)` float32; without a factor each block is fitted to the weights as they are, under `path`."""
-    fitted = _Blocks(weight, found, scheme.group_size)
+    """Binarize `(out, in)` float32; without a factor each block is fitted to the weights as they are, under `path`.
+
+    costs: ``1 / U_jj^2`` of the columns, 0 for dead ones (:func:`fewbit.outliers.sensitivity.column_costs`).
+    """
+    fitted = _Blocks(weight, costs, scheme.group_size)
     if found is None:
         path = path or "fallback: the curvature has no Cholesky factor"
         return _finish(weight, fitted.plainly(), fitted, scheme, prepared, path)
@@ -40,10 +48,10 @@ def solve_binary(
 class _Blocks:
     """Salient columns and scales of the blocks that have been entered."""
 
-    def __init__(self, weight: Tensor, found: Factor | None, size: int) -> None:
+    def __init__(self, weight: Tensor, costs: Tensor | None, size: int) -> None:
         rows, columns = weight.shape
         self._weight, self._size = weight, size
-        self._diagonal = weight.new_ones(columns) if found is None else found.upper.diagonal()
+        self._costs = weight.new_ones(columns) if costs is None else costs
         self.salient = torch.zeros(columns, dtype=torch.bool, device=weight.device)
         self.patterns = torch.zeros(rows, columns // size, 4, dtype=torch.int16, device=weight.device)
         self._magnitudes: dict[bool, tuple[Tensor, Tensor]] = {}
@@ -51,7 +59,7 @@ class _Blocks:
     def enter(self, block: Tensor, first: int) -> None:
         part = slice(first, first + self._size)
         # Saliency w^2 / U_jj^2, summed over rows: the squared diagonal of the Cholesky factor of H^-1.
-        saliency = (block / self._diagonal[part]).square().sum(dim=0)
+        saliency = block.square().sum(dim=0) * self._costs[part]
         self.salient[part], scales = binary.fit_block(block.contiguous(), saliency, _MOST_SALIENT)
         try:
             pattern = to_pattern(scales, "float16")

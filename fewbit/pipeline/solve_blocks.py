@@ -79,6 +79,10 @@ class BlockSolver:
     def step(self, *_: Any) -> None:
         """One sequence through one block, or one sequence forward and back."""
         self.done += 1
+        self.show()
+
+    def show(self) -> None:
+        """Bring the progress line up to date."""
         if self.progress:
             self.progress(min(self.done, self.total), self.total, self.what)
 
@@ -104,6 +108,7 @@ class BlockSolver:
                 assert one is not None
                 self._take(name, one, by_tensor[name], install)
             self.what = f"block {index + 1} of {len(self.network.blocks)}, error {_error(found[-1]):.2%}"
+            self.show()
 
     def _together(
         self, by_tensor: dict[str, list[Site]], curvature: Callable[[Site], Tensor | None]

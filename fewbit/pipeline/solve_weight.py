@@ -16,7 +16,7 @@ from fewbit.errors import FewbitError
 from fewbit.formats.scheme import Scheme
 from fewbit.grids.positions import flat_positions
 from fewbit.outliers.adaptive_lasso import group_mask, outlier_count, split, threshold
-from fewbit.outliers.sensitivity import leave_one_out, sensitivity_threshold
+from fewbit.outliers.sensitivity import column_costs, leave_one_out, sensitivity_threshold
 from fewbit.pipeline.encode_weight import Settled, encode_weight
 from fewbit.pipeline.fit_grid import Grid, as_float16, encode_outliers, evenly_spaced, fit_core, fit_outliers, round_to
 from fewbit.pipeline.plan import outliers_per_group
@@ -77,16 +77,17 @@ def solve_weights(weights: Sequence[Tensor], curvature: Tensor | None, recipe: R
     order = _order(prepared, recipe)
     live = prepared - torch.diag(dead.to(prepared.dtype))
     found = factor(prepared[order][:, order], recipe.solver.damping)
+    costs = None if found is None else column_costs(found.upper, dead[order])
     if scheme.grid == "binary":
-        return [solve_binary(weight, live, found, scheme) for weight in weights]
+        return [solve_binary(weight, live, found, costs, scheme) for weight in weights]
     importance = _importance(prepared, dead, found, order, recipe.solver.importance)
     problems = [_Problem(recipe, scheme, weight, importance) for weight in weights]
     fixed = [_static(problem) for problem in problems]
     path = "fallback: the curvature has no Cholesky factor"
     compensated = list(weights)
-    if found is not None:
+    if found is not None and costs is not None:
         try:
-            compensated, fixed = _columns(problems, fixed, found, order)
+            compensated, fixed = _columns(problems, fixed, _Columns(found, order, costs))
             path = "solved" if found.step == 0 else f"solved with damping {found.damping:g}"
         except DivergedError:
             if len(weights) > 1:
@@ -104,7 +105,7 @@ def _stackable(weights: Sequence[Tensor], scheme: Scheme) -> bool:
 def _rounded(weight: Tensor, recipe: Recipe, scheme: Scheme, path: str) -> Solved:
     """Every weight to its nearest level, with no curvature."""
     if scheme.grid == "binary":
-        return solve_binary(weight, None, None, scheme, path)
+        return solve_binary(weight, None, None, None, scheme, path)
     return _finish(weight, weight, _static(_Problem(recipe, scheme, weight, None)), path, None)
 
 
@@ -184,19 +185,27 @@ def _outliers(x: Tensor, importance: Tensor | None, recipe: Recipe, scheme: Sche
     return split(magnitudes, cut)[1]
 
 
-def _columns(
-    problems: list[_Problem], each: list[_Fixed], found: Factor, order: Tensor
-) -> tuple[list[Tensor], list[_Fixed]]:
+@dataclass(frozen=True)
+class _Columns:
+    """The solver's factor, the storage place of each of its columns, and what a squared error in each costs."""
+
+    factor: Factor
+    order: Tensor
+    costs: Tensor
+
+
+def _columns(problems: list[_Problem], each: list[_Fixed], columns: _Columns) -> tuple[list[Tensor], list[_Fixed]]:
     """Run the column solver; returns the compensated weights in storage order and the grids they ended with."""
+    order, cost = columns.order, columns.costs
     scheme, recipe, importance = problems[0].scheme, problems[0].recipe, problems[0].importance
     weight, fixed, size = torch.cat([problem.weight for problem in problems]), _stack(each), scheme.group_size
     scale = fixed.core.scale.t().contiguous()
     offset = fixed.core.offset.t().contiguous() if isinstance(fixed.core.offset, Tensor) else fixed.core.offset
     column_of, group_of = order.tolist(), (order // size).tolist()
     mask = None if fixed.mask is None else fixed.mask.t().contiguous()
-    cut, cost = None, found.upper.diagonal().square().reciprocal()
+    cut = None
     if recipe.outliers == "sensitivity":
-        cut = _thresholds(problems, found, order)
+        cut = _thresholds(problems, columns)
         mask = torch.zeros(weight.t().shape, dtype=torch.bool, device=weight.device)
     refitted: list[Grid] = []
 
@@ -232,7 +241,9 @@ def _columns(
         if isinstance(offset, Tensor) and isinstance(grid.offset, Tensor):
             offset[index] = grid.offset[:, 0]
 
-    ordered = solve_columns(weight[:, order], found.upper, quantize, enter if recipe.solver.refit else None, size)
+    ordered = solve_columns(
+        weight[:, order], columns.factor.upper, quantize, enter if recipe.solver.refit else None, size
+    )
     compensated = torch.empty_like(ordered)
     compensated[:, order] = ordered
     ends, first = [], 0
@@ -245,12 +256,12 @@ def _columns(
     return list(compensated.split([problem.weight.shape[0] for problem in problems])), ends
 
 
-def _thresholds(problems: list[_Problem], found: Factor, order: Tensor) -> Tensor:
+def _thresholds(problems: list[_Problem], columns: _Columns) -> Tensor:
     """What each row's weights may cost before they are outliers, `(rows,)`: one threshold for all rows of a weight."""
     tau = problems[0].recipe.sensitivity
     cuts = []
     for problem in problems:
-        cut = sensitivity_threshold(problem.weight[:, order], found.upper, tau)
+        cut = sensitivity_threshold(problem.weight[:, columns.order], columns.costs, tau)
         cuts.append(problem.weight.new_full((problem.weight.shape[0],), cut))
     return torch.cat(cuts)
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from fewbit.checkpoints.whole_file import save_whole
+from fewbit.checkpoints.workdir import SOLVED, TOKENS
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_stored
 from fewbit.formats.scheme import Scheme, StoredWeight
 from fewbit.pipeline.plan import stored_to_dict
-
-SUFFIX = ".solved"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SolvedStore:
     """A folder with one file for every solved weight; a file is there in full or not at all."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def put(self, name: str, solved: SolvedWeight) -> SolvedWeight:
         """Keep a weight under the name of its tensor."""
@@ -41,10 +41,7 @@ class SolvedStore:
             "record": solved.record,
         }
         path = self._path(name)
-        partial = path.with_suffix(".partial")
-        tensors = {part: tensor.contiguous() for part, tensor in solved.parts.items()}
-        save_file(tensors, partial, metadata={"solved": json.dumps(described)})
-        partial.replace(path)
+        save_whole(solved.parts, path, {"solved": json.dumps(described)})
         return solved
 
     def find(self, name: str) -> SolvedWeight | None:
@@ -60,10 +57,7 @@ class SolvedStore:
 
     def put_kept(self, name: str, tensor: Tensor) -> None:
         """Keep a tensor that is not quantized but changed."""
-        path = self._path(name)
-        partial = path.with_suffix(".partial")
-        save_file({"kept": tensor.contiguous()}, partial)
-        partial.replace(path)
+        save_whole({"kept": tensor}, self._path(name))
 
     def kept(self, name: str) -> Tensor | None:
         """A changed tensor, or None when it is as the checkpoint has it."""
@@ -72,10 +66,10 @@ class SolvedStore:
 
     def same_tokens(self, sha256: str) -> None:
         """FewbitError when an interrupted run here was calibrated on other tokens: its text has changed since."""
-        path = self._path("tokens")
+        path = self._path(TOKENS)
         if path.is_file() and path.read_text(encoding="ascii") != sha256:
             raise FewbitError(
-                f"{self._folder}: the calibration text has changed since this run was interrupted: put the old text "
+                f"{self.folder}: the calibration text has changed since this run was interrupted: put the old text "
                 "back, or remove that folder to begin again"
             )
         path.write_text(sha256, encoding="ascii")
@@ -99,4 +93,4 @@ class SolvedStore:
         return found.stored, found.parts, found.record
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"{name}{SUFFIX}"
+        return self.folder / f"{name}{SOLVED}"

@@ -4,6 +4,7 @@ The hidden states of all sequences are one tensor, in memory up to a limit and o
 called with (masks, position embeddings) is the same for all sequences of one length, so it is taken from one run.
 """
 
+import math
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbit.checkpoints.whole_file import reserve
 from fewbit.curvature.observe import Watched, watching
 from fewbit.curvature.products import products
 from fewbit.errors import FewbitError
@@ -26,8 +28,14 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Walk:
     """The hidden states that enter the next block. A block may move to another device before it is run."""
 
-    def __init__(self, model: Any, blocks: Sequence[nn.Module], ids: Tensor, memory_bytes: int) -> None:
-        """Run the part before the blocks. ids: `(samples, length)`. memory_bytes: above it, states live on disk."""
+    def __init__(
+        self, model: Any, blocks: Sequence[nn.Module], ids: Tensor, memory_bytes: int, spill: Path | None = None
+    ) -> None:
+        """Run the part before the blocks. ids: `(samples, length)`.
+
+        memory_bytes: above it, states live on disk, in the folder `spill` (None: that for temporary files).
+        Raises OSError when the disk cannot hold them.
+        """
         self._blocks, self._memory = blocks, memory_bytes
         first, self._calls = self._record(model, ids[:1])
         if ids.shape[0] > 1:
@@ -38,7 +46,7 @@ class Walk:
                     "block by block cannot carry: take a method with a Fisher, such as precal+oac"
                 )
         shape = (ids.shape[0], *first.shape[1:])
-        self._states = _allocate(shape, first.dtype, first.device, memory_bytes)
+        self._states = _allocate(shape, first.dtype, first.device, memory_bytes, spill)
         with torch.inference_mode():
             for index in range(ids.shape[0]):
                 self._states[index : index + 1] = _until_first_block(model, blocks[0], ids[index : index + 1])
@@ -173,13 +181,15 @@ def _until_first_block(model: Any, block: nn.Module, ids: Tensor) -> Tensor:
     return found[0]
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, memory_bytes: int) -> Tensor:
-    count = 1
-    for size in shape:
-        count *= size
+def _allocate(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, memory_bytes: int, spill: Path | None
+) -> Tensor:
+    count = math.prod(shape)
     if count * dtype.itemsize <= memory_bytes:
         return torch.empty(shape, dtype=dtype, device=device)
-    with tempfile.NamedTemporaryFile(suffix=".states") as file:
+    with tempfile.NamedTemporaryFile(suffix=".states", dir=spill) as file:
+        # A hole in a file that the disk cannot fill later ends the process, with no error to catch.
+        reserve(file.fileno(), count * dtype.itemsize)
         # The mapping outlives the name: nothing is left behind, however the process ends.
         flat = torch.from_file(str(Path(file.name)), shared=True, size=count, dtype=dtype)
     return flat.view(shape)

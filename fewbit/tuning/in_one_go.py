@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fewbit.checkpoints.workdir import check_output, differences, read_json, write_json
+from fewbit.checkpoints.workdir import WorkFolder, check_output, differences, read_json, write_json
 from fewbit.errors import FewbitError
 from fewbit.pipeline.run import RunOptions, job_of, quantize
 from fewbit.recipe import Recipe
@@ -25,7 +25,12 @@ def quantize_and_tune(
     record = between.with_name(f"{between.name}.json")
     _begin(between, record, job_of(model, recipe, run), run.overwrite)
     if not (between / "fewbit_report.json").is_file():
-        quantize(model, between, recipe, run)
+        try:
+            quantize(model, between, recipe, run)
+        except FewbitError:
+            if not WorkFolder.place(between).exists():
+                record.unlink()
+            raise
     report = tune(between, out, choice, options, run.progress)
     shutil.rmtree(between)
     record.unlink()

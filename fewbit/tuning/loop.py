@@ -24,6 +24,10 @@ _LAST_RATE = 0.05
 _AFTER_A_WORSE_EPOCH = 0.5
 
 
+class TrainingStoppedError(FewbitError):
+    """The loss or a gradient is no number: the same run would end so again."""
+
+
 @dataclass
 class History:
     """Losses of all updates, held-out losses after every epoch (the first before any), and the best epoch.
@@ -149,10 +153,12 @@ class Trainer:
                 accelerator.backward(loss)
             total += float(loss.detach())
         if not math.isfinite(total):
-            raise FewbitError(f"the loss is {total} at update {step + 1}: lower --lr, or check the text")
+            raise TrainingStoppedError(f"the loss is {total} at update {step + 1}: lower --lr, or check the text")
         norm = _whole(accelerator.clip_grad_norm_(list(trained(self.model).values()), choice.clip))
         if not math.isfinite(norm):
-            raise FewbitError(f"the gradient of {self._not_finite()} is not finite at update {step + 1}: lower --lr")
+            raise TrainingStoppedError(
+                f"the gradient of {self._not_finite()} is not finite at update {step + 1}: lower --lr"
+            )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return _mean_over_processes(accelerator, total)

@@ -25,7 +25,7 @@ from fewbit.pipeline.calibrated import calibration_set
 from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.runtime.load import load
 from fewbit.tuning.choice import TuningChoice
-from fewbit.tuning.loop import Sequences, Trainer, held_out_last
+from fewbit.tuning.loop import Sequences, Trainer, TrainingStoppedError, held_out_last
 from fewbit.tuning.reconstruct import SUFFIX, reconstruct_blocks
 from fewbit.tuning.snapshots import Snapshots, whole_state
 from fewbit.tuning.teacher import Teacher, keep_predictions
@@ -122,6 +122,12 @@ def tune(
                 report = write_tuned(checkpoint, work, parts, tuning, _relative_errors(checkpoint, reference, reader))
             report["run"] = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
         accelerator.wait_for_everyone()
+    except FewbitError as error:
+        if accelerator.is_main_process and isinstance(error, TrainingStoppedError):
+            work.discard()
+        elif accelerator.is_main_process:
+            work.discard_unbegun()
+        raise
     finally:
         if accelerator.is_main_process:
             work.release()

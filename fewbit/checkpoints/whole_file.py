@@ -1,0 +1,48 @@
+"""Tensor files that are there in full or not at all, and what is said when a disk is full."""
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewbit.errors import FewbitError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file by write-then-rename. Raises OSError when the disk is full, as plain writes do."""
+    partial = path.with_suffix(".partial")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        # The library wraps the system's error and keeps only its text.
+        for number in _FULL:
+            if f"os error {number}" in str(error):
+                raise OSError(number, "the disk is full", str(path)) from error
+        raise
+    partial.replace(path)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Give an open file `size` bytes of disk. Raises OSError when there are none."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+
+
+@contextmanager
+def said_when_full(advice: str) -> Iterator[None]:
+    """Turns a full disk, met inside, into a FewbitError with the place and `advice`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        raise FewbitError(f"{where}the disk is full: {advice}") from error

@@ -1,0 +1,71 @@
+"""How many blocks' curvatures fit in memory at a time, and what a run's limits allow."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fewbit.architecture.network import Site
+from fewbit.errors import FewbitError
+from fewbit.memory import activation_bytes
+from fewbit.sizes import show_size
+
+
+def matrix_bytes(sites: list[list[Site]]) -> list[int]:
+    """Bytes of the curvatures of each block's layers, float32."""
+    return [sum({site.watched.key: 4 * site.columns**2 for site in block}.values()) for block in sites]
+
+
+def stages_of(sizes: Sequence[int], refresh: int, memory_bytes: int) -> list[list[int]]:
+    """Blocks whose curvature is measured in one pass: `refresh` of them, or as many as fit (`refresh` 0).
+
+    sizes: of :func:`matrix_bytes`. Raises FewbitError when the matrices of one block, or of one refresh, do not fit.
+    """
+    stages: list[list[int]] = [[]]
+    filled = 0
+    for index, size in enumerate(sizes):
+        if size > memory_bytes:
+            raise FewbitError(
+                f"block {index + 1}: its curvature takes {show_size(size)}, --memory allows {show_size(memory_bytes)}: "
+                f"give at least {show_size(max(sizes))}"
+            )
+        crowded = filled + size > memory_bytes
+        full = len(stages[-1]) >= refresh if refresh else crowded
+        if crowded and refresh and not full:
+            raise FewbitError(
+                f"the curvature of {refresh} blocks takes more than the {show_size(memory_bytes)} of --memory: allow "
+                "more, or refresh more often"
+            )
+        if stages[-1] and full:
+            stages.append([])
+            filled = 0
+        stages[-1].append(index)
+        filled += size
+    return stages
+
+
+def crowded(model: Any, length: int, memory_bytes: int) -> bool:
+    """Whether one sequence's activations would take more than a quarter of the memory that a run may have."""
+    return activation_bytes(model.config, length) > memory_bytes // 4
+
+
+def check_length(config: Any, length: int) -> None:
+    """FewbitError when a model has no positions for sequences of `length` tokens. config: of transformers, or its JSON.
+
+    A model with a table of positions fails beyond it; one with rotations was not trained there.
+    """
+    positions = positions_of(config)
+    if positions is not None and length > positions:
+        raise FewbitError(f"--sequence-length {length}: the model has {positions} positions: take {positions} or fewer")
+
+
+def positions_of(config: Any) -> int | None:
+    """The longest sequence that a model was made for, where its configuration says so."""
+    if isinstance(config, dict):
+        config = config.get("text_config") or config
+        found = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)
+    else:
+        inner = config.get_text_config()
+        found = next((value for name in _POSITIONS if isinstance(value := getattr(inner, name, None), int)), None)
+    return found if found and found > 0 else None
+
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")
