@@ -42,17 +42,22 @@ def progress_line(what: str, unit: float = 1.0) -> Iterator[Callable[[int, int, 
             yield show
         return
     began = last = time.monotonic()
+    first: int | None = None
 
     def plain(done: int, total: int, current: str) -> None:
-        nonlocal began, last, before
+        nonlocal began, last, before, first
         now = time.monotonic()
         if done < before:
             began = last = now
+            first = done
+        elif first is None:
+            # A run that goes on begins far from 0: what was done before took no time here.
+            first = done - 1 if done else 0
         before = done
         if now - began < _QUIET_FOR or (now - last < _PLAIN_EVERY and done < total) or not done:
             return
         last = now
-        left = (now - began) * (total - done) / done
+        left = (now - began) * (total - done) / max(1, done - first)
         print(f"{what}: {100 * done // total}%  {left:.0f} s left  {current}", file=sys.stderr, flush=True)
 
     yield plain

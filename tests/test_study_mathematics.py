@@ -10,7 +10,14 @@ import torch
 from fewbit.studies.basin import crossing_radius, second_difference, slope
 from fewbit.studies.directions import inner, norm, plane_of, random_direction
 from fewbit.studies.layer_errors import Fisher, output_error, predicted_increase, weight_error
-from fewbit.studies.statistics import discordant_share, ranks, spearman, spearman_interval
+from fewbit.studies.statistics import (
+    bootstrap_interval,
+    discordant_share,
+    normal_interval,
+    ranks,
+    spearman,
+    spearman_interval,
+)
 
 
 def slow_ranks(values: list[float]) -> list[float]:
@@ -49,8 +56,26 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         low, high = spearman_interval(x, y, trial, resamples=200)
         covered += low <= truth <= high
     assert 85 <= covered <= 100
-    assert spearman_interval(x, y, 1) == spearman_interval(x, y, 1) != spearman_interval(x, y, 2)
-    assert all(map(math.isnan, spearman_interval([1, 1, 1], [1, 2, 3], 0, resamples=20)))
+    assert bootstrap_interval(x, y, 1) == bootstrap_interval(x, y, 1) != bootstrap_interval(x, y, 2)
+    assert all(map(math.isnan, spearman_interval([1, 1, 1, 1], [1, 2, 3, 4], 0, resamples=20)))
+
+
+@pytest.mark.parametrize("size", [5, 8])
+def test_the_interval_of_a_few_pairs_is_no_point(size: int) -> None:
+    r = 0.95
+    truth = 6 / math.pi * math.asin(r / 2)
+    generator = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        x = generator.normal(size=size)
+        y = r * x + math.sqrt(1 - r * r) * generator.normal(size=size)
+        low, high = spearman_interval(x, y, trial, resamples=200)
+        assert high - low > 0.1
+        covered += low <= truth <= high
+    assert covered >= 186
+    assert spearman_interval(range(size), range(size), 0)[1] == pytest.approx(1.0)
+    low, high = normal_interval(0.5, 28)
+    assert (low, high) == pytest.approx((math.tanh(0.5493 - 0.41579), math.tanh(0.5493 + 0.41579)), abs=1e-3)
 
 
 def test_the_interval_is_that_of_drawing_pairs_one_by_one() -> None:
@@ -59,7 +84,7 @@ def test_the_interval_is_that_of_drawing_pairs_one_by_one() -> None:
     drawn = np.random.default_rng(7).integers(0, 25, (300, 25))
     slow = [spearman(x[row], y[row]) for row in drawn]
     expected = np.quantile(slow, [0.05, 0.95])
-    assert spearman_interval(x, y, 7, 0.9, 300) == pytest.approx(tuple(expected), abs=1e-12)
+    assert bootstrap_interval(x, y, 7, 0.9, 300) == pytest.approx(tuple(expected), abs=1e-12)
 
 
 def test_discordant_share_counts_pairs() -> None:

@@ -15,6 +15,7 @@ from fewbit.formats import native
 from fewbit.formats.config import read_weights
 from fewbit.formats.scheme import StoredWeight
 from fewbit.grids.codebook import normal_float
+from fewbit.grids.packing import unpack
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.run import RunOptions
 from fewbit.runtime.unpack import read_parts
@@ -141,6 +142,21 @@ def test_a_weight_begins_as_stored_and_is_stored_as_trained(
             n: (t.dtype, t.shape) for n, t in parts.items()
         }
         torch.testing.assert_close(native.decode(stored_again, stored), after, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["rtn", "adpq+", "precal+oac"])
+@pytest.mark.parametrize("towards", [-100.0, 100.0])
+def test_learned_rounding_moves_a_code_by_one_at_most(quantized: dict[str, Path], method: str, towards: float) -> None:
+    for _, stored, parts in weights(quantized[method])[:9:4]:
+        tuned = TunedWeight(stored, parts, None, TuningChoice(train="codes"))
+        assert tuned.outliers is None or not tuned.outliers.requires_grad
+        with torch.no_grad():
+            tuned.latent += towards
+        codes = [unpack(found["codes"], stored.scheme.bits, stored.shape[1]).int() for found in (parts, tuned.parts())]
+        moved = (codes[1] - codes[0]).abs()
+        assert int(moved.max()) == 1
+        # All but those that are at the end of their grid already.
+        assert float(moved.double().mean()) > 0.7
 
 
 def test_latent_weights_begin_at_the_original_where_codes_allow(quantized: dict[str, Path]) -> None:

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +25,10 @@ from fewbit.errors import FewbitError
 from fewbit.formats.config import describe
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.run import RunOptions
+from fewbit.progress import progress_line
+from fewbit.report.text import tuning_summary
 from fewbit.tuning import loop
+from fewbit.tuning import run as tuning_run
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.losses import Prediction, mean_loss, predict
 from fewbit.tuning.reconstruct import reconstruct_blocks
@@ -34,6 +39,7 @@ TEXT = CalibrationChoice("random-tokens", samples=68, sequence_length=32)
 CHOICE = TuningChoice(epochs=3, held_out=4, lr=0.02, scale_lr=0.01, top=16)
 GENTLE = replace(CHOICE, lr=0.005)
 """So few codes change that the order of float sums cannot send two runs different ways."""
+HARSH = replace(CHOICE, lr=0.9, scale_lr=0.2, patience=1, epochs=6)
 
 
 @pytest.fixture(scope="module")
@@ -218,35 +224,46 @@ def test_two_processes_give_what_one_gives(folder: Path, tmp_path: Path) -> None
 
 SHARDED = """
 import sys
-from accelerate import Accelerator
-from torch.distributed.fsdp import fully_shard
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from fewbit.tuning import run
-from test_tuning import GENTLE, TEXT
-def prepare(self, model, optimizer):
-    # Accelerate shards on accelerators only; this is what it does there.
-    from fewbit.tuning.tuned_model import optimizer_for
-    for block in model.model.layers:
-        fully_shard(block)
-    return fully_shard(model), optimizer_for(model, GENTLE)
-Accelerator.prepare = prepare
-Accelerator.backward = lambda self, loss: loss.backward()
-run.tune(sys.argv[1], sys.argv[2], GENTLE, run.TuneOptions(calibration=TEXT, device="cpu"))
+from test_tuning import GENTLE, HARSH, TEXT
+original = run._accelerator
+def sharding(device):
+    # Accelerate's own launcher shards on accelerators only; from here on everything is as it is there.
+    found = original(device)
+    found.state.distributed_type = DistributedType.FSDP
+    found.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    return found
+run._accelerator = sharding
+for name, choice in (("gentle", GENTLE), ("harsh", HARSH)):
+    run.tune(sys.argv[1], sys.argv[2] + name, choice, run.TuneOptions(calibration=TEXT, device="cpu"))
 """
 
 
 def test_two_processes_that_share_the_parameters(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "sharded.py").write_text(SHARDED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "sharded.py"), str(folder), str(tmp_path / "two")]
+    command += [str(tmp_path / "sharded.py"), str(folder), str(tmp_path / "two-")]
     path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     path["ACCELERATE_USE_CPU"] = "true"
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **path})
     assert done.returncode == 0, done.stderr
-    tune(folder, tmp_path / "one", GENTLE, TuneOptions(calibration=TEXT, device="cpu"))
-    one, two = (
-        json.loads((tmp_path / name / "fewbit_report.json").read_text())["tuning"]["history"] for name in ("one", "two")
+    one = tune(folder, tmp_path / "one", GENTLE, TuneOptions(calibration=TEXT, device="cpu"))["tuning"]["history"]
+    gentle, harsh = (
+        json.loads((tmp_path / f"two-{name}" / "fewbit_report.json").read_text())["tuning"]["history"]
+        for name in ("gentle", "harsh")
     )
-    assert two["held_out"] == pytest.approx(one["held_out"], rel=5e-3)
+    assert gentle["held_out"] == pytest.approx(one["held_out"], rel=5e-3)
+    # Weights that made it worse were put back, sharded as they are.
+    assert harsh["stopped"] and harsh["best_epoch"] < len(harsh["held_out"]) - 1
+
+
+def test_the_first_version_of_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    monkeypatch.setattr("accelerate.Accelerator", lambda **options: SimpleNamespace(state=state))
+    with pytest.raises(FewbitError, match="launch with --fsdp_version 2"):
+        tuning_run._accelerator("cpu")
 
 
 def test_quantize_and_tune_in_one_go(folder: Path, model: Path, tmp_path: Path) -> None:
@@ -348,11 +365,112 @@ def test_blocks_are_reconstructed_one_by_one(folder: Path, model: Path, tmp_path
     assert not list((tmp_path / "out").glob("*.block.*"))
 
 
-def test_a_loss_that_is_no_number_stops_with_the_update(folder: Path, tmp_path: Path) -> None:
-    choice = TuningChoice(**{**vars(CHOICE), "lr": 1e30, "scale_lr": 1e30})
-    with pytest.raises(FewbitError, match=r"at update \d+: lower --lr|does not fit"):
+def poisoned(monkeypatch: pytest.MonkeyPatch, poison: Callable[[Any], Any]) -> None:
+    """`poison` gets the trained weight of one layer of the second block before the first update."""
+    original = loop.optimizer_for
+
+    def made(model: Any, choice: TuningChoice) -> Any:
+        poison(model.get_submodule("model.layers.1.mlp.down_proj.tuned").latent)
+        return original(model, choice)
+
+    monkeypatch.setattr(loop, "optimizer_for", made)
+
+
+@pytest.mark.parametrize(
+    ("poison", "choice", "message"),
+    [
+        (
+            lambda latent: latent.register_hook(lambda gradient: gradient * math.nan),
+            CHOICE,
+            r"the gradient of model\.layers\.1\.mlp\.down_proj\.latent is no number at update 1: lower --lr",
+        ),
+        (
+            lambda latent: latent.data.fill_(math.nan),
+            CHOICE,
+            r"what model\.layers\.1\.mlp\.down_proj gives is no number at update 1: lower --lr, or check the text",
+        ),
+        (
+            lambda latent: None,
+            replace(CHOICE, scale_lr=1e30),
+            r"the scales of model\.layers\.0\.self_attn\.q_proj left their range at update 2: lower --scale-lr",
+        ),
+    ],
+)
+def test_what_is_no_number_stops_with_the_update_and_the_layer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Any, choice: TuningChoice, message: str
+) -> None:
+    poisoned(monkeypatch, poison)
+    with pytest.raises(FewbitError, match=message):
         tune(folder, tmp_path / "out", choice, TuneOptions(calibration=TEXT, device="cpu"))
-    assert not (tmp_path / "out").exists()
+    # The name is free for another rate.
+    assert not list(tmp_path.iterdir())
+
+
+def test_reconstruction_stops_too(folder: Path, tmp_path: Path) -> None:
+    choice = replace(CHOICE, reconstruction=1, lr=math.inf)
+    with pytest.raises(FewbitError, match=r"the gradient of block 1 is no number at its update \d+: lower --lr"):
+        tune(folder, tmp_path / "out", choice, TuneOptions(calibration=TEXT, device="cpu"))
+
+
+@pytest.mark.parametrize(("loss", "top"), [("nll", 16), ("nll+kd", 16), ("kd", 0)])
+def test_other_losses(folder: Path, tmp_path: Path, loss: str, top: int) -> None:
+    choice = replace(CHOICE, loss=loss, top=top, epochs=1, lr=0.005)
+    held = tune(folder, tmp_path / "out", choice, TuneOptions(calibration=TEXT, device="cpu"))["tuning"]["history"]
+    assert held["held_out"][1] < held["held_out"][0]
+
+
+def test_it_ends_when_nothing_gets_better(folder: Path, tmp_path: Path) -> None:
+    shown: list[str] = []
+    options = TuneOptions(calibration=TEXT, device="cpu")
+    report = tune(folder, tmp_path / "out", HARSH, options, lambda done, total, text: shown.append(text))
+    history = report["tuning"]["history"]
+    assert history["stopped"] and len(history["held_out"]) == history["best_epoch"] + 2 < HARSH.epochs + 1
+    line = next(text for text in shown if text.startswith("loss"))
+    assert re.fullmatch(r"loss \d+\.\d{3}, held out \d+\.\d{3}, rate 0\.09", line)
+
+
+def test_without_held_out_sequences_there_is_no_such_loss(folder: Path, tmp_path: Path) -> None:
+    report = tune(folder, tmp_path / "out", replace(CHOICE, held_out=0, epochs=2), TuneOptions(None, TEXT, None, "cpu"))
+    assert report["tuning"]["history"]["held_out"] == []
+    assert report["tuning"]["history"]["best_epoch"] == 2
+    assert "held-out" not in tuning_summary(report, tmp_path / "out")
+
+
+def test_few_kept_predictions_of_a_sure_student() -> None:
+    torch.manual_seed(1)
+    reference, logits = torch.randn(6, 5000), torch.randn(6, 5000)
+    logits.scatter_(1, reference.topk(1).indices, 25.0)
+    for top in (1, 8):
+        prediction = predict(reference, top)
+        assert prediction.indices is not None
+        ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+        log_q = torch.log_softmax(theirs, -1)
+        kept = prediction.indices.long()
+        rest = log_q.scatter(1, kept, -math.inf).logsumexp(1)
+        log_p = prediction.log_probabilities.double()
+        share = 1 - log_p.exp().sum(1)
+        wanted = ((log_p.exp() * (log_p - log_q.gather(1, kept))).sum(1) + share * (share.log() - rest)).mean()
+        value = mean_loss(ours, torch.zeros(6, dtype=torch.int64), prediction, "kd")
+        value.backward()
+        wanted.backward()
+        assert float(value) == pytest.approx(float(wanted), rel=1e-4)
+        assert ours.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", [0, 401])
+def test_the_time_left_is_that_of_this_run(first: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("fewbit.progress.time.monotonic", lambda: clock[0])
+    with progress_line("training") as show:
+        for done in range(first or 1, 500):
+            clock[0] += 0.5
+            show(done, 500, "")
+    lines = capsys.readouterr().err.splitlines()
+    for line in lines:
+        found = re.fullmatch(r"training: (\d+)%  (\d+) s left  ", line)
+        assert found is not None
+        assert abs(int(found[2]) - (500 - 5 * int(found[1])) * 0.5) <= 3
 
 
 def test_bad_input(folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fewbit.errors import FewbitError
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.losses import mean_loss
+from fewbit.tuning.not_finite import TrainingStoppedError, first_gradient, first_output, first_scale
 from fewbit.tuning.snapshots import Snapshots
 from fewbit.tuning.teacher import Teacher
 from fewbit.tuning.tuned_model import optimizer_for, set_rates, trained
@@ -24,13 +25,11 @@ _LAST_RATE = 0.05
 _AFTER_A_WORSE_EPOCH = 0.5
 
 
-class TrainingStoppedError(FewbitError):
-    """The loss or a gradient is no number: the same run would end so again."""
-
-
 @dataclass
 class History:
     """Losses of all updates, held-out losses after every epoch (the first before any), and the best epoch.
+
+    Without held-out sequences there are no such losses, and the last epoch is the best.
 
     share: what all rates are multiplied by; halved whenever an epoch made the held-out loss worse and was taken back.
     """
@@ -107,8 +106,8 @@ class Trainer:
         batches = len(order_of(0, self._sequences.training, choice.batch_size, 0))
         total = batches * choice.epochs
         begun = self._snapshots.resume(self.model, self._optimizer, history)
-        if not history.held_out:
-            history.held_out.append(self._held_out_loss())
+        if not begun:
+            self._judge()
             self._snapshots.keep_best(self.model)
         for step in range(begun, total):
             epoch, batch = divmod(step, batches)
@@ -117,8 +116,9 @@ class Trainer:
             rate *= history.share
             history.losses.append(self._update(numbers, rate, step))
             if progress:
-                held = f", held out {history.held_out[-1]:.3f}" if history.held_out[-1] else ""
-                progress(step + 1, total, f"loss {_recent(history.losses):.3f}{held}, rate {rate * choice.lr:.4f}")
+                held = f", held out {history.held_out[-1]:.3f}" if history.held_out else ""
+                full = choice.lr if choice.trains_weights else choice.scale_lr
+                progress(step + 1, total, f"loss {_recent(history.losses):.3f}{held}, rate {rate * full:.2g}")
             if batch + 1 == batches:
                 self._end_epoch(epoch + 1)
                 if history.stopped:
@@ -129,9 +129,8 @@ class Trainer:
 
     def _end_epoch(self, epoch: int) -> None:
         history = self.history
-        best = history.held_out[history.best_epoch]
-        history.held_out.append(self._held_out_loss())
-        if history.held_out[-1] < best or not self._sequences.held_out:
+        self._judge()
+        if not history.held_out or history.held_out[-1] < history.held_out[history.best_epoch]:
             history.best_epoch = epoch
             self._snapshots.keep_best(self.model)
             return
@@ -142,32 +141,39 @@ class Trainer:
 
     def _update(self, numbers: list[int], rate: float, step: int) -> float:
         set_rates(self._optimizer, rate)
-        accelerator, choice = self._accelerator, self._choice
+        accelerator = self._accelerator
         mine = numbers[accelerator.process_index :: accelerator.num_processes]
-        size = min(choice.micro_batch, len(mine))
-        parts = [mine[first : first + size] for first in range(0, len(mine), size)]
-        total = 0.0
-        for index, part in enumerate(parts):
-            with _no_sync(accelerator, self.model, wanted=index + 1 < len(parts)):
-                loss = self._loss(part) * (len(part) / len(mine))
-                accelerator.backward(loss)
-            total += float(loss.detach())
-        if not math.isfinite(total):
-            raise TrainingStoppedError(f"the loss is {total} at update {step + 1}: lower --lr, or check the text")
-        norm = _whole(accelerator.clip_grad_norm_(list(trained(self.model).values()), choice.clip))
-        if not math.isfinite(norm):
+        try:
+            total = self._backward(mine)
+        except FewbitError as error:
             raise TrainingStoppedError(
-                f"the gradient of {self._not_finite()} is not finite at update {step + 1}: lower --lr"
-            )
+                f"the scales of {first_scale(self.model)} left their range at update {step + 1}: lower --scale-lr"
+            ) from error
+        if not math.isfinite(total):
+            where = first_output(self.model, lambda: self._loss(mine))
+            raise TrainingStoppedError(f"{where} is no number at update {step + 1}: lower --lr, or check the text")
+        norm = _whole(accelerator.clip_grad_norm_(list(trained(self.model).values()), self._choice.clip))
+        if not math.isfinite(norm):
+            # Clipping has made all gradients like the norm: only another pass can tell whose it was.
+            self._optimizer.zero_grad(set_to_none=True)
+            self._backward(mine)
+            where = first_gradient(self.model)
+            raise TrainingStoppedError(f"the gradient of {where} is no number at update {step + 1}: lower --lr")
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return _mean_over_processes(accelerator, total)
 
-    def _not_finite(self) -> str:
-        for name, parameter in trained(self.model).items():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                return name.removeprefix("module.").replace(".tuned", "")
-        return "some layer"
+    def _backward(self, mine: list[int]) -> float:
+        """Gradients of the mean loss over this process's sequences, some at a time; returns that loss."""
+        size = min(self._choice.micro_batch, len(mine))
+        parts = [mine[first : first + size] for first in range(0, len(mine), size)]
+        total = 0.0
+        for index, part in enumerate(parts):
+            with _no_sync(self._accelerator, self.model, wanted=index + 1 < len(parts)):
+                loss = self._loss(part) * (len(part) / len(mine))
+                self._accelerator.backward(loss)
+            total += float(loss.detach())
+        return total
 
     def _loss(self, numbers: list[int]) -> Tensor:
         ids = self._sequences.ids[numbers].to(self._accelerator.device)
@@ -179,12 +185,11 @@ class Trainer:
         return mean_loss(flat, ids[:, 1:].reshape(-1), prediction, self._choice.loss)
 
     @torch.no_grad()
-    def _held_out_loss(self) -> float:
-        """Mean over the held-out sequences, which every process computes; 0 where there are none."""
+    def _judge(self) -> None:
+        """Note the mean loss of the held-out sequences, which every process computes, where there are any."""
         first, count = self._sequences.training, self._sequences.held_out
-        if not count:
-            return 0.0
-        return sum(float(self._loss([first + index])) for index in range(count)) / count
+        if count:
+            self.history.held_out.append(sum(float(self._loss([first + index])) for index in range(count)) / count)
 
 
 def _whole(norm: Tensor) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fewbit.memory import rows_at_once
 
 _TINY = 1e-12
+_SMALLEST = 1e-37
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def _add_kd(log_q: Tensor, prediction: Prediction, gradient: Tensor) -> float:
     kept = prediction.indices.long()
     p, q_kept = log_p.exp(), q.gather(1, kept)
     p_rest = (1.0 - p.sum(dim=1, keepdim=True)).clamp(min=0.0)
-    q_rest = (1.0 - q_kept.sum(dim=1, keepdim=True)).clamp(min=_TINY)
+    # Summed from what is there: 1 less the kept ones would be noise where they have nearly all of it.
+    q_rest = q.scatter_(1, kept, 0.0).sum(dim=1, keepdim=True).clamp(min=_SMALLEST)
     inside = (p * (log_p - log_q.gather(1, kept))).sum()
     outside = (p_rest * ((p_rest.clamp(min=_TINY)).log() - q_rest.log())).sum()
     gradient.add_(q.mul_(1.0 - p_rest / q_rest).scatter_(1, kept, q_kept - p))

@@ -21,6 +21,7 @@ from fewbit.memory import available_bytes
 from fewbit.pipeline.walk import Walk
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.loop import Sequences, learning_rate, order_of
+from fewbit.tuning.not_finite import TrainingStoppedError
 from fewbit.tuning.tuned_model import load_state, optimizer_for, set_rates, trained
 
 SUFFIX = ".block.safetensors"
@@ -72,7 +73,11 @@ def reconstruct_blocks(
                 set_rates(optimizer, learning_rate(step, updates, choice.warmup))
                 for number in numbers:
                     (error(number) / len(numbers)).backward()
-                torch.nn.utils.clip_grad_norm_(list(trained(block).values()), choice.clip)
+                norm = torch.nn.utils.clip_grad_norm_(list(trained(block).values()), choice.clip)
+                if not bool(torch.isfinite(norm)):
+                    raise TrainingStoppedError(
+                        f"the gradient of block {index + 1} is no number at its update {step + 1}: lower --lr"
+                    )
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if progress:

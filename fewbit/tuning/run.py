@@ -25,7 +25,8 @@ from fewbit.pipeline.calibrated import calibration_set
 from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.runtime.load import load
 from fewbit.tuning.choice import TuningChoice
-from fewbit.tuning.loop import Sequences, Trainer, TrainingStoppedError, held_out_last
+from fewbit.tuning.loop import Sequences, Trainer, held_out_last
+from fewbit.tuning.not_finite import TrainingStoppedError
 from fewbit.tuning.reconstruct import SUFFIX, reconstruct_blocks
 from fewbit.tuning.snapshots import Snapshots, whole_state
 from fewbit.tuning.teacher import Teacher, keep_predictions
@@ -79,14 +80,17 @@ def tune(
         work = WorkFolder(Path(out), _job(checkpoint, reference, choice, options), options.overwrite)
     accelerator.wait_for_everyone()
     path = work.path if accelerator.is_main_process else WorkFolder.place(Path(out))
+    if not accelerator.is_main_process:
+        progress = None
     try:
+        # First, since what cannot be trained is refused here.
+        model = load(checkpoint.folder, dtype=_training_dtype(checkpoint), device="cpu")
         original = load(reference, device=str(accelerator.device))
         calibration = calibration_set(open_checkpoint(reference), options.calibration, original, progress)
         if accelerator.is_main_process:
             SolvedStore(path).same_tokens(calibration.sha256)
         sequences = _split(calibration.ids, choice)
         teacher = _teacher(original, sequences.ids, choice, path, accelerator, progress)
-        model = load(checkpoint.folder, dtype=_training_dtype(checkpoint), device="cpu")
         with FileReader() as reader:
             names = make_trainable(model, choice, _originals(checkpoint, open_checkpoint(reference), reader, model))
         model.to(accelerator.device)
@@ -142,7 +146,12 @@ def _accelerator(device: str | None) -> Any:
     if device is not None:
         check_device(device)
     wants_cpu = device == "cpu" or not torch.cuda.is_available()
-    return Accelerator(cpu=wants_cpu)
+    accelerator = Accelerator(cpu=wants_cpu)
+    sharding = getattr(accelerator.state, "fsdp_plugin", None)
+    if sharding is not None and sharding.fsdp_version != 2:
+        # Version 1 flattens a block's parameters into one, of one number format and trained or not as a whole.
+        raise FewbitError("FSDP: trained and frozen parameters need version 2: launch with --fsdp_version 2")
+    return accelerator
 
 
 def _reference(checkpoint: Checkpoint, named: str | Path | None) -> Path:

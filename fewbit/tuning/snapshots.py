@@ -103,6 +103,11 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
 
 
 def _set_model(model: nn.Module, state: dict[str, Any]) -> None:
+    for module in model.modules():
+        # After a forward pass alone, some parts of a sharded model stay whole, which takes no sharded state.
+        reshard = getattr(module, "reshard", None)
+        if callable(reshard):
+            reshard()
     set_model_state_dict(model, state, options=_options())
 
 

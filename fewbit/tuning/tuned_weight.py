@@ -34,7 +34,8 @@ class TunedWeight(nn.Module):
 
     step: Tensor
     first: Tensor
-    begin: Tensor
+    lowest: Tensor
+    highest: Tensor
     salient: Tensor
     places: Tensor
     outlier_unit: Tensor
@@ -68,8 +69,6 @@ class TunedWeight(nn.Module):
             margin = MARGIN * step
             begin = torch.maximum(torch.minimum(original.float().view_as(grouped), grouped + margin), grouped - margin)
         self.latent = nn.Parameter(begin / self.step, requires_grad=choice.trains_weights)
-        if choice.train == "codes":
-            self._keep(begin=self.latent.detach().clone())
         self.gain = nn.Parameter(torch.ones_like(first), requires_grad=choice.trains_scales)
         self.offset = None
         if offset is not None:
@@ -82,16 +81,31 @@ class TunedWeight(nn.Module):
             scale, minimum = outlier_grid_of(where, stored.shape[1], self._settled.outliers)
             self._keep(places=where, outlier_scale=scale, outlier_minimum=minimum)
             self._keep(outlier_unit=values.abs().mean().clamp(min=1e-12))
-            self.outliers = nn.Parameter(values / self.outlier_unit, requires_grad=choice.trains_weights)
-        self._begin_with(grouped)
+            moves = choice.trains_weights and choice.train != "codes"
+            self.outliers = nn.Parameter(values / self.outlier_unit, requires_grad=moves)
         if choice.train == "codes":
-            self.begin.copy_(self.latent)
+            low, high = self._neighbours(grouped)
+            self._keep(lowest=low / self.step, highest=high / self.step)
+        self._begin_with(grouped)
 
     @torch.no_grad()
     def _begin_with(self, grouped: Tensor) -> None:
         """Latent weights that would not round to what is stored begin there: not all levels are evenly spaced."""
         astray = (self.decoded().view_as(grouped) - grouped).abs() > 1e-3 * self.step.abs()
         self.latent.copy_(torch.where(astray, grouped / self.step, self.latent))
+
+    def _neighbours(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
+        """The levels below and above each stored value `(out, groups, g)`, or it where there is none: learned rounding
+        keeps between them. Where levels are evenly spaced they are a step away.
+        """
+        levels = self.stored.scheme.levels
+        if self.stored.scheme.grid != "codebook" or levels is None:
+            return grouped - self.step.abs(), grouped + self.step.abs()
+        known = torch.tensor(levels, device=grouped.device)
+        middles = (known[1:] + known[:-1]) / 2
+        code = torch.bucketize(grouped / divisor(self.first), middles)
+        ends = [known[(code + by).clamp(0, len(levels) - 1)] * self.first for by in (-1, 1)]
+        return torch.minimum(*ends), torch.maximum(*ends)
 
     def _keep(self, **tensors: Tensor) -> None:
         """Tensors that follow the module to its device and are no part of its state."""
@@ -147,7 +161,7 @@ class TunedWeight(nn.Module):
     def _latent(self) -> Tensor:
         latent: Tensor = self.latent
         if self._choice.train == "codes":
-            latent = torch.maximum(torch.minimum(latent, self.begin + 1.0), self.begin - 1.0)
+            latent = torch.maximum(torch.minimum(latent, self.highest), self.lowest)
         return latent * self.step
 
     def _wanted_scales(self) -> Tensor:
