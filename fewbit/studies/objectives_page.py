@@ -32,7 +32,8 @@ def draw(result: Result) -> list[Section]:
         Section(
             "Rank correlations",
             [
-                "Spearman, with 95 % intervals (bootstrap over models, at least as wide as Fisher's transformation). holds: the interval lies above 0.5; fails: "
+                "Spearman, with 95 % intervals (bootstrap over models, at least as wide as Fisher's transformation). "
+                "holds: the interval lies above 0.5; fails: "
                 "below; open: 0.5 lies in it. Pairs in the other order: of two models of a group, the one with the "
                 "lower measure has the higher loss."
             ],
