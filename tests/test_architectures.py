@@ -90,3 +90,47 @@ def test_calibrated(model: Path, tmp_path: Path, method: str) -> None:
     assert float((expected - found).norm() / expected.norm()) < 0.05
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert len(config["weights"]) == len(report["layers"])
+
+
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
+def fused(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with all experts of a block in one tensor, as newer models are stored."""
+    from safetensors.torch import save_file
+
+    folder = build(request.param, tmp_path_factory.mktemp("fused") / request.param)
+    weights = {name: tensor.clone() for name, tensor in fewbit.load(folder, device="cpu").state_dict().items()}
+    assert sum(tensor.dim() == 3 for tensor in weights.values()) == 4
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("method", ["gptq", "oac", "spqr", "awq"])
+def test_fused_experts(fused: Path, tmp_path: Path, method: str) -> None:
+    from fewbit.runtime.unpack import unpack
+
+    recipe = fewbit.preset(method, bits=8, group_size="16")
+    report = fewbit.quantize(fused, tmp_path / "out", recipe, RunOptions(calibration=CHOICE))
+    experts = [record for record in report["layers"] if ".experts." in record["name"]]
+    assert len(experts) == 4 and max(record["relative_squared_error"] for record in experts) < 1e-3
+    ids = torch.randint(3, 128, (1, 24), generator=torch.Generator().manual_seed(2))
+    plain, found = (fewbit.load(f, device="cpu") for f in (fused, unpack(tmp_path / "out", tmp_path / "plain")))
+    with torch.inference_mode():
+        expected, logits = plain(ids).logits.float(), found(ids).logits.float()
+    assert float((expected - logits).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("method", ["gptq", "oac"])
+def test_experts_that_saw_no_token_are_rounded_and_named(fused: Path, method: str) -> None:
+    few = CalibrationOptions(CalibrationChoice("random-tokens", samples=1, sequence_length=2), max_fallback=99)
+    recipe = fewbit.preset(method, bits=8, group_size="16")
+    report = fewbit.quantize(fused, None, recipe, RunOptions(report_only=True, calibration=few))
+    experts = [record for record in report["layers"] if ".experts." in record["name"]]
+    # Two experts a token: with two tokens, and for the Fisher one that has a target, not all of four have any.
+    without = [record["experts_without_input"] for record in experts if "experts_without_input" in record]
+    assert without and all(set(found) < set(range(4)) for found in without)
+    assert all("rounded: no input seen" in r["path"] for r in experts if "experts_without_input" in r)
+
+
+def test_planes_of_bits_hold_no_fused_experts(fused: Path, tmp_path: Path) -> None:
+    with pytest.raises(fewbit.FewbitError, match="experts fused in one tensor cannot be stored with this grid: take"):
+        fewbit.quantize(fused, tmp_path / "out", fewbit.preset("billm"), RunOptions(calibration=CHOICE))

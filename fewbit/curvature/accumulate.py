@@ -131,7 +131,8 @@ class Accumulator:
         With a share of the Gram such a column is judged by its inputs, and only the loss of all gradients is found.
         """
         for key, live in self.live.items():
-            if not self.tokens[key] and bool(live.any()):
+            # In sequences of two tokens the one with a target attends to itself alone, whatever its query and key are.
+            if not self.tokens[key] and self.length != 2 and bool(live.any()):
                 raise FewbitError(f"{key}: its gradients are all 0 though it had inputs: {_ADVICE}")
             matrix = self.sums.get(key)
             diagonal = None if matrix is None else matrix if matrix.dim() == 1 else matrix.diagonal()

@@ -18,7 +18,7 @@ from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import PlannedTensor
 from fewbit.pipeline.quantize_tensor import assemble
 from fewbit.pipeline.quantize_weight import NotFiniteError
-from fewbit.pipeline.solve_weight import round_weight, solve_weight, solve_weights
+from fewbit.pipeline.solve_weight import NO_INPUT, round_weight, solve_weight, solve_weights
 from fewbit.pipeline.solved import Solved
 from fewbit.pipeline.solved_store import SolvedStore, SolvedWeight
 from fewbit.pipeline.walk import Walk
@@ -220,7 +220,10 @@ class BlockSolver:
         paths = sorted({one.path for one in solved})
         record["path"] = next((path for path in paths if path.startswith("fallback")), "; ".join(paths))
         if idle:
-            record["path"] = "fallback: it never ran on the calibration text"
+            record["path"] = "fallback: it never ran on the calibration text, or no gradient reached it"
+        unseen = [index for index, one in enumerate(solved) if one.path == NO_INPUT]
+        if unseen and len(solved) > 1:
+            record["experts_without_input"] = unseen
         predicted = [one.predicted for one in solved if one.predicted is not None]
         if predicted:
             record["relative_curvature_error"] = sum(predicted) / len(predicted)

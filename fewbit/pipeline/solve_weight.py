@@ -26,6 +26,9 @@ from fewbit.pipeline.solved import Solved, relative_cost
 from fewbit.recipe import Recipe
 from fewbit.solvers.column import DivergedError, solve_columns
 
+NO_INPUT = "rounded: no input seen"
+"""The path of a weight that no token of the calibration text reached."""
+
 
 @dataclass(frozen=True)
 class _Problem:
@@ -61,7 +64,7 @@ def solve_weights(weights: Sequence[Tensor], curvature: Tensor | None, recipe: R
         return [_rounded(weight, recipe, scheme, path) for weight in weights]
 
     if curvature is None:
-        return rounded("rounded: no input seen")
+        return rounded(NO_INPUT)
     if not bool(torch.isfinite(curvature).all()):
         return rounded("fallback: the curvature is not finite")
     if curvature.shape[0] != weights[0].shape[1]:
