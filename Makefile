@@ -27,9 +27,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[hf,report,dev]'
 	touch $@
 
-# lm-eval and what it brings, 600 MB; only the tests want it.
+# lm-eval, ray and what they bring, 700 MB; only the tests want them.
 $(TASKS): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tasks]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tasks,ray]'
 	touch $@
 
 clean:

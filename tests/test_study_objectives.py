@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_tiny, run_cli
+from conftest import build_tiny, byte_tokenizer, run_cli
 from safetensors.torch import load_file, save_file
 from study_cases import SMALL, kill_half_way, look_at, study_choice, without_run
+from test_architectures import build
 from test_evaluation import check_page
 
 import fewbit
@@ -21,6 +22,7 @@ from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
 from fewbit.studies.objectives import STUDY
 from fewbit.studies.objectives_summary import MEASURES, summarize
+from fewbit.studies.registry import find_study
 from fewbit.studies.run import run_study
 from fewbit.studies.variants import Variant, variants
 
@@ -139,6 +141,15 @@ def test_ray_gives_the_same_rows(tiny: Path, folder: Path, tmp_path: Path) -> No
     choice = study_choice("objectives", tiny, tmp_path / "error", engine="ray", folders=(str(damaged),), **few)
     with pytest.raises(FewbitError, match=r"damaged: .*missing weights .model.norm.weight.*finished cells are kept"):
         run_study(STUDY, choice)
+
+
+def test_a_model_with_fused_experts_is_refused_before_any_work(tmp_path: Path) -> None:
+    model = build("mixtral", tmp_path / "mixtral")
+    byte_tokenizer().save_pretrained(model)
+    for study, method in (("objectives", "rtn"), ("calibration-sets", "gptq")):
+        choice = study_choice(study, model, tmp_path / study, methods=(method,), bits=(4,))
+        with pytest.raises(FewbitError, match="its experts are fused, and such models do not run quantized yet"):
+            run_study(find_study(study), choice)
 
 
 def test_without_ray_the_error_names_the_extra(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from fewbit.checkpoints.source import open_checkpoint
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
+from fewbit.pipeline.calibrated import open_original
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.measure import measure
 from fewbit.pipeline.run import RunOptions, quantize
@@ -23,6 +24,16 @@ GRAM, FISHER = CurvatureChoice("gram"), CurvatureChoice("fisher", terms="token")
 """Inputs of the original, and its output Fisher without terms between tokens."""
 
 _ONE_BIT = ("billm", "oac+billm")
+
+
+def refuse_fused_experts(choice: StudyChoice) -> None:
+    """FewbitError, before hours of work, for a model whose quantized forms cannot run packed."""
+    _, network = open_original(choice.model, "cpu", walking=True)
+    if any(site.watched.expert is not None for block in network.sites for site in block):
+        raise FewbitError(
+            f"{choice.model}: its experts are fused, and such models do not run quantized yet, as this study needs: "
+            "fewbit study outliers and landscape take them"
+        )
 
 
 @dataclass(frozen=True)
