@@ -125,6 +125,16 @@ def test_all_six_tasks_as_the_hand_written_scorer(tiny32: Path) -> None:
 
 @needs_questions
 @pytest.mark.real_model
+def test_all_six_tasks_with_a_tokenizer_that_merges(tmp_path: Path) -> None:
+    # Tokens of several letters could reach over the place where a prompt ends and a choice begins.
+    tokenizer = tokenizer_of(locate("smollm2-135m"))
+    model = build_tiny(tmp_path / "model", "float32", max_position_embeddings=4096, vocab_size=len(tokenizer))
+    opened = open_tasks(TaskChoice(tuple(TASKS), SHARED, COUNT))
+    check_against_hand(fewbit.load(model), tokenizer, opened, tolerance=1e-5)
+
+
+@needs_questions
+@pytest.mark.real_model
 def test_a_real_model_as_the_hand_written_scorer() -> None:
     model = fewbit.load("smollm2-135m", dtype=torch.float32)
     opened = open_tasks(TaskChoice(("lambada_openai",), SHARED, COUNT))
