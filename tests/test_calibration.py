@@ -180,6 +180,7 @@ def test_a_hub_data_set(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: s
 def test_none_is_no_calibration(tiny: Path, tmp_path: Path) -> None:
     line = refused(tiny, tmp_path / "out", *CALIBRATED, *RANDOM[2:], "--calibration", "none")
     assert line == "this method needs calibration text: give --calibration, e.g. self, c4 or a file"
+    run_cli("quantize", tiny, tmp_path / "out", "--method", "rtn", "--calibration", "none")
 
 
 def test_memory_too_small_for_one_block(tiny: Path, tmp_path: Path) -> None:

@@ -109,6 +109,9 @@ def refuse_unused(recipe: Recipe, text: dict[str, Any], others: dict[str, Any], 
     """
     if tuned:
         text = {}
+    if text.get("sources") == "none":
+        # What such methods do anyway.
+        text = {**text, "sources": None}
     given = flags({**text, **others})
     if given and recipe.curvature is None:
         raise FewbitError(
