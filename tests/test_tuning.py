@@ -453,7 +453,7 @@ def test_few_kept_predictions_of_a_sure_student() -> None:
         value = mean_loss(ours, torch.zeros(6, dtype=torch.int64), prediction, "kd")
         value.backward()
         wanted.backward()
-        assert float(value) == pytest.approx(float(wanted), rel=1e-4)
+        assert value.item() == pytest.approx(wanted.item(), rel=1e-4)
         assert ours.grad is not None and theirs.grad is not None
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-6)
 
