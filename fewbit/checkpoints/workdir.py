@@ -16,6 +16,8 @@ from fewbit.errors import FewbitError
 _JOB = "job.json"
 SOLVED = ".solved"
 """Ending of what is kept only until the work is whole."""
+SPILLED = ".states"
+"""Ending of files that have no name for longer than it takes to map them, unless the process was killed just then."""
 TOKENS = "tokens"
 """Name of what is kept of the calibration text: its SHA-256, which by itself is no work."""
 
@@ -108,7 +110,8 @@ class WorkFolder:
         if self.out.exists():
             self.out.rename(self.out.with_name(f".{self.out.name}.fewbit-old-{os.getpid()}"))
         self.path.rename(self.out)
-        for record in [*self.out.glob("*.safetensors.json"), *self.out.glob(f"*{SOLVED}"), self.out / _JOB]:
+        scratch = [path for ending in (".safetensors.json", SOLVED, SPILLED) for path in self.out.glob(f"*{ending}")]
+        for record in [*scratch, self.out / _JOB]:
             record.unlink()
         for old in self.out.parent.glob(f".{self.out.name}.fewbit-old-*"):
             shutil.rmtree(old)

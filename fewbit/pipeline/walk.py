@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.checkpoints.whole_file import reserve
+from fewbit.checkpoints.workdir import SPILLED
 from fewbit.curvature.observe import Watched, watching
 from fewbit.curvature.products import products
 from fewbit.errors import FewbitError
@@ -187,7 +188,7 @@ def _allocate(
     count = math.prod(shape)
     if count * dtype.itemsize <= memory_bytes:
         return torch.empty(shape, dtype=dtype, device=device)
-    with tempfile.NamedTemporaryFile(suffix=".states", dir=spill) as file:
+    with tempfile.NamedTemporaryFile(suffix=SPILLED, dir=spill) as file:
         # A hole in a file that the disk cannot fill later ends the process, with no error to catch.
         reserve(file.fileno(), count * dtype.itemsize)
         # The mapping outlives the name: nothing is left behind, however the process ends.
