@@ -209,6 +209,7 @@ def test_after_a_refusal_the_same_name_is_free(tiny: Path, tmp_path: Path) -> No
     refused(tiny, tmp_path / "out", *CALIBRATED, *text, tmp_path / "short.txt")
     refused(tiny, tmp_path / "out", *CALIBRATED, *text, tmp_path / "short.txt", "--tune", "--tune-epochs", "1")
     run_cli("quantize", tiny, tmp_path / "out", *CALIBRATED, *text, "nonsense")
+    assert (tmp_path / "out" / "fewbit_report.json").is_file()
 
 
 def test_a_model_without_tokenizer(tmp_path: Path) -> None:
