@@ -150,7 +150,9 @@ class Trainer:
                 f"the scales of {first_scale(self.model)} left their range at update {step + 1}: lower --scale-lr"
             ) from error
         if not math.isfinite(total):
-            where = first_output(self.model, lambda: self._loss(mine))
+            # Alone: a pass that other processes take no part in could wait for them for ever.
+            alone = accelerator.num_processes == 1
+            where = first_output(self.model, lambda: self._loss(mine)) if alone else "the loss"
             raise TrainingStoppedError(f"{where} is no number at update {step + 1}: lower --lr, or check the text")
         norm = _whole(accelerator.clip_grad_norm_(list(trained(self.model).values()), self._choice.clip))
         if not math.isfinite(norm):

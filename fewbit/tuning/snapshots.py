@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+
+from fewbit.checkpoints.whole_file import save_whole
 
 _STATE, _BEST = "tuning-state", "tuning-best.safetensors"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -62,7 +64,7 @@ class Snapshots:
                 tensors.update({f"{kind}/{name}": torch.as_tensor(value) for kind, value in values.items()})
             # The description is renamed last and names its file: either snapshot is whole, whenever the run is killed.
             file = f"{_STATE}-{updates}.safetensors"
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self._folder / file)
+            save_whole(tensors, self._folder / file)
             data = {
                 "file": file,
                 "updates": updates,
@@ -81,9 +83,7 @@ class Snapshots:
         """Keep the trained weights as they are now."""
         weights: dict[str, Any] = get_model_state_dict(model, options=_WHOLE)
         if self._accelerator.is_main_process:
-            partial = self._folder / f"{_BEST}.partial"
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
-            partial.replace(self._folder / _BEST)
+            save_whole(weights, self._folder / _BEST)
         self._accelerator.wait_for_everyone()
 
     def load_best(self, model: nn.Module) -> None:
