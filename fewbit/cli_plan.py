@@ -19,7 +19,7 @@ from fewbit.cli_shared import (
 def plan(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a name from `fewbit models`, or a hub name.")],
     method: Annotated[str, typer.Option(help="As for quantize.")] = "adpq+",
-    bits: Annotated[int | None, typer.Option(help="Bits of a code, 2 to 8; default 4 (billm: 1).")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of a code, 1 to 8; default 4 (billm: 1).")] = None,
     group_size: Annotated[str | None, typer.Option(help="N, auto, row, or a list: 64,auto.")] = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,

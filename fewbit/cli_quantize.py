@@ -35,7 +35,7 @@ def quantize(
     method: Annotated[
         str, typer.Option(help="Without data: rtn, adpq, adpq+. With a little text: gptq, oac, precal+oac.")
     ] = "adpq+",
-    bits: Annotated[int | None, typer.Option(help="Bits of a code, 2 to 8; default 4 (billm: 1).")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of a code, 1 to 8; default 4 (billm: 1).")] = None,
     group_size: Annotated[
         str | None, typer.Option(help="N, auto (largest divisor up to 128), row, or a list: 64,auto.")
     ] = None,

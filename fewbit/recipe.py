@@ -69,7 +69,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
-            raise FewbitError(f"bits must be a whole number from 2 to {MAX_BITS} (1 for billm), not {self.bits}")
+            raise FewbitError(f"bits must be a whole number from 1 to {MAX_BITS}, not {self.bits}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise FewbitError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
@@ -78,8 +78,10 @@ class Recipe:
             raise FewbitError(f"outlier_fraction must be from 0 to below 0.5, not {self.outlier_fraction}")
         if self.grid == "binary" and self.bits != 1:
             raise FewbitError(f"the binary grid has 1 bit, not {self.bits}: leave --bits out")
-        if self.bits == 1 and self.grid != "binary":
-            raise FewbitError(f"bits must be a whole number from 2 to {MAX_BITS} (1 for billm), not {self.bits}")
+        if self.bits == 1 and self.grid not in ("binary", "normal-float"):
+            raise FewbitError(
+                f"1 bit goes with the methods {', '.join(_of_one_bit())}: --method {self.method} has 2 to 8"
+            )
         if self.grid == "binary" and not self.solver.refit:
             raise FewbitError("the binary grid is fitted block by block: no act-order, no static groups")
         if self.solver.refit and self.grid == "normal-float":
@@ -219,6 +221,13 @@ PRESETS_FROM_5_BITS: dict[str, dict[str, Any]] = {
 3 bits would lose more than the codes do."""
 
 
+PRESETS_AT_1_BIT: dict[str, dict[str, Any]] = {
+    "adpq+": {"search": ScaleSearch(smallest=0.1, error_power=2.5)},
+    "precal+oac": {"search": ScaleSearch(smallest=0.1)},
+}
+"""What a preset does otherwise at 1 bit: with two levels the best scale is about the mean magnitude, far below the largest."""
+
+
 PRESETS_AT_2_BITS: dict[str, dict[str, Any]] = {name: {"sensitivity": 1.0} for name in ("spqr", "oac+spqr")}
 """What a preset does otherwise at 2 bits: with four levels the usual threshold makes a fifth of all weights outliers,
 the published 2-bit settings have none; this one takes about 1 % (`benchmarks/calibrated_quality.py`)."""
@@ -232,14 +241,18 @@ def preset(method: str, **choices: Any) -> Recipe:
     bits = choices.get("bits", Recipe.bits)
     if isinstance(bits, int) and bits >= 5:
         row.update(PRESETS_FROM_5_BITS.get(method, {}))
-    if bits == 2:
-        row.update(PRESETS_AT_2_BITS.get(method, {}))
+    if bits in (1, 2):
+        row.update((PRESETS_AT_1_BIT if bits == 1 else PRESETS_AT_2_BITS).get(method, {}))
     return Recipe(**{"method": method, **row, **choices})
+
+
+def _of_one_bit() -> list[str]:
+    return [name for name, row in PRESETS.items() if row.get("grid") in ("binary", "normal-float")]
 
 
 def fingerprint() -> str:
     """SHA-256 of all presets, to tell results of other defaults apart."""
-    rows = repr((PRESETS, PRESETS_FROM_5_BITS, PRESETS_AT_2_BITS))
+    rows = repr((PRESETS, PRESETS_FROM_5_BITS, PRESETS_AT_2_BITS, PRESETS_AT_1_BIT))
     return hashlib.sha256(rows.encode()).hexdigest()
 
 

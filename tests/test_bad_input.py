@@ -97,10 +97,15 @@ def test_group_size_that_does_not_divide(tiny: Path, tmp_path: Path) -> None:
     assert "group size must be a number" in quantize_refused(tiny, tmp_path, "--group-size", "many")
 
 
-@pytest.mark.parametrize("bits", [1, 9, 0, -3])
+@pytest.mark.parametrize("bits", [9, 0, -3])
 def test_bits_out_of_range(tiny: Path, tmp_path: Path, bits: int) -> None:
     line = quantize_refused(tiny, tmp_path, "--bits", bits)
-    assert line == f"bits must be a whole number from 2 to 8 (1 for billm), not {bits}"
+    assert line == f"bits must be a whole number from 1 to 8, not {bits}"
+
+
+def test_one_bit_of_a_method_without_it(tiny: Path, tmp_path: Path) -> None:
+    line = quantize_refused(tiny, tmp_path, "--method", "rtn", "--bits", 1)
+    assert line == "1 bit goes with the methods adpq+, billm, precal+oac, oac+billm: --method rtn has 2 to 8"
 
 
 def test_other_choices(tiny: Path, tmp_path: Path) -> None:

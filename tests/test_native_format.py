@@ -144,6 +144,8 @@ CASES = [
     ("precal+spqr", {}),
     ("oac+spqr", {"group_size": "32"}),
     ("precal+oac", {}),
+    ("precal+oac", {"bits": 1}),
+    ("adpq+", {"bits": 1}),
     ("oac+billm", {"bits": 1}),
 ]
 CALIBRATION = CalibrationOptions(CalibrationChoice("random-tokens", 2, 32))

@@ -171,7 +171,7 @@ def test_folded_folders_have_no_local_errors(tiny: Path, tmp_path: Path) -> None
 def test_bad_input(tiny: Path, folder: Path, tmp_path: Path) -> None:
     for given, message in (
         ({"methods": ("gtpq",)}, "unknown method 'gtpq'"),
-        ({"bits": (9,)}, "bits must be a whole number from 2 to 8"),
+        ({"bits": (9,)}, "bits must be a whole number from 1 to 8"),
         ({"folders": (str(tiny),)}, "not quantized by fewbit: name a folder"),
         ({"folders": (str(folder), str(folder))}, "two folders have one name"),
         ({"windows": 10**6}, "take fewer or shorter windows"),

@@ -23,7 +23,7 @@ from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.straight_through import round_evenly, round_to_levels, round_to_magnitudes, seen_as
 from fewbit.tuning.tuned_weight import TunedWeight
 
-PRESETS = ["rtn", "adpq", "adpq+", "gptq", "spqr", "billm", "precal+spqr", "precal+oac"]
+PRESETS = ["rtn", "adpq", "adpq+", "gptq", "spqr", "billm", "precal+spqr", "precal+oac", "precal+oac 1 bit"]
 
 
 def reference_even(w: Tensor, s: Tensor, z: Tensor, top: int) -> Tensor:
@@ -51,7 +51,7 @@ def test_gradients_of_an_even_grid_are_those_of_lsq(top: int) -> None:
         torch.testing.assert_close(mine.grad.double(), other.grad * factor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_gradients_of_a_codebook(bits: int) -> None:
     torch.manual_seed(bits)
     levels = normal_float(bits)
@@ -96,9 +96,10 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     options = RunOptions(calibration=CalibrationOptions(CalibrationChoice("random-tokens", 8, 32)))
     made = {"model": model}
     for method in PRESETS:
-        bits = 1 if method == "billm" else 2
+        preset, _, one = method.partition(" ")
+        bits = 1 if one or preset == "billm" else 2
         size = "16" if "spqr" in method else "32"
-        fewbit.quantize(model, folder / method, fewbit.preset(method, bits=bits, group_size=size), options)
+        fewbit.quantize(model, folder / method, fewbit.preset(preset, bits=bits, group_size=size), options)
         made[method] = folder / method
     return made
 

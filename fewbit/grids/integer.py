@@ -46,7 +46,8 @@ def zero_point_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tenso
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = (high - low) / (2**bits - 1)
-    zero = (-low / divisor(scale)).round_()
+    # A step among the subnormal numbers is a rounded one, which would put 0 beyond the last code.
+    zero = (-low / divisor(scale)).round_().clamp_(max=2**bits - 1)
     return scale, zero
 
 
