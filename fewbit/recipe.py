@@ -225,7 +225,7 @@ PRESETS_AT_1_BIT: dict[str, dict[str, Any]] = {
     "adpq+": {"search": ScaleSearch(smallest=0.1, error_power=2.5)},
     "precal+oac": {"search": ScaleSearch(smallest=0.1)},
 }
-"""What a preset does otherwise at 1 bit: with two levels the best scale is about the mean magnitude, far below the largest."""
+"""What a preset does otherwise at 1 bit: of two levels the best scale is near the mean magnitude."""
 
 
 PRESETS_AT_2_BITS: dict[str, dict[str, Any]] = {name: {"sensitivity": 1.0} for name in ("spqr", "oac+spqr")}

@@ -1,8 +1,8 @@
 """Non-uniform codebooks: ``w = scale * levels[code]``, a signed scale a group, searched for the least error.
 
 The levels are normal quantiles as in NF4 (QLoRA, arXiv 2305.14314, appendix E), which hold 0 and one more
-level on the positive side; the sign of a group's scale turns that side to where the longer tail is. With 1 bit there are
-only the two signs (XNOR-Net, arXiv 1603.05279, section 3.1).
+level on the positive side; the sign of a group's scale turns that side to where the longer tail is. With 1 bit
+there are only the two signs (XNOR-Net, arXiv 1603.05279, section 3.1).
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from fewbit.grids.scales import divisor
 
 @lru_cache
 def normal_float(bits: int) -> tuple[float, ...]:
-    """2^b ascending levels in [-1, 1]: evenly spaced quantiles of a normal distribution, 0 among them; -1 and 1 for b=1."""
+    """2^b ascending levels in [-1, 1]: evenly spaced normal quantiles, 0 among them; for b = 1 the signs."""
     if bits == 1:
         return (-1.0, 1.0)
     inverse = NormalDist().inv_cdf
