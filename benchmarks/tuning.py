@@ -13,7 +13,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from calibrated_quality import C4, GROUP, HERE, TEXT, quantize
+from calibrated_quality import C4, GROUP, HERE, TEXT, command, quantize
 
 import fewbit
 from fewbit.calibration.choice import choice_from
@@ -24,6 +24,7 @@ from fewbit.tuning.choice import LOSSES, TRAINED, TuningChoice
 from fewbit.tuning.run import TuneOptions, tune
 from fewbit.tuning.tuned_weight import MARGIN
 
+TEXTS = {"c4": C4, "wikitext2-train": HERE / "../../shared/data/wikitext2_raw_train_head.txt"}
 FIELDS = ("epochs", "lr", "scale_lr", "batch_size", "micro_batch", "held_out", "top", "reconstruction")
 
 
@@ -38,6 +39,7 @@ def main() -> None:
     for name in FIELDS:
         default = getattr(TuningChoice, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument("--text", choices=TEXTS, default="c4", help="What the start is calibrated and then tuned on.")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
@@ -52,7 +54,8 @@ def main() -> None:
     given = {name: getattr(arguments, name) for name in ("loss", "train", *FIELDS)}
     choice = replace(TuningChoice(seed=arguments.seed), **given)
     group_size = arguments.group_size or GROUP[arguments.model]
-    source = f"{C4.resolve()}:{arguments.samples},{arguments.also}" if arguments.also else str(C4.resolve())
+    source = str(TEXTS[arguments.text].resolve())
+    source = f"{source}:{arguments.samples},{arguments.also}" if arguments.also else source
     drawn = {"sources": source, "sequence_length": arguments.length, "seed": arguments.seed}
     text = choice_from(drawn, arguments.samples)
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -63,18 +66,23 @@ def main() -> None:
         curvature = fewbit.preset(preset).curvature
         share = float(asked) if asked else curvature.gram_share if curvature is not None else 0.0
         row |= {"samples": arguments.samples, "length": arguments.length, "gram_share": share, "margin": MARGIN}
-        row |= {"group_size": group_size, "also": arguments.also, "choice": asdict(choice)}
+        row |= {"group_size": group_size, "text": arguments.text, "also": arguments.also, "choice": asdict(choice)}
         rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
         if any(all(known.get(key) == value for key, value in row.items()) for known in rows):
             continue
-        begin = (
-            arguments.folder / f"start-{arguments.model}-{method}-{bits}-{arguments.seed}-g{share:g}-of-{group_size}"
-        )
+        other = "" if arguments.text == "c4" else f"-{arguments.text}"
+        name = f"start-{arguments.model}-{method}-{bits}-{arguments.seed}-g{share:g}-of-{group_size}{other}"
+        begin = arguments.folder / name
         figures = begin.with_name(begin.name + ".json")
         if not figures.exists():
-            made = quantize(arguments.model, method, int(bits), arguments.seed, arguments.folder, begin, group_size)
+            if other:
+                take = ["--bits", bits, "--group-size", f"{group_size},auto", "--gram-share", share, "--overwrite"]
+                drawn = ["--calibration", TEXTS[arguments.text].resolve(), "--samples", 128, "--sequence-length", 512]
+                command("quantize", arguments.model, begin, "--method", preset, *take, *drawn, "--seed", arguments.seed)
+            else:
+                quantize(arguments.model, method, int(bits), arguments.seed, arguments.folder, begin, group_size)
             before = fewbit.evaluate(begin, TEXT, Protocol(1024, 24))["models"][0]["perplexity"]
-            figures.write_text(json.dumps({**made, "perplexity": before}))
+            figures.write_text(json.dumps({"perplexity": before}))
         out = arguments.folder / f"tuned-{os.getpid()}"
         with progress_line(f"{start} {choice.loss} {choice.train}") as progress:
             report = tune(begin, out, choice, TuneOptions(arguments.model, text, device="cpu"), progress)
