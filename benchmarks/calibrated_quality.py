@@ -64,18 +64,19 @@ def curvature(model: str, wanted: CurvatureChoice, seed: int, folder: Path) -> t
 def quantize(
     model: str, method: str, bits: int, seed: int, folder: Path, out: Path, group_size: str = ""
 ) -> dict[str, Any]:
-    """Make one row's folder; what it took, with the share of the curvature."""
+    """Make one row's folder; what it took, with the share of the curvature. method: a preset, and options."""
     size = group_size or ("64" if method == "adpq+" else GROUP[model])
     choices = ["--overwrite"] if "billm" in method else ["--overwrite", "--bits", bits, "--group-size", f"{size},auto"]
     before = {"seconds": 0.0, "peak_rss_bytes": 0}
-    preset, _, share = method.partition(" --gram-share ")
+    preset, *options = method.split()
+    share = options[options.index("--gram-share") + 1] if "--gram-share" in options else ""
     wanted = fewbit.preset(preset).curvature
     if wanted is not None and share:
         wanted = replace(wanted, gram_share=float(share))
     if wanted is not None:
         kept, before = curvature(model, wanted, seed, folder)
-        choices += ["--curvature", kept, *(["--gram-share", share] if share else [])]
-    report = command("quantize", model, out, "--method", preset, *choices)["report"]
+        choices += ["--curvature", kept]
+    report = command("quantize", model, out, "--method", preset, *options, *choices)["report"]
     return {
         "model": model,
         "method": method,

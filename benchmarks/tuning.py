@@ -33,7 +33,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--model", required=True, choices=GROUP)
-    parser.add_argument("--start", action="append", required=True, help="METHOD:BITS, e.g. precal+oac:2")
+    parser.add_argument(
+        "--start",
+        action="append",
+        required=True,
+        help="METHOD:BITS, e.g. precal+oac:2; METHOD may be followed by options of quantize, within quotation marks",
+    )
     parser.add_argument("--loss", choices=LOSSES, default=TuningChoice.loss)
     parser.add_argument("--train", choices=TRAINED, default=TuningChoice.train)
     for name in FIELDS:
@@ -62,21 +67,24 @@ def main() -> None:
     for start in arguments.start:
         method, bits = start.split(":")
         row = {"model": arguments.model, "method": method, "bits": int(bits), "seed": arguments.seed}
-        preset, _, asked = method.partition(" --gram-share ")
+        preset, *options = method.split()
         curvature = fewbit.preset(preset).curvature
-        share = float(asked) if asked else curvature.gram_share if curvature is not None else 0.0
+        share = curvature.gram_share if curvature is not None else 0.0
+        if "--gram-share" in options:
+            share = float(options[options.index("--gram-share") + 1])
         row |= {"samples": arguments.samples, "length": arguments.length, "gram_share": share, "margin": MARGIN}
         row |= {"group_size": group_size, "text": arguments.text, "also": arguments.also, "choice": asdict(choice)}
         rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
         if any(all(known.get(key) == value for key, value in row.items()) for known in rows):
             continue
         other = "" if arguments.text == "c4" else f"-{arguments.text}"
-        name = f"start-{arguments.model}-{method}-{bits}-{arguments.seed}-g{share:g}-of-{group_size}{other}"
+        name = f"start-{arguments.model}-{method.replace(' ', '')}-{bits}-{arguments.seed}"
+        name += f"-g{share:g}-of-{group_size}{other}"
         begin = arguments.folder / name
         figures = begin.with_name(begin.name + ".json")
         if not figures.exists():
             if other:
-                take = ["--bits", bits, "--group-size", f"{group_size},auto", "--gram-share", share, "--overwrite"]
+                take = [*options, "--bits", bits, "--group-size", f"{group_size},auto", "--overwrite"]
                 drawn = ["--calibration", TEXTS[arguments.text].resolve(), "--samples", 128, "--sequence-length", 512]
                 command("quantize", arguments.model, begin, "--method", preset, *take, *drawn, "--seed", arguments.seed)
             else:
