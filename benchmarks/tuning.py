@@ -85,8 +85,10 @@ def main() -> None:
         if not figures.exists():
             if other:
                 take = [*options, "--bits", bits, "--group-size", f"{group_size},auto", "--overwrite"]
-                drawn = ["--calibration", TEXTS[arguments.text].resolve(), "--samples", 128, "--sequence-length", 512]
-                command("quantize", arguments.model, begin, "--method", preset, *take, *drawn, "--seed", arguments.seed)
+                chosen = ["--calibration", TEXTS[arguments.text].resolve(), "--samples", 128, "--sequence-length", 512]
+                command(
+                    "quantize", arguments.model, begin, "--method", preset, *take, *chosen, "--seed", arguments.seed
+                )
             else:
                 quantize(arguments.model, method, int(bits), arguments.seed, arguments.folder, begin, group_size)
             before = fewbit.evaluate(begin, TEXT, Protocol(1024, 24))["models"][0]["perplexity"]
