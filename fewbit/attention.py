@@ -1,7 +1,11 @@
-"""Attention of 16-bit models whose gradients are wanted, on processors without 16-bit arithmetic: in float32.
+"""Attention where torch's own on a processor is slow.
 
-Going back through attention torch multiplies 16-bit numbers one by one there, which takes as long as all the linear
-layers together; going forward it does not.
+16-bit models whose gradients are wanted, on processors without 16-bit arithmetic: in float32. Going back through
+attention torch multiplies 16-bit numbers one by one there, which takes as long as all the linear layers together; going
+forward it does not.
+
+One new token whose heads share keys (grouped queries), on any processor: its heads as so many tokens of one head.
+Torch's own goes through the keys once for every head.
 """
 
 from collections.abc import Iterable, Iterator
@@ -36,6 +40,25 @@ def fast_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.__dict__.pop("forward", None)
             if forward is not None:
                 module.forward = forward
+
+
+class SharedKeys(TorchFunctionMode):
+    """While inside, attention of one query `(batch, heads, 1, size)` to keys `(batch, fewer heads, tokens, size)` on a
+    processor is computed for all heads that share keys at once; the same but for the order of sums.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention or not kwargs.get("enable_gqa"):
+            return func(*args, **kwargs)
+        query, key, value, *others = args if len(args) >= 3 else (kwargs["query"], kwargs["key"], kwargs["value"])
+        batch, heads, tokens, _ = query.shape
+        plain = not others and kwargs.get("attn_mask") is None and not kwargs.get("is_causal")
+        if tokens != 1 or query.device.type != "cpu" or not plain:
+            return func(*args, **kwargs)
+        shared = query.view(batch, key.shape[1], heads // key.shape[1], -1)
+        out = func(shared, key, value, dropout_p=kwargs.get("dropout_p", 0.0), scale=kwargs.get("scale"))
+        return out.reshape(batch, heads, 1, -1)
 
 
 class _Attending:

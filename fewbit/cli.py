@@ -30,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Turn the 16-bit weights of a language model into 8 to 2 bits, and see what it costs.\n\n"
+    help="Turn the 16-bit weights of a language model into 8 to 1 bits, and see what it costs.\n\n"
     "Begin with:  fewbit quantize smollm2-135m small --method adpq+ --bits 3",
 )
 models_app = typer.Typer(help="List and fetch the models that need no hub.", invoke_without_command=True)

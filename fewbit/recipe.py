@@ -25,7 +25,7 @@ MIN_BITS, MAX_BITS = 1, 8
 class Recipe:
     """How weights are quantized.
 
-    method: the preset this began as. bits: 2 to 8, or 1 for the binary grid.
+    method: the preset this began as. bits: 2 to 8, or 1 for the binary and normal-float grids.
     group_size: "auto" (the largest divisor of a layer's columns up to 128), "row", a number, or several separated
     by commas, of which the first that divides a layer's columns is taken ("64,auto").
     grid: zero-point (integer zero-point, 0 always a level), symmetric, minimum (real-valued minimum, as AdpQ

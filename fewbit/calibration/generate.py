@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.attention import SharedKeys
+from fewbit.calibration.growing_cache import grow_in_place
+
 BATCH = 32
 Progress = Callable[[int, int, str], None]
 
@@ -37,8 +40,11 @@ def generate_sequences(
         for place in range(1, length):
             if progress:
                 progress(first * length + rows * place, count * length, "the model writes calibration text")
-            out = model(pieces[-1].to(device), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            with SharedKeys():
+                out = model(pieces[-1].to(device), past_key_values=cache, use_cache=True)
+            if cache is None:
+                cache = out.past_key_values
+                grow_in_place(cache, length)
             probabilities = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
             pieces.append(torch.multinomial(probabilities, 1, generator=generator))
         parts.append(torch.cat(pieces, dim=1))

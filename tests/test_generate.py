@@ -1,0 +1,65 @@
+"""Sampling from the model: attention to shared keys, and keys that are not copied."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tiny
+from torch.nn.functional import scaled_dot_product_attention
+
+import fewbit.calibration.generate as generate
+from fewbit.attention import SharedKeys
+from fewbit.calibration.growing_cache import grow_in_place
+from fewbit.runtime.load import load
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(6, 2), (4, 4), (3, 1)])
+def test_heads_that_share_keys_against_float64(heads: int, shared: int) -> None:
+    torch.manual_seed(heads)
+    query, key, value = (torch.randn(2, n, t, 8) for n, t in ((heads, 1), (shared, 11), (shared, 11)))
+    seen = (torch.arange(11) > 4).view(1, 1, 1, 11)
+    with SharedKeys():
+        found = scaled_dot_product_attention(query, key, value, enable_gqa=True, scale=0.3)
+        masked = scaled_dot_product_attention(query, key, value, seen, enable_gqa=True)
+    each = heads // shared
+    for head in range(heads):
+        scores = query[:, head].double() @ key[:, head // each].double().transpose(1, 2) * 0.3
+        wanted = scores.softmax(dim=-1) @ value[:, head // each].double()
+        torch.testing.assert_close(found[:, head].double(), wanted, rtol=1e-5, atol=1e-6)
+    plain = scaled_dot_product_attention(query, key, value, seen, enable_gqa=True)
+    assert torch.equal(masked, plain)
+
+
+def test_a_growing_cache_gives_what_the_whole_sequence_gives(tmp_path: Path) -> None:
+    model = load(build_tiny(tmp_path / "model"), device="cpu").float()
+    ids = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole = model(ids).logits
+        out = model(ids[:, :4], use_cache=True)
+        cache = out.past_key_values
+        grow_in_place(cache, 12)
+        held = []
+        for place in range(4, 12):
+            with SharedKeys():
+                out = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+            torch.testing.assert_close(out.logits[:, 0], whole[:, place], rtol=1e-4, atol=1e-4)
+            held.append([layer.keys.data_ptr() for layer in cache.layers])
+    assert cache.get_seq_length() == 12
+    assert all(where == held[0] for where in held), "keys were copied"
+
+
+def test_what_is_sampled_does_not_depend_on_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(build_tiny(tmp_path / "model"), device="cpu").float()
+    found = generate.generate_sequences(model, 1, (3, 16), 5)
+
+    def left_alone(cache: Any, length: int) -> None:
+        """Keys are copied for every token, as transformers does."""
+
+    monkeypatch.setattr(generate, "grow_in_place", left_alone)
+    assert torch.equal(generate.generate_sequences(model, 1, (3, 16), 5), found)
+
+
+def test_caches_of_other_kinds_are_left_alone() -> None:
+    grow_in_place(None, 4)
+    grow_in_place((("keys", "values"),), 4)
