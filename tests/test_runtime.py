@@ -24,11 +24,11 @@ def logits(model: Any) -> torch.Tensor:
         return model(TOKENS).logits
 
 
-@pytest.mark.parametrize("method", ["rtn", "adpq", "adpq+"])
+@pytest.mark.parametrize(("method", "bits"), [("rtn", 3), ("adpq", 3), ("adpq+", 3), ("adpq+", 1)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
-def test_logits_equal_those_of_unpacked_weights(tiny: Path, tmp_path: Path, method: str, dtype: str) -> None:
+def test_logits_equal_those_of_unpacked_weights(tiny: Path, tmp_path: Path, method: str, bits: int, dtype: str) -> None:
     torch_dtype = getattr(torch, dtype)
-    fewbit.quantize(tiny, tmp_path / "out", fewbit.preset(method, bits=3))
+    fewbit.quantize(tiny, tmp_path / "out", fewbit.preset(method, bits=bits))
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch_dtype).eval()
     layers = [m for m in packed.modules() if isinstance(m, PackedLinear)]
     assert len(layers) == 14
