@@ -3,10 +3,8 @@
 import json
 import math
 import random
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +12,13 @@ import torch
 from conftest import build_tiny, run_cli
 from study_cases import look_at
 from test_evaluation import check_page
+from test_task_data import GOOD, write
 
 import fewbit
 from fewbit.errors import FewbitError
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.evaluation.score import window_losses
+from fewbit.evaluation.tasks import TaskChoice
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.measure import measure_tokens
 from fewbit.pipeline.run import RunOptions
@@ -99,28 +99,20 @@ def test_the_study_end_to_end(model: Path, text: Path, tmp_path: Path, monkeypat
     check_page(tmp_path / "out" / "study.html")
 
 
-def test_tasks_are_asked_as_the_evaluation_asks_them(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @dataclass(frozen=True)
-    class TaskChoice:
-        names: tuple[str, ...]
-        data: Path | None = None
-        limit: int = 0
-
-    seen: list[Any] = []
-
-    def score_tasks(network: Any, tokenizer: Any, opened: Any) -> dict[str, dict[str, Any]]:
-        seen.append((type(network).__name__, tokenizer.bos_token, opened))
-        return {name: {"metric": "acc", "accuracy": 0.25, "questions": 8, "truncated": 0} for name in opened.names}
-
-    module = SimpleNamespace(TaskChoice=TaskChoice, open_tasks=lambda choice: choice, score_tasks=score_tasks)
-    monkeypatch.setitem(sys.modules, "fewbit.evaluation.tasks", module)
-    options = {"seeds": [1, 1], "tasks": ["piqa"], "task_data": str(tmp_path), "task_limit": 8}
-    result = run_study(STUDY, choice_of(model, tmp_path / "out", text, methods=("w8a8",), options=options))
-    assert seen == [("LlamaForCausalLM", "<s>", TaskChoice(("piqa",), tmp_path, 8))] * 4
-    tasks = [row for row in result["rows"] if row["table"] == "task"]
-    assert [(row["task"], row["accuracy"], row["questions"]) for row in tasks] == [("piqa", 0.25, 8)] * 4
+def test_tasks_are_asked_as_the_evaluation_asks_them(model: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'fewbit[tasks]'")
+    for task in ("piqa", "winogrande"):
+        write(tmp_path, task, *[{**GOOD[task], "label": index % 2} for index in range(5)])
+    options = {"seeds": [1, 1], "tasks": ["piqa", "winogrande"], "task_data": str(tmp_path), "task_limit": 4}
+    given = {"methods": ("w8a8", "gptq"), "options": options}
+    result = run_study(STUDY, choice_of(model, tmp_path / "out", text, **given))
+    rows = [row for row in result["rows"] if row["table"] == "task"]
+    assert len(rows) == 2 * (1 + 2 * 3) and {row["questions"] for row in rows} == {4}
+    wanted = fewbit.evaluate(model, tasks=TaskChoice(("piqa", "winogrande"), tmp_path, 4))["models"][0]["tasks"]
+    for task, found in wanted.items():
+        row = next(r for r in rows if r["method"] == "original" and r["task"] == task)
+        assert (row["accuracy"], row["standard_error"]) == (found["accuracy"], found["standard_error"])
+    assert {row["task"] for row in result["findings"]["tasks"]} == {"piqa", "winogrande"}
     with pytest.raises(FewbitError, match="go with --tasks"):
         cells(choice_of(model, tmp_path / "other", text, options={"task_limit": 8}))
 

@@ -1,7 +1,6 @@
 """The cells of the study `calibration-sets`: draw sets, calibrate methods on one, score them window by window."""
 
 import hashlib
-import importlib
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,6 +16,9 @@ from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
 from fewbit.evaluation.score import window_losses
+from fewbit.evaluation.task_answers import answer_tasks, summarize
+from fewbit.evaluation.tasks import TaskChoice, open_tasks
+from fewbit.evaluation.windows import read_tokenizer
 from fewbit.pipeline.calibrated import open_original
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.measure import measure_tokens
@@ -33,7 +35,6 @@ from fewbit.studies.study import Cell, Progress, Row, Tell
 INPUTS = {name: NAMED[name] for name in ("w8a8", "smoothquant")}
 """Methods that round inputs: one range for all tokens, measured on the set."""
 _ANY = 1 << 30
-_TASKS = "fewbit.evaluation.tasks"
 Scorer = Callable[[Any], dict[str, dict[str, Any]]]
 """Puts the questions of all tasks to a model; by task ``accuracy`` and, where there is one, ``standard_error``."""
 
@@ -56,20 +57,16 @@ def task_scorer(choice: StudyChoice) -> Scorer | None:
     asked = asked_tasks(choice)
     if asked is None:
         return None
-    tasks = importlib.import_module(_TASKS)
-    opened = tasks.open_tasks(asked)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(plan_of(choice)[0].folder)
+    opened = open_tasks(asked)
+    tokenizer = read_tokenizer(plan_of(choice)[0].folder)
 
     def score(model: Any) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = tasks.score_tasks(model, tokenizer, opened)
-        return found
+        return {task: summarize(answers) for task, answers in answer_tasks(model, tokenizer, opened).items()}
 
     return score
 
 
-def asked_tasks(choice: StudyChoice) -> Any:
+def asked_tasks(choice: StudyChoice) -> TaskChoice | None:
     """The choice of tasks, None for none; FewbitError for one that cannot be."""
     names, data = choice.options.get("tasks"), choice.options.get("task_data")
     limit = choice.options.get("task_limit", 0)
@@ -77,7 +74,7 @@ def asked_tasks(choice: StudyChoice) -> Any:
         if data or limit:
             raise FewbitError("--task-data and --task-limit go with --tasks: name the tasks")
         return None
-    return importlib.import_module(_TASKS).TaskChoice(tuple(names), Path(data) if data else None, limit)
+    return TaskChoice(tuple(names), Path(data) if data else None, limit)
 
 
 def draw_sets(choice: StudyChoice, wanted: Sequence[tuple[NamedSet, int]], progress: Progress | None) -> None:
