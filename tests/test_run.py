@@ -124,7 +124,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tiny: Path, tmp_path: Pat
     finished = {p.name: p.stat().st_mtime_ns for p in partial.glob("*.safetensors")}
     assert finished
     with pytest.raises(
-        FewbitError, match=r"other arguments was interrupted here \(recipe was .*repeat those arguments"
+        FewbitError,
+        match=r"other arguments was interrupted here \(recipe.grid was .*; and 9 more.: repeat those arguments",
     ):
         fewbit.quantize(tiny, out, fewbit.preset("rtn", bits=3), RunOptions(shard_size=20_000))
     shown: list[str] = []

@@ -129,7 +129,7 @@ def test_a_killed_study_goes_on_and_gives_the_same_result(tiny: Path, tmp_path: 
     finished = {p.name: p.stat().st_mtime_ns for p in (out / "cells").glob("*.json")}
     assert 3 <= len(finished) < 14
     assert (out / "work" / "rtn-2bit").is_dir()
-    with pytest.raises(FewbitError, match=r"holds a study with other arguments .options was"):
+    with pytest.raises(FewbitError, match=r"holds a study with other arguments .options.directions was 1, is 2"):
         run_study(STUDY, study_choice("landscape", tiny, out, **{**FEW, "options": {"directions": 2}}))
     run_study(STUDY, study_choice("landscape", tiny, out, **FEW))
     run_study(STUDY, study_choice("landscape", tiny, straight, **FEW))

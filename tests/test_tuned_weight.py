@@ -172,3 +172,51 @@ def test_latent_weights_begin_at_the_original_where_codes_allow(quantized: dict[
     expected = torch.maximum(torch.minimum(original, decoded + margin), decoded - margin)
     torch.testing.assert_close(latent, expected, rtol=0, atol=1e-6)
     assert 0.5 < float((latent - original).abs().lt(1e-6).float().mean()) < 0.9
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_codes_and_outliers_stay_where_only_scales_are_trained(quantized: dict[str, Path], method: str) -> None:
+    torch.manual_seed(0)
+    for _, stored, parts in weights(quantized[method])[:9:4]:
+        tuned = TunedWeight(stored, parts, None, TuningChoice(train="scales"))
+        tuned.decoded().square().sum().backward()
+        with torch.no_grad():
+            tuned.gain *= 1 + 0.4 * torch.rand_like(tuned.gain)
+            if tuned.offset is not None:
+                tuned.offset += torch.rand_like(tuned.offset)
+        after = tuned.parts()
+        held = {"codes", "second", "salient", "outlier_codes", "outlier_values", "outlier_positions"} & parts.keys()
+        assert all(torch.equal(after[name], parts[name]) for name in held)
+        assert not torch.equal(after["scales"], parts["scales"])
+
+
+@pytest.mark.parametrize(("method", "top"), [("adpq", 3), ("rtn", 3), ("precal+oac", 4), ("precal+oac 1 bit", 2)])
+@pytest.mark.parametrize("train", ["all", "scales"])
+def test_gradients_of_scales_and_offsets_are_damped(
+    quantized: dict[str, Path], method: str, top: int, train: str
+) -> None:
+    """Against differences of the loss: sums of gradients of weights over a group, divided by sqrt(g top)."""
+    torch.manual_seed(0)
+    _, stored, parts = weights(quantized[method])[0]
+    tuned = TunedWeight(stored, parts, None, TuningChoice(train=train))
+    if method == "adpq" and train == "all":
+        # A minimum is moved by what is beyond its grid.
+        tuned.latent.data += 100.0
+    change = torch.randn(stored.shape)
+    (tuned.decoded() * change).sum().backward()
+    core = change.clone().view(-1)
+    if tuned.outliers is not None:
+        core[tuned.places] = 0.0
+    grouped, damping = core.view(*tuned.latent.shape), (stored.scheme.group_size * top) ** -0.5
+    if tuned.offset is not None and (method == "adpq" or train == "scales"):
+        # In steps for minima; a zero-point's gradient is that of -scale for codes that stay.
+        unit = tuned.step if method == "adpq" else -tuned.first
+        expected = grouped.sum(dim=-1, keepdim=True) * unit * damping
+        assert tuned.offset.grad is not None
+        torch.testing.assert_close(tuned.offset.grad, expected, rtol=1e-4, atol=1e-6)
+    if train == "scales":
+        offset = tuned._offset()
+        values = native.decode(parts, stored).view_as(grouped) - (offset if method == "adpq" else 0.0)
+        assert tuned.gain.grad is not None
+        expected = (grouped * values).sum(dim=-1, keepdim=True) * damping
+        torch.testing.assert_close(tuned.gain.grad, expected.view_as(tuned.gain.grad), rtol=1e-3, atol=1e-5)

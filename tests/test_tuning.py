@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.losses import mean_loss, predict
 from fewbit.tuning.reconstruct import reconstruct_blocks
 from fewbit.tuning.run import TuneOptions, tune
+from fewbit.tuning.snapshots import DESCRIBED
 from fewbit.tuning.tuned_model import make_trainable, without_dropout
 
 TEXT = CalibrationChoice("random-tokens", samples=68, sequence_length=32)
@@ -148,7 +150,7 @@ run.tune(sys.argv[1], sys.argv[2], CHOICE, run.TuneOptions(calibration=TEXT, dev
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    out, state = tmp_path / "out", tmp_path / ".out.fewbit-partial" / "tuning-state.json"
+    out, state = tmp_path / "out", tmp_path / ".out.fewbit-partial" / DESCRIBED
     process = subprocess.Popen([sys.executable, "-c", SLOW, str(folder), str(out)], cwd=Path(__file__).parent)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -160,7 +162,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(folder: Path, tmp_path: P
     process.wait()
     assert not out.exists()
     options = TuneOptions(calibration=TEXT, device="cpu")
-    with pytest.raises(FewbitError, match=r"other arguments was interrupted here .*choice was"):
+    with pytest.raises(FewbitError, match=r"other arguments was interrupted here \(choice.lr was 0.02, is 0.01\)"):
         tune(folder, out, TuningChoice(**{**vars(CHOICE), "lr": 0.01}), options)
     tune(folder, out, CHOICE, options)
     tune(folder, tmp_path / "straight", CHOICE, options)
@@ -259,12 +261,28 @@ def test_the_first_step_is_made_again_for_another_job(model: Path, tmp_path: Pat
         with pytest.raises(ZeroDivisionError):
             run_cli(*quantize, "random-tokens:16")
     refused = run_cli(*quantize, "random-tokens:20", code=2)
-    assert "a run with other arguments was interrupted here (calibration was" in refused.stderr
+    assert "a run with other arguments was interrupted here (calibration." in refused.stderr
     run_cli(*quantize, "random-tokens:20", "--overwrite")
     run_cli(*[tmp_path / "once" if word == out else word for word in quantize], "random-tokens:20")
     assert folder_weights(out) == folder_weights(tmp_path / "once")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["once", "out"]
     assert "--epochs must be at least 1" in run_cli(*quantize[:-2], 0, "--overwrite", code=2).stderr
+
+
+def test_quantize_and_tune_killed_at_its_very_end(model: Path, tmp_path: Path) -> None:
+    out, choices = tmp_path / "out", ["--method", "rtn", "--bits", 2, "--group-size", 32, "--tune", "--tune-epochs", 1]
+    command = ["quantize", model, out, *choices, "--calibration", "random-tokens:16", "--sequence-length", 16]
+    with pytest.MonkeyPatch.context() as patch:
+        remove = shutil.rmtree
+        patch.setattr(
+            shutil, "rmtree", lambda path, *rest, **more: 1 / 0 if out.exists() else remove(path, *rest, **more)
+        )
+        with pytest.raises(ZeroDivisionError):
+            run_cli(*command)
+    assert len(list(tmp_path.iterdir())) == 3
+    again = json.loads(run_cli(*command, "--json").stdout)
+    assert again["report"]["tuning"]["history"]["losses"] and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert "already exists" in run_cli(*command, code=2).stderr
 
 
 def test_text_that_changed_between_two_runs_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import build_tiny
+import torch
+from conftest import build_tiny, folder_bytes
 from test_tuning import CHOICE, HARSH, TEXT, rounded
 
 from fewbit.errors import FewbitError
@@ -93,3 +94,81 @@ def test_without_held_out_sequences_there_is_no_such_loss(folder: Path, tmp_path
     assert report["tuning"]["history"]["held_out"] == []
     assert report["tuning"]["history"]["best_epoch"] == 2
     assert "held-out" not in tuning_summary(report, tmp_path / "out")
+
+
+def test_what_could_not_be_written_is_not_trained_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice, options = replace(CHOICE, epochs=1, reconstruction=1), TuneOptions(calibration=TEXT, device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr("fewbit.tuning.write.ShardWriter.close", lambda writer: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tune(folder, tmp_path / "out", choice, options)
+    # What a process leaves that is killed while it writes a block.
+    (tmp_path / ".out.fewbit-partial" / "0.block.123.partial").write_text("half")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_update", lambda *arguments: 1 / 0)
+        tune(folder, tmp_path / "out", choice, options)
+    tune(folder, tmp_path / "straight", choice, options)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "straight")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "straight"]
+
+
+@pytest.mark.parametrize("removed", [0, 1, 3])
+def test_killed_behind_the_last_rename(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    """The output is there, with some of what only its making needed."""
+    choice, options = replace(CHOICE, epochs=1), TuneOptions(calibration=TEXT, device="cpu")
+    unlink, left = Path.unlink, [removed]
+
+    def dying(path: Path, *arguments: Any) -> None:
+        if path.parent.name == "out":
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        unlink(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dying)
+        with pytest.raises(KeyboardInterrupt):
+            tune(folder, tmp_path / "out", choice, options)
+    assert (tmp_path / "out" / "job.json").is_file()
+    with pytest.raises(FewbitError, match="already exists"):
+        tune(folder, tmp_path / "out", choice, options)
+    tune(folder, tmp_path / "straight", choice, options)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "straight")
+
+
+def test_rates_are_halved_and_gradients_clipped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[tuple[float, int]] = []
+    norms: list[float] = []
+    trainer_update = loop.Trainer._update
+
+    def update(self: Any, numbers: list[int], rate: float, step: int) -> float:
+        def look(optimizer: Any, *_: Any) -> None:
+            assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+                [rate * HARSH.lr, rate * HARSH.scale_lr]
+            )
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(float(torch.stack([g.square().sum() for g in grads]).sum().sqrt()))
+
+        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        handle = inner.register_step_pre_hook(look)
+        loss = trainer_update(self, numbers, rate, step)
+        handle.remove()
+        rates.append((rate, step))
+        return loss
+
+    monkeypatch.setattr(loop.Trainer, "_update", update)
+    choice = replace(HARSH, clip=0.01)
+    report = tune(folder, tmp_path / "out", choice, TuneOptions(calibration=TEXT, device="cpu"))
+    assert 0.0099 < norms[0] and max(norms) < 0.01 * 1.001
+    history = report["tuning"]["history"]
+    batches = -(-64 // choice.batch_size)
+    worse, share = history["held_out"], 1.0
+    for epoch in range(len(worse) - 1):
+        for rate, step in rates[epoch * batches : (epoch + 1) * batches]:
+            assert rate == pytest.approx(share * loop.learning_rate(step, batches * choice.epochs, choice.warmup))
+        share *= 1.0 if worse[epoch + 1] < min(worse[: epoch + 1]) else 0.5
+    assert share < 1.0

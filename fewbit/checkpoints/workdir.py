@@ -7,6 +7,7 @@ The last act is one rename.
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fewbit.checkpoints.source import INDEX_NAME
 from fewbit.errors import FewbitError
 
 _JOB = "job.json"
+_SAID = 4
 SOLVED = ".solved"
 """Ending of what is kept only until the work is whole."""
 SPILLED = ".states"
@@ -33,10 +35,24 @@ def check_output(out: Path, source: Path, overwrite: bool) -> None:
         raise FewbitError(f"{out}: lies inside the model's own folder {source}: choose another place")
     if there in model.parents:
         raise FewbitError(f"{out}: contains the model's folder {source}: choose another place")
+    tidy(out)
     if out.exists() and not overwrite:
         raise FewbitError(f"{out}: already exists: choose another name or pass --overwrite")
     if out.exists() and not _may_replace(out):
         raise FewbitError(f"{out}: is not a folder that fewbit made, so --overwrite does not touch it: remove it first")
+
+
+def tidy(out: Path) -> None:
+    """Finish what a run that was killed behind its last rename has left to do: remove what only its making needed."""
+    if (out / _JOB).is_file() and (out / "fewbit_report.json").is_file():
+        _remove_scratch(out)
+
+
+def _remove_scratch(out: Path) -> None:
+    """The run's fingerprint goes last: as long as it is there, so may be the rest."""
+    endings = (".safetensors.json", SOLVED, SPILLED, ".partial")
+    for path in [*(path for ending in endings for path in out.glob(f"*{ending}")), out / _JOB]:
+        path.unlink()
 
 
 def _may_replace(out: Path) -> bool:
@@ -110,9 +126,7 @@ class WorkFolder:
         if self.out.exists():
             self.out.rename(self.out.with_name(f".{self.out.name}.fewbit-old-{os.getpid()}"))
         self.path.rename(self.out)
-        scratch = [path for ending in (".safetensors.json", SOLVED, SPILLED) for path in self.out.glob(f"*{ending}")]
-        for record in [*scratch, self.out / _JOB]:
-            record.unlink()
+        _remove_scratch(self.out)
         for old in self.out.parent.glob(f".{self.out.name}.fewbit-old-*"):
             shutil.rmtree(old)
         self.release()
@@ -164,8 +178,19 @@ def read_json(path: Path) -> Any:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two jobs, for a message."""
+    before, now = dict(_leaves(before)), dict(_leaves(now))
     keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    return "; ".join(f"{k} was {_short(before.get(k))}, is {_short(now.get(k))}" for k in keys)
+    said = [f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in keys[:_SAID]]
+    return "; ".join([*said, f"and {len(keys) - _SAID} more"] if len(keys) > _SAID else said)
+
+
+def _leaves(data: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by their path, as in ``choice.lr``."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def _short(value: Any) -> str:

@@ -22,6 +22,7 @@ from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.checkpoints.workdir import WorkFolder, check_output, copy_companions, write_index, write_json
 from fewbit.device import check_device
 from fewbit.errors import FewbitError
+from fewbit.formats.original import MODEL_FOLDER, REPORT, RUN
 from fewbit.formats.scheme import FORMAT_VERSION, Scheme
 from fewbit.memory import peak_rss_bytes
 from fewbit.pipeline.calibration_options import CalibrationOptions, check_fit
@@ -95,9 +96,8 @@ def quantize(
             if work is not None:
                 _write_companions(work, checkpoint, recipe, plan, results)
                 report["output"]["file_bytes"] = sum(p.stat().st_size for p in work.path.glob("*.safetensors"))
-                write_json(work.path / "fewbit_report.json", report)
-                run = _run_facts(started, options)
-                write_json(work.path / "fewbit_run.json", run)
+                write_json(work.path / REPORT, report)
+                write_json(work.path / RUN, {**_run_facts(started, options), MODEL_FOLDER: str(folder.resolve())})
                 work.publish()
     except FewbitError:
         if work is not None:

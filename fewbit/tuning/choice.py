@@ -19,7 +19,8 @@ class TuningChoice:
     epochs: passes over the training sequences.
     lr: of latent weights, in steps of their grid an update (Adam's updates have about unit size).
     scale_lr: of scales, as a share of each an update, and of zero-points, in codes.
-    batch_size: sequences of one update, over all processes. micro_batch: of them, how many run at a time.
+    batch_size: sequences of one update, over all processes. micro_batch: of them, how many run at a time; 0 for the
+    largest divisor up to 4.
     warmup: share of all updates in which the rate rises; afterwards it falls as a cosine to 5 %.
     clip: largest norm of the gradient.
     held_out: sequences kept out of training, whose loss picks the best epoch. patience: epochs without a better one
@@ -36,7 +37,7 @@ class TuningChoice:
     lr: float = 0.002
     scale_lr: float = 0.003
     batch_size: int = 4
-    micro_batch: int = 4
+    micro_batch: int = 0
     warmup: float = 0.1
     clip: float = 1.0
     held_out: int = 8
@@ -50,7 +51,9 @@ class TuningChoice:
             raise FewbitError(f"--loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
         if self.train not in TRAINED:
             raise FewbitError(f"--train must be one of {', '.join(TRAINED)}, not {self.train!r}")
-        for name in ("epochs", "batch_size", "micro_batch", "patience"):
+        if self.micro_batch < 0:
+            raise FewbitError(f"--micro-batch must be at least 1, not {self.micro_batch}")
+        for name in ("epochs", "batch_size", "patience"):
             if getattr(self, name) < 1:
                 raise FewbitError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         for name in ("lr", "scale_lr", "clip"):
@@ -60,6 +63,8 @@ class TuningChoice:
             raise FewbitError(f"--warmup is a share of all updates, from 0 to below 1, not {self.warmup}")
         if self.held_out < 0 or self.top < 0 or self.reconstruction < 0:
             raise FewbitError("--held-out, --top and --reconstruction cannot be negative")
+        if self.micro_batch == 0:
+            object.__setattr__(self, "micro_batch", max(n for n in (1, 2, 3, 4) if self.batch_size % n == 0))
         if self.batch_size % self.micro_batch:
             raise FewbitError(f"--micro-batch {self.micro_batch} must divide --batch-size {self.batch_size}")
 

@@ -1,11 +1,13 @@
 """`fewbit quantize --tune`: quantize into a folder beside the output, train from there, leave the trained one."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fewbit.checkpoints.workdir import WorkFolder, check_output, differences, read_json, write_json
+from fewbit.checkpoints.workdir import WorkFolder, check_output, differences, read_json, tidy, write_json
 from fewbit.errors import FewbitError
+from fewbit.formats.original import REPORT, RUN
 from fewbit.pipeline.run import RunOptions, job_of, quantize
 from fewbit.recipe import Recipe
 from fewbit.tuning.choice import TuningChoice
@@ -19,11 +21,17 @@ def quantize_and_tune(
 
     Killed at any point, the same call goes on. Raises FewbitError as the two steps do.
     """
-    check_output(out, Path(model), run.overwrite)
-    check_enough(options.calibration.samples, choice)
     between = out.absolute().with_name(f".{out.name}.fewbit-untuned")
     record = between.with_name(f"{between.name}.json")
-    _begin(between, record, job_of(model, recipe, run), run.overwrite)
+    job = job_of(model, recipe, run)
+    done = _published(out, record, job, choice)
+    if done is not None:
+        shutil.rmtree(between, ignore_errors=True)
+        record.unlink()
+        return done
+    check_output(out, Path(model), run.overwrite)
+    check_enough(options.calibration.samples, choice)
+    _begin(between, record, job, run.overwrite)
     if not (between / "fewbit_report.json").is_file():
         try:
             quantize(model, between, recipe, run)
@@ -35,6 +43,17 @@ def quantize_and_tune(
     shutil.rmtree(between)
     record.unlink()
     return report
+
+
+def _published(out: Path, record: Path, job: dict[str, Any], choice: TuningChoice) -> dict[str, Any] | None:
+    """The report of what this very run had published before it was killed: newer than its record, same choices."""
+    path = out / REPORT
+    if read_json(record) != job or not path.is_file() or path.stat().st_mtime_ns < record.stat().st_mtime_ns:
+        return None
+    tidy(out)
+    report: dict[str, Any] = read_json(path)
+    same = report.get("tuning", {}).get("choice") == asdict(choice)
+    return {**report, "run": read_json(out / RUN)} if same else None
 
 
 def _begin(between: Path, record: Path, job: dict[str, Any], overwrite: bool) -> None:

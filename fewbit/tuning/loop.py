@@ -110,6 +110,8 @@ class Trainer:
             self._judge()
             self._snapshots.keep_best(self.model)
         for step in range(begun, total):
+            if history.stopped:
+                break
             epoch, batch = divmod(step, batches)
             numbers = order_of(epoch, self._sequences.training, choice.batch_size, choice.seed)[batch]
             rate = learning_rate(step, total, choice.warmup)
@@ -121,8 +123,6 @@ class Trainer:
                 progress(step + 1, total, f"loss {_recent(history.losses):.3f}{held}, rate {rate * full:.2g}")
             if batch + 1 == batches:
                 self._end_epoch(epoch + 1)
-                if history.stopped:
-                    break
             self._snapshots.keep(self.model, self._optimizer, history, step + 1, last=batch + 1 == batches)
         self._snapshots.load_best(self.model)
         return history

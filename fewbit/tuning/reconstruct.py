@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewbit.architecture.network import find_blocks
+from fewbit.checkpoints.workdir import SOLVED
 from fewbit.memory import available_bytes
 from fewbit.pipeline.walk import Walk
 from fewbit.tuning.choice import TuningChoice
@@ -24,7 +25,7 @@ from fewbit.tuning.loop import Sequences, learning_rate, order_of
 from fewbit.tuning.not_finite import TrainingStoppedError
 from fewbit.tuning.tuned_model import load_state, optimizer_for, set_rates, trained
 
-SUFFIX = ".block.safetensors"
+SUFFIX = f".block{SOLVED}"
 Progress = Callable[[int, int, str], None]
 
 

@@ -1,6 +1,5 @@
 """`fewbit tune`: from a quantized folder and some text to a quantized folder of the same form with better weights."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,12 +13,13 @@ from fewbit import __version__
 from fewbit.architecture.network import find_blocks
 from fewbit.attention import fast_attention
 from fewbit.calibration.choice import CalibrationChoice
-from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
-from fewbit.checkpoints.workdir import WorkFolder, check_output
+from fewbit.checkpoints.workdir import SOLVED, WorkFolder, check_output
 from fewbit.device import check_device
 from fewbit.errors import FewbitError, missing_extra
+from fewbit.formats.config import read_weights
+from fewbit.formats.original import MODEL_FOLDER, original_of
 from fewbit.memory import activation_bytes, available_bytes, peak_rss_bytes
 from fewbit.pipeline.calibrated import calibration_set
 from fewbit.pipeline.solved_store import SolvedStore
@@ -27,14 +27,14 @@ from fewbit.runtime.load import load
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.loop import Sequences, Trainer, held_out_last
 from fewbit.tuning.not_finite import TrainingStoppedError
-from fewbit.tuning.reconstruct import SUFFIX, reconstruct_blocks
+from fewbit.tuning.reconstruct import reconstruct_blocks
 from fewbit.tuning.snapshots import Snapshots, whole_state
 from fewbit.tuning.teacher import Teacher, keep_predictions
 from fewbit.tuning.tuned_model import make_trainable, stored_parts, without_dropout
 from fewbit.tuning.write import write_tuned
 
 Progress = Callable[[int, int, str], None]
-_TEACHER = "tuning-teacher.safetensors"
+_TEACHER = f"tuning-teacher{SOLVED}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def tune(
     checkpoint = open_checkpoint(Path(folder))
     if not checkpoint.is_native:
         raise FewbitError(f"{folder}: not quantized by fewbit: make a folder with  fewbit quantize  first")
-    reference = _reference(checkpoint, options.reference)
+    original_checkpoint = original_of(checkpoint, options.reference)
+    reference = original_checkpoint.folder
     if accelerator.is_main_process:
         check_output(Path(out), checkpoint.folder, options.overwrite)
         work = WorkFolder(Path(out), _job(checkpoint, reference, choice, options), options.overwrite)
@@ -86,13 +87,13 @@ def tune(
         # First, since what cannot be trained is refused here.
         model = load(checkpoint.folder, dtype=_training_dtype(checkpoint), device="cpu")
         original = load(reference, device=str(accelerator.device))
-        calibration = calibration_set(open_checkpoint(reference), options.calibration, original, progress)
+        calibration = calibration_set(original_checkpoint, options.calibration, original, progress)
         if accelerator.is_main_process:
             SolvedStore(path).same_tokens(calibration.sha256)
         sequences = _split(calibration.ids, choice)
         teacher = _teacher(original, sequences.ids, choice, path, accelerator, progress)
         with FileReader() as reader:
-            names = make_trainable(model, choice, _originals(checkpoint, open_checkpoint(reference), reader, model))
+            names = make_trainable(model, choice, _originals(checkpoint, original_checkpoint, reader, model))
         model.to(accelerator.device)
         blocks = list(find_blocks(model))
         if choice.reconstruction:
@@ -113,9 +114,6 @@ def tune(
         report: dict[str, Any] = {}
         if accelerator.is_main_process:
             parts = stored_parts(accelerator.unwrap_model(trainer.model), names, state)
-            snapshots.clear()
-            for scratch in [path / _TEACHER, *path.glob(f"*{SUFFIX}")]:
-                scratch.unlink(missing_ok=True)
             tuning = {
                 "choice": asdict(choice),
                 "calibration": calibration.describe(),
@@ -123,8 +121,11 @@ def tune(
                 "fewbit_version": __version__,
             }
             with FileReader() as reader:
-                report = write_tuned(checkpoint, work, parts, tuning, _relative_errors(checkpoint, reference, reader))
-            report["run"] = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
+                errors = _relative_errors(checkpoint, original_checkpoint, reader)
+                run: dict[str, Any] = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
+                run[MODEL_FOLDER] = str(reference.resolve())
+                report = write_tuned(checkpoint, work, parts, {"tuning": tuning, "run": run}, errors)
+            report["run"] = run
         accelerator.wait_for_everyone()
     except FewbitError as error:
         if accelerator.is_main_process and isinstance(error, TrainingStoppedError):
@@ -152,19 +153,6 @@ def _accelerator(device: str | None) -> Any:
         # Version 1 flattens a block's parameters into one, of one number format and trained or not as a whole.
         raise FewbitError("FSDP: trained and frozen parameters need version 2: launch with --fsdp_version 2")
     return accelerator
-
-
-def _reference(checkpoint: Checkpoint, named: str | Path | None) -> Path:
-    """The original's folder: the one that was named, else the one that the report names."""
-    if named is None:
-        report = checkpoint.folder / "fewbit_report.json"
-        named = json.loads(report.read_text(encoding="utf-8")).get("model") if report.is_file() else None
-        if named is None:
-            raise FewbitError(f"{checkpoint.folder}: its report names no original: give it with --reference")
-    folder = locate(named)
-    if open_checkpoint(folder).quantization is not None:
-        raise FewbitError(f"{folder}: is quantized itself: --reference takes the original")
-    return folder
 
 
 def _job(checkpoint: Checkpoint, reference: Path, choice: TuningChoice, options: TuneOptions) -> dict[str, Any]:
@@ -230,28 +218,27 @@ def _originals(
         for name in (f"{module}.weight", f"{module.removeprefix(base)}.weight", f"{base}{module}.weight"):
             entry = checkpoint.entries.get(name)
             if entry is not None:
-                shape = model.get_submodule(module).stored.shape
                 whole = reader.tensor(entry)
-                return whole if tuple(whole.shape) == shape else whole.t()
+                return whole.t().contiguous() if model.get_submodule(module).stored.transposed else whole
         return None
 
     return find
 
 
 def _relative_errors(
-    quantized: Checkpoint, reference: Path, reader: FileReader
+    quantized: Checkpoint, original: Checkpoint, reader: FileReader
 ) -> Callable[[str, Tensor], float | None]:
     """The relative squared error of a decoded weight of a tensor by its name, where the original has it."""
     if quantized.has_scaled_channels:
         return lambda name, decoded: None
-    entries = open_checkpoint(reference).entries
+    weights = read_weights(quantized.quantization or {})
 
     def error(name: str, decoded: Tensor) -> float | None:
-        entry = entries.get(name)
+        entry = original.entries.get(name)
         if entry is None or entry.numel != decoded.numel():
             return None
         whole = reader.tensor(entry).float()
-        before = whole if whole.shape == decoded.shape else whole.t()
+        before = whole.t() if weights[name.removesuffix(".weight")].transposed else whole
         return float((decoded - before).double().square().sum() / before.double().square().sum().clamp(min=1e-300))
 
     return error

@@ -1,4 +1,7 @@
-"""Half-done training on disk: latent weights and the optimizer's moments, as safetensors and JSON, never pickled."""
+"""Half-done training on disk: latent weights and the optimizer's moments, as safetensors and JSON, never pickled.
+
+They go when the output is published, not before: a run that is killed while it writes has nothing to train again.
+"""
 
 import json
 import time
@@ -18,8 +21,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from fewbit.checkpoints.whole_file import save_whole
+from fewbit.checkpoints.workdir import SOLVED
 
-_STATE, _BEST = "tuning-state", "tuning-best.safetensors"
+_STATE, _BEST = "tuning-state", f"tuning-best{SOLVED}"
+DESCRIBED = f"{_STATE}.json{SOLVED}"
+"""The file that names the last snapshot."""
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
 _ALONE = StateDictOptions(full_state_dict=True, strict=False)
@@ -34,7 +40,7 @@ class Snapshots:
 
     def resume(self, model: nn.Module, optimizer: Any, history: Any) -> int:
         """Put back the last snapshot, where there is one; returns how many updates it had behind it."""
-        described = self._folder / f"{_STATE}.json"
+        described = self._folder / DESCRIBED
         if not described.is_file():
             return 0
         data = json.loads(described.read_text(encoding="utf-8"))
@@ -63,7 +69,7 @@ class Snapshots:
             for name, values in moments["state"].items():
                 tensors.update({f"{kind}/{name}": torch.as_tensor(value) for kind, value in values.items()})
             # The description is renamed last and names its file: either snapshot is whole, whenever the run is killed.
-            file = f"{_STATE}-{updates}.safetensors"
+            file = f"{_STATE}-{updates}{SOLVED}"
             save_whole(tensors, self._folder / file)
             data = {
                 "file": file,
@@ -73,8 +79,8 @@ class Snapshots:
             }
             partial = self._folder / f"{_STATE}.json.partial"
             partial.write_text(json.dumps(data), encoding="utf-8")
-            partial.replace(self._folder / f"{_STATE}.json")
-            for old in self._folder.glob(f"{_STATE}-*.safetensors"):
+            partial.replace(self._folder / DESCRIBED)
+            for old in self._folder.glob(f"{_STATE}-*{SOLVED}"):
                 if old.name != file:
                     old.unlink()
         self._last = time.monotonic()
@@ -90,11 +96,6 @@ class Snapshots:
         """Put back what :meth:`keep_best` kept."""
         self._accelerator.wait_for_everyone()
         _set_model(model, load_file(self._folder / _BEST))
-
-    def clear(self) -> None:
-        """Remove all snapshots."""
-        for path in [*self._folder.glob(f"{_STATE}*"), self._folder / _BEST]:
-            path.unlink(missing_ok=True)
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:

@@ -5,8 +5,9 @@ as LSQ+, arXiv 2004.09576), with I = 1 where the code was not clamped and v = co
 
     dq/dw = I        dq/ds = v - I w / s        dq/dz = -s (1 - I)
 
-Codebooks are the same with v the level. Gradients of scales and offsets, which a group sums over its weights, are
-divided by ``sqrt(g top)`` (LSQ, section 2.2), so that clipping by norm sees them on the scale of single weights.
+Codebooks are the same with v the level and as many levels for top. Gradients of scales and offsets, which a group
+sums over its weights, are divided by ``sqrt(g top)`` (LSQ, section 2.2), so that clipping by norm sees them on the
+scale of single weights.
 """
 
 from typing import Any
@@ -94,12 +95,13 @@ class _Nearest(torch.autograd.Function):
 
 class _Through(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, wanted: Tensor, seen: Tensor) -> Tensor:
+    def forward(context: Any, wanted: Tensor, seen: Tensor, damping: float) -> Tensor:
+        context.damping = damping
         return seen.clone()
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0] if context.damping == 1.0 else gradients[0] * context.damping, None, None
 
 
 def round_evenly(weight: Tensor, scale: Tensor, zero: Tensor, top: int, whole: bool) -> Tensor:
@@ -120,9 +122,9 @@ def round_to_magnitudes(weight: Tensor, small: Tensor, large: Tensor) -> Tensor:
     return _apply(_Nearest, weight, small, large)
 
 
-def seen_as(wanted: Tensor, seen: Tensor) -> Tensor:
-    """`seen` (what a storage format makes of `wanted`), with the gradient going to `wanted`."""
-    return _apply(_Through, wanted, seen)
+def seen_as(wanted: Tensor, seen: Tensor, damping: float = 1.0) -> Tensor:
+    """`seen` (what a storage format makes of `wanted`), with the gradient times `damping` going to `wanted`."""
+    return _apply(_Through, wanted, seen, damping)
 
 
 def _apply(function: Any, *arguments: Any) -> Tensor:

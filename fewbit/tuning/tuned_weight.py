@@ -48,6 +48,7 @@ class TunedWeight(nn.Module):
         """`original`: the 16-bit weight `(out, in)`; latent weights begin there, up to `MARGIN` from their level."""
         super().__init__()
         self.stored, self._choice = stored, choice
+        self._parts = {} if choice.trains_weights else dict(parts)
         decoded = native.decode(parts, stored)
         rows, size = stored.shape[0], stored.scheme.group_size
         grouped = decoded.view(rows, -1, size)
@@ -68,7 +69,10 @@ class TunedWeight(nn.Module):
         if original is not None:
             margin = MARGIN * step
             begin = torch.maximum(torch.minimum(original.float().view_as(grouped), grouped + margin), grouped - margin)
-        self.latent = nn.Parameter(begin / self.step, requires_grad=choice.trains_weights)
+        if not choice.trains_weights:
+            begin = self._levels_of_codes(parts)
+        latent = begin / self.step if choice.trains_weights else begin
+        self.latent = nn.Parameter(latent, requires_grad=choice.trains_weights)
         self.gain = nn.Parameter(torch.ones_like(first), requires_grad=choice.trains_scales)
         self.offset = None
         if offset is not None:
@@ -86,7 +90,19 @@ class TunedWeight(nn.Module):
         if choice.train == "codes":
             low, high = self._neighbours(grouped)
             self._keep(lowest=low / self.step, highest=high / self.step)
-        self._begin_with(grouped)
+        if choice.trains_weights:
+            self._begin_with(grouped)
+
+    def _levels_of_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Codes that stay, `(out, groups, g)`: a codebook's levels; for the binary grid a sign times 1, or times 2
+        where the second magnitude is meant.
+        """
+        scheme, (rows, columns) = self.stored.scheme, self.stored.shape
+        codes = unpack(parts["codes"], scheme.bits, columns).view(rows, -1, scheme.group_size)
+        if scheme.grid == "binary":
+            second = unpack(parts["second"], 1, columns).view_as(codes)
+            return (1.0 + second) * (1.0 - 2.0 * codes)
+        return torch.tensor(scheme.levels)[codes.long()] if scheme.levels else codes.float()
 
     @torch.no_grad()
     def _begin_with(self, grouped: Tensor) -> None:
@@ -115,22 +131,38 @@ class TunedWeight(nn.Module):
     def decoded(self) -> Tensor:
         """The weight `(out, in)` float32 as it would be stored now; gradients reach what is trained."""
         scheme, latent = self.stored.scheme, self._latent()
-        if scheme.grid == "binary":
+        if not self._choice.trains_weights:
+            value = self._with_codes(latent)
+        elif scheme.grid == "binary":
             small, large = binary.magnitudes_of(self._scales().unsqueeze(2), self.salient)
             return round_to_magnitudes(latent, small.expand_as(latent), large.expand_as(latent)).view(self.stored.shape)
-        scale, offset = self._scales(), self._offset()
-        if scheme.grid == "codebook":
-            value = round_to_levels(latent, scale, scheme.levels)
-        elif scheme.grid == "minimum":
-            assert isinstance(offset, Tensor)
-            value = round_evenly(latent - offset, scale, torch.zeros_like(scale), 2**scheme.bits - 1, True) + offset
         else:
-            zero = offset if isinstance(offset, Tensor) else torch.full_like(scale, offset)
-            value = round_evenly(latent, scale, zero, 2**scheme.bits - 1, scheme.grid != "real-zero")
+            value = self._rounded(latent)
         value = value.reshape(-1)
         if self.outliers is not None:
             value = value.scatter(0, self.places, self._outlier_values())
         return value.view(self.stored.shape)
+
+    def _rounded(self, latent: Tensor) -> Tensor:
+        scheme, scale, offset = self.stored.scheme, self._scales(), self._offset()
+        if scheme.grid == "codebook":
+            return round_to_levels(latent, scale, scheme.levels)
+        if scheme.grid == "minimum":
+            assert isinstance(offset, Tensor)
+            return round_evenly(latent - offset, scale, torch.zeros_like(scale), 2**scheme.bits - 1, True) + offset
+        zero = offset if isinstance(offset, Tensor) else torch.full_like(scale, offset)
+        return round_evenly(latent, scale, zero, 2**scheme.bits - 1, scheme.grid != "real-zero")
+
+    def _with_codes(self, codes: Tensor) -> Tensor:
+        """Values of codes that stay, on the grids as they are now."""
+        scheme, scale = self.stored.scheme, self._scales()
+        if scheme.grid == "binary":
+            small, large = binary.magnitudes_of(scale.unsqueeze(2), self.salient)
+            return torch.where(codes.abs() > 1.5, large, small) * codes.sign()
+        if scheme.grid == "codebook":
+            return codes * scale
+        offset = self._offset()
+        return codes * scale + offset if scheme.grid == "minimum" else (codes - offset) * scale
 
     @torch.no_grad()
     def parts(self) -> dict[str, Tensor]:
@@ -140,7 +172,10 @@ class TunedWeight(nn.Module):
         """
         scheme, stored = self.stored.scheme, self.stored
         latent = self._latent()
-        if scheme.grid == "binary":
+        if not self._choice.trains_weights:
+            scales = {"scales": to_pattern(self._wanted_scales(), "float16")}
+            parts = {**self._parts, **(scales if scheme.grid == "binary" else self._core().parts)}
+        elif scheme.grid == "binary":
             pattern = to_pattern(self._wanted_scales(), "float16")
             small, large = binary.magnitudes_of(from_pattern(pattern, "float16").unsqueeze(2), self.salient)
             negative, second, _ = binary.encode(latent, small, large)
@@ -160,6 +195,8 @@ class TunedWeight(nn.Module):
 
     def _latent(self) -> Tensor:
         latent: Tensor = self.latent
+        if not self._choice.trains_weights:
+            return latent
         if self._choice.train == "codes":
             latent = torch.maximum(torch.minimum(latent, self.highest), self.lowest)
         return latent * self.step
@@ -177,7 +214,15 @@ class TunedWeight(nn.Module):
                 seen = from_pattern(to_pattern(wanted, "float16"), "float16")
             else:
                 seen = native.pack_scales(wanted.squeeze(2), self.stored.scheme)[1].unsqueeze(2)
-        return seen_as(wanted, seen)
+        return seen_as(wanted, seen, 1.0 if self._choice.trains_weights else self._damping)
+
+    @property
+    def _damping(self) -> float:
+        """LSQ's, for gradients that no rounding has damped yet; binary magnitudes have none."""
+        scheme = self.stored.scheme
+        return (
+            1.0 if scheme.grid == "binary" else (scheme.group_size * (len(scheme.levels) or 2**scheme.bits - 1)) ** -0.5
+        )
 
     def _offset(self) -> Tensor | float:
         """Zero-points or minima as a reader would see them, `(out, groups, 1)`, or one number."""
@@ -186,7 +231,8 @@ class TunedWeight(nn.Module):
         wanted = self._wanted_offset()
         with torch.no_grad():
             seen = self._pack_offset(wanted.squeeze(2))[1].unsqueeze(2)
-        return seen_as(wanted, seen)
+        rounded = self._choice.trains_weights and self.stored.scheme.grid != "minimum"
+        return seen_as(wanted, seen, 1.0 if rounded else self._damping)
 
     def _wanted_offset(self) -> Tensor:
         assert self.offset is not None

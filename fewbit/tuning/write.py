@@ -12,19 +12,21 @@ from fewbit.checkpoints.workdir import WorkFolder, copy_companions, write_index,
 from fewbit.errors import FewbitError
 from fewbit.formats import native
 from fewbit.formats.config import read_weights, tuned_name
+from fewbit.formats.original import REPORT, RUN
 
 
 def write_tuned(
     checkpoint: Checkpoint,
     work: WorkFolder,
     parts: dict[str, dict[str, Tensor]],
-    tuning: dict[str, Any],
+    facts: dict[str, dict[str, Any]],
     relative_error: Callable[[str, Tensor], float | None],
 ) -> dict[str, Any]:
     """Write and publish the folder; returns its report.
 
-    parts: for every packed module by its name in the network. tuning: what the report and the config will say.
-    relative_error: of a tensor's decoded weights, by name. Raises FewbitError when a packed weight was not tuned.
+    parts: for every packed module by its name in the network. facts: "tuning", what the report and the config will
+    say, and "run", what changes from run to run. relative_error: of a tensor's decoded weights, by name.
+    Raises FewbitError when a packed weight was not tuned.
     """
     stored = read_weights(checkpoint.quantization or {})
     of_module = {module: _find(parts, module) for module in stored}
@@ -54,12 +56,13 @@ def write_tuned(
             layer.pop("relative_curvature_error", None)
             if error is not None:
                 layer["relative_squared_error"] = error
-    report["tuning"] = tuning
+    report["tuning"] = facts["tuning"]
     report["method"] = tuned_name(report.get("method", "fewbit"))
     copy_companions(checkpoint.companions, work)
-    quantization = {**(checkpoint.quantization or {}), "tuning": tuning["choice"]}
+    quantization = {**(checkpoint.quantization or {}), "tuning": facts["tuning"]["choice"]}
     write_json(work.path / "config.json", {**checkpoint.config, "quantization_config": quantization})
-    write_json(work.path / "fewbit_report.json", report)
+    write_json(work.path / REPORT, report)
+    write_json(work.path / RUN, facts["run"])
     write_index(work, written)
     work.publish()
     return report
@@ -74,5 +77,5 @@ def _find(parts: dict[str, dict[str, Tensor]], module: str) -> dict[str, Tensor]
 
 
 def _report(checkpoint: Checkpoint) -> dict[str, Any]:
-    path = checkpoint.folder / "fewbit_report.json"
+    path = checkpoint.folder / REPORT
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,90 @@
+"""The 16-bit model that a quantized folder was made from: where it may be, and whether another one was it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.errors import FewbitError
+from fewbit.formats.config import read_weights
+
+REPORT, RUN = "fewbit_report.json", "fewbit_run.json"
+MODEL_FOLDER = "model_folder"
+"""The original's absolute place, in the file of what changes from run to run."""
+
+
+def original_of(quantized: Checkpoint, named: str | Path | None = None) -> Checkpoint:
+    """The original: the one that was named, else the one that the folder's own run had.
+
+    Raises FewbitError when there is none, or when what was named cannot be it.
+    """
+    if named is not None:
+        original = open_checkpoint(locate(named))
+        if original.quantization is not None:
+            raise FewbitError(f"{original.folder}: is quantized itself: --reference takes the original")
+        check_original(quantized, original)
+        return original
+    report = _read(quantized.folder / REPORT)
+    name, size = report.get("model"), (report.get("source") or {}).get("bytes")
+    for place in _places(quantized, name):
+        try:
+            original = open_checkpoint(locate(place))
+            check_original(quantized, original)
+        except FewbitError:
+            continue
+        # What the user typed then may mean another folder here and now.
+        if original.quantization is None and original.bytes == size:
+            return original
+    lost = f"its original, {name}, is not to be found from here" if name else "its report names no original"
+    raise FewbitError(f"{quantized.folder}: {lost}: give it with --reference")
+
+
+def check_original(quantized: Checkpoint, original: Checkpoint) -> None:
+    """FewbitError unless every tensor of the quantized folder has its like in the original, and they are of a kind."""
+    kinds = (original.config.get("model_type"), quantized.config.get("model_type"))
+    wrong = f"is a {kinds[0]}, not a {kinds[1]}" if kinds[0] != kinds[1] else _missing(quantized, original)
+    if wrong:
+        raise FewbitError(f"{original.folder}: {wrong}: {quantized.folder} was not made from this model")
+
+
+def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
+    weights = read_weights(quantized.quantization or {})
+    parts = tuple(f"{module}." for module in weights)
+    for module, stored in weights.items():
+        entry = original.entries.get(f"{module}.weight") or original.entries.get(module)
+        if entry is None or tuple(entry.shape) != _shape_of(stored):
+            return f"has no {module} of that shape"
+    for name, entry in quantized.entries.items():
+        other = original.entries.get(name)
+        if other is None and name.startswith(parts):
+            continue
+        if other is None or other.shape != entry.shape:
+            return f"has no {name} of that shape"
+    packed = {name for module in weights for name in (module, f"{module}.weight")}
+    more = [name for name in original.entries if name not in quantized.entries and name not in packed]
+    return f"has a {more[0]} more" if more else ""
+
+
+def _shape_of(stored: Any) -> tuple[int, ...]:
+    rows, columns = stored.shape
+    plain = (columns, rows) if stored.transposed else (rows, columns)
+    return tuple(stored.original_shape or plain)
+
+
+def _places(quantized: Checkpoint, name: str | None) -> Iterator[str]:
+    where = _read(quantized.folder / RUN).get(MODEL_FOLDER)
+    if where is not None and Path(where).is_dir():
+        yield where
+    if name is not None:
+        yield name
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
