@@ -31,21 +31,28 @@ def test_heads_that_share_keys_against_float64(heads: int, shared: int) -> None:
     assert torch.equal(masked, plain)
 
 
-def test_a_growing_cache_gives_what_the_whole_sequence_gives(tmp_path: Path) -> None:
-    model = load(build_tiny(tmp_path / "model"), device="cpu").float()
-    ids = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("window", [0, 6])
+def test_a_growing_cache_gives_what_the_whole_sequence_gives(tmp_path: Path, window: int) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = MistralConfig(**sizes, intermediate_size=64, vocab_size=64, sliding_window=window or None)
+    model = MistralForCausalLM(config).eval()
+    ids = torch.randint(0, 64, (3, 14), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         whole = model(ids).logits
         out = model(ids[:, :4], use_cache=True)
         cache = out.past_key_values
-        grow_in_place(cache, 12)
+        grow_in_place(cache, 14)
         held = []
-        for place in range(4, 12):
+        for first, behind in ((4, 5), (5, 8), *((place, place + 1) for place in range(8, 14))):
             with SharedKeys():
-                out = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
-            torch.testing.assert_close(out.logits[:, 0], whole[:, place], rtol=1e-4, atol=1e-4)
-            held.append([layer.keys.data_ptr() for layer in cache.layers])
-    assert cache.get_seq_length() == 12
+                out = model(ids[:, first:behind], past_key_values=cache, use_cache=True)
+            torch.testing.assert_close(out.logits, whole[:, first:behind], rtol=1e-4, atol=1e-4)
+            held.append([layer.keys.untyped_storage().data_ptr() for layer in cache.layers])
+            assert all(layer.keys.shape[2] == (min(behind, window - 1) if window else behind) for layer in cache.layers)
+    assert cache.get_seq_length() == 14
     assert all(where == held[0] for where in held), "keys were copied"
 
 

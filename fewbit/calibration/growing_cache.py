@@ -1,4 +1,8 @@
-"""Keys and values of earlier tokens in memory that is taken once: nothing is copied when a token is added."""
+"""Keys and values of earlier tokens in memory that is taken once.
+
+A transformers cache joins old and new keys into a new tensor for every token. Nothing is copied here; and a heap whose
+pieces grow by a token each time cannot use the ones that were freed, and grows to several times of what is held.
+"""
 
 from typing import Any
 
@@ -6,15 +10,15 @@ from torch import Tensor
 
 
 def grow_in_place(cache: Any, length: int) -> None:
-    """Let the plain layers of a transformers cache hold up to `length` tokens without copying what is there.
+    """Let the layers of a transformers cache hold up to `length` tokens without copying what is there.
 
-    Layers of other kinds (sliding windows, recurrent states), and caches that have none, are left alone.
+    Layers with or without a sliding window; others (recurrent states), and caches without layers, are left alone.
     """
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     layers = getattr(cache, "layers", None)
     for layer in layers if isinstance(layers, list) else []:
-        if type(layer) is DynamicLayer and layer.is_initialized:
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized:
             layer.update = _Growing(layer, length)
 
 
@@ -23,15 +27,25 @@ class _Growing:
 
     def __init__(self, layer: Any, length: int) -> None:
         self._layer, self._seen = layer, layer.keys.shape[-2]
+        self._window = layer.sliding_window if layer.is_sliding else 0
         self._keys, self._values = _room(layer.keys, length), _room(layer.values, length)
 
     def __call__(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        end = self._seen + keys.shape[-2]
-        self._keys[..., self._seen : end, :] = keys
-        self._values[..., self._seen : end, :] = values
-        self._seen = end
-        self._layer.keys, self._layer.values = self._keys[..., :end, :], self._values[..., :end, :]
-        return self._layer.keys, self._layer.values
+        """All keys and values that the new tokens see."""
+        new, seen = keys.shape[-2], self._seen
+        self._keys[..., seen : seen + new, :] = keys
+        self._values[..., seen : seen + new, :] = values
+        self._seen += new
+        kept = self._seen
+        if self._window:
+            self._layer.cumulative_length += new
+            seen, kept = min(seen, self._window - 1), min(kept, self._window - 1)
+        self._layer.keys, self._layer.values = self._last(kept)
+        return self._last(seen + new)
+
+    def _last(self, tokens: int) -> tuple[Tensor, Tensor]:
+        part = slice(self._seen - tokens, self._seen)
+        return self._keys[..., part, :], self._values[..., part, :]
 
 
 def _room(held: Tensor, length: int) -> Tensor:
