@@ -1,6 +1,7 @@
 """Markdown tables of finished studies, for docs/studies, from their study.json as kept in results/studies.
 
-    python benchmarks/study_tables.py benchmarks/results/studies/smollm2-135m-sets.json
+    python benchmarks/study_tables.py --keep smol-sets/study.json smollm2-135m-calibration-sets
+    python benchmarks/study_tables.py benchmarks/results/studies/smollm2-135m-calibration-sets.json
 
 For calibration-sets: the ratio of perplexities to the default set with the interval and verdict of the equivalence
 test, what a seed alone moves, and accuracies. Other studies print their conclusion.
@@ -8,9 +9,13 @@ test, what a seed alone moves, and accuracies. Other studies print their conclus
 
 import argparse
 import json
+import re
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+
+KEPT = Path(__file__).parent / "results" / "studies"
 
 
 def calibration_sets(study: dict[str, Any]) -> None:
@@ -51,11 +56,25 @@ def accuracies(tasks: list[dict[str, Any]], methods: list[tuple[str, int]]) -> N
         print(f"| {name} | " + " | ".join(shown) + " |")
 
 
+def keep(study: Path, name: str) -> None:
+    """Copy a finished study into results/studies, with file names in place of paths."""
+    text = re.sub(r'"/[^"]*/([^"/]+)"', r'"\1"', study.read_text(encoding="utf-8"))
+    kept = json.loads(text)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    rows = ",\n".join(json.dumps(row) for row in kept.pop("rows"))
+    rest = json.dumps(kept, indent=1).removesuffix("\n}")
+    (KEPT / f"{name}.json").write_text(f'{rest},\n "rows": [\n{rows}\n]}}\n', encoding="utf-8")
+
+
 def main() -> None:
-    """Print the tables of the named files."""
+    """Print the tables of the named files, or keep one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+")
-    for path in parser.parse_args().files:
+    parser.add_argument("files", type=Path, nargs="*")
+    parser.add_argument("--keep", nargs=2, metavar=("STUDY", "NAME"), help="Copy a study.json to results/studies.")
+    arguments = parser.parse_args()
+    if arguments.keep:
+        keep(Path(arguments.keep[0]), arguments.keep[1])
+    for path in arguments.files:
         study = json.loads(path.read_text(encoding="utf-8"))
         print(f"\n{path.stem}: {study['choice'].get('model', '')}\n")
         if "sets" in study["findings"] and "seeds" in study["findings"]:
