@@ -78,6 +78,10 @@ class Recipe:
             raise FewbitError(f"outlier_fraction must be from 0 to below 0.5, not {self.outlier_fraction}")
         if self.grid == "binary" and self.bits != 1:
             raise FewbitError(f"the binary grid has 1 bit, not {self.bits}: leave --bits out")
+        if self.bits == 1 and self.grid not in ("binary", "normal-float") and self.method in _of_one_bit():
+            raise FewbitError(
+                f"1 bit of {self.method} has the normal-float grid alone: leave --grid and --symmetric out"
+            )
         if self.bits == 1 and self.grid not in ("binary", "normal-float"):
             raise FewbitError(
                 f"1 bit goes with the methods {', '.join(_of_one_bit())}: --method {self.method} has 2 to 8"
@@ -102,6 +106,8 @@ class Recipe:
             raise FewbitError(f"sensitivity must be above 0, not {self.sensitivity}")
         if self.outlier_bits and not self.bits <= self.outlier_bits <= MAX_BITS:
             raise FewbitError(f"outlier_bits must be 0 or from bits ({self.bits}) to 8, not {self.outlier_bits}")
+        if self.outliers != "none" and self.outlier_grid == "row" and (self.outlier_bits or self.bits) < 2:
+            raise FewbitError("outliers on a scale of their row need 2 bits or more: --outlier-bits")
         if self.search is not None and not 0 < self.search.error_power <= 16:
             raise FewbitError(f"error_power must be above 0 and at most 16, not {self.search.error_power}")
         if self.column_weights != "none" and self.search is None:

@@ -106,6 +106,12 @@ def test_bits_out_of_range(tiny: Path, tmp_path: Path, bits: int) -> None:
 def test_one_bit_of_a_method_without_it(tiny: Path, tmp_path: Path) -> None:
     line = quantize_refused(tiny, tmp_path, "--method", "rtn", "--bits", 1)
     assert line == "1 bit goes with the methods adpq+, billm, precal+oac, oac+billm: --method rtn has 2 to 8"
+    for other in (["--symmetric"], ["--asymmetric"], ["--grid", "minimum"]):
+        line = quantize_refused(tiny, tmp_path, "--bits", 1, *other)
+        assert line == "1 bit of adpq+ has the normal-float grid alone: leave --grid and --symmetric out"
+    for bits in (0, 1):
+        line = quantize_refused(tiny, tmp_path, "--bits", 1, "--outlier-bits", bits)
+        assert line == "outliers on a scale of their row need 2 bits or more: --outlier-bits"
 
 
 def test_other_choices(tiny: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Runs from end to end on a tiny model: the same bytes however it is run, interrupted or not."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def test_shards_index_and_companions(tiny: Path, tmp_path: Path) -> None:
     assert found == index["weight_map"]
     names = {p.name for p in out.iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "fewbit_report.json", "fewbit_run.json"} <= names
-    assert not [n for n in names if "partial" in n or n.endswith("safetensors.json") or n == "job.json"]
+    assert not [n for n in names if "partial" in n or n.endswith("safetensors.json") or n == ".fewbit-job.json"]
     assert "lm_head.weight" not in found
     kept = {k["name"]: k["reason"] for k in report["kept"]}
     assert kept["model.embed_tokens.weight"] == "embedding or head"
@@ -213,7 +214,7 @@ def test_json_of_a_run_has_the_stable_keys(tiny: Path, tmp_path: Path) -> None:
 def test_a_second_run_on_the_same_output_is_refused(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", SLOW, str(tiny), str(out)], stderr=subprocess.DEVNULL)
-    while not (tmp_path / ".out.fewbit-partial" / "job.json").exists():
+    while not (tmp_path / ".out.fewbit-partial" / ".fewbit-job.json").exists():
         time.sleep(0.02)
     with pytest.raises(FewbitError, match="another run is writing it"):
         fewbit.quantize(tiny, out, fewbit.preset("adpq+", bits=3), RunOptions(shard_size=20_000, overwrite=True))
@@ -243,3 +244,22 @@ def _stopping(options: RunOptions, after: int) -> RunOptions:
             raise RuntimeError("stop")
 
     return replace(options, progress=progress)
+
+
+def test_files_of_the_users_own_are_left_alone(tiny: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "job.json").write_text("{}")
+    (model / "model.safetensors.json").write_text("{}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewbit.checkpoints.workdir.WorkFolder.publish", lambda work: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fewbit.quantize(model, tmp_path / "out", fewbit.preset("rtn"))
+    fewbit.quantize(model, tmp_path / "out", fewbit.preset("rtn"))
+    assert (tmp_path / "out" / "job.json").read_text() == "{}"
+    assert not (tmp_path / "out" / "model.safetensors.json").exists()
+    own = ("job.json", "notes.partial", "best.solved", "x.states")
+    for name in own:
+        (tmp_path / "out" / name).write_text("mine")
+    run_cli("quantize", model, tmp_path / "out", code=2)
+    assert all((tmp_path / "out" / name).read_text() == "mine" for name in own)

@@ -271,18 +271,30 @@ def test_the_first_step_is_made_again_for_another_job(model: Path, tmp_path: Pat
 
 def test_quantize_and_tune_killed_at_its_very_end(model: Path, tmp_path: Path) -> None:
     out, choices = tmp_path / "out", ["--method", "rtn", "--bits", 2, "--group-size", 32, "--tune", "--tune-epochs", 1]
-    command = ["quantize", model, out, *choices, "--calibration", "random-tokens:16", "--sequence-length", 16]
+    command = ["quantize", model, out, *choices, "--sequence-length", 16, "--calibration"]
+    remove, unlink, record = shutil.rmtree, Path.unlink, ".out.fewbit-untuned.json"
     with pytest.MonkeyPatch.context() as patch:
-        remove = shutil.rmtree
-        patch.setattr(
-            shutil, "rmtree", lambda path, *rest, **more: 1 / 0 if out.exists() else remove(path, *rest, **more)
-        )
+        # Published, and the record of the first step is still there.
+        patch.setattr(Path, "unlink", lambda path, *rest: 1 / 0 if path.name == record else unlink(path, *rest))
         with pytest.raises(ZeroDivisionError):
-            run_cli(*command)
+            run_cli(*command, "random-tokens:16")
     assert len(list(tmp_path.iterdir())) == 3
-    again = json.loads(run_cli(*command, "--json").stdout)
+    assert "already exists" in run_cli(*command, "nonsense:16", code=2).stderr
+    again = json.loads(run_cli(*command, "random-tokens:16", "--json").stdout)
     assert again["report"]["tuning"]["history"]["losses"] and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    assert "already exists" in run_cli(*command, code=2).stderr
+    with pytest.MonkeyPatch.context() as patch:
+        # The record is gone, the folder of the first step is not.
+        def dying(path: Path, **more: Any) -> None:
+            assert more or path.name != record.removesuffix(".json"), "killed"
+            remove(path, **more)
+
+        patch.setattr(shutil, "rmtree", dying)
+        with pytest.raises(AssertionError, match="killed"):
+            run_cli(*command, "random-tokens:20", "--overwrite")
+    report = json.loads((out / "fewbit_report.json").read_text())
+    assert report["tuning"]["calibration"]["sources"] == "random-tokens:20"
+    assert "already exists" in run_cli(*command, "random-tokens:20", code=2).stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 def test_text_that_changed_between_two_runs_is_refused(folder: Path, tmp_path: Path) -> None:

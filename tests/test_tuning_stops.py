@@ -133,7 +133,7 @@ def test_killed_behind_the_last_rename(
         patch.setattr(Path, "unlink", dying)
         with pytest.raises(KeyboardInterrupt):
             tune(folder, tmp_path / "out", choice, options)
-    assert (tmp_path / "out" / "job.json").is_file()
+    assert (tmp_path / "out" / ".fewbit-job.json").is_file()
     with pytest.raises(FewbitError, match="already exists"):
         tune(folder, tmp_path / "out", choice, options)
     tune(folder, tmp_path / "straight", choice, options)

@@ -103,7 +103,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 def _is_companion(path: Path) -> bool:
     """Files that travel with the weights: tokenizer, generation config, chat template, licence, model card."""
-    if path.name.startswith((".", "fewbit_")) or path.name.endswith(".index.json"):
+    if path.name.startswith((".", "fewbit_")) or path.name.endswith((".index.json", ".safetensors.json")):
         return False
     return path.suffix in {".json", ".jinja", ".model", ".txt", ".md", ".tiktoken"} or path.name.upper() in {
         "LICENSE",

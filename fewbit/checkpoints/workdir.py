@@ -14,7 +14,7 @@ from typing import Any
 from fewbit.checkpoints.source import INDEX_NAME
 from fewbit.errors import FewbitError
 
-_JOB = "job.json"
+_JOB = ".fewbit-job.json"
 _SAID = 4
 SOLVED = ".solved"
 """Ending of what is kept only until the work is whole."""
@@ -52,7 +52,8 @@ def _remove_scratch(out: Path) -> None:
     """The run's fingerprint goes last: as long as it is there, so may be the rest."""
     endings = (".safetensors.json", SOLVED, SPILLED, ".partial")
     for path in [*(path for ending in endings for path in out.glob(f"*{ending}")), out / _JOB]:
-        path.unlink()
+        if path.is_file():
+            path.unlink()
 
 
 def _may_replace(out: Path) -> bool:

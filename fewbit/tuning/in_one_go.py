@@ -24,10 +24,13 @@ def quantize_and_tune(
     between = out.absolute().with_name(f".{out.name}.fewbit-untuned")
     record = between.with_name(f"{between.name}.json")
     job = job_of(model, recipe, run)
-    done = _published(out, record, job, choice)
+    done = None if run.overwrite else _published(out, record, job, choice, options)
     if done is not None:
-        shutil.rmtree(between, ignore_errors=True)
         record.unlink()
+    if not record.exists():
+        # What is left of a first step whose result has been used.
+        shutil.rmtree(between, ignore_errors=True)
+    if done is not None:
         return done
     check_output(out, Path(model), run.overwrite)
     check_enough(options.calibration.samples, choice)
@@ -40,19 +43,24 @@ def quantize_and_tune(
                 record.unlink()
             raise
     report = tune(between, out, choice, options, run.progress)
-    shutil.rmtree(between)
+    # In this order: a record never speaks of a folder that is there in part.
     record.unlink()
+    shutil.rmtree(between)
     return report
 
 
-def _published(out: Path, record: Path, job: dict[str, Any], choice: TuningChoice) -> dict[str, Any] | None:
+def _published(
+    out: Path, record: Path, job: dict[str, Any], choice: TuningChoice, options: TuneOptions
+) -> dict[str, Any] | None:
     """The report of what this very run had published before it was killed: newer than its record, same choices."""
     path = out / REPORT
     if read_json(record) != job or not path.is_file() or path.stat().st_mtime_ns < record.stat().st_mtime_ns:
         return None
     tidy(out)
     report: dict[str, Any] = read_json(path)
-    same = report.get("tuning", {}).get("choice") == asdict(choice)
+    tuning = report.get("tuning", {})
+    text = {key: tuning.get("calibration", {}).get(key) for key in asdict(options.calibration)}
+    same = tuning.get("choice") == asdict(choice) and text == asdict(options.calibration)
     return {**report, "run": read_json(out / RUN)} if same else None
 
 
