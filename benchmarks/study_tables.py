@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-
 KEPT = Path(__file__).parent / "results" / "studies"
 
 
