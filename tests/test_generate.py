@@ -68,5 +68,10 @@ def test_what_is_sampled_does_not_depend_on_the_cache(tmp_path: Path, monkeypatc
 
 
 def test_caches_of_other_kinds_are_left_alone() -> None:
-    grow_in_place(None, 4)
-    grow_in_place((("keys", "values"),), 4)
+    from transformers import StaticCache
+    from transformers.models.llama import LlamaConfig
+
+    cache = StaticCache(config=LlamaConfig(num_hidden_layers=2), max_cache_len=4)
+    for other in (None, (("keys", "values"),), cache):
+        grow_in_place(other, 4)
+    assert not any("update" in vars(layer) for layer in cache.layers)
