@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.named import NAMED_MODELS, named_folder
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
@@ -15,8 +16,8 @@ MODEL_FOLDER = "model_folder"
 """The original's absolute place, in the file of what changes from run to run."""
 
 
-def original_of(quantized: Checkpoint, named: str | Path | None = None) -> Checkpoint:
-    """The original: the one that was named, else the one that the folder's own run had.
+def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: bool = True) -> Checkpoint:
+    """The original: the one that was named, else the one of the folder's own run (without `fetch`: if it is here).
 
     Raises FewbitError when there is none, or when what was named cannot be it.
     """
@@ -30,7 +31,7 @@ def original_of(quantized: Checkpoint, named: str | Path | None = None) -> Check
     name, size = report.get("model"), (report.get("source") or {}).get("bytes")
     for place in _places(quantized, name):
         try:
-            original = open_checkpoint(locate(place))
+            original = open_checkpoint(locate(place) if fetch else _here(place))
             check_original(quantized, original)
         except FewbitError:
             continue
@@ -79,6 +80,10 @@ def _places(quantized: Checkpoint, name: str | None) -> Iterator[str]:
         yield where
     if name is not None:
         yield name
+
+
+def _here(place: str) -> Path:
+    return named_folder(NAMED_MODELS[place]) if place in NAMED_MODELS else Path(place)
 
 
 def _read(path: Path) -> dict[str, Any]:

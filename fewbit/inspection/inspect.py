@@ -1,6 +1,5 @@
 """`fewbit inspect`: what the weights of a model look like, and what quantizing did to them."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,11 +9,11 @@ from torch import Tensor
 
 from fewbit.architecture.coverage import cover
 from fewbit.checkpoints.locate import locate
-from fewbit.checkpoints.named import NAMED_MODELS, named_folder
 from fewbit.checkpoints.safetensors_io import FileReader, TensorEntry
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.config import describe, read_weights
+from fewbit.formats.original import original_of
 from fewbit.formats.scheme import StoredWeight, part_layout, stored_bytes
 from fewbit.inspection import statistics
 from fewbit.runtime.unpack import check_all_parts, read_weight
@@ -109,9 +108,7 @@ def _compare(
     }
     if original is None:
         return row
-    entry = original.entries.get(name)
-    if entry is None or entry.numel != stored.weights:
-        raise FewbitError(f"{original.folder}: has no tensor {name} of that shape: is it the model this was made from?")
+    entry = original.entries[name]
     if checkpoint.has_scaled_channels:
         return row
     before = reader.tensor(entry).float()
@@ -154,14 +151,9 @@ def _chunks(entry: TensorEntry, reader: FileReader) -> list[Callable[[], Tensor]
 
 
 def _find_reference(checkpoint: Checkpoint, reference: str | Path | None) -> Checkpoint | None:
-    if reference is not None:
-        return open_checkpoint(locate(reference))
     try:
-        report = json.loads((checkpoint.folder / "fewbit_report.json").read_text(encoding="utf-8"))
-        name, size = str(report["model"]), report["source"]["bytes"]
-        folder = named_folder(NAMED_MODELS[name]) if name in NAMED_MODELS else Path(name)
-        original = open_checkpoint(folder)
-    except (OSError, ValueError, KeyError, TypeError, FewbitError):
+        return original_of(checkpoint, reference, fetch=False)
+    except FewbitError:
+        if reference is not None:
+            raise
         return None
-    # What the user typed then may mean another folder here and now.
-    return original if original.bytes == size else None
