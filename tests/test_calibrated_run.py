@@ -19,8 +19,8 @@ from fewbit.calibration.choice import CalibrationChoice
 from fewbit.errors import FewbitError
 from fewbit.pipeline import walk
 from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh
+from fewbit.pipeline.network import Network
 from fewbit.pipeline.run import RunOptions
-from fewbit.pipeline.solve_blocks import Network
 
 CHOICE = CalibrationChoice("random-tokens", samples=16, sequence_length=48)
 
@@ -130,7 +130,7 @@ def test_the_gram_is_that_of_the_quantized_prefix_or_of_the_original(deep: Path)
 
 
 def test_fallbacks_are_counted_and_named(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fewbit.pipeline.solve_weight as solving
+    import fewbit.solvers.weight as solving
 
     monkeypatch.setattr(solving, "factor", lambda prepared, damping: None)
     recipe = fewbit.preset("gptq", bits=4, group_size="32")

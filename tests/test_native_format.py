@@ -14,10 +14,11 @@ import fewbit
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
-from fewbit.formats.scheme import Scheme, stored_bytes
+from fewbit.formats.native import stored_bytes
+from fewbit.grids.scheme import Scheme
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.run import RunOptions
-from fewbit.recipe import recipe_from_choices
+from fewbit.recipe_choices import recipe_from_choices
 from fewbit.runtime.unpack import unpack
 
 # --- a reader from the specification alone: NumPy and the standard library -----------------------------------------

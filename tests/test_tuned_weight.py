@@ -13,14 +13,14 @@ from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.formats import native
 from fewbit.formats.config import read_weights
-from fewbit.formats.scheme import StoredWeight
 from fewbit.grids.codebook import normal_float
 from fewbit.grids.packing import unpack
+from fewbit.grids.scheme import StoredWeight
+from fewbit.grids.straight_through import round_evenly, round_to_levels, round_to_magnitudes, seen_as
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.run import RunOptions
 from fewbit.runtime.unpack import read_parts
 from fewbit.tuning.choice import TuningChoice
-from fewbit.tuning.straight_through import round_evenly, round_to_levels, round_to_magnitudes, seen_as
 from fewbit.tuning.tuned_weight import TunedWeight
 
 PRESETS = ["rtn", "adpq", "adpq+", "gptq", "spqr", "billm", "precal+spqr", "precal+oac", "precal+oac 1 bit"]

@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
-from fewbit.formats.scheme import FORMAT_VERSION, Scheme, StoredWeight, part_layout, stored_bytes
+from fewbit.formats.native import FORMAT_VERSION, check_scheme, part_layout, stored_bytes
+from fewbit.grids.scheme import Scheme, StoredWeight
 
 
 class _Weight(BaseModel):
@@ -37,7 +38,7 @@ def read_weights(config: dict[str, Any]) -> dict[str, StoredWeight]:
         )
     try:
         checked = _Config.model_validate(config)
-        schemes = [Scheme.from_dict(scheme) for scheme in checked.schemes]
+        schemes = [check_scheme(Scheme.from_dict(scheme)) for scheme in checked.schemes]
         return {name: _stored(weight, schemes) for name, weight in checked.weights.items()}
     except (ValidationError, ValueError, IndexError, TypeError) as error:
         first = str(error).replace("\n", " ")[:200]

@@ -16,6 +16,9 @@ _PATTERNS = {
     "float32": (torch.float32, torch.int32),
 }
 
+TWO_LEVEL_BITS = 7
+"""Bits of a two-level scale code: a sign above six bits of magnitude."""
+
 _MAGNITUDE_LEVELS = 63
 _SIGN = 64
 
@@ -46,12 +49,12 @@ def to_two_level(scales: Tensor) -> tuple[Tensor, Tensor]:
     magnitude = (scales.abs() / divisor(unit)).round_().clamp_(0, _MAGNITUDE_LEVELS)
     magnitude = torch.where((scales != 0) & (unit > 0), magnitude.clamp(min=1), magnitude)
     codes = magnitude.to(torch.uint8) + (scales < 0).to(torch.uint8) * _SIGN
-    return pack(codes, 7), row_scales.squeeze(1)
+    return pack(codes, TWO_LEVEL_BITS), row_scales.squeeze(1)
 
 
 def from_two_level(packed: Tensor, row_scales: Tensor, groups: int) -> Tensor:
     """Inverse of :func:`to_two_level`: float32 signed scales `(rows, groups)`."""
-    codes = unpack(packed, 7, groups)
+    codes = unpack(packed, TWO_LEVEL_BITS, groups)
     unit = from_pattern(row_scales, "bfloat16").unsqueeze(1) / _MAGNITUDE_LEVELS
     magnitude = (codes & (_SIGN - 1)).to(torch.float32) * unit
     return torch.where(codes >= _SIGN, -magnitude, magnitude)
