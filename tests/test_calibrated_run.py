@@ -39,11 +39,11 @@ SLOW = """
 import sys, time
 import fewbit, fewbit.pipeline.solve_blocks as blocks
 from test_calibrated_run import options
-original = blocks.solve_weight
+original = blocks.solve_weights
 def slow(*arguments):
     time.sleep(0.1)
     return original(*arguments)
-blocks.solve_weight = slow
+blocks.solve_weights = slow
 recipe = fewbit.preset(sys.argv[3], bits=3, group_size="32")
 fewbit.quantize(sys.argv[1], sys.argv[2], recipe, options(refresh=int(sys.argv[4])))
 """
@@ -245,8 +245,8 @@ def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> N
         (["--method", "billm", "--act-order"], "the binary grid is fitted block by block: no act-order"),
         (["--method", "billm", "--scale-format", "float32"], "--scale-format: billm has no use for it"),
         (
-            ["--method", "gptq", "--grid", "normal-float", "--no-act-order", "--refit-groups"],
-            "a normal-float grid is chosen before the solver",
+            ["--method", "precal+oac", "--no-act-order", "--refit-groups"],
+            "two-level scales join all groups of a row: grids cannot be refitted one by one",
         ),
         (["--method", "gptq", "--samples", "0"], "calibration needs at least 1 sample of at least 2 tokens"),
         (["--method", "gptq", "--curvature", "nowhere"], "nowhere: no curvature here: make one with"),

@@ -14,7 +14,7 @@ import fewbit
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
-from fewbit.formats.native import stored_bytes
+from fewbit.formats.native import check_scheme, stored_bytes
 from fewbit.grids.scheme import Scheme
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.run import RunOptions
@@ -220,4 +220,4 @@ def test_schemes_check_themselves() -> None:
     assert Scheme.from_dict(good.to_dict()) == good
     for change in ({"bits": 9}, {"grid": "x"}, {"scale_format": "two-level"}, {"levels": (1.0,)}):
         with pytest.raises(ValueError, match="cannot have this"):
-            replace(good, **change)  # type: ignore[arg-type]
+            check_scheme(replace(good, **change))  # type: ignore[arg-type]

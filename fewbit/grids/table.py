@@ -8,6 +8,7 @@ from fewbit.grids.grid import Grid
 from fewbit.grids.level_grid import CODEBOOK
 from fewbit.grids.scale_formats import SCALE_FORMATS
 from fewbit.grids.scheme import Scheme
+from fewbit.grids.ternary import TERNARY
 
 GRIDS: dict[str, Grid] = {
     grid.name: grid
@@ -18,6 +19,7 @@ GRIDS: dict[str, Grid] = {
         REAL_ZERO,
         CODEBOOK,
         BINARY,
+        TERNARY,
     )
 }
 """Grids by the name that files have."""
