@@ -20,7 +20,9 @@ def recipe_from_choices(method: str, choices: dict[str, Any]) -> Recipe:
     of a method that has none turns the split on; a fraction of 0 turns it off.
     """
     given = {key: value for key, value in choices.items() if value is not None}
-    base = preset(method, **({"bits": given["bits"]} if "bits" in given else {}))
+    # What a preset chooses by bit-width it says of whole ones; a grid with another width is among the choices.
+    whole = float(given.get("bits", 0.5)).is_integer()
+    base = preset(method, **({"bits": given["bits"]} if whole else {}))
     symmetric = given.pop("symmetric", None)
     clip_search = given.pop("clip_search", None)
     error_power = given.pop("error_power", None)

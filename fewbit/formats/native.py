@@ -17,7 +17,9 @@ from fewbit.solvers.settled import read_codes
 from fewbit.transforms.table import TRANSFORMS
 from fewbit.transforms.transform import Values
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)
+"""Versions that this code reads. 2 has rows of logarithmic scales, which 1 never has."""
 
 
 def check_scheme(scheme: Scheme) -> Scheme:

@@ -98,13 +98,25 @@ def _decode_magnitude(codes: Tensor, scale: Tensor, minimum: Tensor, scheme: Sch
     return torch.where(codes >= half, -magnitude, magnitude)
 
 
-# A grid around 0 with one bfloat16 scale for each row.
+# A grid around 0 with one bfloat16 scale for each row. Where a row's outliers are of very different sizes, evenly
+# spaced levels would lose the small ones: such a row has logarithmic levels, and its scale is stored as a negative
+# number.
+
+_LINEAR_LOSS = 0.1
+_FEWEST_LOG_BITS = 7
+_OCTAVES = 12.7
 
 
 def _fit_row(values: Tensor, where: Tensor, shape: Shape, scheme: Scheme) -> Fitted:
     rows, columns = shape
     _, largest = integer.extremes_of(values.abs(), where // columns, rows)
     pattern = to_pattern(largest / (_half(scheme) - 1), "bfloat16")
+    if scheme.outlier_bits >= _FEWEST_LOG_BITS:
+        scale = from_pattern(pattern, "bfloat16")
+        seen = _encode_row(values, scale[where // columns], values, scheme)[1]
+        lost = ((seen - values).abs() > _LINEAR_LOSS * values.abs()).to(values.dtype)
+        _, any_lost = integer.extremes_of(lost, where // columns, rows)
+        pattern = to_pattern(torch.where(any_lost > 0, -scale, scale), "bfloat16")
     return Fitted(scheme, {"outlier_scales": pattern}, _row_values(pattern))
 
 
@@ -116,11 +128,29 @@ def _row_values(pattern: Tensor) -> Values:
 def _encode_row(values: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     half = _half(scheme)
     codes = ((values / divisor(scale)).round_() + half).clamp_(0, 2**scheme.outlier_bits - 1)
-    return codes.to(torch.int32), (codes - half) * scale
+    if bool((scale < 0).any()):
+        levels = _log_levels(scheme, values.device)
+        middles = (levels[1:] + levels[:-1]) * 0.5
+        size = torch.bucketize((values / divisor(scale)).abs() / (half - 1), middles).to(values.dtype)
+        codes = torch.where(scale < 0, torch.where(values < 0, size + half, size), codes)
+    whole = codes.to(torch.int32)
+    return whole, _decode_row(whole, scale, minimum, scheme)
 
 
 def _decode_row(codes: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> Tensor:
-    return (codes.to(torch.float32) - float(_half(scheme))) * scale
+    half = _half(scheme)
+    linear = (codes.to(torch.float32) - float(half)) * scale
+    if not bool((scale < 0).any()):
+        return linear
+    size = _log_levels(scheme, codes.device)[codes % half] * (scale * -(half - 1))
+    return torch.where(scale < 0, torch.where(codes >= half, -size, size), linear)
+
+
+def _log_levels(scheme: Scheme, device: torch.device) -> Tensor:
+    """0 and the magnitudes ``2^(-12.7 (n - m) / n)`` for m = 1 … n = half - 1, as shares of the row's largest."""
+    last = _half(scheme) - 1
+    powers = (2.0 ** (-_OCTAVES * (last - m) / last) for m in range(1, last + 1))
+    return torch.tensor((0.0, *powers), dtype=torch.float32, device=device)
 
 
 # 16 bits each.

@@ -156,5 +156,7 @@ def assemble(item: PlannedTensor, results: list[Encoded], spans: list[tuple[int,
         "bytes": stored_bytes(stored),
         "bits_per_weight": 8 * stored_bytes(stored) / stored.weights,
         "relative_squared_error": error / norm if norm else 0.0,
+        "mean_group_error": sum(r.group_errors[0] for r in results) / max(1, sum(r.group_errors[2] for r in results)),
+        "worst_group_error": max(r.group_errors[1] for r in results),
     }
     return SolvedWeight(stored, parts, record)

@@ -45,7 +45,8 @@ class Encoded:
 
     parts: by name; concatenated over rows they are the stored tensors, but for the outliers, of which there are
     ascending flat positions (int64) and codes (int32) here, or None. decoded: the weights `(rows, in)` float32.
-    squared_error, squared_norm: of these rows.
+    squared_error, squared_norm: of these rows. group_errors: of each group of each row the squared error as a share of
+    its squared norm, their sum, the largest, and how many groups are not 0.
     """
 
     parts: dict[str, Tensor]
@@ -54,6 +55,7 @@ class Encoded:
     decoded: Tensor
     squared_error: float
     squared_norm: float
+    group_errors: tuple[float, float, int] = (0.0, 0.0, 0)
 
 
 class NotFiniteError(ValueError):
@@ -128,13 +130,19 @@ def _encode(weight: Tensor, original: Tensor, core: Tensor, settled: Settled) ->
         layout.put(codes, where, outlier_codes)
         decoded.view(-1)[where] = values
     parts.update(layout.pack(codes))
-    error = _sum_of_squares(decoded - original)
-    return Encoded(parts, settled.where, outlier_codes, decoded, error, _sum_of_squares(original))
+    return Encoded(parts, settled.where, outlier_codes, decoded, *_errors(decoded, original, scheme.group_size))
 
 
-def _sum_of_squares(x: Tensor) -> float:
-    """Over rows in float32, over the rest in float64: a float64 copy of everything would cost more than the rest."""
-    return float(x.square().sum(dim=1).sum(dtype=torch.float64))
+def _errors(decoded: Tensor, original: Tensor, group_size: int) -> tuple[float, float, tuple[float, float, int]]:
+    """Squared error, squared norm, and errors by group as in :class:`Encoded`.
+
+    Over groups in float32, over the rest in float64: a float64 copy of everything would cost more than the rest.
+    """
+    error = (decoded - original).reshape(-1, group_size).square_().sum(dim=1)
+    norm = original.reshape(-1, group_size).square().sum(dim=1)
+    shares = torch.where(norm > 0, error / norm, 0.0)
+    by_group = (float(shares.sum(dtype=torch.float64)), float(shares.max()), int((norm > 0).sum()))
+    return float(error.sum(dtype=torch.float64)), float(norm.sum(dtype=torch.float64)), by_group
 
 
 def read_settled(parts: Mapping[str, Tensor], stored: StoredWeight) -> Settled:
