@@ -34,7 +34,7 @@ from fewbit.recipe import Recipe
 from fewbit.version import __version__
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What does not change the weights: file sizes, workers, where rows are computed, what may be replaced.
 
