@@ -122,6 +122,7 @@ def quantize(
       fewbit quantize ./llama --report-only --bits 2 --json
     """
     from fewbit.checkpoints.locate import locate
+    from fewbit.checkpoints.output import list_file
     from fewbit.checkpoints.source import open_checkpoint
     from fewbit.curvature.store import open_curvature
     from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh, refuse_unused, share_of_stored
@@ -159,7 +160,7 @@ def quantize(
             "exclude": tuple(exclude or ()),
         },
     )
-    check_page(html)
+    check_page(html, None if report_only else out, Path(model))
     text = {
         "sources": calibration,
         "samples": samples,
@@ -212,6 +213,8 @@ def quantize(
         print(quantize_summary(report, None if report_only else out))
     if html:
         write_quantize_page(report, html)
+        if out is not None and html.resolve().parent == out.resolve():
+            list_file(out, html.name)
 
 
 def curvature(

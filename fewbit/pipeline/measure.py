@@ -13,7 +13,7 @@ from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.fisher import measure_fisher
-from fewbit.curvature.store import CurvatureWriter
+from fewbit.curvature.store import CurvatureWriter, check_curvature_place
 from fewbit.device import check_device
 from fewbit.memory import peak_rss_bytes
 from fewbit.pipeline.calibrated import calibration_set, open_network
@@ -42,6 +42,7 @@ def measure(
     started = time.perf_counter()
     check_device(device)
     checkpoint = open_checkpoint(locate(model))
+    check_curvature_place(out, checkpoint)
     plan = make_plan(checkpoint, recipe or Recipe(group_size="row"), 1 << 62)
     network = open_network(checkpoint, plan, device, walking=choice.kind == "gram")
     # Before the model writes its own text, which takes minutes.

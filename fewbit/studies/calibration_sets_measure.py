@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fewbit.activations.choice import NAMED
 from fewbit.calibration.tokens import CalibrationSet
+from fewbit.checkpoints.whole_file import save_whole
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
@@ -90,9 +91,7 @@ def draw_sets(choice: StudyChoice, wanted: Sequence[tuple[NamedSet, int]], progr
             progress(done, len(left), f"drawing {one.axis}/{one.name}, seed {seed}")
         ids = draw_set(one, choice.calibration, seed, checkpoint, model).ids
         path = _path(choice, one, seed)
-        partial = path.with_suffix(".partial")
-        save_file({"ids": ids.contiguous()}, partial)
-        partial.replace(path)
+        save_whole({"ids": ids}, path)
 
 
 def _path(choice: StudyChoice, one: NamedSet, seed: int) -> Path:
