@@ -59,13 +59,15 @@ def tidy(out: Path) -> None:
     path = WorkFolder.place(out)
     if not os.path.lexists(path):
         return
+    _refuse_place(path)
     job = read_job(path)
     published = (path / _PUBLISHING).is_file() and not (path / _OUTPUT).exists()
     if job is not None and _work_in(path) and not published:
         return
-    WorkFolder(out, job or {}).discard()
+    work = WorkFolder(out, job or {})
     if published:
-        _remove_old(out.absolute())
+        _remove_old(work.out)
+    work.discard()
 
 
 def holds_work(out: Path) -> bool:
@@ -93,8 +95,7 @@ class WorkFolder:
         self._replaces = replaces
         self._shards: dict[str, None] = {}
         self._files: dict[str, None] = {}
-        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
-            raise FewbitError(f"{self.path}: is no folder of fewbit's, which would work there: remove it, or move it")
+        _refuse_place(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = lock_folder(self.path, out)
         self._open = True
@@ -245,8 +246,9 @@ class WorkFolder:
                 old.rename(self.out)
             refuse_meanwhile(self.out, self._replaces)
             raise
-        self._remove()
+        # In this order: as long as the work folder is there, the rest of this is done by the next run.
         _remove_old(self.out)
+        self._remove()
 
     def _gather(self) -> None:
         """Put what belongs to the output, and nothing else, into the folder that will be it."""
@@ -278,6 +280,11 @@ class WorkFolder:
             old.rename(self.out)
             raise
         return old
+
+
+def _refuse_place(path: Path) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise FewbitError(f"{path}: is no folder of fewbit's, which would work there: move it elsewhere first")
 
 
 def _work_in(path: Path) -> set[str]:

@@ -166,8 +166,8 @@ def open_curvature(folder: Path, checkpoint: Checkpoint) -> StoredCurvature:
     if not path.is_file():
         raise FewbitError(f"{folder}: no curvature here: make one with  fewbit curvature MODEL {folder}")
     data = read_json(path)
-    if not isinstance(data, dict):
-        raise FewbitError(f"{path}: damaged (not a JSON object): measure again")
+    if not isinstance(data, dict) or "version" not in data:
+        raise FewbitError(f"{path}: damaged (no description of a curvature): measure again")
     if data.get("version") != VERSION:
         raise FewbitError(
             f"{folder}: curvature version {data.get('version')}, this fewbit reads {VERSION}: measure again"
