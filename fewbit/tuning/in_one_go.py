@@ -29,6 +29,7 @@ def quantize_and_tune(
     between = out.absolute().with_name(f".{out.name}.fewbit-untuned")
     record = between.with_name(f"{between.name}.json")
     _refuse_foreign(between, record)
+    tidy(between)
     job = job_of(model, recipe, run)
     done = None if run.overwrite else _published(out, record, job, choice, options)
     if done is not None:
