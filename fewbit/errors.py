@@ -1,6 +1,7 @@
 """The one exception that users see: a line that says what is wrong, where, and what to do."""
 
 import errno
+import sys
 from collections.abc import Iterator
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -27,8 +28,18 @@ class WorkKeptError(FewbitError):
 
 
 def missing_extra(package: str, extra: str) -> FewbitError:
-    """The error for an optional dependency that is not installed, naming the extra that brings it."""
-    return FewbitError(f"this needs the package {package}: install it with  pip install 'fewbit[{extra}]'")
+    """The error for an optional dependency that is not installed, naming the extra that brings it.
+
+    Called for one that is there and fails to be imported, it says so; too little memory is raised as what it is.
+    """
+    failed = sys.exc_info()[1]
+    if not isinstance(failed, ImportError) or isinstance(failed, ModuleNotFoundError):
+        return FewbitError(f"this needs the package {package}: install it with  pip install 'fewbit[{extra}]'")
+    if is_out_of_memory(failed):
+        raise failed
+    return FewbitError(
+        f"the package {package} cannot be imported ({failed}): install it again with  pip install -U 'fewbit[{extra}]'"
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

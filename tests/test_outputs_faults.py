@@ -177,3 +177,18 @@ def test_a_run_that_kept_its_work_is_bad_luck_not_a_fault(capsys: pytest.Capture
     assert line_for(WorkKeptError("the disk is full"), []) == "the disk is full"
     assert guarded(capsys, "quantize", "--nonsense")[0] == 2
     assert guarded(capsys, "--version")[0] == 0
+
+
+def test_a_package_that_is_there_and_broken_is_not_called_missing() -> None:
+    from fewbit.errors import missing_extra
+
+    def said(error: ImportError) -> str:
+        try:
+            raise error
+        except ImportError:
+            return str(missing_extra("datasets", "data"))
+
+    assert "this needs the package datasets" in said(ModuleNotFoundError("No module named 'datasets'"))
+    assert "cannot be imported (libfoo.so: no such file)" in said(ImportError("libfoo.so: no such file"))
+    with pytest.raises(ImportError, match="map segment"):
+        said(ImportError("failed to map segment from shared object: Cannot allocate memory"))

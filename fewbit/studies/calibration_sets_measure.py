@@ -15,7 +15,7 @@ from fewbit.calibration.tokens import CalibrationSet
 from fewbit.checkpoints.whole_file import save_whole
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.store import open_curvature
-from fewbit.errors import FewbitError
+from fewbit.errors import FewbitError, WorkKeptError
 from fewbit.evaluation.score import window_losses
 from fewbit.evaluation.task_answers import answer_tasks, summarize
 from fewbit.evaluation.tasks import TaskChoice, open_tasks
@@ -181,7 +181,9 @@ def _measure(cell: Cell, drawn: CalibrationSet, opened: OpenedSets, out: Path, t
 
 
 def _failed(about: Row, error: FewbitError) -> Row:
-    """A set that a method cannot take is a result too: the other cells go on."""
+    """A set that a method cannot take is a result too: the other cells go on. A full disk is none."""
+    if isinstance(error, WorkKeptError):
+        raise error
     return {"table": "failed", **about, "reason": str(error)}
 
 
