@@ -392,3 +392,12 @@ def test_what_unpack_replaces(tiny: Path, tmp_path: Path) -> None:
     run_cli("quantize", tmp_path / "plain", tmp_path / "again", "--method", "rtn")
     listed = json.loads((tmp_path / "plain" / "fewbit_run.json").read_text())["files"]
     assert listed == siblings(tmp_path / "plain")
+
+
+def test_the_demonstration_overwrites_no_report_of_others(tmp_path: Path) -> None:
+    for name, text in (("report.json", '{"my": "own"}'), ("report.html", "mine")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(text)
+        assert "is there already, and no demonstration wrote it" in run_cli("demo", folder, code=2).stderr
+        assert (folder / name).read_text() == text and siblings(folder) == [name]

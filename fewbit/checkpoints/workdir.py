@@ -346,7 +346,10 @@ def lock_folder(folder: Path, out: Path) -> int | None:
 def copy_companions(companions: tuple[Path, ...], work: WorkFolder) -> None:
     """Copy tokenizer, generation config, chat template and the like into the output."""
     for path in companions:
-        shutil.copyfile(path, work.file(path.name))
+        target = work.file(path.name)
+        # It may be a link, which copying would follow.
+        drop(target)
+        shutil.copyfile(path, target)
 
 
 def write_index(work: WorkFolder, shards: dict[str, list[str]]) -> None:
