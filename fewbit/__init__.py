@@ -6,12 +6,24 @@ transformers itself is imported, so that ``AutoModelForCausalLM.from_pretrained(
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["PRESETS", "FewbitError", "Recipe", "evaluate", "inspect", "load", "preset", "quantize", "tune"]
+from fewbit.version import __version__
+
+__all__ = [
+    "PRESETS",
+    "FewbitError",
+    "Recipe",
+    "__version__",
+    "evaluate",
+    "inspect",
+    "load",
+    "preset",
+    "quantize",
+    "tune",
+]
 
 _WHERE = {
     "FewbitError": "fewbit.errors",
-    "PRESETS": "fewbit.recipe",
+    "PRESETS": "fewbit.presets",
     "Recipe": "fewbit.recipe",
     "preset": "fewbit.recipe",
     "quantize": "fewbit.pipeline.run",
@@ -26,7 +38,8 @@ if TYPE_CHECKING:
     from fewbit.evaluation.evaluate import evaluate
     from fewbit.inspection.inspect import inspect
     from fewbit.pipeline.run import quantize
-    from fewbit.recipe import PRESETS, Recipe, preset
+    from fewbit.presets import PRESETS
+    from fewbit.recipe import Recipe, preset
     from fewbit.runtime.load import load
     from fewbit.tuning.run import tune
 

@@ -41,7 +41,7 @@ app.add_typer(study_app, name="study")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from fewbit import __version__
+        from fewbit.version import __version__
 
         print(f"fewbit {__version__}")
         raise typer.Exit

@@ -39,8 +39,8 @@ def plan(
       fewbit plan ./llama --method rtn --bits 4 --group-size 96
     """
     from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh
-    from fewbit.pipeline.diagnose import diagnose
-    from fewbit.recipe import recipe_from_choices
+    from fewbit.pipeline.forecast import forecast
+    from fewbit.recipe_choices import recipe_from_choices
     from fewbit.report.text import plan_text
     from fewbit.sizes import parse_size
 
@@ -53,7 +53,7 @@ def plan(
         memory_bytes=parse_size(memory) if memory else 0,
     )
     announce(model)
-    result = diagnose(model, recipe, options)
+    result = forecast(model, recipe, options)
     if as_json:
         print_json(result)
     else:

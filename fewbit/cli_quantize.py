@@ -128,7 +128,7 @@ def quantize(
     from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh, refuse_unused, share_of_stored
     from fewbit.pipeline.run import RunOptions
     from fewbit.pipeline.run import quantize as run
-    from fewbit.recipe import recipe_from_choices
+    from fewbit.recipe_choices import recipe_from_choices
     from fewbit.report.html import check_page, write_quantize_page
     from fewbit.report.text import quantize_json, quantize_summary, tuning_summary
     from fewbit.sizes import parse_size
@@ -188,7 +188,7 @@ def quantize(
     )
     if calibrated.stored is not None and gram_share is None:
         recipe = share_of_stored(recipe, calibrated.stored)
-    with progress_line(f"{recipe.method} {recipe.bits} bits") as progress:
+    with progress_line(f"{recipe.method} {recipe.bits:g} bits") as progress:
         options = RunOptions(
             parse_size(shard_size), overwrite, report_only, workers, device or "cpu", progress, calibrated
         )
@@ -250,8 +250,7 @@ def curvature(
     """
     from fewbit.curvature.choice import BEST_GRAM_SHARE, CurvatureChoice
     from fewbit.pipeline.calibration_options import CalibrationOptions
-    from fewbit.pipeline.measure import measure
-    from fewbit.recipe import Recipe
+    from fewbit.pipeline.measure_curvature import measure
     from fewbit.sizes import parse_size, show_size
 
     announce(model)
@@ -268,9 +267,8 @@ def curvature(
     if gram_share is None:
         gram_share = BEST_GRAM_SHARE if kind == "fisher" else 0.0
     choice = CurvatureChoice(kind, fisher_terms, fisher_labels, diagonal, tempering or 0.0, gram_share)
-    recipe = Recipe(group_size="row", include=tuple(include or ()), exclude=tuple(exclude or ()))
     with progress_line(f"{kind} of {model}") as progress:
-        result = measure(model, out, choice, options, device, progress, recipe)
+        result = measure(model, out, choice, options, device, progress, tuple(include or ()), tuple(exclude or ()))
     if as_json:
         print_json(result)
     else:

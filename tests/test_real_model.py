@@ -17,7 +17,7 @@ from fewbit.checkpoints.source import open_checkpoint
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.linear import is_native
 from fewbit.pipeline.run import RunOptions
-from fewbit.recipe import recipe_from_choices
+from fewbit.recipe_choices import recipe_from_choices
 
 pytestmark = pytest.mark.real_model
 TEXT = SHARED / "wikitext2_raw_test.txt"

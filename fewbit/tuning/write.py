@@ -14,8 +14,9 @@ from fewbit.checkpoints.workdir import WorkFolder, copy_companions, write_index
 from fewbit.errors import FewbitError
 from fewbit.formats import native
 from fewbit.formats.config import describe, read_weights, tuned_name
+from fewbit.formats.native import stored_bytes
 from fewbit.formats.original import shape_of
-from fewbit.formats.scheme import StoredWeight, stored_bytes
+from fewbit.grids.scheme import StoredWeight
 
 
 def write_tuned(
