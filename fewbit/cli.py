@@ -1,5 +1,6 @@
 """The command line: parse, call, print."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from fewbit.cli_quantize import curvature, quantize
 from fewbit.cli_shared import HtmlFlag, JsonFlag, announce, print_json, with_options
 from fewbit.cli_study import study_app
 from fewbit.cli_tune import tune
-from fewbit.errors import FewbitError
+from fewbit.faults import fault_report, hidden_error, line_for
 from fewbit.memory import keep_freed_memory
 from fewbit.options import EVALUATE
 from fewbit.progress import progress_line
@@ -193,33 +194,54 @@ def fetch_model(
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command line in this process (None: on its own arguments); its status: bad input is one line and 2."""
+    """Run the command line in this process (None: on its own arguments); its status: bad input is one line and 2.
+
+    What is nobody's known mistake is raised.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments)
+        app(words)
     except SystemExit as end:
+        hidden = hidden_error(end)
+        if hidden is not None:
+            raise hidden from None
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
             return 1
         return int(end.code or 0)
-    except FewbitError as error:
-        print(f"fewbit: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         return 141
-    except OSError as error:
-        print(f"fewbit: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+    except Exception as error:
+        line = line_for(error, words)
+        if line is None:
+            raise
+        print(f"fewbit: {line}", file=sys.stderr)
         return 2
     return 0
+
+
+def guarded(arguments: list[str] | None = None) -> int:
+    """As :func:`run`; what it raises is a fault of fewbit, of which a short report is printed, and the status is 1."""
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        print(fault_report(error), file=sys.stderr)
+        return 1
 
 
 def main() -> None:
     """Run the command line and end the process."""
     keep_freed_memory()
-    code = run()
+    # Names of files need not be text in the terminal's encoding; standard error shows them as escapes already.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code = guarded()
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        code = 141
+    except OSError as error:
+        code = 141 if isinstance(error, BrokenPipeError) else code or 1
     sys.stderr.flush()
     # At once: taking torch apart, module by module, would cost a third of a second more.
     os._exit(code)

@@ -57,10 +57,11 @@ def quantize(
       fewbit quantize ./llama --report-only --bits 2 --json
     """
     from fewbit.api import quantize as run
+    from fewbit.checkpoints.output import list_file
     from fewbit.report.html import check_page, write_quantize_page
     from fewbit.report.text import quantize_json, quantize_summary, tuning_summary
 
-    check_page(html)
+    check_page(html, None if choices["report_only"] else out, Path(model))
     announce(model)
     with progress_line(f"{method} {model}") as progress, resumable():
         report = run(model, out, method, progress=progress, **choices)
@@ -72,6 +73,8 @@ def quantize(
         print(quantize_summary(report, None if choices["report_only"] else out))
     if html:
         write_quantize_page(report, html)
+        if out is not None and html.resolve().parent == out.resolve():
+            list_file(out, html.name)
 
 
 def curvature(

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fewbit.checkpoints.json_file import read_json
 from fewbit.checkpoints.named import fetch_named
 from fewbit.errors import FewbitError
 from fewbit.evaluation.evaluate import evaluate
@@ -32,6 +33,7 @@ PROMPT = "In one sentence, what is a language model?"
 def demo(out: Path, windows: int = 24, sequence_length: int = 512) -> dict[str, Any]:
     """Fetch, quantize, evaluate, generate; prints a table and writes `report.html` and `report.json` into `out`."""
     say = Console(stderr=True).print
+    _check_report(out)
     out.mkdir(parents=True, exist_ok=True)
     say(f"fetching {MODEL} (93 MB the first time, then converted: half a minute) …")
     fetch_named(MODEL)
@@ -58,6 +60,15 @@ def demo(out: Path, windows: int = 24, sequence_length: int = 512) -> dict[str, 
     (out / "report.json").write_text(json.dumps({**result, "generations": quotes}, indent=1) + "\n", encoding="utf-8")
     print(f"\nReport: {out / 'report.html'}")
     return result
+
+
+def _check_report(out: Path) -> None:
+    """FewbitError when a report stands in `out` that no demonstration wrote."""
+    found = read_json(out / "report.json") if out.is_dir() else None
+    ours = isinstance(found, dict) and {"generations", "protocol"} <= found.keys()
+    for name in ("report.json", "report.html"):
+        if (out / name).exists() and not ours:
+            raise FewbitError(f"{out / name}: is there already, and no demonstration wrote it: name another folder")
 
 
 def _quantize(method: str, bits: int, folder: Path) -> dict[str, Any]:

@@ -120,12 +120,12 @@ def test_what_could_not_be_written_is_not_trained_again(
 def test_killed_behind_the_last_rename(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int
 ) -> None:
-    """The output is there, with some of what only its making needed."""
+    """The output is there and whole, and beside it some of what only its making needed."""
     choice, options = replace(CHOICE, epochs=1), TuneOptions(calibration=TEXT, device="cpu")
     unlink, left = Path.unlink, [removed]
 
     def dying(path: Path, *arguments: Any) -> None:
-        if path.parent.name == "out":
+        if path.parent.name == ".out.fewbit-partial" and (tmp_path / "out").exists():
             left[0] -= 1
             if left[0] < 0:
                 raise KeyboardInterrupt
@@ -135,9 +135,10 @@ def test_killed_behind_the_last_rename(
         patch.setattr(Path, "unlink", dying)
         with pytest.raises(KeyboardInterrupt):
             tune(folder, tmp_path / "out", choice, options)
-    assert (tmp_path / "out" / ".fewbit-job.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.fewbit-partial", "out"]
     with pytest.raises(FewbitError, match="already exists"):
         tune(folder, tmp_path / "out", choice, options)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     tune(folder, tmp_path / "straight", choice, options)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "straight")
 

@@ -51,6 +51,9 @@ def _from_hub(name: str) -> Path:
             f"{name}: no such folder here and no such model on the hub (named models: {known})"
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
+        if getattr(error, "filename", None) is not None:
+            # The disk that refused it, not the network.
+            raise
         raise FewbitError(
             f"{name}: no such folder here, and the hub cannot be reached: give a local folder, a .gguf file, "
             f"or a named model ({known})"

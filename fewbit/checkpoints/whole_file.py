@@ -1,6 +1,5 @@
 """Tensor files that are there in full or not at all, and what is said when a disk is full."""
 
-import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,20 +9,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewbit.errors import FewbitError
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from fewbit.checkpoints.json_file import drop
+from fewbit.errors import DISK_FULL, WorkKeptError
 
 
 def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file by write-then-rename. Raises OSError when the disk is full, as plain writes do."""
-    partial = path.with_suffix(".partial")
+    # Several processes may write the same file, each its own copy.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    drop(partial)
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     except SafetensorError as error:
-        partial.unlink(missing_ok=True)
+        drop(partial)
         # The library wraps the system's error and keeps only its text.
-        for number in _FULL:
+        for number in DISK_FULL:
             if f"os error {number}" in str(error):
                 raise OSError(number, "the disk is full", str(path)) from error
         raise
@@ -38,11 +38,11 @@ def reserve(descriptor: int, size: int) -> None:
 
 @contextmanager
 def said_when_full(advice: str) -> Iterator[None]:
-    """Turns a full disk, met inside, into a FewbitError with the place and `advice`."""
+    """Turns a full disk, met inside, into a WorkKeptError with the place and `advice`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in DISK_FULL:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        raise FewbitError(f"{where}the disk is full: {advice}") from error
+        raise WorkKeptError(f"{where}the disk is full: {advice}") from error

@@ -1,89 +1,125 @@
 """An output folder that appears only when it is whole, and a run that goes on where it was killed.
 
-Work happens in a sibling folder, `.NAME.fewbit-partial`, that holds the run's fingerprint and every finished shard.
-The last act is one rename.
+Work happens in a sibling folder, `.NAME.fewbit-partial`, that holds the run's job and every finished shard. In the end
+everything that belongs to the output, and nothing else, is gathered in a folder inside it, whose renaming is the last
+act. What lies at either place and is not the run's own is left alone and refused.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.json_file import drop, read_json, write_json
+from fewbit.checkpoints.output import (
+    FILES,
+    RUN,
+    Standing,
+    check_place,
+    check_replaceable,
+    is_of_the_system,
+    made_by_fewbit,
+    refuse_meanwhile,
+    remove_made,
+)
 from fewbit.checkpoints.source import INDEX_NAME
-from fewbit.errors import FewbitError
+from fewbit.checkpoints.stamps import differences
+from fewbit.errors import FewbitError, WorkKeptError, is_out_of_memory
 
-_JOB = ".fewbit-job.json"
-_SAID = 4
+_JOB, _MARK = ".fewbit-job.json", "fewbit_work"
+_FAILED = ".fewbit-failed.json"
+_PUBLISHING = ".fewbit-publishing.json"
+_OUTPUT = "output"
 SOLVED = ".solved"
 """Ending of what is kept only until the work is whole."""
 SPILLED = ".states"
 """Ending of files that have no name for longer than it takes to map them, unless the process was killed just then."""
 TOKENS = "tokens"
 """Name of what is kept of the calibration text: its SHA-256, which by itself is no work."""
+_OWN = (_JOB, _FAILED, _PUBLISHING)
+_ENDINGS = (SOLVED, SPILLED, ".partial", ".safetensors", ".safetensors.json")
 
 
-def check_output(out: Path, source: Path, overwrite: bool) -> None:
-    """FewbitError when `out` exists without `overwrite`, or one of the two folders lies inside the other."""
-    if out.is_symlink():
-        raise FewbitError(f"{out}: is a symbolic link: name the folder itself")
-    there, model = out.resolve(), source.resolve()
-    if there == Path.cwd():
-        raise FewbitError(f"{out}: is the folder you are in: name a new one")
-    if there == model or model in there.parents:
-        raise FewbitError(f"{out}: lies inside the model's own folder {source}: choose another place")
-    if there in model.parents:
-        raise FewbitError(f"{out}: contains the model's folder {source}: choose another place")
+def check_output(out: Path, source: Path, overwrite: bool) -> Standing | None:
+    """What a run may replace at `out`: None where nothing is there, else, with `overwrite`, what fewbit made.
+
+    Raises FewbitError when `out` exists otherwise, or one of the two folders lies inside the other.
+    """
+    check_place(out, source)
     tidy(out)
-    if out.exists() and not overwrite:
-        raise FewbitError(f"{out}: already exists: choose another name or pass --overwrite")
-    if out.exists() and not _may_replace(out):
-        raise FewbitError(f"{out}: is not a folder that fewbit made, so --overwrite does not touch it: remove it first")
+    return check_replaceable(out, overwrite)
 
 
 def tidy(out: Path) -> None:
-    """Finish what a run that was killed behind its last rename has left to do: remove what only its making needed."""
-    if (out / _JOB).is_file() and (out / "fewbit_report.json").is_file():
-        _remove_scratch(out)
+    """Remove the work folder of a run that was killed behind its last rename, or before it had done anything.
+
+    Raises FewbitError when what stands there is not fewbit's.
+    """
+    path = WorkFolder.place(out)
+    if not os.path.lexists(path):
+        return
+    _refuse_place(path)
+    job = read_job(path)
+    published = (path / _PUBLISHING).is_file() and not (path / _OUTPUT).exists()
+    if job is not None and _work_in(path) and not published:
+        return
+    work = WorkFolder(out, job or {})
+    if published:
+        _remove_old(work.out)
+    work.discard()
 
 
-def _remove_scratch(out: Path) -> None:
-    """The run's fingerprint goes last: as long as it is there, so may be the rest."""
-    endings = (".safetensors.json", SOLVED, SPILLED, ".partial")
-    for path in [*(path for ending in endings for path in out.glob(f"*{ending}")), out / _JOB]:
-        if path.is_file():
-            path.unlink()
+def holds_work(out: Path) -> bool:
+    """Whether work on `out` is kept that only the same command may go on with."""
+    path = WorkFolder.place(out)
+    return path.is_dir() and bool(_work_in(path)) and not (path / _FAILED).exists()
 
 
-def _may_replace(out: Path) -> bool:
-    return out.is_dir() and (not any(out.iterdir()) or (out / "fewbit_report.json").is_file())
+def read_job(path: Path) -> dict[str, Any] | None:
+    """The job of a work folder; None where no run of fewbit has begun one there."""
+    found = read_json(path / _JOB)
+    return found["job"] if isinstance(found, dict) and _MARK in found else None
 
 
 class WorkFolder:
     """The folder in which one run builds its output."""
 
-    def __init__(self, out: Path, job: dict[str, Any], restart: bool = False) -> None:
+    def __init__(self, out: Path, job: dict[str, Any], restart: bool = False, replaces: Standing | None = None) -> None:
         """Open or continue the work on `out`; one process at a time.
 
         job: plain JSON values that fix the result; a half-done run with others is refused, or with `restart` dropped.
+        replaces: what :func:`check_output` allowed to be replaced in the end.
         """
-        self.out = out.absolute()
-        self.path = self.place(out)
+        self._named, self.out, self.path = out, out.absolute(), self.place(out)
+        self._replaces = replaces
+        self._shards: dict[str, None] = {}
+        self._files: dict[str, None] = {}
+        _refuse_place(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = lock_folder(self.path, out)
-        job_path = self.path / _JOB
-        before = read_json(job_path)
-        if before is None or (restart and before != job):
-            for leftover in self.path.iterdir():
-                leftover.unlink()
-            write_json(job_path, job)
-        elif before != job:
+        self._open = True
+        try:
+            self._begin(job, restart)
+        except BaseException:
             self.release()
-            raise FewbitError(
-                f"{out}: a run with other arguments was interrupted here ({differences(before, job)}): "
-                "repeat those arguments to go on, or pass --overwrite to begin again"
-            )
+            raise
+
+    def _begin(self, job: dict[str, Any], restart: bool) -> None:
+        before = read_job(self.path)
+        self._refuse_foreign(begun=before is not None)
+        self._failed_before = (self.path / _FAILED).is_file()
+        if _text(before) != _text(job):
+            if before is not None and _work_in(self.path) and not (restart or self._failed_before):
+                raise FewbitError(
+                    f"{self._named}: a run with other arguments was interrupted here ({differences(before, job)}): "
+                    "repeat those arguments to go on, or pass --overwrite to begin again"
+                )
+            self._empty()
+            self._failed_before = False
+            write_json(self.path / _JOB, {_MARK: 1, "job": job})
+        drop(self.path / _FAILED)
+        self._begun_with = _work_in(self.path)
 
     @staticmethod
     def place(out: Path) -> Path:
@@ -92,108 +128,233 @@ class WorkFolder:
 
     def release(self) -> None:
         """Let other processes at the folder; called when work ends, well or not."""
+        self._open = False
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
+    def leave(self, error: BaseException) -> None:
+        """End the work because of `error`, so that nothing blocks another try.
+
+        Work that holds nothing goes. What an interruption, a full disk or too little memory ended is kept for the same
+        command alone. What any other error ended is kept too, but gives way to a run with other arguments.
+        """
+        if not self._open:
+            return
+        try:
+            found = _work_in(self.path)
+            if not found:
+                self.discard()
+            elif self._failed_before if found == self._begun_with else not _goes_on(error):
+                write_json(self.path / _FAILED, {"error": f"{type(error).__name__}: {error}"[:500]})
+        except (OSError, FewbitError):
+            # The error that ended the run is the one to tell of.
+            pass
+        finally:
+            self.release()
+
     def discard_unbegun(self) -> None:
         """Remove the folder when it holds no work yet, so that the same output can be asked for in another way."""
-        if self._lock is not None and all(path.name in (_JOB, TOKENS + SOLVED) for path in self.path.iterdir()):
+        if self._open and not _work_in(self.path):
             self.discard()
 
     def discard(self) -> None:
-        """Remove the folder: its work cannot be gone on with."""
-        shutil.rmtree(self.path)
+        """Remove the folder: its work cannot be gone on with, or is done."""
+        self._refuse_foreign()
+        self._remove()
+
+    def _refuse_foreign(self, begun: bool = True) -> None:
+        """FewbitError when the folder holds what no run put there; not `begun`: anything but the job's beginning."""
+        for path in self.path.iterdir():
+            name = path.name
+            own = name in _OWN or name.endswith(_ENDINGS) or name.startswith(".tmp")
+            if not begun:
+                own = name == f"{_JOB}.partial"
+            if is_of_the_system(name) or (own and path.is_file() and not path.is_symlink()):
+                continue
+            if not (begun and name == _OUTPUT and path.is_dir() and not path.is_symlink()):
+                raise WorkKeptError(f"{path}: fewbit did not put that into its own folder: move it elsewhere first")
+
+    def _empty(self) -> None:
+        """Remove everything but the job.
+
+        What says that the output was renamed goes last where it was, and first where it was not: killed on the way,
+        it is never wrong.
+        """
+        published = not (self.path / _OUTPUT).exists()
+        for path in sorted(self.path.iterdir(), key=lambda path: (path.name == _PUBLISHING) == published):
+            if path.name == _OUTPUT:
+                shutil.rmtree(path)
+            elif path.name != _JOB and not is_of_the_system(path.name):
+                path.unlink()
+
+    def _remove(self) -> None:
+        """The job goes last: as long as it is there, the rest is known to be fewbit's."""
+        self._empty()
+        drop(self.path / _JOB)
+        shutil.rmtree(self.path, ignore_errors=True)
         self.release()
+
+    def shard(self, name: str) -> Path:
+        """Where to write a file of weights; it is kept from run to run, and published."""
+        self._shards[name] = None
+        return self.path / name
+
+    def file(self, name: str) -> Path:
+        """Where to write any other file of the output; only what was asked for by one of these two is published."""
+        self._files[name] = None
+        path = self.path / _OUTPUT / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def written(self, shard: str) -> Path:
+        """Where a shard lies: a run that was killed while it published has moved some."""
+        moved = self.path / _OUTPUT / shard
+        return moved if moved.is_file() and not (self.path / shard).is_file() else self.path / shard
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of the shards that this run has written or found."""
+        return sum(self.written(name).stat().st_size for name in self._shards)
 
     def finished(self, shard: str) -> list[dict[str, Any]] | None:
         """The records of a shard that an earlier run finished, else None."""
-        record = read_json(self.path / f"{shard}.json")
-        if record is None or not (self.path / shard).is_file():
+        record, path = read_json(self.path / f"{shard}.json"), self.written(shard)
+        if record is None or not path.is_file() or path.stat().st_size != record["bytes"]:
             return None
-        if (self.path / shard).stat().st_size != record["bytes"]:
-            return None
+        self._shards[shard] = None
         return record["tensors"]
 
     def finish(self, shard: str, tensors: list[dict[str, Any]]) -> None:
         """Note that a shard is written."""
-        write_json(self.path / f"{shard}.json", {"bytes": (self.path / shard).stat().st_size, "tensors": tensors})
+        write_json(self.path / f"{shard}.json", {"bytes": self.written(shard).stat().st_size, "tensors": tensors})
 
     def publish(self) -> None:
-        """Give the work its name, in place of an older output of that name.
+        """Give the work its name, in place of what was allowed to be replaced.
 
         Killed at any point, either output is whole under `out`, or all of the new work is kept for the next run.
+        Raises WorkKeptError when something else has taken that name.
         """
-        if self.out.exists():
-            self.out.rename(self.out.with_name(f".{self.out.name}.fewbit-old-{os.getpid()}"))
-        self.path.rename(self.out)
-        _remove_scratch(self.out)
-        for old in self.out.parent.glob(f".{self.out.name}.fewbit-old-*"):
-            shutil.rmtree(old)
-        self.release()
+        refuse_meanwhile(self.out, self._replaces)
+        self._gather()
+        write_json(self.path / _PUBLISHING, {})
+        old = self._set_aside()
+        try:
+            (self.path / _OUTPUT).rename(self.out)
+        except OSError:
+            if old is not None and not self.out.exists():
+                old.rename(self.out)
+            refuse_meanwhile(self.out, self._replaces)
+            raise
+        # In this order: as long as the work folder is there, the rest of this is done by the next run.
+        _remove_old(self.out)
+        self._remove()
+
+    def _gather(self) -> None:
+        """Put what belongs to the output, and nothing else, into the folder that will be it."""
+        self._refuse_foreign()
+        listed = self.file(RUN)
+        for name in self._shards:
+            self.written(name).replace(self.path / _OUTPUT / name)
+        names = sorted([*self._shards, *self._files])
+        write_json(listed, {**(read_json(listed) or {}), FILES: names})
+        folder = self.path / _OUTPUT
+        for parent, folders, files in os.walk(folder, topdown=False):
+            for name in files:
+                if (Path(parent) / name).relative_to(folder).as_posix() not in {*names}:
+                    (Path(parent) / name).unlink()
+            for name in folders:
+                if not any((Path(parent) / name).iterdir()):
+                    (Path(parent) / name).rmdir()
+
+    def _set_aside(self) -> Path | None:
+        """Move what is to be replaced out of the way; it goes when the new output is in its place."""
+        if not os.path.lexists(self.out):
+            return None
+        old = self.out.with_name(f"{_old(self.out)}{os.getpid()}")
+        self.out.rename(old)
+        try:
+            # Between the last look and the renaming, the name may have come to mean another folder.
+            refuse_meanwhile(self.out, self._replaces, moved=old)
+        except WorkKeptError:
+            old.rename(self.out)
+            raise
+        return old
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON by write-then-rename, indented, ending in a newline."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+def _refuse_place(path: Path) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise FewbitError(f"{path}: is no folder of fewbit's, which would work there: move it elsewhere first")
 
 
-def lock_folder(folder: Path, out: Path) -> int:
-    """A descriptor that holds the folder's lock until it is closed; FewbitError when another process has it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _work_in(path: Path) -> set[str]:
+    """Names of what a run can go on with in a work folder."""
+    names = {entry.name for entry in path.iterdir()}
+    shards = {name for name in names if name.endswith(".safetensors.json")}
+    return shards | {name for name in names if name.endswith(SOLVED) and name != TOKENS + SOLVED}
+
+
+def _text(job: dict[str, Any] | None) -> str:
+    """A job as text, in which a NaN of a config is equal to itself."""
+    return json.dumps(job, sort_keys=True)
+
+
+def _goes_on(error: BaseException) -> bool:
+    """Whether the same command has a chance to get further when it is run again."""
+    if isinstance(error, FewbitError):
+        return isinstance(error, WorkKeptError)
+    return (
+        not isinstance(error, Exception) or bool(isinstance(error, OSError) and error.errno) or is_out_of_memory(error)
+    )
+
+
+def _old(out: Path) -> str:
+    return f".{out.name}.fewbit-old-"
+
+
+def _remove_old(out: Path) -> None:
+    """Remove outputs that were replaced, those of killed runs too."""
+    for path in list(out.parent.iterdir()):
+        if path.name.startswith(_old(out)) and path.name.removeprefix(_old(out)).isdecimal() and made_by_fewbit(path):
+            remove_made(path)
+
+
+def lock_folder(folder: Path, out: Path) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed; None where the system has no such locks.
+
+    Raises FewbitError when another process has it.
+    """
     try:
         import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
-        pass
-    except OSError as error:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The process that had it may have removed the folder just now.
+        if os.fstat(descriptor).st_ino == folder.stat().st_ino:
+            return descriptor
+        raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError) as error:
         os.close(descriptor)
         raise FewbitError(f"{out}: another run is writing it: wait for that one or choose another name") from error
-    return descriptor
+    except OSError:
+        # Some network file systems know no locks.
+        return descriptor
 
 
 def copy_companions(companions: tuple[Path, ...], work: WorkFolder) -> None:
-    """Copy tokenizer, generation config, chat template and the like into the work folder."""
+    """Copy tokenizer, generation config, chat template and the like into the output."""
     for path in companions:
-        shutil.copyfile(path, work.path / path.name)
+        target = work.file(path.name)
+        # It may be a link, which copying would follow.
+        drop(target)
+        shutil.copyfile(path, target)
 
 
 def write_index(work: WorkFolder, shards: dict[str, list[str]]) -> None:
     """Write the index of several shards (file name -> tensor names); a single file needs none."""
     if len(shards) > 1:
-        size = sum((work.path / name).stat().st_size for name in shards)
+        size = sum(work.written(name).stat().st_size for name in shards)
         weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-        write_json(work.path / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
-
-
-def read_json(path: Path) -> Any:
-    """The JSON of a file; None where there is none that is whole."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two jobs, for a message."""
-    before, now = dict(_leaves(before)), dict(_leaves(now))
-    keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    said = [f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in keys[:_SAID]]
-    return "; ".join([*said, f"and {len(keys) - _SAID} more"] if len(keys) > _SAID else said)
-
-
-def _leaves(data: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by their path, as in ``choice.lr``."""
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+        write_json(work.file(INDEX_NAME), {"metadata": {"total_size": size}, "weight_map": weight_map})

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,22 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fewbit.checkpoints.json_file import drop, read_json, write_json
+from fewbit.checkpoints.output import check_place, is_of_the_system
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
+from fewbit.checkpoints.stamps import differences, file_stamps
 from fewbit.checkpoints.whole_file import save_whole
+from fewbit.checkpoints.workdir import SPILLED
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.errors import FewbitError
 
 VERSION = 2
 _DESCRIPTION = "fewbit_curvature.json"
+_MEASURING = "fewbit_measuring.json"
+"""What the measurement reads, as it was when it began; there until the last block is."""
+_BLOCK = re.compile(r"block-\d{5,}\.safetensors")
+_SCRATCH = re.compile(rf"(fewbit_|block-).*\.partial|\.tmp.*|.*{re.escape(SPILLED)}")
 _SAMPLE_BYTES = 4096
 
 
@@ -52,6 +61,11 @@ class StoredCurvature:
     choice: CurvatureChoice
     description: dict[str, Any]
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of the blocks that there are."""
+        return [path for path in self.folder.iterdir() if _BLOCK.fullmatch(path.name)]
+
     def layers(self, index: int) -> set[str]:
         """Keys of the layers of one block that were measured."""
         with safe_open(_block_path(self.folder, index), framework="pt") as file:
@@ -77,35 +91,73 @@ class CurvatureWriter:
     """A curvature folder that is being filled; a block that is there already is whole."""
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, choice: CurvatureChoice, calibration: dict[str, Any]):
+        """Begin a folder or go on with one, whenever the process that filled it was killed.
+
+        calibration: what the measurement sees, with the number of `blocks`. Raises FewbitError when the folder holds
+        blocks of another measurement, or anything that no measurement puts there.
+        """
         self.folder = folder
-        self._header = {
+        self._blocks = int(calibration["blocks"])
+        header = {
             "version": VERSION,
             "choice": asdict(choice),
             "calibration": calibration,
             "model": model_fingerprint(checkpoint),
         }
+        measuring = {"files": file_stamps(entry.file for entry in checkpoint.entries.values())}
+        check_curvature_place(folder, checkpoint)
         folder.mkdir(parents=True, exist_ok=True)
-        before = folder / _DESCRIPTION
-        if before.is_file() and json.loads(before.read_text(encoding="utf-8")) != self._header:
-            raise FewbitError(f"{folder}: holds another curvature: choose another name, or remove it")
-        if not before.is_file() and any(folder.iterdir()):
-            raise FewbitError(f"{folder}: is not empty and holds no curvature: choose another name")
-        self._write_header()
+        if any(_BLOCK.fullmatch(path.name) for path in folder.iterdir()):
+            self._refuse_other(header, measuring)
+        if not self._is_whole():
+            write_json(folder / _MEASURING, measuring)
+        write_json(folder / _DESCRIPTION, header)
+
+    def _refuse_other(self, header: dict[str, Any], measuring: dict[str, Any]) -> None:
+        before = read_json(self.folder / _DESCRIPTION)
+        if not isinstance(before, dict):
+            raise FewbitError(
+                f"{self.folder}: holds blocks without a whole {_DESCRIPTION}: choose another name, or remove it"
+            )
+        if before != header:
+            what = differences(before, header)
+            raise FewbitError(f"{self.folder}: holds another curvature ({what}): choose another name, or remove it")
+        files = read_json(self.folder / _MEASURING)
+        if isinstance(files, dict) and files != measuring:
+            raise FewbitError(
+                f"{self.folder}: the model has changed since this measurement was interrupted "
+                f"({differences(files, measuring)}): choose another name, or remove it"
+            )
 
     def has(self, index: int) -> bool:
         """Whether a block is written."""
         return _block_path(self.folder, index).is_file()
 
     def put(self, index: int, sums: dict[str, Tensor], shared: dict[str, str]) -> None:
-        """Write one block's matrices."""
+        """Write one block's matrices; after the last one nothing is left that is not part of the curvature."""
         path = _block_path(self.folder, index)
         save_whole({name: tensor.cpu() for name, tensor in sums.items()}, path, {"shared": json.dumps(shared)})
+        if self._is_whole():
+            for left in [path for path in self.folder.iterdir() if _SCRATCH.fullmatch(path.name)]:
+                left.unlink()
+            drop(self.folder / _MEASURING)
 
-    def _write_header(self) -> None:
-        path = self.folder / _DESCRIPTION
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._header, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+    def _is_whole(self) -> bool:
+        return all(self.has(index) for index in range(self._blocks))
+
+
+def check_curvature_place(folder: Path, checkpoint: Checkpoint) -> None:
+    """FewbitError when a curvature cannot be kept in `folder`: a link, or one that holds anything else."""
+    check_place(folder, checkpoint.folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FewbitError(f"{folder}: is a file: name a folder for the curvature")
+    for path in folder.iterdir():
+        name = path.name
+        own = name in (_DESCRIPTION, _MEASURING) or _BLOCK.fullmatch(name) or _SCRATCH.fullmatch(name)
+        if not is_of_the_system(name) and not (own and path.is_file() and not path.is_symlink()):
+            raise FewbitError(f"{folder}: holds {name}, which is no part of a curvature: choose another name")
 
 
 def open_curvature(folder: Path, checkpoint: Checkpoint) -> StoredCurvature:
@@ -113,25 +165,29 @@ def open_curvature(folder: Path, checkpoint: Checkpoint) -> StoredCurvature:
     path = folder / _DESCRIPTION
     if not path.is_file():
         raise FewbitError(f"{folder}: no curvature here: make one with  fewbit curvature MODEL {folder}")
+    data = read_json(path)
+    if not isinstance(data, dict) or "version" not in data:
+        raise FewbitError(f"{path}: damaged (no description of a curvature): measure again")
+    if data.get("version") != VERSION:
+        raise FewbitError(
+            f"{folder}: curvature version {data.get('version')}, this fewbit reads {VERSION}: measure again"
+        )
+    wanted, found = model_fingerprint(checkpoint), data.get("model")
+    if wanted != found:
+        kinds = ("model_type", "tensors", "bytes", "sample")
+        differs = next((k for k in kinds if not isinstance(found, dict) or wanted[k] != found.get(k)), "tensors")
+        raise FewbitError(f"{folder}: was measured on another model (its {differs} differs): measure this one")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["version"] != VERSION:
-            raise FewbitError(
-                f"{folder}: curvature version {data['version']}, this fewbit reads {VERSION}: measure again"
-            )
-        wanted, found = model_fingerprint(checkpoint), data["model"]
-        if wanted != found:
-            differs = next(
-                (k for k in ("model_type", "tensors", "bytes", "sample") if wanted[k] != found.get(k)), "tensors"
-            )
-            raise FewbitError(f"{folder}: was measured on another model (its {differs} differs): measure this one")
-        choice = CurvatureChoice(**data["choice"])
-        missing = [i for i in range(data["calibration"]["blocks"]) if not _block_path(folder, i).is_file()]
-        if missing:
-            raise FewbitError(f"{folder}: block {missing[0] + 1} is not measured: run the same fewbit curvature again")
-        return StoredCurvature(folder, choice, data["calibration"])
+        choice, calibration = CurvatureChoice(**data["choice"]), dict(data["calibration"])
+        blocks = int(calibration["blocks"])
     except (ValueError, KeyError, TypeError) as error:
         raise FewbitError(f"{path}: damaged ({error}): measure again") from error
+    # Counted from what is there: a number in a file may be any number.
+    there = {entry.name for entry in folder.iterdir()}
+    missing = next((i for i in range(min(blocks, len(there) + 1)) if _block_path(folder, i).name not in there), None)
+    if missing is not None or blocks < 1:
+        raise FewbitError(f"{folder}: block {(missing or 0) + 1} is not measured: run the same fewbit curvature again")
+    return StoredCurvature(folder, choice, calibration)
 
 
 def _block_path(folder: Path, index: int) -> Path:

@@ -42,12 +42,20 @@ class Original:
         return window_logits(self._model, self._windows[index])
 
 
+def is_of_the_input(error: Exception) -> bool:
+    """Whether a model's error is about the tokens it was given: more than its positions, or not in its vocabulary."""
+    said = str(error)
+    return isinstance(error, IndexError) or "size of tensor" in said or "index out of range" in said
+
+
 @torch.inference_mode()
 def window_logits(model: Any, window: Tensor) -> Tensor:
     """Logits `(tokens - 1, vocabulary)` that predict every token of a window but its first."""
     try:
         return model(window[None].to(model.device), use_cache=False).logits[0, :-1]
     except (IndexError, RuntimeError) as error:
+        if not is_of_the_input(error):
+            raise
         first = str(error).strip().splitlines()[0]
         raise FewbitError(f"the model cannot run a window of {window.numel()} tokens ({first})") from error
 

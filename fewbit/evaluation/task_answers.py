@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbit.errors import FewbitError
+from fewbit.evaluation.score import is_of_the_input
 from fewbit.evaluation.tasks import OpenTasks, asking, first_line
 
 _LOGITS_BYTES = 1 << 29
@@ -82,6 +83,8 @@ def _answer(harness: Any, name: str, task: Any) -> TaskAnswers:
     try:
         replies = harness.loglikelihood(task.instances, disable_tqdm=True)
     except (IndexError, RuntimeError) as error:
+        if not is_of_the_input(error):
+            raise
         raise FewbitError(f"the model cannot answer {name} ({first_line(error)})") from error
     if not all(math.isfinite(likelihood) for likelihood, _ in replies):
         raise FewbitError(f"a log-likelihood of {name} is not a finite number: are the weights damaged?")

@@ -107,8 +107,9 @@ def _load(manager: Any, name: str, questions: Questions | None) -> Any:
         spec = {"group": "local", "task": [{"task": name, "custom_dataset": _dataset(questions)}]}
     try:
         return manager.load(spec)["tasks"][name]
-    except (OSError, ValueError, RuntimeError, LookupError) as error:
-        if questions is not None:
+    except (OSError, ValueError, RuntimeError) as error:
+        # A data set that is a script is refused with a RuntimeError, and nothing else that is known.
+        if questions is not None or (isinstance(error, RuntimeError) and "script" not in str(error)):
             raise
         raise FewbitError(
             f"{name}: its questions cannot be fetched from the hub ({first_line(error)}): give a folder that holds "

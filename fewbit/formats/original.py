@@ -1,17 +1,17 @@
 """The 16-bit model that a quantized folder was made from: where it may be, and whether another one was it."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.json_file import read_json
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.named import NAMED_MODELS, named_folder
+from fewbit.checkpoints.output import REPORT, RUN
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
 
-REPORT, RUN = "fewbit_report.json", "fewbit_run.json"
 MODEL_FOLDER = "model_folder"
 """The original's absolute place, in the file of what changes from run to run."""
 
@@ -55,7 +55,7 @@ def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
     parts = tuple(f"{module}." for module in weights)
     for module, stored in weights.items():
         entry = original.entries.get(f"{module}.weight") or original.entries.get(module)
-        if entry is None or tuple(entry.shape) != _shape_of(stored):
+        if entry is None or tuple(entry.shape) != shape_of(stored):
             return f"has no {module} of that shape"
     for name, entry in quantized.entries.items():
         other = original.entries.get(name)
@@ -68,7 +68,8 @@ def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
     return f"has a {more[0]} more" if more else ""
 
 
-def _shape_of(stored: Any) -> tuple[int, ...]:
+def shape_of(stored: Any) -> tuple[int, ...]:
+    """The shape of a packed weight in its original."""
     rows, columns = stored.shape
     plain = (columns, rows) if stored.transposed else (rows, columns)
     return tuple(stored.original_shape or plain)
@@ -88,8 +89,5 @@ def _here(place: str) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    found = read_json(path) if path.is_file() else None
     return found if isinstance(found, dict) else {}

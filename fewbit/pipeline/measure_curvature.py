@@ -11,7 +11,7 @@ from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.choice import CurvatureChoice
-from fewbit.curvature.store import CurvatureWriter
+from fewbit.curvature.store import CurvatureWriter, check_curvature_place
 from fewbit.device import check_device
 from fewbit.memory import peak_rss_bytes
 from fewbit.pipeline.calibration_options import CalibrationOptions
@@ -41,6 +41,7 @@ def measure(
     started = time.perf_counter()
     check_device(device)
     checkpoint = open_checkpoint(locate(model))
+    check_curvature_place(out, checkpoint)
     network = open_network(checkpoint, cover_original(checkpoint, include, exclude), device, choice.kind == "gram")
     # Before the model writes its own text, which takes minutes.
     stages_of(matrix_bytes(network.sites), 0, options.memory)

@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 
+from fewbit.checkpoints.json_file import write_json
 from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.output import CONFIG, REPORT, RUN
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.checkpoints.stamps import file_stamps
 from fewbit.checkpoints.whole_file import said_when_full
-from fewbit.checkpoints.workdir import WorkFolder, check_output, copy_companions, write_index, write_json
+from fewbit.checkpoints.workdir import SOLVED, WorkFolder, check_output, copy_companions, write_index
 from fewbit.device import check_device
-from fewbit.errors import FewbitError
+from fewbit.errors import FewbitError, WorkKeptError
 from fewbit.formats.native import FORMAT_VERSION, check_scheme
-from fewbit.formats.original import MODEL_FOLDER, REPORT, RUN
+from fewbit.formats.original import MODEL_FOLDER
 from fewbit.grids.scheme import Scheme
 from fewbit.memory import peak_rss_bytes
 from fewbit.pipeline.calibration_options import CalibrationOptions, check_fit
@@ -74,8 +77,8 @@ def quantize(
     else:
         if out is None:
             raise FewbitError("name the folder to write, or pass --report-only")
-        check_output(Path(out), folder, options.overwrite)
-        work = WorkFolder(Path(out), _job(checkpoint, recipe, options), options.overwrite)
+        replaces = check_output(Path(out), folder, options.overwrite)
+        work = WorkFolder(Path(out), _job(checkpoint, recipe, options), options.overwrite, replaces)
     try:
         with said_when_full(f"free {plan.bytes / 1e9:.1f} GB and run the same command again, what is finished is kept"):
             if work is not None:
@@ -94,13 +97,13 @@ def quantize(
                 report["calibration"] = calibration
             if work is not None:
                 _write_companions(work, checkpoint, recipe, plan, results)
-                report["output"]["file_bytes"] = sum(p.stat().st_size for p in work.path.glob("*.safetensors"))
-                write_json(work.path / REPORT, report)
-                write_json(work.path / RUN, {**_run_facts(started, options), MODEL_FOLDER: str(folder.resolve())})
+                report["output"]["file_bytes"] = work.shard_bytes
+                write_json(work.file(REPORT), report)
+                write_json(work.file(RUN), {**_run_facts(started, options), MODEL_FOLDER: str(folder.resolve())})
                 work.publish()
-    except FewbitError:
+    except BaseException as error:
         if work is not None:
-            work.discard_unbegun()
+            work.leave(error)
         raise
     finally:
         if work is not None:
@@ -154,7 +157,7 @@ def _write_shard(
     writer = None
     if run.work:
         room = header_room([tensor for item in shard for tensor in item.output])
-        writer = ShardWriter(run.work.path / name, room)
+        writer = ShardWriter(run.work.shard(name), room)
     pending: list[Future[dict[str, Any]]] = []
     try:
         with ThreadPoolExecutor(1) as behind:
@@ -235,12 +238,15 @@ def job_of(model: str | Path, recipe: Recipe, options: RunOptions) -> dict[str, 
 
 
 def _job(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
-    files = sorted({entry.file for entry in checkpoint.entries.values()})
+    calibration = options.calibration
+    stored = calibration.stored if recipe.curvature is not None else None
     return {
         "model": str(checkpoint.folder.resolve()),
-        "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        "files": file_stamps(entry.file for entry in checkpoint.entries.values()),
+        "config": checkpoint.config,
         "recipe": recipe.to_dict(),
-        **({"calibration": options.calibration.describe()} if recipe.curvature is not None else {}),
+        **({"calibration": calibration.describe()} if recipe.curvature is not None else {}),
+        **({"curvature": {"files": file_stamps(stored.files)}} if stored is not None else {}),
         "shard_size": options.shard_size,
         "fewbit": __version__,
     }
@@ -248,11 +254,11 @@ def _job(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> dict[st
 
 def _check_space(plan: Plan, folder: Path, twice: bool) -> None:
     """FewbitError unless the output fits; solved weights are kept beside it until it is whole (`twice`)."""
-    done = sum(p.stat().st_size for pattern in ("*.safetensors", "*.solved") for p in folder.glob(pattern))
+    done = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", SOLVED))
     free = shutil.disk_usage(folder).free
     needed = plan.bytes + (sum(item.bytes for item in plan.quantized) if twice else 0)
     if needed - done > free:
-        raise FewbitError(f"{folder.parent}: the output needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        raise WorkKeptError(f"{folder.parent}: the output needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
 def _write_companions(
@@ -260,7 +266,7 @@ def _write_companions(
 ) -> None:
     copy_companions(checkpoint.companions, work)
     quantization = quantization_config(recipe, [r for shard in results for r in shard if "layer" in r])
-    write_json(work.path / "config.json", {**checkpoint.config, "quantization_config": quantization})
+    write_json(work.file(CONFIG), {**checkpoint.config, "quantization_config": quantization})
     write_index(work, {plan.shard_name(i): _tensor_names(records) for i, records in enumerate(results)})
 
 

@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.json_file import drop
+from fewbit.checkpoints.workdir import WorkFolder
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.report import plots
 from fewbit.report.tasks import asked_models, measured_tasks, task_cells, task_notes
@@ -48,13 +51,21 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -
     text = environment.get_template("page.html.j2").render(title=title, lead=lead, sections=sections, footer=footer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        partial = path.with_name(f"{path.name}.partial")
+        drop(partial)
+        # What has no encoding, as names of files may, is shown as an escape.
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))
+        partial.replace(path)
     except OSError as error:
         raise FewbitError(f"{path}: cannot write the page ({error.strerror})") from error
 
 
-def check_page(path: Path | None) -> None:
-    """FewbitError now, before long work, if a page could not be written to `path` later; None asks for no page."""
+def check_page(path: Path | None, out: Path | None = None, model: Path | None = None) -> None:
+    """FewbitError now, before long work, if a page could not be written to `path` later; None asks for no page.
+
+    out: the folder that the run makes; the page may lie in it, beside the model. model: the folder that the run reads,
+    where it may not. Makes nothing.
+    """
     if path is None:
         return
     for package in ("jinja2", "matplotlib"):
@@ -62,10 +73,24 @@ def check_page(path: Path | None) -> None:
             raise missing_extra(package, "report")
     if path.is_dir():
         raise FewbitError(f"{path}: is a folder: name the HTML file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FewbitError(f"{path}: cannot write there ({error.strerror})") from error
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise FewbitError(f"{path}: a page's name ends in .html")
+    there = path.resolve()
+    if model is not None and model.is_dir() and model.resolve() in there.parents:
+        raise FewbitError(f"{path}: lies inside the model's own folder {model}: choose another place")
+    if out is not None:
+        folder = out.resolve()
+        if there == folder or there in folder.parents:
+            raise FewbitError(f"{path}: the folder {out} is to be made there: give the page another name")
+        if folder in there.parents and there.parent != folder:
+            raise FewbitError(f"{path}: in {out}, a page lies beside the model: leave {path.parent.name} out")
+        if WorkFolder.place(out).resolve() in there.parents:
+            raise FewbitError(f"{path}: lies where the work on {out} is done: choose another place")
+    above = next(parent for parent in there.parents if os.path.lexists(parent))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise FewbitError(f"{path}: cannot write there ({'no rights' if above.is_dir() else f'{above} is a file'})")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise FewbitError(f"{path}: cannot write there (no rights)")
 
 
 def write_quantize_page(report: dict[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ from fewbit.checkpoints.source import open_checkpoint
 from fewbit.device import check_device
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.quiet import quiet_transformers
+from fewbit.runtime.load_errors import known_cause
 from fewbit.runtime.unpack import check_all_parts
 
 
@@ -33,9 +34,11 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
     try:
         with quiet_transformers():
             loaded, keys = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (ValueError, KeyError, ImportError, RuntimeError, OSError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FewbitError(f"{folder}: transformers cannot load it ({first})") from error
+    except Exception as error:
+        cause = known_cause(error, checkpoint.config)
+        if cause is None:
+            raise
+        raise FewbitError(f"{folder}: transformers cannot load it ({cause})") from error
     # transformers fills what is missing with random numbers and says so in a log; no figure may come from those.
     for kind in ("missing_keys", "mismatched_keys"):
         if keys.get(kind):

@@ -6,9 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbit.checkpoints.json_file import write_json
+from fewbit.checkpoints.output import CONFIG, REPORT
 from fewbit.checkpoints.safetensors_io import DTYPES, FileReader, ShardWriter, TensorEntry, header_room
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
-from fewbit.checkpoints.workdir import WorkFolder, check_output, copy_companions, write_index, write_json
+from fewbit.checkpoints.stamps import file_stamps
+from fewbit.checkpoints.whole_file import said_when_full
+from fewbit.checkpoints.workdir import WorkFolder, check_output, copy_companions, write_index
 from fewbit.errors import FewbitError
 from fewbit.formats import native
 from fewbit.formats.config import read_weights
@@ -80,7 +84,7 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
         raise FewbitError(f"{folder}: not quantized by fewbit, nothing to unpack")
     check_all_parts(checkpoint)
     weights = read_weights(checkpoint.quantization or {})
-    check_output(Path(out), checkpoint.folder, overwrite)
+    replaces = check_output(Path(out), checkpoint.folder, overwrite)
     dtype = _dtype(checkpoint)
     parts = {f"{module}.{part}": module for module, stored in weights.items() for part in part_layout(stored)}
     order: dict[str, TensorEntry | StoredWeight] = {}
@@ -90,8 +94,26 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
             order[name] = entry
         else:
             order.setdefault(module, weights[module])
-    work = WorkFolder(Path(out), {"unpack": str(checkpoint.folder.resolve())}, restart=True)
-    shards = _split(order, dtype, shard_size)
+    files = file_stamps(entry.file for entry in checkpoint.entries.values())
+    job = {"unpack": str(checkpoint.folder.resolve()), "files": files}
+    work = WorkFolder(Path(out), job, overwrite, replaces)
+    try:
+        with said_when_full("free some and run the same command again"):
+            _write_plain(work, checkpoint, order, dtype, _split(order, dtype, shard_size))
+            work.publish()
+    except BaseException as error:
+        work.leave(error)
+        raise
+    return Path(out)
+
+
+def _write_plain(
+    work: WorkFolder,
+    checkpoint: Checkpoint,
+    order: dict[str, TensorEntry | StoredWeight],
+    dtype: torch.dtype,
+    shards: list[list[str]],
+) -> None:
     names = [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         for i in range(len(shards))
@@ -99,21 +121,18 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
     written: list[list[str]] = []
     with FileReader() as reader:
         for shard, name in zip(shards, names, strict=True):
-            writer = ShardWriter(work.path / name, header_room([f"{key}.weight" for key in shard]))
+            writer = ShardWriter(work.shard(name), header_room([f"{key}.weight" for key in shard]))
             try:
                 written.append([_write(writer, checkpoint, reader, key, order[key], dtype) for key in shard])
                 writer.close()
             except BaseException:
                 writer.abandon()
-                work.release()
                 raise
     copy_companions(checkpoint.companions, work)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    write_json(work.path / "config.json", config)
-    write_json(work.path / "fewbit_report.json", {"unpacked_from": checkpoint.quantization})
+    write_json(work.file(CONFIG), config)
+    write_json(work.file(REPORT), {"unpacked_from": checkpoint.quantization})
     write_index(work, dict(zip(names, written, strict=True)))
-    work.publish()
-    return Path(out)
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:

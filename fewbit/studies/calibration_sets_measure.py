@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fewbit.activations.choice import NAMED
 from fewbit.calibration.tokens import CalibrationSet
+from fewbit.checkpoints.whole_file import save_whole
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.store import open_curvature
-from fewbit.errors import FewbitError
+from fewbit.errors import FewbitError, WorkKeptError
 from fewbit.evaluation.score import window_losses
 from fewbit.evaluation.task_answers import answer_tasks, summarize
 from fewbit.evaluation.tasks import TaskChoice, open_tasks
@@ -90,9 +91,7 @@ def draw_sets(choice: StudyChoice, wanted: Sequence[tuple[NamedSet, int]], progr
             progress(done, len(left), f"drawing {one.axis}/{one.name}, seed {seed}")
         ids = draw_set(one, choice.calibration, seed, checkpoint, model).ids
         path = _path(choice, one, seed)
-        partial = path.with_suffix(".partial")
-        save_file({"ids": ids.contiguous()}, partial)
-        partial.replace(path)
+        save_whole({"ids": ids}, path)
 
 
 def _path(choice: StudyChoice, one: NamedSet, seed: int) -> Path:
@@ -182,7 +181,9 @@ def _measure(cell: Cell, drawn: CalibrationSet, opened: OpenedSets, out: Path, t
 
 
 def _failed(about: Row, error: FewbitError) -> Row:
-    """A set that a method cannot take is a result too: the other cells go on."""
+    """A set that a method cannot take is a result too: the other cells go on. A full disk is none."""
+    if isinstance(error, WorkKeptError):
+        raise error
     return {"table": "failed", **about, "reason": str(error)}
 
 

@@ -1,12 +1,16 @@
 """A study from end to end: check, run the grid, say what it says, write the JSON, draw the page."""
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
 
+from fewbit.calibration.source import parse_sources
+from fewbit.checkpoints.json_file import read_json
 from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.output import check_place
 from fewbit.checkpoints.source import open_checkpoint
-from fewbit.checkpoints.workdir import read_json
+from fewbit.checkpoints.stamps import file_stamps
 from fewbit.device import check_device
 from fewbit.errors import FewbitError
 from fewbit.evaluation.evaluate import LOSS, describe_protocol
@@ -38,13 +42,14 @@ def run_study(study: Study, choice: StudyChoice, progress: Progress | None = Non
     checkpoint = open_checkpoint(model)
     if checkpoint.quantization is not None:
         raise FewbitError(f"{choice.model}: already quantized: give the 16-bit original")
+    check_place(choice.out, model)
+    check_page(choice.out / PAGE)
     cells = study.cells(choice)
     protocol = _protocol(choice, model)
-    job = {**choice.describe(), "files": _files([model, *map(locate, choice.folders)])}
+    job = {**choice.describe(), **_files([model, *map(locate, choice.folders)]), **_texts(choice)}
     job.update(presets=fingerprint(), data_sha256=protocol["evaluation"]["data_sha256"], fewbit=__version__)
     folder = StudyFolder(choice.out, job, overwrite)
     try:
-        check_page(choice.out / PAGE)
         rows = run_grid(study, choice, cells, folder, progress)
         summary = study.summarize(rows, choice)
         result = {
@@ -63,6 +68,9 @@ def run_study(study: Study, choice: StudyChoice, progress: Progress | None = Non
         }
         folder.finish(result)
         write_study_page(study, read_json(choice.out / RESULT), choice.out / PAGE)
+    except BaseException:
+        folder.leave()
+        raise
     finally:
         folder.release()
     return result
@@ -80,10 +88,31 @@ def _protocol(choice: StudyChoice, model: Path) -> dict[str, Any]:
     }
 
 
-def _files(folders: list[Path]) -> list[list[Any]]:
-    """What says that models are the same as before: names, sizes and times of their weights."""
-    found = []
-    for folder in folders:
-        for path in sorted({entry.file for entry in open_checkpoint(folder).entries.values()}):
-            found.append([folder.name, path.name, path.stat().st_size, path.stat().st_mtime_ns])
+def _files(folders: list[Path]) -> dict[str, Any]:
+    """What says that models are the same as before."""
+    weights = [{entry.file for entry in open_checkpoint(folder).entries.values()} for folder in folders]
+    found: dict[str, Any] = {"files": file_stamps(weights[0])}
+    for index, (folder, files) in enumerate(zip(folders[1:], weights[1:], strict=True)):
+        found[f"{index + 1}, {folder.name}"] = {"files": file_stamps(files)}
     return found
+
+
+def _texts(choice: StudyChoice) -> dict[str, Any]:
+    """The SHA-256 of every local text that calibration sets are drawn from: a name says nothing of what it holds."""
+    named = [choice.calibration.sources, *(one.get("sources", "") for one in choice.options.get("sets", ()))]
+    paths = {Path(source.name) for text in named if text for source in parse_sources(text) if source.kind == "file"}
+    data = choice.options.get("task_data")
+    if data:
+        paths.add(Path(data))
+    return {"texts": {str(path): _sha256(path) for path in sorted(paths)}}
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or of all files below a folder in order."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                while block := opened.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()

@@ -7,16 +7,16 @@ the length of its target, so that tokens with massive activations do not decide 
     mean_t |y_t - y*_t|^2 / |y*_t|^2
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fewbit.architecture.network import find_blocks
+from fewbit.checkpoints.whole_file import save_whole
 from fewbit.checkpoints.workdir import SOLVED
 from fewbit.memory import available_bytes
 from fewbit.pipeline.walk import Walk
@@ -85,10 +85,7 @@ def reconstruct_blocks(
                     done = index * updates + step + 1
                     progress(done, len(blocks) * updates, f"block {index + 1} of {len(blocks)}, was {before:.2%}")
             state = {name: parameter.detach().cpu().contiguous() for name, parameter in trained(block).items()}
-            # Every process of a launch trains all blocks, and may be here at the same time.
-            partial = kept.with_suffix(f".{os.getpid()}.partial")
-            save_file(state, partial)
-            partial.replace(kept)
+            save_whole(state, kept)
         found.append((before, _mean(error, judged)))
         walk.advance(index, _nothing)
     return found

@@ -1,5 +1,6 @@
 """`fewbit tune`: from a quantized folder and some text to a quantized folder of the same form with better weights."""
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,9 +15,11 @@ from fewbit.attention import fast_attention
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.checkpoints.stamps import file_stamps
+from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.checkpoints.workdir import SOLVED, WorkFolder, check_output
 from fewbit.device import check_device
-from fewbit.errors import FewbitError, missing_extra
+from fewbit.errors import FewbitError, WorkKeptError, missing_extra
 from fewbit.formats.config import read_weights
 from fewbit.formats.original import MODEL_FOLDER, original_of
 from fewbit.memory import activation_bytes, available_bytes, peak_rss_bytes
@@ -24,6 +27,7 @@ from fewbit.pipeline.calibration_tokens import calibration_set
 from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.progress import Progress
 from fewbit.runtime.load import load
+from fewbit.runtime.packed_linear import PackedLinear
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.loop import Sequences, Trainer, held_out_last
 from fewbit.tuning.not_finite import TrainingStoppedError
@@ -31,7 +35,7 @@ from fewbit.tuning.reconstruct import reconstruct_blocks
 from fewbit.tuning.snapshots import Snapshots, whole_state
 from fewbit.tuning.teacher import Teacher, keep_predictions
 from fewbit.tuning.tuned_model import make_trainable, stored_parts, without_dropout
-from fewbit.tuning.write import write_tuned
+from fewbit.tuning.write import network_names, report_of, write_tuned
 from fewbit.version import __version__
 
 _TEACHER = f"tuning-teacher{SOLVED}"
@@ -75,68 +79,99 @@ def tune(
     if not checkpoint.is_native:
         raise FewbitError(f"{folder}: not quantized by fewbit: make a folder with  fewbit quantize  first")
     original_checkpoint = original_of(checkpoint, options.reference)
-    reference = original_checkpoint.folder
+    work = None
     if accelerator.is_main_process:
-        check_output(Path(out), checkpoint.folder, options.overwrite)
-        work = WorkFolder(Path(out), _job(checkpoint, reference, choice, options), options.overwrite)
+        replaces = check_output(Path(out), checkpoint.folder, options.overwrite)
+        job = _job(checkpoint, original_checkpoint, choice, options)
+        work = WorkFolder(Path(out), job, options.overwrite, replaces)
     accelerator.wait_for_everyone()
-    path = work.path if accelerator.is_main_process else WorkFolder.place(Path(out))
-    if not accelerator.is_main_process:
-        progress = None
     try:
-        # First, since what cannot be trained is refused here.
-        model = load(checkpoint.folder, dtype=_training_dtype(checkpoint), device="cpu")
-        original = load(reference, device=str(accelerator.device))
-        calibration = calibration_set(original_checkpoint, options.calibration, original, progress)
-        if accelerator.is_main_process:
-            SolvedStore(path).same_tokens(calibration.sha256)
-        sequences = _split(calibration.ids, choice)
-        teacher = _teacher(original, sequences.ids, choice, path, accelerator, progress)
-        with FileReader() as reader:
-            names = make_trainable(model, choice, _originals(checkpoint, original_checkpoint, reader, model))
-        model.to(accelerator.device)
-        blocks = list(find_blocks(model))
-        if choice.reconstruction:
-            with fast_attention(blocks):
-                reconstruct_blocks(model, original, sequences, choice, path, progress)
-        if choice.top or "kd" not in choice.loss:
-            del original
-        without_dropout(model).train()
-        if options.checkpointing or (options.checkpointing is None and _crowded(model, choice, calibration.ids)):
-            # The older name of the same method is all that transformers 5.0 has.
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
-        snapshots = Snapshots(path, accelerator)
-        trainer = Trainer(model, sequences, teacher, choice, snapshots, accelerator)
-        with fast_attention(blocks):
-            history = trainer.run(progress)
-        state = whole_state(trainer.model)
-        report: dict[str, Any] = {}
-        if accelerator.is_main_process:
-            parts = stored_parts(accelerator.unwrap_model(trainer.model), names, state)
-            tuning = {
-                "choice": asdict(choice),
-                "calibration": calibration.describe(),
-                "history": asdict(history),
-                "fewbit_version": __version__,
-            }
-            with FileReader() as reader:
-                errors = _relative_errors(checkpoint, original_checkpoint, reader)
-                run: dict[str, Any] = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
-                run[MODEL_FOLDER] = str(reference.resolve())
-                report = write_tuned(checkpoint, work, parts, {"tuning": tuning, "run": run}, errors)
-            report["run"] = run
+        with said_when_full("free some and run the same command again, training goes on from its last snapshot"):
+            run = _Run(checkpoint, original_checkpoint, choice, options, accelerator, work, WorkFolder.place(Path(out)))
+            report = _train(run, started, progress if work is not None else None)
         accelerator.wait_for_everyone()
-    except FewbitError as error:
-        if accelerator.is_main_process and isinstance(error, TrainingStoppedError):
+    except BaseException as error:
+        if work is not None and isinstance(error, TrainingStoppedError):
             work.discard()
-        elif accelerator.is_main_process:
-            work.discard_unbegun()
+        elif work is not None:
+            work.leave(error)
         raise
     finally:
-        if accelerator.is_main_process:
+        if work is not None:
             work.release()
     return report
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run; `work` is the main process's alone, the folder `path` everyone's."""
+
+    checkpoint: Checkpoint
+    original: Checkpoint
+    choice: TuningChoice
+    options: TuneOptions
+    accelerator: Any
+    work: WorkFolder | None
+    path: Path
+
+
+def _train(run: _Run, started: float, progress: Progress | None) -> dict[str, Any]:
+    """Load, train, and write in the main process, whose report is returned. What the end needs is checked first."""
+    checkpoint, choice, options, accelerator = run.checkpoint, run.choice, run.options, run.accelerator
+    reference, path = run.original.folder, run.path
+    if run.work is not None:
+        _check_space(checkpoint, path)
+    known = report_of(checkpoint, run.original)
+    # First, since what cannot be trained is refused here.
+    model = load(checkpoint.folder, dtype=_training_dtype(checkpoint), device="cpu")
+    network_names(checkpoint, [name for name, module in model.named_modules() if isinstance(module, PackedLinear)])
+    original = load(reference, device=str(accelerator.device))
+    calibration = calibration_set(run.original, options.calibration, original, progress)
+    if run.work is not None:
+        SolvedStore(path).same_tokens(calibration.sha256)
+    sequences = _split(calibration.ids, choice)
+    teacher = _teacher(original, sequences.ids, choice, path, accelerator, progress)
+    with FileReader() as reader:
+        names = make_trainable(model, choice, _originals(checkpoint, run.original, reader, model))
+    model.to(accelerator.device)
+    blocks = list(find_blocks(model))
+    if choice.reconstruction:
+        with fast_attention(blocks):
+            reconstruct_blocks(model, original, sequences, choice, path, progress)
+    if choice.top or "kd" not in choice.loss:
+        del original
+    without_dropout(model).train()
+    if options.checkpointing or (options.checkpointing is None and _crowded(model, choice, calibration.ids)):
+        # The older name of the same method is all that transformers 5.0 has.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    trainer = Trainer(model, sequences, teacher, choice, Snapshots(path, accelerator), accelerator)
+    with fast_attention(blocks):
+        history = trainer.run(progress)
+    state = whole_state(trainer.model)
+    if run.work is None:
+        return {}
+    parts = stored_parts(accelerator.unwrap_model(trainer.model), names, state)
+    tuning = {
+        "choice": asdict(choice),
+        "calibration": calibration.describe(),
+        "history": asdict(history),
+        "fewbit_version": __version__,
+    }
+    facts: dict[str, Any] = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
+    facts[MODEL_FOLDER] = str(reference.resolve())
+    with FileReader() as reader:
+        errors = _relative_errors(checkpoint, run.original, reader)
+        report = write_tuned(checkpoint, run.work, parts, {"report": known, "tuning": tuning, "run": facts}, errors)
+    return {**report, "run": facts}
+
+
+def _check_space(checkpoint: Checkpoint, folder: Path) -> None:
+    """WorkKeptError unless what is written in the end, of the size of the quantized folder, fits beside the work."""
+    free = shutil.disk_usage(folder).free
+    if checkpoint.bytes > free:
+        needed = checkpoint.bytes / 1e9
+        raise WorkKeptError(f"{folder.parent}: the output needs {needed:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
 def _accelerator(device: str | None) -> Any:
@@ -155,12 +190,15 @@ def _accelerator(device: str | None) -> Any:
     return accelerator
 
 
-def _job(checkpoint: Checkpoint, reference: Path, choice: TuningChoice, options: TuneOptions) -> dict[str, Any]:
-    files = sorted({entry.file for entry in checkpoint.entries.values()})
+def _job(checkpoint: Checkpoint, original: Checkpoint, choice: TuningChoice, options: TuneOptions) -> dict[str, Any]:
     return {
         "tune": str(checkpoint.folder.resolve()),
-        "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-        "reference": str(reference.resolve()),
+        "files": file_stamps(entry.file for entry in checkpoint.entries.values()),
+        "config": checkpoint.config,
+        "reference": {
+            "folder": str(original.folder.resolve()),
+            "files": file_stamps(entry.file for entry in original.entries.values()),
+        },
         "choice": asdict(choice),
         "calibration": asdict(options.calibration),
         "fewbit": __version__,

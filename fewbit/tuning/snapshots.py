@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from fewbit.checkpoints.json_file import write_json
 from fewbit.checkpoints.whole_file import save_whole
 from fewbit.checkpoints.workdir import SOLVED
 
@@ -77,11 +78,9 @@ class Snapshots:
                 "history": asdict(history),
                 "groups": moments["param_groups"],
             }
-            partial = self._folder / f"{_STATE}.json.partial"
-            partial.write_text(json.dumps(data), encoding="utf-8")
-            partial.replace(self._folder / DESCRIBED)
-            for old in self._folder.glob(f"{_STATE}-*{SOLVED}"):
-                if old.name != file:
+            write_json(self._folder / DESCRIBED, data)
+            for old in list(self._folder.iterdir()):
+                if old.name.startswith(f"{_STATE}-") and old.name.endswith(SOLVED) and old.name != file:
                     old.unlink()
         self._last = time.monotonic()
 

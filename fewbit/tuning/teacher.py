@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from fewbit.checkpoints.whole_file import save_whole
 from fewbit.tuning.losses import Prediction, predict
 
 Step = Callable[[int, int], None]
@@ -43,8 +44,6 @@ def keep_predictions(model: Any, ids: Tensor, top: int, file: Path, step: Step) 
                 values.append(found.log_probabilities.to(torch.float16).cpu())
                 indices.append(found.indices.cpu())
                 step(number + 1, ids.shape[0])
-        partial = file.with_name(file.name + ".partial")
-        save_file({"log_probabilities": torch.stack(values), "indices": torch.stack(indices)}, partial)
-        partial.replace(file)
+        save_whole({"log_probabilities": torch.stack(values), "indices": torch.stack(indices)}, file)
     kept = load_file(file)
     return Prediction(kept["log_probabilities"], kept["indices"])

@@ -1,18 +1,22 @@
 """Write a quantized folder again with other parts for its packed weights; everything else is copied."""
 
-import json
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor
 
+from fewbit.checkpoints.json_file import read_json, write_json
+from fewbit.checkpoints.output import CONFIG, REPORT, RUN
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
 from fewbit.checkpoints.source import Checkpoint
-from fewbit.checkpoints.workdir import WorkFolder, copy_companions, write_index, write_json
+from fewbit.checkpoints.workdir import WorkFolder, copy_companions, write_index
 from fewbit.errors import FewbitError
 from fewbit.formats import native
-from fewbit.formats.config import read_weights, tuned_name
-from fewbit.formats.original import REPORT, RUN
+from fewbit.formats.config import describe, read_weights, tuned_name
+from fewbit.formats.native import stored_bytes
+from fewbit.formats.original import shape_of
+from fewbit.grids.scheme import StoredWeight
 
 
 def write_tuned(
@@ -24,19 +28,19 @@ def write_tuned(
 ) -> dict[str, Any]:
     """Write and publish the folder; returns its report.
 
-    parts: for every packed module by its name in the network. facts: "tuning", what the report and the config will
-    say, and "run", what changes from run to run. relative_error: of a tensor's decoded weights, by name.
-    Raises FewbitError when a packed weight was not tuned.
+    parts: for every packed module by its name in the network. facts: "report", that of the untrained folder, "tuning",
+    what the report and the config will say, and "run", what changes from run to run. relative_error: of a tensor's
+    decoded weights, by name. Raises FewbitError when a packed weight was not tuned.
     """
     stored = read_weights(checkpoint.quantization or {})
-    of_module = {module: _find(parts, module) for module in stored}
+    of_module = {module: parts[name] for module, name in network_names(checkpoint, parts.keys()).items()}
     replaced = {f"{module}.{part}": tensor for module, found in of_module.items() for part, tensor in found.items()}
     files = sorted({entry.file for entry in checkpoint.entries.values()})
     written: dict[str, list[str]] = {}
     with FileReader() as reader:
         for file in files:
             names = [name for name, entry in checkpoint.entries.items() if entry.file == file]
-            writer = ShardWriter(work.path / file.name, header_room(names))
+            writer = ShardWriter(work.shard(file.name), header_room(names))
             try:
                 for name in names:
                     if name in replaced:
@@ -48,8 +52,9 @@ def write_tuned(
                 writer.abandon()
                 raise
             written[file.name] = names
-    report = _report(checkpoint)
-    for layer in report.get("layers", []):
+    report = copy.deepcopy(facts["report"])
+    report["output"]["file_bytes"] = work.shard_bytes
+    for layer in report["layers"]:
         module = layer["name"].removesuffix(".weight")
         if module in of_module:
             error = relative_error(layer["name"], native.decode(of_module[module], stored[module]))
@@ -57,25 +62,82 @@ def write_tuned(
             if error is not None:
                 layer["relative_squared_error"] = error
     report["tuning"] = facts["tuning"]
-    report["method"] = tuned_name(report.get("method", "fewbit"))
+    report["method"] = tuned_name(report["method"])
     copy_companions(checkpoint.companions, work)
     quantization = {**(checkpoint.quantization or {}), "tuning": facts["tuning"]["choice"]}
-    write_json(work.path / "config.json", {**checkpoint.config, "quantization_config": quantization})
-    write_json(work.path / REPORT, report)
-    write_json(work.path / RUN, facts["run"])
+    write_json(work.file(CONFIG), {**checkpoint.config, "quantization_config": quantization})
+    write_json(work.file(REPORT), report)
+    write_json(work.file(RUN), facts["run"])
     write_index(work, written)
     work.publish()
     return report
 
 
-def _find(parts: dict[str, dict[str, Tensor]], module: str) -> dict[str, Tensor]:
-    """Parts of a module of the checkpoint: in the network it may stand behind or without the base model's name."""
-    for name, found in parts.items():
-        if name == module or name.endswith(f".{module}") or module.endswith(f".{name}"):
-            return found
-    raise FewbitError(f"{module}: is packed but no plain linear layer that could be trained (fused experts)")
+def network_names(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
+    """The name in the network of every packed module of the checkpoint, `names` being those that can be trained.
+
+    In the network it may stand behind or without the base model's name. Raises FewbitError when one is not there.
+    """
+    found = {}
+    for module in read_weights(checkpoint.quantization or {}):
+        like = (n for n in names if n == module or n.endswith(f".{module}") or module.endswith(f".{n}"))
+        name = next(like, None)
+        if name is None:
+            raise FewbitError(f"{module}: is packed but no plain linear layer that could be trained (fused experts)")
+        found[module] = name
+    return found
 
 
-def _report(checkpoint: Checkpoint) -> dict[str, Any]:
-    path = checkpoint.folder / REPORT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def report_of(checkpoint: Checkpoint, original: Checkpoint) -> dict[str, Any]:
+    """The report of a quantized folder; where it is missing or not whole, one of what the folder itself says."""
+    kept = read_json(checkpoint.folder / REPORT)
+    if isinstance(kept, dict) and _is_whole(kept):
+        return kept
+    quantization = checkpoint.quantization or {}
+    stored = read_weights(quantization)
+    parts = tuple(f"{module}." for module in stored)
+    others = [entry for name, entry in checkpoint.entries.items() if not name.startswith(parts)]
+    weights, size = sum(one.weights for one in stored.values()), sum(map(stored_bytes, stored.values()))
+    kept_bytes = sum(entry.bytes for entry in others)
+    return {
+        "model": str(original.folder),
+        "method": describe(checkpoint)["method"],
+        "recipe": quantization.get("recipe", {}),
+        "source": {"bytes": original.bytes, "tensors": len(original.entries)},
+        "output": {
+            "weights_quantized": weights,
+            "bytes": size,
+            "bits_per_weight": 8 * size / weights,
+            "kept_bytes": kept_bytes,
+            "file_bytes": size + kept_bytes,
+            "outliers": sum(one.outliers for one in stored.values()),
+        },
+        "layers": [_layer(module, one) for module, one in stored.items()],
+        "kept": [{"name": entry.name, "shape": list(entry.shape), "reason": "not quantized"} for entry in others],
+        "fewbit_version": quantization.get("fewbit_version"),
+    }
+
+
+def _layer(module: str, stored: StoredWeight) -> dict[str, Any]:
+    size = stored_bytes(stored)
+    return {
+        "name": module if stored.original_shape is not None else f"{module}.weight",
+        "shape": list(shape_of(stored)),
+        "weights": stored.weights,
+        "group_size": stored.scheme.group_size,
+        "outliers": stored.outliers,
+        "bytes": size,
+        "bits_per_weight": 8 * size / stored.weights,
+    }
+
+
+def _is_whole(report: dict[str, Any]) -> bool:
+    """Whether a report has what the summary of a run is made of."""
+    output, layers = report.get("output"), report.get("layers")
+    if not isinstance(report.get("model"), str) or not isinstance(report.get("method"), str):
+        return False
+    if not isinstance(output, dict) or not isinstance(output.get("bits_per_weight"), int | float):
+        return False
+    return isinstance(layers, list) and all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) for one in layers
+    )

@@ -1,0 +1,104 @@
+"""What the command line says of an exception: one line where the cause is known, else a short report of a fault."""
+
+import errno
+import platform
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from fewbit.errors import FewbitError, is_out_of_memory
+from fewbit.versions import versions
+
+_ADVICE = {
+    "quantize": "lower --workers, --memory, --samples or --sequence-length",
+    "curvature": "lower --memory, --samples or --sequence-length",
+    "tune": "pass --checkpointing, or lower --micro-batch or --sequence-length",
+    "eval": "lower --seq-len, or pass --dtype bfloat16",
+    "study": "pass --size quick, or lower --seq-len, --samples or --sequence-length",
+}
+_ELSE = "take a smaller model"
+_OF_THE_SYSTEM = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY),
+    *(errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENODEV, errno.EXDEV),
+    *(errno.EMFILE, errno.ENFILE),
+)
+"""What disks and rights refuse, which no program can rule out beforehand."""
+_FRAMES = 8
+_LONGEST = 600
+_HERE = Path(__file__).parent
+
+
+def line_for(error: BaseException, words: Sequence[str]) -> str | None:
+    """The one line that says what is wrong and what to do; None for an exception whose cause is not known.
+
+    words: those of the command line, for advice that fits the command.
+    """
+    if isinstance(error, FewbitError):
+        return one_line(str(error))
+    if is_out_of_memory(error):
+        command = next((word for word in words if word in _ADVICE), "")
+        advice = _ADVICE.get(command, _ELSE)
+        return f"not enough memory ({_first_line(error)}): {advice}, or free some memory on this machine"
+    # Libraries raise OSError for much else: only the system's own come with a number and the file that it refused.
+    if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM and (error.filename or error.errno == errno.ENOSPC):
+        name = error.filename or "output"
+        return one_line(f"{name}: {error.strerror or error}")
+    return None
+
+
+def hidden_error(end: SystemExit) -> Exception | None:
+    """The exception that a command line parser took for the user's wish to stop, or None."""
+    error: BaseException | None = end
+    while error is not None:
+        if isinstance(error, EOFError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def fault_report(error: BaseException) -> str:
+    """A few lines for a report of a fault: what, where in fewbit and on which way, and the versions."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if Path(frame.filename).is_relative_to(_HERE)]
+    where = _shown(inside[-1]) if inside else "outside of fewbit"
+    way = " > ".join(_shown(frame) for frame in frames[-_FRAMES:])
+    found = {**versions(), "system": f"{platform.system()} {platform.machine()}"}
+    return "\n".join(
+        [
+            f"fewbit: a fault in fewbit: {type(error).__name__}: {_first_line(error)}",
+            f"  where: {where}",
+            f"  way: {way}",
+            *(f"  raised from: {type(one).__name__}: {_first_line(one)}" for one in _causes(error)),
+            f"  versions: {', '.join(f'{name} {version}' for name, version in found.items())}",
+            "  Please report these lines together with the command. Nothing half-made is in its way: it can be given",
+            "  again, with these arguments or with others.",
+        ]
+    )
+
+
+def one_line(text: str) -> str:
+    """Text from files and libraries as one line of a terminal: what would not print, or steer it, is escaped."""
+    joined = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in joined)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = one_line(lines[0]) if lines else type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def _shown(frame: traceback.FrameSummary) -> str:
+    path = Path(frame.filename)
+    name = path.relative_to(_HERE.parent) if path.is_relative_to(_HERE) else Path(*path.parts[-2:])
+    return f"{name.as_posix()}:{frame.lineno} {frame.name}"
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    found: list[BaseException] = []
+    one = error.__cause__
+    while one is not None and one not in found:
+        found.append(one)
+        one = one.__cause__
+    return found[:3]

@@ -1,0 +1,44 @@
+"""Which exceptions of transformers, while it builds a model, are known to be about the model's folder."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fewbit.errors import is_out_of_memory
+
+
+def known_cause(error: Exception, config: dict[str, Any]) -> str | None:
+    """The first line of what an exception says, where its cause is the folder or what is installed; else None.
+
+    transformers says with a ValueError, an OSError or an ImportError what it cannot load, and checks the fields of a
+    config by an error of its own. What it looks up without a check fails in ways of Python's own, and is known only
+    by naming a value of the config.
+    """
+    if is_out_of_memory(error) or not _is_known(error, config):
+        return None
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if "ignore_mismatched_sizes" in lines[0]:
+        return "weights have other shapes than config.json says"
+    return f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+
+
+def _is_known(error: Exception, config: dict[str, Any]) -> bool:
+    if isinstance(error, ValueError | ImportError | OSError) or type(error).__name__.startswith("StrictDataclass"):
+        return True
+    if isinstance(error, RuntimeError):
+        return "ignore_mismatched_sizes" in str(error)
+    if isinstance(error, KeyError | AttributeError):
+        return any(f"'{value}'" in str(error) for value in _texts(config))
+    return isinstance(error, ZeroDivisionError) and 0 in config.values()
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)

@@ -1,0 +1,38 @@
+"""A process that dies, as if killed, before any one of its steps on the file system."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+_STEPS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "open", "os.truncate"}
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that can be split in two")
+
+
+def dies_before(step: int, work: Callable[[], Any], inside: str) -> bool:
+    """Run `work` in a copy of this process that ends without a word before its `step`-th step below the path `inside`.
+
+    Returns whether it died; False when `work` came to its end first.
+    """
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        assert os.WIFEXITED(status) and os.WEXITSTATUS(status) in (0, 9), status
+        return os.WEXITSTATUS(status) == 9
+    left = [step]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _STEPS and any(inside in str(one) for one in arguments):
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(9)
+
+    code = 1
+    try:
+        sys.addaudithook(watch)
+        work()
+        code = 0
+    finally:
+        os._exit(code)

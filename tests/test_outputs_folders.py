@@ -1,0 +1,403 @@
+"""Folders that runs write: whole or not there, replacing only what they may, and with nothing else in them."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import build_tiny, folder_bytes, run_cli
+from dying import dies_before, needs_fork
+
+import fewbit
+from fewbit.checkpoints.json_file import write_json
+from fewbit.checkpoints.output import made_by_fewbit
+from fewbit.checkpoints.workdir import WorkFolder, check_output
+from fewbit.errors import FewbitError, WorkKeptError
+from fewbit.pipeline.run import RunOptions
+from fewbit.runtime.unpack import unpack
+
+RTN = fewbit.preset("rtn", bits=4)
+SHARDS = RunOptions(shard_size=20_000)
+
+
+def siblings(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def stop_at(patch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """The next run ends with `error` when everything is written and nothing published."""
+
+    def publish(work: Any) -> None:
+        raise error
+
+    patch.setattr(WorkFolder, "publish", publish)
+
+
+@pytest.mark.parametrize("made", ["folder", "file", "link", "of fewbit"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_at_out_meanwhile_is_left_alone(tiny: Path, tmp_path: Path, made: str, overwrite: bool) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    fewbit.quantize(tiny, other, RTN)
+
+    def appear(done: int, total: int, what: str) -> None:
+        if os.path.lexists(out):
+            return
+        if made == "folder":
+            out.mkdir()
+            (out / "thesis.txt").write_text("precious")
+        elif made == "file":
+            out.write_text("precious")
+        elif made == "link":
+            out.symlink_to(other)
+        else:
+            other.rename(out)
+
+    with pytest.raises(WorkKeptError, match=r"made while this run worked; the finished work is kept: move out else"):
+        fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=overwrite, progress=appear))
+    assert not other.exists() if made == "of fewbit" else other.is_dir()
+    out.rename(tmp_path / "kept")
+    assert made != "folder" or (tmp_path / "kept" / "thesis.txt").read_text() == "precious"
+    assert made != "file" or (tmp_path / "kept").read_text() == "precious"
+    assert made != "link" or (tmp_path / "kept").is_symlink()
+    shown: list[str] = []
+    fewbit.quantize(tiny, out, RTN, RunOptions(progress=lambda done, total, what: shown.append(what)))
+    assert shown == ["model.safetensors was finished before"]
+    assert siblings(tmp_path) == sorted({"kept", "out"} | ({"other"} - ({"other"} if made == "of fewbit" else set())))
+
+
+def test_only_what_overwrite_allowed_at_the_start_is_replaced(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fewbit.quantize(tiny, out, RTN)
+
+    def change(done: int, total: int, what: str) -> None:
+        (out / "notes.md").write_text("precious")
+
+    with pytest.raises(WorkKeptError, match=r"out: notes\.md was put there while this run worked"):
+        fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True, progress=change))
+    assert (out / "notes.md").read_text() == "precious"
+    with pytest.raises(FewbitError, match=r"out: holds notes\.md, which fewbit did not put there"):
+        fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True))
+    (out / "notes.md").rename(tmp_path / "notes.md")
+    fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True))
+    (out / "sub").mkdir()
+    (out / "sub" / "thesis.txt").write_text("precious")
+    with pytest.raises(FewbitError, match=r"holds sub/thesis\.txt"):
+        fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True))
+    assert siblings(tmp_path) == ["notes.md", "out"]
+
+
+def test_a_name_alone_is_no_proof_that_fewbit_made_a_folder(tiny: Path, tmp_path: Path) -> None:
+    for name, text in (("fewbit_report.json", '{"my": "own"}'), ("config.json", "{}"), ("fewbit_run.json", "[]")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(text)
+        (folder / "thesis.txt").write_text("precious")
+        with pytest.raises(FewbitError, match="not a folder that fewbit made"):
+            fewbit.quantize(tiny, folder, RTN, RunOptions(overwrite=True))
+        assert siblings(folder) == sorted([name, "thesis.txt"])
+    # What loads is proof enough: a report need not be there.
+    out = tmp_path / "out"
+    fewbit.quantize(tiny, out, RTN)
+    for name in ("fewbit_report.json", "fewbit_run.json"):
+        (out / name).unlink()
+    fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True))
+    assert (out / "fewbit_report.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "foreign folder", "folder with a job of others", "link inside"])
+def test_a_work_place_that_is_not_fewbits_is_refused(tiny: Path, tmp_path: Path, kind: str) -> None:
+    victim, place = tmp_path / "victim", tmp_path / ".out.fewbit-partial"
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("precious")
+    if kind == "link":
+        place.symlink_to(victim)
+    elif kind == "file":
+        place.write_text("precious")
+    elif kind == "foreign folder":
+        place.mkdir()
+        (place / "model.safetensors").write_text("precious")
+    elif kind == "folder with a job of others":
+        place.mkdir()
+        (place / ".fewbit-job.json").write_text('{"fewbit": "0.1.0"}')
+        (place / "thesis.txt").write_text("precious")
+    else:
+        place.mkdir()
+        write_json(place / ".fewbit-job.json", {"fewbit_work": 1, "job": {}})
+        (place / "model.safetensors.partial").symlink_to(victim / "thesis.txt")
+    for options in (RunOptions(), RunOptions(overwrite=True)):
+        with pytest.raises(FewbitError, match=r"\.out\.fewbit-partial"):
+            fewbit.quantize(tiny, tmp_path / "out", RTN, options)
+        with pytest.raises(FewbitError, match=r"\.out\.fewbit-partial"):
+            unpack(_quantized(tiny, tmp_path), tmp_path / "out", options.overwrite)
+    assert (victim / "thesis.txt").read_text() == "precious"
+    assert os.path.lexists(place) and not (tmp_path / "out").exists()
+
+
+def _quantized(tiny: Path, tmp_path: Path) -> Path:
+    if not (tmp_path / "q").exists():
+        fewbit.quantize(tiny, tmp_path / "q", RTN)
+    return tmp_path / "q"
+
+
+def test_a_stranger_in_the_work_folder_outlives_the_run(tiny: Path, tmp_path: Path) -> None:
+    def visit(done: int, total: int, what: str) -> None:
+        (tmp_path / ".out.fewbit-partial" / "thesis.txt").write_text("precious")
+
+    with pytest.raises(WorkKeptError, match=r"thesis\.txt: fewbit did not put that into its own folder"):
+        fewbit.quantize(tiny, tmp_path / "out", RTN, RunOptions(progress=visit))
+    stranger = tmp_path / ".out.fewbit-partial" / "thesis.txt"
+    assert stranger.read_text() == "precious"
+    stranger.rename(tmp_path / "thesis.txt")
+    fewbit.quantize(tiny, tmp_path / "out", RTN)
+    assert siblings(tmp_path) == ["out", "thesis.txt"]
+
+
+def test_only_what_belongs_to_the_output_is_published(tiny: Path, tmp_path: Path) -> None:
+    def litter(done: int, total: int, what: str) -> None:
+        for name in (
+            ".tmpAbCdEf",
+            "half.partial",
+            "old.solved",
+            "x.states",
+            "stale.safetensors",
+            "stale.safetensors.json",
+        ):
+            (tmp_path / ".out.fewbit-partial" / name).write_text("scratch")
+        (tmp_path / ".out.fewbit-partial" / "output").mkdir(exist_ok=True)
+        (tmp_path / ".out.fewbit-partial" / "output" / "stale.json").write_text("{}")
+
+    fewbit.quantize(tiny, tmp_path / "out", RTN, replace(SHARDS, progress=litter))
+    fewbit.quantize(tiny, tmp_path / "straight", RTN, SHARDS)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "straight")
+    listed = json.loads((tmp_path / "out" / "fewbit_run.json").read_text())["files"]
+    assert listed == siblings(tmp_path / "out")
+    assert siblings(tmp_path) == ["out", "straight"]
+
+
+def publish_one(out: Path, text: str, overwrite: bool = False) -> None:
+    """A run that makes two shards and three other files."""
+    replaces = check_output(out, out.parent / "model", overwrite)
+    work = WorkFolder(out, {"text": text}, overwrite, replaces)
+    for name in ("a.safetensors", "b.safetensors"):
+        if work.finished(name) is None:
+            (work.path / f"{name}.solved").write_text("scratch")
+            work.shard(name).write_text(f"{text} of {name}")
+            work.finish(name, [])
+    work.file("config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fewbit"}, "text": text}))
+    work.file("templates/one.jinja").write_text(text)
+    work.publish()
+
+
+def read(out: Path) -> dict[str, str]:
+    return {path.relative_to(out).as_posix(): path.read_text() for path in out.rglob("*") if path.is_file()}
+
+
+@needs_fork
+@pytest.mark.parametrize("replacing", [False, True])
+def test_killed_before_any_step_it_is_whole_or_goes_on(tmp_path: Path, replacing: bool) -> None:
+    whole = tmp_path / "straight" / "out"
+    publish_one(whole, "new")
+    old = tmp_path / "older" / "out"
+    publish_one(old, "old")
+    for step in range(1, 200):
+        folder = tmp_path / str(step)
+        out = folder / "out"
+        if replacing:
+            publish_one(out, "old")
+        folder.mkdir(exist_ok=True)
+        died = dies_before(step, lambda out=out: publish_one(out, "new", replacing), str(folder))
+        if out.exists():
+            assert read(out) in ([read(whole)] if not replacing else [read(whole), read(old)])
+        if not out.exists() or (replacing and read(out) == read(old)):
+            publish_one(out, "new", replacing)
+        else:
+            with pytest.raises(FewbitError, match="already exists"):
+                publish_one(out, "new")
+        assert read(out) == read(whole)
+        assert siblings(folder) == ["out"], step
+        if not died:
+            break
+    assert step > 30
+
+
+@needs_fork
+def test_killed_at_any_step_it_does_not_block_what_is_given_next(tmp_path: Path) -> None:
+    for step in range(1, 60):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        if not dies_before(step, lambda folder=folder: publish_one(folder / "out", "new"), str(folder)):
+            break
+        begun = any((folder / ".out.fewbit-partial").glob("*.safetensors.json")) or any(
+            (folder / ".out.fewbit-partial").glob("*.solved")
+        )
+        if (folder / "out").exists():
+            continue
+        if begun:
+            with pytest.raises(FewbitError, match="a run with other arguments was interrupted here"):
+                publish_one(folder / "out", "other")
+        publish_one(folder / "out", "other", begun)
+        assert read(folder / "out")["a.safetensors"] == "other of a.safetensors"
+        assert siblings(folder) == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unknown"), FewbitError("bad input"), KeyError("x"), MemoryError()])
+def test_work_that_holds_nothing_goes_whatever_ended_it(
+    tiny: Path, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("fewbit.pipeline.run._stream", lambda *arguments: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            fewbit.quantize(tiny, tmp_path / "out", RTN)
+    assert siblings(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), OSError(5, "a bad disk"), KeyboardInterrupt(), MemoryError()])
+def test_work_that_the_same_command_goes_on_with_is_kept_for_it(
+    tiny: Path, tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, error)
+        with pytest.raises((type(error), WorkKeptError)):
+            fewbit.quantize(tiny, tmp_path / "out", RTN)
+    with pytest.raises(FewbitError, match=r"interrupted here \(recipe\.bits was 4, is 3\)"):
+        fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("rtn", bits=3))
+    shown: list[str] = []
+    fewbit.quantize(tiny, tmp_path / "out", RTN, RunOptions(progress=lambda *step: shown.append(step[2])))
+    assert shown == ["model.safetensors was finished before"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a fault"), FewbitError("bad input"), ValueError("a fault")])
+def test_work_that_failed_gives_way_to_another_command(
+    tiny: Path, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    for _ in range(3):
+        # The same command goes on with it.
+        with monkeypatch.context() as patch:
+            stop_at(patch, error)
+            with pytest.raises(type(error)):
+                fewbit.quantize(tiny, tmp_path / "out", RTN, RunOptions(progress=lambda *step: shown.append(step[2])))
+    assert shown.count("model.safetensors was finished before") == 2
+    fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("rtn", bits=3))
+    assert siblings(tmp_path) == ["out"]
+
+
+def test_unpack_does_not_drop_the_work_of_others(tiny: Path, tmp_path: Path) -> None:
+    quantized = _quantized(tiny, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            fewbit.quantize(tiny, tmp_path / "out", RTN)
+    with pytest.raises(FewbitError, match="a run with other arguments was interrupted here"):
+        unpack(quantized, tmp_path / "out")
+    unpack(quantized, tmp_path / "out", overwrite=True)
+    assert made_by_fewbit(tmp_path / "out") and siblings(tmp_path) == ["out", "q"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, RuntimeError("a fault"))
+        with pytest.raises(RuntimeError):
+            unpack(quantized, tmp_path / "other")
+    assert siblings(tmp_path) == ["out", "q"]
+
+
+def test_an_original_that_was_changed_or_replaced_is_noticed(tmp_path: Path) -> None:
+    model = build_tiny(tmp_path / "model", shard_size="1GB")
+    weights, config = model / "model.safetensors", model / "config.json"
+
+    def interrupted() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                fewbit.quantize(model, tmp_path / "out", RTN, RunOptions(overwrite=True))
+
+    interrupted()
+    before = weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    same = r"model\.safetensors has been changed or replaced since, with the same size and time"
+    with pytest.raises(FewbitError, match=same):
+        fewbit.quantize(model, tmp_path / "out", RTN)
+    interrupted()
+    twin = tmp_path / "twin"
+    twin.write_bytes(data)
+    os.utime(twin, ns=(before.st_atime_ns, before.st_mtime_ns))
+    twin.replace(weights)
+    with pytest.raises(FewbitError, match=same):
+        fewbit.quantize(model, tmp_path / "out", RTN)
+    interrupted()
+    weights.touch()
+    with pytest.raises(FewbitError, match=r"model\.safetensors has been written since"):
+        fewbit.quantize(model, tmp_path / "out", RTN)
+    interrupted()
+    config.write_text(config.read_text().replace('"max_position_embeddings": 128', '"max_position_embeddings": 64'))
+    with pytest.raises(FewbitError, match=r"config\.max_position_embeddings was 128, is 64"):
+        fewbit.quantize(model, tmp_path / "out", RTN)
+    interrupted()
+    fewbit.quantize(model, tmp_path / "out", RTN)
+
+
+def test_names_with_glob_characters_and_jobs_with_nan(tmp_path: Path) -> None:
+    model = build_tiny(tmp_path / "m[1]*", shard_size="1GB")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "odd": float("nan")}))
+    out = tmp_path / "out[1]?*"
+    for overwrite in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                fewbit.quantize(model, out, RTN, RunOptions(overwrite=overwrite))
+        fewbit.quantize(model, out, RTN, RunOptions(overwrite=overwrite))
+        assert siblings(tmp_path) == sorted([model.name, out.name])
+
+
+def test_a_disk_that_fills_up_at_any_write_keeps_what_is_done(tiny: Path, tmp_path: Path) -> None:
+    """Whatever is written, from the first shard to the last file before the name."""
+    import builtins
+
+    real, out = builtins.open, tmp_path / "out"
+    write_bytes, count = Path.write_bytes, [0]
+    fewbit.quantize(tiny, tmp_path / "straight", RTN, SHARDS)
+    for limit in (1, 2, 4, 7, 9, 10, 11, 12):
+        count[0] = 0
+
+        def full(path: Path, data: bytes, limit: int = limit) -> int:
+            count[0] += 1
+            if count[0] > limit:
+                raise OSError(28, "No space left on device", str(path))
+            return write_bytes(path, data)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            try:
+                fewbit.quantize(tiny, out, RTN, SHARDS)
+            except WorkKeptError as error:
+                assert "the disk is full" in str(error)
+        assert not out.exists() or folder_bytes(out) == folder_bytes(tmp_path / "straight")
+        if not out.exists():
+            fewbit.quantize(tiny, out, RTN, SHARDS)
+        assert folder_bytes(out) == folder_bytes(tmp_path / "straight")
+        shutil.rmtree(out)
+        assert siblings(tmp_path) == ["straight"] and builtins.open is real
+
+
+def test_what_unpack_replaces(tiny: Path, tmp_path: Path) -> None:
+    quantized = _quantized(tiny, tmp_path)
+    run_cli("unpack", quantized, tmp_path / "plain")
+    assert "already exists" in run_cli("unpack", quantized, tmp_path / "plain", code=2).stderr
+    run_cli("unpack", quantized, tmp_path / "plain", "--overwrite")
+    run_cli("quantize", tmp_path / "plain", tmp_path / "again", "--method", "rtn")
+    listed = json.loads((tmp_path / "plain" / "fewbit_run.json").read_text())["files"]
+    assert listed == siblings(tmp_path / "plain")
+
+
+def test_the_demonstration_overwrites_no_report_of_others(tmp_path: Path) -> None:
+    for name, text in (("report.json", '{"my": "own"}'), ("report.html", "mine")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(text)
+        assert "is there already, and no demonstration wrote it" in run_cli("demo", folder, code=2).stderr
+        assert (folder / name).read_text() == text and siblings(folder) == [name]
