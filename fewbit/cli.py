@@ -65,7 +65,11 @@ app.command()(tune)
 def evaluate_command(
     models: Annotated[list[str], typer.Argument(help="Originals and quantized folders.")],
     data: Annotated[
-        str | None, typer.Option(help="A .txt or .jsonl file, wikitext2, c4, NAME[:COLUMN], or topics.")
+        str | None,
+        typer.Option(
+            help="A .txt, .jsonl, .json, .csv or .parquet file (FILE:COLUMN; also .gz), a folder of them, a hub data "
+            "set (wikitext2, c4, NAME[:COLUMN]), or topics (Python's help text)."
+        ),
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
     windows: Annotated[int, typer.Option(help="Windows from the start of the text; 0 for all.")] = 0,

@@ -13,8 +13,9 @@ DeviceOption = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu,
 CalibrationOption = Annotated[
     str | None,
     typer.Option(
-        help="SRC[:COUNT][,SRC...]: a .txt, .jsonl, .parquet or folder, self (the model's own text), nonsense, "
-        "random-tokens, or a hub data set (c4, wikitext2, redpajama, NAME:COLUMN). Default: self."
+        help="SRC[:COUNT][,SRC...]: a .txt, .jsonl, .json, .csv or .parquet file (FILE:COLUMN; also .gz) or a folder "
+        "of them, self (the model's own text), nonsense, random-tokens, or a hub data set (c4, wikitext2, redpajama, "
+        "NAME:COLUMN). Chat messages are rendered by the model's chat template. Default: self."
     ),
 ]
 SamplesOption = Annotated[int | None, typer.Option(help="Calibration sequences in all; default 128.")]
