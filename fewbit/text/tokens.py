@@ -141,20 +141,20 @@ class _Piece:
 
 def _overlapping(tokenizer: Any, reader: _Reader, sizes: Sizes) -> Iterator[Sequence[int]]:
     """Ids in parts, from overlapping pieces; _UnstableError when what was given out was wrong."""
-    left, given = _piece(tokenizer, reader, 0, sizes.first), 0
+    left, given = _piece(tokenizer, reader, 0, 0, sizes.first), 0
     while not left.last:
         length = left.end - left.begin
         begin = _last_cut(reader.text, length // 4, length - sizes.overlap)
         if begin is not None:
             size = max(min(2 * length, sizes.largest), length - begin + sizes.overlap)
-            right = _piece(tokenizer, reader, begin, size)
+            right = _piece(tokenizer, reader, begin, length, begin + size)
             seam = _seam(left, right, sizes)
             if seam is not None:
                 yield left.ids[given : seam[0]]
                 left, given = right, seam[1]
                 reader.drop(begin)
                 continue
-        longer = _piece(tokenizer, reader, 0, 2 * length)
+        longer = _piece(tokenizer, reader, 0, length, 2 * length)
         kept = given + sizes.tokens if given else 0
         if longer.ids[:kept] != left.ids[:kept] or longer.spans[:kept] != left.spans[:kept]:
             raise _UnstableError
@@ -197,21 +197,17 @@ def _growing(tokenizer: Any, reader: _Reader, sizes: Sizes) -> Iterator[Sequence
     yield ids[given:]
 
 
-def _piece(tokenizer: Any, reader: _Reader, begin: int, size: int) -> _Piece:
-    """Tokenize from a place in what was read to a good cut at most `size` characters on; farther if there is none."""
-    last = False
-    while True:
-        if not reader.fill(begin + size):
-            end, last = len(reader.text), True
-            break
-        cut = _last_cut(reader.text, begin + size // 2, begin + size)
-        if cut is not None:
-            end = cut
-            break
-        size *= 2
+def _piece(tokenizer: Any, reader: _Reader, begin: int, behind: int, stop: int) -> _Piece:
+    """Tokenize from `begin` to the last good cut behind `behind` and up to `stop`, farther on where there is none."""
+    end: int | None = None
+    while end is None and reader.fill(stop):
+        end = _last_cut(reader.text, max((begin + stop) // 2, behind + 1), stop)
+        stop += stop - begin
+    last = end is None
+    if end is None:
+        end = len(reader.text)
     encoded = _call(tokenizer, reader.text[begin:end], return_offsets_mapping=True)
-    base = reader.base + begin
-    return _Piece(base, reader.base + end, last, encoded["input_ids"], encoded["offset_mapping"])
+    return _Piece(reader.base + begin, reader.base + end, last, encoded["input_ids"], encoded["offset_mapping"])
 
 
 def _last_cut(text: str, low: int, high: int) -> int | None:
