@@ -108,13 +108,12 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def decode(path: Path, pieces: Iterable[bytes]) -> Iterator[str]:
-    """Characters of a file's bytes, piece by piece.
+def decode(path: Path, pieces: Iterable[bytes], before: int) -> Iterator[str]:
+    """Characters of a file's bytes, piece by piece; `before` of them come before the first piece.
 
     Raises FewbitError that names the file and the byte at which they are not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    before = 0
     ended = False
     source = iter(pieces)
     while not ended:
@@ -142,7 +141,7 @@ def raw_pieces(file: BinaryIO) -> Iterator[bytes]:
 def characters(path: Path) -> Iterator[str]:
     """The characters of a text file, in pieces, line ends as they are. Raises FewbitError as the functions above."""
     with opened(path) as file:
-        yield from decode(path, raw_pieces(file))
+        yield from decode(path, raw_pieces(file), file.tell())
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Row:
 def json_lines(path: Path) -> Iterator[Row]:
     """A JSON object a line; blank lines are left out. Raises FewbitError that names the line."""
     with opened(path) as file:
-        for number, line in enumerate(decode(path, file), 1):
+        for number, line in enumerate(decode(path, file, file.tell()), 1):
             if line.strip():
                 where = f"{path}:{number}"
                 try:
@@ -88,7 +88,7 @@ def json_values(path: Path) -> Iterator[Row]:
 def csv_rows(path: Path) -> Iterator[Row]:
     """Rows of a file with commas and a line of names; an empty field is null. Raises FewbitError naming the line."""
     with opened(path) as file:
-        reader = csv.reader(decode(path, file), strict=True)
+        reader = csv.reader(decode(path, file, file.tell()), strict=True)
         names: list[str] | None = None
         while (fields := _next_fields(path, reader)) is not None:
             if not fields:
