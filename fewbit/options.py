@@ -30,8 +30,9 @@ class Option:
 
 
 TEXT_HELP = (
-    "SRC[:COUNT][,SRC...]: a .txt, .jsonl, .json, .csv or .parquet file, a folder of them, self (the model's own "
-    "text), nonsense, random-tokens, or a hub data set (c4, wikitext2, redpajama, NAME:COLUMN). Default: self."
+    "SRC[:COUNT][,SRC...]: a .txt, .jsonl, .json, .csv or .parquet file (FILE:COLUMN; also .gz) or a folder of them, "
+    "self (the model's own text), nonsense, random-tokens, or a hub data set (c4, wikitext2, redpajama, NAME:COLUMN). "
+    "Chat messages are rendered by the model's chat template. Default: self."
 )
 CALIBRATION = Option("calibration", str, TEXT_HELP, "text")
 SAMPLES = Option("samples", int, "Calibration sequences in all; default 128.", "text")
@@ -190,7 +191,13 @@ TUNE: tuple[Option, ...] = (
 
 _TASKS, _ROUNDED = "Tasks", "8-bit inputs"
 EVALUATE: tuple[Option, ...] = (
-    Option("data", str, "A text file, .jsonl and the like, wikitext2, c4, NAME[:COLUMN], or topics.", "data"),
+    Option(
+        "data",
+        str,
+        "A .txt, .jsonl, .json, .csv or .parquet file (FILE:COLUMN; also .gz), a folder of them, a hub data set "
+        "(wikitext2, c4, NAME[:COLUMN]), or topics (Python's help text).",
+        "data",
+    ),
     Option("reference", str, "The original, to measure the distance from.", "data"),
     Option("windows", int, "Windows from the start of the text; 0 (default) for all.", "protocol"),
     Option("seq_len", int, "Tokens of a window; default 1024.", "protocol"),
