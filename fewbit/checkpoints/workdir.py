@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.companions import Companion
 from fewbit.checkpoints.source import INDEX_NAME
 from fewbit.errors import FewbitError
 
@@ -76,7 +77,10 @@ class WorkFolder:
         before = read_json(job_path)
         if before is None or (restart and before != job):
             for leftover in self.path.iterdir():
-                leftover.unlink()
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
             write_json(job_path, job)
         elif before != job:
             self.release()
@@ -155,10 +159,12 @@ def lock_folder(folder: Path, out: Path) -> int:
     return descriptor
 
 
-def copy_companions(companions: tuple[Path, ...], work: WorkFolder) -> None:
-    """Copy tokenizer, generation config, chat template and the like into the work folder."""
-    for path in companions:
-        shutil.copyfile(path, work.path / path.name)
+def copy_companions(companions: tuple[Companion, ...], work: WorkFolder) -> None:
+    """Copy tokenizer, generation config, chat templates and the like into the work folder."""
+    for companion in companions:
+        target = work.path / companion.name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(companion.path, target)
 
 
 def write_index(work: WorkFolder, shards: dict[str, list[str]]) -> None:

@@ -38,8 +38,8 @@ def _sample(checkpoint: Checkpoint) -> str:
     with FileReader() as reader:
         for name in sorted(checkpoint.entries):
             entry = checkpoint.entries[name]
-            length = min(entry.bytes, _SAMPLE_BYTES)
-            first = entry.start + (entry.bytes - length) // 2
+            length = min(entry.bytes_on_disk, _SAMPLE_BYTES)
+            first = entry.start + (entry.bytes_on_disk - length) // 2
             digest.update(os.pread(reader.descriptor(entry.file), length, first))
     return digest.hexdigest()
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbit.architecture.coverage import Coverage, WeightTensor, cover, require_recognised
-from fewbit.checkpoints.source import Checkpoint
+from fewbit.checkpoints.source import Checkpoint, refuse_quantized
 from fewbit.errors import FewbitError
 from fewbit.formats.scheme import Scheme, StoredWeight, part_layout, stored_bytes
 from fewbit.grids import positions
@@ -46,9 +46,7 @@ class Plan:
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int) -> Plan:
     """Plan a run; FewbitError when a weight is not recognised or a group size does not divide."""
-    if checkpoint.quantization is not None:
-        method = checkpoint.quantization.get("quant_method", "an unknown method")
-        raise FewbitError(f"{checkpoint.folder}: already quantized ({method}): give the 16-bit original")
+    refuse_quantized(checkpoint)
     coverage = cover(checkpoint.entries.values(), checkpoint.config, recipe.include, recipe.exclude)
     require_recognised(coverage, str(checkpoint.folder))
     if not coverage.of("quantize"):

@@ -6,10 +6,10 @@ from typing import Any
 
 from fewbit import __version__
 from fewbit.checkpoints.locate import locate
-from fewbit.checkpoints.source import open_checkpoint
+from fewbit.errors import FewbitError
+from fewbit.checkpoints.source import open_checkpoint, refuse_quantized
 from fewbit.checkpoints.workdir import read_json
 from fewbit.device import check_device
-from fewbit.errors import FewbitError
 from fewbit.evaluation.evaluate import LOSS, describe_protocol
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
@@ -36,8 +36,7 @@ def run_study(study: Study, choice: StudyChoice, progress: Progress | None = Non
         raise FewbitError(f"{choice.out}: is a file: name a folder for the study")
     model = locate(choice.model)
     checkpoint = open_checkpoint(model)
-    if checkpoint.quantization is not None:
-        raise FewbitError(f"{choice.model}: already quantized: give the 16-bit original")
+    refuse_quantized(checkpoint)
     cells = study.cells(choice)
     protocol = _protocol(choice, model)
     job = {**choice.describe(), "files": _files([model, *map(locate, choice.folders)])}
