@@ -23,6 +23,7 @@ from fewbit.cli_study import study_app
 from fewbit.cli_tune import tune
 from fewbit.errors import FewbitError
 from fewbit.memory import keep_freed_memory
+from fewbit.printable import printable
 from fewbit.progress import progress_line
 
 app = typer.Typer(
@@ -234,12 +235,13 @@ def run(arguments: list[str] | None = None) -> int:
             return 1
         return int(end.code or 0)
     except FewbitError as error:
-        print(f"fewbit: {error}", file=sys.stderr)
+        print(f"fewbit: {printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 141
     except OSError as error:
-        print(f"fewbit: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        said = f"{error.filename or 'input or output'}: {error.strerror or error}"
+        print(f"fewbit: {printable(said)}", file=sys.stderr)
         return 2
     return 0
 

@@ -121,6 +121,7 @@ def quantize(
 
       fewbit quantize ./llama --report-only --bits 2 --json
     """
+    from fewbit.checkpoints.companions import say_left
     from fewbit.checkpoints.locate import locate
     from fewbit.checkpoints.source import open_checkpoint
     from fewbit.curvature.store import open_curvature
@@ -204,6 +205,8 @@ def quantize(
         except KeyboardInterrupt:
             print("fewbit: interrupted: the same command goes on where this one stopped", file=sys.stderr)
             raise typer.Exit(130) from None
+    if (left := say_left(report.get("left", ()))) and not report_only:
+        print(left, file=sys.stderr)
     if as_json:
         print_json(quantize_json(report))
     elif tuning is not None and out is not None:

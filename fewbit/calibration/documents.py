@@ -85,7 +85,14 @@ def _from_hub(source: Source) -> Iterator[str]:
     named = HUB.get(source.name, HubSet(source.name))
     column = source.column or named.column
     try:
-        rows = load_dataset(named.path, named.configuration, data_files=named.files, split="train", streaming=True)
+        rows = load_dataset(
+            named.path,
+            named.configuration,
+            data_files=named.files,
+            split="train",
+            streaming=True,
+            trust_remote_code=False,
+        )
         for row in rows:
             if row[column] is not None:
                 yield str(row[column])

@@ -65,9 +65,14 @@ def _plain_block(description: dict[str, Any]) -> tuple[int, int] | None:
 
 def _compressed_block(description: dict[str, Any]) -> tuple[int, int] | None:
     groups = description.get("config_groups")
-    if not isinstance(groups, dict) or not groups or description.get("sparsity_config", {}).get("format") not in (
-        None,
-        "dense",
+    if (
+        not isinstance(groups, dict)
+        or not groups
+        or description.get("sparsity_config", {}).get("format")
+        not in (
+            None,
+            "dense",
+        )
     ):
         return None
     blocks = set()
@@ -103,7 +108,7 @@ def _compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
     for place in places:
         named = str(place.get("dtype") or place.get("torch_dtype") or "").removeprefix("torch.")
         if named in ("bfloat16", "float16", "float32"):
-            return getattr(torch, named)  # type: ignore[no-any-return]
+            return getattr(torch, named)
     return torch.bfloat16
 
 

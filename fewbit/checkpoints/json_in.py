@@ -31,27 +31,34 @@ def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]
     return data
 
 
-def parse_json(text: bytes | str, finite: bool = False) -> Any:
+def parse_json(text: bytes | str, strict: bool = False) -> Any:
     """The value of a JSON text.
 
     Raises ValueError for what is not UTF-8 or not JSON, is nested more than 100 deep, holds numbers of hundreds of
-    digits, or names one key twice with different values. finite: also for NaN and Infinity, which JSON does not
-    have; some configs hold them, and transformers reads those.
+    digits, or names one key twice with different values. strict: also for any key that stands twice, and for NaN and
+    Infinity, which JSON does not have; some configs hold them, and transformers reads those.
     """
     try:
         data = json.loads(
             text.decode("utf-8") if isinstance(text, bytes) else text,
-            object_pairs_hook=_one_of_each,
+            object_pairs_hook=_unique if strict else _unambiguous,
             parse_int=_whole_number,
-            parse_constant=_refuse_constant if finite else float,
+            parse_constant=_refuse_constant if strict else float,
         )
     except RecursionError:
         raise ValueError(f"nested more than {_DEEPEST} deep") from None
-    _check_values(data, finite)
+    _check_values(data, strict)
     return data
 
 
-def _one_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands twice in it")
+    return result
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         for name, value in pairs:
@@ -70,17 +77,17 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _check_values(data: Any, finite: bool) -> None:
+def _check_values(data: Any, strict: bool) -> None:
     """ValueError for values nested too deep and for strings that no UTF-8 file can hold; without recursion."""
     level = [data]
     for _ in range(_DEEPEST):
-        level = [inner for value in level for inner in _inside(value, finite)]
+        level = [inner for value in level for inner in _inside(value, strict)]
         if not level:
             return
     raise ValueError(f"nested more than {_DEEPEST} deep")
 
 
-def _inside(value: Any, finite: bool) -> Iterator[Any]:
+def _inside(value: Any, strict: bool) -> Iterator[Any]:
     if isinstance(value, dict):
         yield from value
         yield from value.values()
@@ -90,5 +97,5 @@ def _inside(value: Any, finite: bool) -> Iterator[Any]:
         # An escape such as \ud800 alone: it can be read, and then nothing can write it.
         if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise ValueError("a string with half a character in it")
-    elif finite and isinstance(value, float) and not math.isfinite(value):
+    elif strict and isinstance(value, float) and not math.isfinite(value):
         raise ValueError("a number beyond what a float holds")

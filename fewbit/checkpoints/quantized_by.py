@@ -146,7 +146,7 @@ def seen_in(entries: Mapping[str, TensorEntry], folder: Path) -> Foreign | None:
 
 def _is_codes(dtype: torch.dtype) -> bool:
     """Whether a matrix of this dtype is no weight by itself."""
-    return dtype.itemsize == 1 and dtype != torch.bool or dtype in _WORDS
+    return (dtype.itemsize == 1 and dtype != torch.bool) or dtype in _WORDS
 
 
 _WORDS = {getattr(torch, name) for name in ("int16", "int32", "uint16", "uint32") if hasattr(torch, name)}

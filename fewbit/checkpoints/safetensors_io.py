@@ -107,7 +107,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             length = struct.unpack("<Q", prefix)[0]
             if length > min(_MAX_HEADER, size - 8):
                 raise ValueError(f"its header claims {length:,} bytes, the file has {size:,}")
-            header = parse_json(file.read(length), finite=True)
+            header = parse_json(file.read(length), strict=True)
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
         metadata = header.pop("__metadata__", {})
@@ -126,8 +126,8 @@ def _entry(path: Path, name: str, value: dict[str, Any], base: int) -> TensorEnt
     if value["dtype"] not in DTYPES:
         # Not damage: the format grows, and says how many bytes there are without a reader's knowing what they mean.
         raise FewbitError(
-            f"{path}: tensor {name} has the dtype {value['dtype']}, which this PyTorch does not have: if it belongs to a "
-            "quantized model, give the 16-bit original"
+            f"{path}: tensor {name} has the dtype {value['dtype']}, which this PyTorch does not have: if "
+            "the model is quantized, give the 16-bit original"
         )
     dtype = DTYPES[value["dtype"]]
     shape = tuple(value["shape"])

@@ -46,7 +46,7 @@ class Checkpoint:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The `quantization_config` of a folder that is already quantized; its tool alone where there is no such thing."""
+        """The `quantization_config` of a folder that is already quantized; the tool's name where it has none."""
         found: dict[str, Any] | None = self.config.get("quantization_config")
         return {"quant_method": self.foreign.tool} if not found and self.foreign is not None else found
 
@@ -85,11 +85,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for file, expected in found.files.items():
         check_link(folder, file)
         header, _ = read_header(file)
-        check_tensors(file, expected, set(header))
         for name, entry in header.items():
             if name in entries:
                 raise FewbitError(f"{folder}: tensor {name} stands in both {entries[name].file.name} and {file.name}")
             entries[name] = entry
+        check_tensors(file, expected, set(header))
     config.pop(NAMED_IN_CONFIG, None)
     read = {config_path, *found.files, *([found.index] if found.index else [])}
     if (folder / ADAPTER).is_file() and not _is_native(config):

@@ -106,7 +106,7 @@ def _check_siblings(folder: Path, index: Path, named: set[str]) -> None:
 
 
 def _under_another_name(folder: Path) -> WeightFiles:
-    """A lone file under a name of its own, which transformers loads only once it is renamed, but nothing in its place."""
+    """A lone file with a name of its own: transformers finds no weights there, so it finds no others either."""
     found = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" and not p.name.startswith("adapter_"))
     pickled = [name for name in _PICKLES if (folder / name).is_file()]
     if pickled and found:

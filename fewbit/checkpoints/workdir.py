@@ -4,6 +4,7 @@ Work happens in a sibling folder, `.NAME.fewbit-partial`, that holds the run's f
 The last act is one rename.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -132,7 +133,7 @@ class WorkFolder:
             self.out.rename(self.out.with_name(f".{self.out.name}.fewbit-old-{os.getpid()}"))
         self.path.rename(self.out)
         _remove_scratch(self.out)
-        for old in self.out.parent.glob(f".{self.out.name}.fewbit-old-*"):
+        for old in self.out.parent.glob(f".{glob.escape(self.out.name)}.fewbit-old-*"):
             shutil.rmtree(old)
         self.release()
 

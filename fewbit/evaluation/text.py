@@ -84,7 +84,7 @@ def _from_hub(source: str) -> str:
         raise missing_extra("datasets", "data") from error
     path, config, split, default = _HUB.get(name, (name, None, "test", "text"))
     try:
-        rows = load_dataset(path, config, split=split, streaming=True)
+        rows = load_dataset(path, config, split=split, streaming=True, trust_remote_code=False)
         pieces, size = [], 0
         for row in rows:
             pieces.append(str(row[column or default]))

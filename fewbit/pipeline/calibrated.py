@@ -16,12 +16,13 @@ from fewbit.architecture.network import Site, find_blocks, find_sites
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.calibration.tokens import CalibrationSet, make_set
 from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.own_code import open_tokenizer
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.fisher import measure_fisher
 from fewbit.curvature.store import StoredCurvature
-from fewbit.errors import FewbitError, missing_extra
+from fewbit.errors import FewbitError
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.solve_blocks import BlockSolver, Network, Progress
@@ -124,12 +125,9 @@ def calibration_set(
 ) -> CalibrationSet:
     """The tokens to calibrate on, in the model's own tokenizer."""
     try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise missing_extra("transformers", "hf") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError, TypeError):
+        tokenizer = open_tokenizer(checkpoint.folder)
+    except FewbitError:
+        # Said where one is needed: not every calibration set does.
         tokenizer = None
     check_length(model.config, choice.sequence_length)
     return make_set(choice, tokenizer, model.get_input_embeddings().weight.shape[0], model, progress)

@@ -318,6 +318,7 @@ def _report(
         },
         "layers": layers,
         "kept": kept,
+        "left": list(checkpoint.left),
         "fewbit_version": __version__,
     }
 

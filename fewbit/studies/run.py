@@ -6,10 +6,10 @@ from typing import Any
 
 from fewbit import __version__
 from fewbit.checkpoints.locate import locate
-from fewbit.errors import FewbitError
 from fewbit.checkpoints.source import open_checkpoint, refuse_quantized
 from fewbit.checkpoints.workdir import read_json
 from fewbit.device import check_device
+from fewbit.errors import FewbitError
 from fewbit.evaluation.evaluate import LOSS, describe_protocol
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
