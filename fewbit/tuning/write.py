@@ -1,11 +1,11 @@
 """Write a quantized folder again with other parts for its packed weights; everything else is copied."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from fewbit.checkpoints.json_in import read_json_object
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, copy_companions, write_index, write_json
@@ -78,4 +78,4 @@ def _find(parts: dict[str, dict[str, Tensor]], module: str) -> dict[str, Tensor]
 
 def _report(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.folder / REPORT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
