@@ -69,7 +69,10 @@ NAMED_MODELS: dict[str, NamedModel] = {
 }
 
 
-_PIP = "import runpy, sys; sys.path[:] = [p for p in sys.path if p]; runpy.run_module('pip', run_name='__main__', alter_sys=True)"
+_PIP = (
+    "import runpy, sys; sys.path[:] = [place for place in sys.path if place]; "
+    "runpy.run_module('pip', run_name='__main__', alter_sys=True)"
+)
 """`python -m pip`, but a file `pip.py` in the folder that one is in, perhaps a model's, is not taken for pip."""
 _PIP_SETTINGS = (
     *("INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS", "NO_INDEX", "PROXY", "CERT", "CLIENT_CERT", "TRUSTED_HOST"),
