@@ -182,7 +182,7 @@ def unpack(
         row = {"name": str(written), "method": "unpacked", "bytes": open_checkpoint(written).bytes}
         print_json({"models": [row], "protocol": None, "versions": versions()})
     else:
-        print(f"wrote {written}")
+        print(printable(f"wrote {written}"))
 
 
 @app.command()

@@ -21,6 +21,7 @@ from fewbit.cli_shared import (
     calibration_choice,
     print_json,
 )
+from fewbit.printable import printable
 from fewbit.progress import progress_line
 
 METHODS_HELP = (
@@ -274,6 +275,5 @@ def curvature(
     if as_json:
         print_json(result)
     else:
-        print(
-            f"wrote {out}: {kind}, {result['tokens']:,} tokens, {show_size(result['bytes'])}, {result['seconds']:.0f} s"
-        )
+        measured = f"{result['tokens']:,} tokens, {show_size(result['bytes'])}, {result['seconds']:.0f} s"
+        print(printable(f"wrote {out}: {kind}, {measured}"))

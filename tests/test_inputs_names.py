@@ -1,5 +1,6 @@
 """Names from strangers: they make no paths, match as they are, and do nothing to a terminal."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -130,3 +131,27 @@ def test_names_on_the_terminal(tmp_path: Path) -> None:
     renamed = model.rename(tmp_path / "[bold]m\x1b[31m")
     result = run_cli("eval", renamed, "--data", tmp_path / "none.txt", code=2)
     assert result.stderr.count("\n") == 1 and "\x1b" not in result.stderr
+
+
+def test_names_in_json_and_in_drawings(tiny: Path, tmp_path: Path) -> None:
+    from fewbit.report.canvas import new_figure, to_svg
+
+    model = copy_folder(tiny, tmp_path / "a\u202eb\x9bc $_{x$")
+    out = run_cli("quantize", model, tmp_path / "q", "--method", "rtn", "--json").stdout
+    assert "\\u202e" in out and not set(out) & set("\u202e\x9b")
+    assert json.loads(out)["models"][0]["name"] == str(model)
+    pytest.importorskip("matplotlib")
+    figure, axes = new_figure()
+    axes.plot([1, 1000], [1, 10], label=model.name)
+    axes.set_yticks([1, 2], [model.name, "b"])
+    axes.set_xscale("log")
+    axes.legend()
+    assert to_svg(figure).startswith("<svg")
+
+
+def test_a_kept_tensor_with_the_name_of_a_part(tmp_path: Path) -> None:
+    model = build_tiny(tmp_path / "m", shard_size="1GB")
+    extra = {"model.layers.0.mlp.up_proj.codes": torch.ones(4)}
+    save_file({**load_file(model / "model.safetensors"), **extra}, model / "model.safetensors", {"format": "pt"})
+    line = run_cli("quantize", model, tmp_path / "q", "--method", "rtn", code=2).stderr
+    assert "two tensors would be called model.layers.0.mlp.up_proj.codes" in line and line.count("\n") == 1

@@ -282,6 +282,9 @@ class ShardWriter:
         self._file.write(_bytes_of(data.reshape(-1)))
 
     def _describe(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], size: int) -> None:
+        if name in self._header:
+            # A kept tensor may have the name that a part of a packed weight gets.
+            raise FewbitError(f"{self._path}: two tensors would be called {name}: rename one in the model")
         offsets = [self._offset, self._offset + size]
         stored = _NAMES[dtype]
         if count := _PER_ELEMENT.get(stored):
