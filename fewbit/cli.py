@@ -23,7 +23,7 @@ from fewbit.cli_study import study_app
 from fewbit.cli_tune import tune
 from fewbit.errors import FewbitError
 from fewbit.memory import keep_freed_memory
-from fewbit.printable import printable
+from fewbit.printable import check_name, printable
 from fewbit.progress import progress_line
 
 app = typer.Typer(
@@ -228,6 +228,8 @@ def fetch_model(
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line in this process (None: on its own arguments); its status: bad input is one line and 2."""
     try:
+        for word in sys.argv[1:] if arguments is None else arguments:
+            check_name(word)
         app(arguments)
     except SystemExit as end:
         if isinstance(end.code, str):

@@ -2,6 +2,8 @@
 
 import unicodedata
 
+from fewbit.errors import FewbitError
+
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Control, format (with what turns the direction of text), halves of pairs, private use, breaks of line."""
 
@@ -11,6 +13,12 @@ def printable(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(_shown(letter) for letter in text)
+
+
+def check_name(name: str) -> None:
+    """FewbitError for a file's name that is not UTF-8: no report, job or page could hold it."""
+    if "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise FewbitError(f"{printable(name)}: the name is not in UTF-8: rename it")
 
 
 def markup_free(text: str) -> str:

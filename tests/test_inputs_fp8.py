@@ -147,6 +147,23 @@ def test_loaded_as_the_products_are(model: tuple[Path, Path], tmp_path: Path, mo
     )
 
 
+def test_other_commands(model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWBIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("some words and more of them. " * 100)
+    shown = [json.loads(run_cli("inspect", folder, "--json").stdout)["tensors"] for folder in model]
+    assert sorted(shown[0], key=lambda row: row["name"]) == sorted(shown[1], key=lambda row: row["name"])
+    plans = [json.loads(run_cli("plan", folder, "--json").stdout)["output"] for folder in model]
+    assert plans[0]["bytes"] == plans[1]["bytes"] and plans[0]["bits_per_weight"] == plans[1]["bits_per_weight"]
+    run_cli("quantize", model[0], tmp_path / "q", "--method", "rtn", "--bits", 8)
+    scored = ("--data", tmp_path / "a.txt", "--seq-len", 16, "--windows", 2, "--reference", model[0], "--json")
+    rows = json.loads(run_cli("eval", model[0], model[1], tmp_path / "q", *scored).stdout)["models"]
+    assert rows[0]["kl_mean"] == rows[1]["kl_mean"] == 0 and rows[0]["nll"] == rows[1]["nll"]
+    assert 0 < rows[2]["kl_mean"] < 1e-3
+    compared = json.loads(run_cli("inspect", tmp_path / "q", "--json").stdout)
+    assert compared["reference"] == str(model[0])
+    assert all(row.get("relative_squared_error", 0) < 1e-3 for row in compared["tensors"])
+
+
 def test_the_same_weights_as_transformers_reads(plain: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 

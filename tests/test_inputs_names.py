@@ -14,6 +14,7 @@ import fewbit
 from fewbit.architecture.coverage import cover
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.checkpoints.workdir import SOLVED
+from fewbit.errors import FewbitError
 from fewbit.pipeline.solved_store import SolvedStore, file_name
 from fewbit.printable import markup_free, printable
 
@@ -100,6 +101,13 @@ def test_names_that_are_not_utf_8(tiny: Path, tmp_path: Path) -> None:
         pytest.skip("this file system has no such names")
     line = run_cli("quantize", model, tmp_path / "q", code=2).stderr
     assert line == f"fewbit: {tmp_path}/mod\\udcff: the name is not in UTF-8: rename it\n"
+    assert "not in UTF-8" in run_cli("quantize", tiny, tmp_path / os.fsdecode(b"q\xff"), code=2).stderr
+    with pytest.raises(FewbitError, match="not in UTF-8"):
+        fewbit.load(model)
+    (tmp_path / "here").symlink_to(bad)
+    with pytest.raises(FewbitError, match="not in UTF-8"):
+        open_checkpoint(tmp_path / "here")
+    (tmp_path / "here").unlink()
     assert [path.name for path in tmp_path.iterdir()] == [bad]
     (model / bad).write_text("x")
     model.rename(tmp_path / "m")

@@ -5,7 +5,7 @@ from pathlib import Path
 from fewbit.checkpoints.gguf import folder_of_gguf
 from fewbit.checkpoints.named import NAMED_MODELS, fetch_named
 from fewbit.errors import FewbitError, missing_extra
-from fewbit.printable import printable
+from fewbit.printable import check_name
 
 _HUB_FILES = [
     *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.tiktoken", "*.bpe", "*.spm", "*.yaml"),
@@ -21,7 +21,7 @@ def locate(model: str | Path) -> Path:
     A path that exists always wins, so a local model never touches the network.
     """
     path = Path(model).expanduser()
-    _check_name(path)
+    check_name(str(path))
     if path.is_file():
         if path.suffix == ".gguf":
             return folder_of_gguf(path)
@@ -35,13 +35,6 @@ def locate(model: str | Path) -> Path:
     if not looks_like_hub:
         raise FewbitError(f"{path}: no such file or folder")
     return _from_hub(name)
-
-
-def _check_name(path: Path) -> None:
-    """FewbitError for names that no text file, and so no report, can hold."""
-    for name in (str(path), str(path.resolve()) if "\0" not in str(path) else str(path)):
-        if "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise FewbitError(f"{printable(name)}: the name is not in UTF-8: rename it")
 
 
 def _from_hub(name: str) -> Path:

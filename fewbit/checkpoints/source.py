@@ -12,6 +12,7 @@ from fewbit.checkpoints.quantized_by import MODELOPT_FILE, Foreign, described_in
 from fewbit.checkpoints.safetensors_io import TensorEntry, read_header
 from fewbit.checkpoints.weight_files import INDEX_NAME, NAMED_IN_CONFIG, SINGLE_NAME, check_tensors, find_weight_files
 from fewbit.errors import FewbitError
+from fewbit.printable import check_name
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "open_checkpoint", "refuse_quantized"]
 
@@ -69,8 +70,10 @@ class Checkpoint:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the config and all headers of a folder; FewbitError says what is missing, broken, or not certain."""
+    check_name(str(folder))
     if not folder.exists():
         raise FewbitError(f"{folder}: no such folder")
+    check_name(str(folder.resolve()))
     if not folder.is_dir():
         raise FewbitError(f"{folder}: not a folder (a model is a folder with config.json and .safetensors)")
     if not any(folder.iterdir()):
