@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tiny, copy_folder, run_cli
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import fewbit
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, read_header
-from fewbit.checkpoints.source import open_checkpoint
+from fewbit.checkpoints.source import open_checkpoint, refuse_quantized
 from fewbit.errors import FewbitError
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -53,6 +55,29 @@ SIGNS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "int8": ({f"{LAYER}.weight": torch.zeros(128, 64, dtype=torch.int8)}, "int8 codes, no scales known"),
     "words": ({f"{LAYER}.weight": torch.zeros(128, 64, dtype=torch.uint32)}, "uint32 codes, no scales known"),
 }
+
+
+KEYS = ["quantization_config", "compression_config", "quantization", "text_config", "config_groups", "weights", "dtype"]
+KEYS += [
+    "quant_method",
+    "quant_algo",
+    "quantized_layers",
+    "weight_block_size",
+    "sparsity_config",
+    "transformers_weights",
+]
+KEYS += ["load_in_4bit", "num_bits", "type", "strategy", "group_size", "block_structure"]
+
+
+@pytest.fixture(scope="module")
+def any_config(single: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with one layer in FP8, whose config changes."""
+    model = copy_folder(single, tmp_path_factory.mktemp("any") / "m")
+    tensors = load_file(model / "model.safetensors")
+    name = f"{LAYER}.weight"
+    tensors |= {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(1)}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +193,24 @@ def test_a_counter_is_copied(single: Path, tmp_path: Path) -> None:
     save_file({**load_file(model / "model.safetensors"), "model.seen": counter}, model / "model.safetensors")
     fewbit.quantize(model, tmp_path / "q", fewbit.preset("rtn"))
     assert torch.equal(load_file(tmp_path / "q/model.safetensors")["model.seen"], counter)
+
+
+WORDS = ["fp8", "modelopt", "FP8", "float", "128x128", "compressed-tensors", "bfloat16", "x"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 200) | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4), JSON)
+def test_any_config_is_read_or_refused(any_config: Path, config: dict[str, Any], beside: Any) -> None:
+    (any_config / "config.json").write_text(json.dumps(config))
+    (any_config / "hf_quant_config.json").write_text(json.dumps({"quantization": beside}))
+    try:
+        checkpoint = open_checkpoint(any_config)
+        refuse_quantized(checkpoint)
+        assert not checkpoint.quantization
+    except FewbitError:
+        pass

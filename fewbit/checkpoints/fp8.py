@@ -64,16 +64,10 @@ def _plain_block(description: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def _compressed_block(description: dict[str, Any]) -> tuple[int, int] | None:
-    groups = description.get("config_groups")
-    if (
-        not isinstance(groups, dict)
-        or not groups
-        or description.get("sparsity_config", {}).get("format")
-        not in (
-            None,
-            "dense",
-        )
-    ):
+    groups, sparse = description.get("config_groups"), description.get("sparsity_config")
+    if not isinstance(groups, dict) or not groups:
+        return None
+    if sparse and not (isinstance(sparse, dict) and sparse.get("format") in (None, "dense")):
         return None
     blocks = set()
     for group in groups.values():
@@ -82,21 +76,26 @@ def _compressed_block(description: dict[str, Any]) -> tuple[int, int] | None:
             return None
         if weights.get("symmetric") is False:
             return None
-        blocks.add((1, weights["group_size"]) if weights.get("group_size") else _pair(weights.get("block_structure")))
+        in_groups = weights.get("strategy") == "group"
+        blocks.add(_pair([1, weights.get("group_size")] if in_groups else weights.get("block_structure")))
     return blocks.pop() if len(blocks) == 1 else None
 
 
 def _modelopt_block(description: dict[str, Any]) -> tuple[int, int] | None:
     layers = description.get("quantized_layers")
-    named = [layer.get("quant_algo") for layer in layers.values()] if isinstance(layers, dict) else []
-    algorithm = description.get("quant_algo")
-    asked = set(named) if algorithm == "MIXED_PRECISION" else {algorithm, *named}
+    parts = layers.values() if isinstance(layers, dict) else ()
+    named = {str(part.get("quant_algo")) for part in parts if isinstance(part, dict)}
+    algorithm = str(description.get("quant_algo"))
+    asked = named if algorithm == "MIXED_PRECISION" else {algorithm, *named}
     return _BLOCK if asked and asked <= _MODELOPT else None
 
 
 def _pair(block: Any) -> tuple[int, int] | None:
+    """Rows and columns of a block, from a list or, in older releases, from text such as 128x128."""
     if block is None:
         return _BLOCK
+    if isinstance(block, str):
+        block = [int(size) if size.isdecimal() else 0 for size in block[:20].split("x")]
     if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
         return (block[0], block[1])
     return None

@@ -23,7 +23,7 @@ def check_loadable(checkpoint: Checkpoint) -> None:
 
     folder, config = checkpoint.folder, checkpoint.config
     kind = config.get("model_type")
-    if _names_code(config) and kind not in CONFIG_MAPPING:
+    if _names_code(config) and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise FewbitError(
             f"{folder}: {kind!r} is no architecture of transformers but code in the model's folder (auto_map of "
             f"config.json): {_NEVER}: what needs no network, such as --method rtn, works without"

@@ -49,7 +49,7 @@ class Checkpoint:
     def quantization(self) -> dict[str, Any] | None:
         """The `quantization_config` of a folder that is already quantized; the tool's name where it has none."""
         found: dict[str, Any] | None = self.config.get("quantization_config")
-        return {"quant_method": self.foreign.tool} if not found and self.foreign is not None else found
+        return found or ({"quant_method": self.foreign.tool} if self.foreign is not None else None)
 
     @property
     def is_native(self) -> bool:
