@@ -15,6 +15,7 @@ from conftest import copy_folder, run_cli
 
 import fewbit
 from fewbit.checkpoints import named
+from fewbit.checkpoints.cache import build_once
 from fewbit.checkpoints.own_code import open_tokenizer
 from fewbit.errors import FewbitError
 
@@ -78,6 +79,9 @@ def test_a_tokenizer_that_is_code(tiny: Path, tmp_path: Path, canary: Path) -> N
     (model / "tokenizer.json").unlink()
     described = {"tokenizer_class": "OtherTokenizer", "auto_map": {"AutoTokenizer": ["other.OtherTokenizer", None]}}
     (model / "tokenizer_config.json").write_text(json.dumps(described))
+    with pytest.raises(FewbitError, match="its tokenizer is code in the model's folder"):
+        open_tokenizer(model)
+    (model / "tokenizer_config.json").write_text(json.dumps({**described, "auto_map": ["other.OtherTokenizer", None]}))
     with pytest.raises(FewbitError, match="its tokenizer is code in the model's folder"):
         open_tokenizer(model)
     # Tokens drawn at random need no tokenizer.
@@ -172,3 +176,13 @@ def test_a_module_in_the_folder_one_is_in_is_not_taken_for_pip(tmp_path: Path) -
 def test_settings_of_pip_that_are_kept() -> None:
     given = {"PIP_INDEX_URL": "a", "PIP_NO_BINARY": ":all:", "PIP_REQUIREMENT": "x", "PATH": "p", "PIP_CERT": "c"}
     assert named._network_only(given) == {"PIP_INDEX_URL": "a", "PATH": "p", "PIP_CERT": "c"}
+
+
+def test_what_a_killed_process_left_in_the_cache(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left, others = tmp_path / f"[a].partial-{gone.pid}", tmp_path / f"[a].partial-{os.getppid()}"
+    left.mkdir()
+    others.mkdir()
+    build_once(tmp_path / "[a]", lambda folder: (folder / "whole").write_text("x") and None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["[a]", others.name])

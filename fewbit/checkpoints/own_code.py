@@ -23,7 +23,7 @@ def check_loadable(checkpoint: Checkpoint) -> None:
 
     folder, config = checkpoint.folder, checkpoint.config
     kind = config.get("model_type")
-    if _names_code(config) and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+    if _named_code(config) and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise FewbitError(
             f"{folder}: {kind!r} is no architecture of transformers but code in the model's folder (auto_map of "
             f"config.json): {_NEVER}: what needs no network, such as --method rtn, works without"
@@ -58,16 +58,20 @@ def open_tokenizer(folder: Path) -> Any:
     except RecursionError as error:
         raise FewbitError(f"{folder}: tokenizer.json is nested too deep to be one") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        path = folder / "tokenizer_config.json"
-        if path.is_file() and _names_code(read_json_object(path)):
-            raise FewbitError(
-                f"{folder}: its tokenizer is code in the model's folder (auto_map of tokenizer_config.json): {_NEVER}"
-            ) from error
+        for name in ("tokenizer_config.json", "config.json"):
+            if (folder / name).is_file() and "AutoTokenizer" in _named_code(read_json_object(folder / name)):
+                raise FewbitError(
+                    f"{folder}: its tokenizer is code in the model's folder (auto_map of {name}): {_NEVER}"
+                ) from error
         raise FewbitError(f"{folder}: no tokenizer that transformers can read") from error
 
 
-def _names_code(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("auto_map"))
+def _named_code(config: Mapping[str, Any]) -> Any:
+    """Classes of transformers that a config would have replaced by code; in older ones a list of the tokenizer's."""
+    named = config.get("auto_map")
+    if isinstance(named, list):
+        return ("AutoTokenizer",)
+    return named if isinstance(named, dict) else ()
 
 
 def _kernels(config: Mapping[str, Any]) -> Iterator[str]:

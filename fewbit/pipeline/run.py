@@ -236,10 +236,9 @@ def job_of(model: str | Path, recipe: Recipe, options: RunOptions) -> dict[str, 
 
 
 def _job(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
-    files = sorted({entry.file for entry in checkpoint.entries.values()})
     return {
         "model": str(checkpoint.folder.resolve()),
-        "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in checkpoint.files],
         "recipe": recipe.to_dict(),
         **({"calibration": options.calibration.describe()} if recipe.curvature is not None else {}),
         "shard_size": options.shard_size,
