@@ -16,6 +16,7 @@ from fewbit.cli_tune import tune
 from fewbit.faults import fault_report, hidden_error, line_for
 from fewbit.memory import keep_freed_memory
 from fewbit.options import EVALUATE
+from fewbit.printable import check_name, printable
 from fewbit.progress import progress_line
 
 app = typer.Typer(
@@ -139,7 +140,7 @@ def unpack(
         row = {"name": str(written), "method": "unpacked", "bytes": open_checkpoint(written).bytes}
         print_json({"models": [row], "protocol": None, "versions": versions()})
     else:
-        print(f"wrote {written}")
+        print(printable(f"wrote {written}"))
 
 
 @app.command()
@@ -200,6 +201,8 @@ def run(arguments: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else arguments
     try:
+        for word in words:
+            check_name(word)
         app(words)
     except SystemExit as end:
         hidden = hidden_error(end)
@@ -215,7 +218,7 @@ def run(arguments: list[str] | None = None) -> int:
         line = line_for(error, words)
         if line is None:
             raise
-        print(f"fewbit: {line}", file=sys.stderr)
+        print(f"fewbit: {printable(line)}", file=sys.stderr)
         return 2
     return 0
 

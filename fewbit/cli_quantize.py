@@ -1,5 +1,6 @@
 """The commands that make things from a model: quantize, curvature."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from fewbit.cli_shared import (
     with_options,
 )
 from fewbit.options import QUANTIZE
+from fewbit.printable import printable
 from fewbit.progress import progress_line
 
 ModelArgument = Annotated[
@@ -57,6 +59,7 @@ def quantize(
       fewbit quantize ./llama --report-only --bits 2 --json
     """
     from fewbit.api import quantize as run
+    from fewbit.checkpoints.companions import say_left
     from fewbit.checkpoints.output import list_file
     from fewbit.report.html import check_page, write_quantize_page
     from fewbit.report.text import quantize_json, quantize_summary, tuning_summary
@@ -65,6 +68,8 @@ def quantize(
     announce(model)
     with progress_line(f"{method} {model}") as progress, resumable():
         report = run(model, out, method, progress=progress, **choices)
+    if (left := say_left(report.get("left", ()))) and not choices["report_only"]:
+        print(left, file=sys.stderr)
     if as_json:
         print_json(quantize_json(report))
     elif "tuning" in report and out is not None:
@@ -132,6 +137,5 @@ def curvature(
     if as_json:
         print_json(result)
     else:
-        print(
-            f"wrote {out}: {kind}, {result['tokens']:,} tokens, {show_size(result['bytes'])}, {result['seconds']:.0f} s"
-        )
+        measured = f"{result['tokens']:,} tokens, {show_size(result['bytes'])}, {result['seconds']:.0f} s"
+        print(printable(f"wrote {out}: {kind}, {measured}"))

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ MemoryOption = Annotated[
     str | None, typer.Option(help="For curvature and hidden states, e.g. 4GB; default: half of what is free.")
 ]
 
+_NOT_SHOWN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 def calibration_choice(**given: Any) -> Any:
     """The calibration set from options, None for those that were not given."""
@@ -37,7 +40,9 @@ def calibration_choice(**given: Any) -> Any:
 
 def print_json(data: Any) -> None:
     """Print one JSON object on standard output."""
-    print(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    # Names may hold what a terminal obeys or no encoding has; as escapes they are the same JSON.
+    print(_NOT_SHOWN.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def announce(*models: str | None) -> None:

@@ -81,11 +81,10 @@ def _quantize(method: str, bits: int, folder: Path) -> dict[str, Any]:
 
 
 def _generate(folder: str) -> str:
-    from transformers import AutoTokenizer
-
     from fewbit.checkpoints.locate import locate
+    from fewbit.checkpoints.own_code import open_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(locate(folder))
+    tokenizer = open_tokenizer(locate(folder))
     model = load(folder)
     messages = [{"role": "user", "content": PROMPT}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -80,3 +81,8 @@ def run_cli(*arguments: Any, env: dict[str, str] | None = None, code: int | None
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file of an output but the one that holds times and memory."""
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "fewbit_run.json"}
+
+
+def copy_folder(source: Path, target: Path) -> Path:
+    """A copy of a model's folder that a test may change."""
+    return Path(shutil.copytree(source, target))

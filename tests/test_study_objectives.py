@@ -178,7 +178,7 @@ def test_bad_input(tiny: Path, folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(FewbitError, match=message):
             run_study(STUDY, study_choice("objectives", tiny, tmp_path / "out", **given))
-    with pytest.raises(FewbitError, match="already quantized: give the 16-bit original"):
+    with pytest.raises(FewbitError, match=r"already quantized \(fewbit\): give the 16-bit original"):
         run_study(STUDY, study_choice("objectives", folder, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     other = build_tiny(tmp_path / "other", intermediate_size=192)

@@ -72,9 +72,14 @@ def cover(
     transposed = _stores_in_out(entries)
     names = {entry.name for entry in entries}
     for pattern in include + exclude:
-        if not fnmatch.filter(names, pattern):
+        if not any(_matches(name, pattern) for name in names):
             raise FewbitError(f"pattern {pattern!r} matches no tensor: see the names with  fewbit inspect")
     return Coverage([_decide(entry, transposed, include, exclude, config) for entry in entries])
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern matches a name; one that holds brackets or stars is also matched by itself."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def require_recognised(coverage: Coverage, model: str) -> None:
@@ -101,9 +106,9 @@ def _decide(
         turned = transposed and action == "quantize" and dimensions == 2
         return WeightTensor(entry, action, reason, block, turned)
 
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+    if any(_matches(name, pattern) for pattern in exclude):
         return decision("keep", "excluded")
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
+    if any(_matches(name, pattern) for pattern in include):
         if dimensions < 2 or not is_float:
             raise FewbitError(f"{name}: --include needs a 16 or 32-bit matrix, this is {list(entry.shape)}")
         return decision("quantize", "included")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.checkpoints.own_code import open_tokenizer
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
-from fewbit.errors import FewbitError, missing_extra
+from fewbit.errors import FewbitError
 from fewbit.evaluation.perplexity import Protocol, cut_windows
 from fewbit.evaluation.text import Text
 from fewbit.text.chat import render
@@ -21,15 +22,8 @@ Progress = Callable[[int, int, str], None]
 
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model's folder; FewbitError when there is none that transformers can read."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise missing_extra("transformers", "hf") from error
     open_checkpoint(folder)
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise FewbitError(f"{folder}: no tokenizer that transformers can read") from error
+    return open_tokenizer(folder)
 
 
 def read_windows(folder: Path, text: Text, protocol: Protocol, progress: Progress | None = None) -> tuple[Tensor, bool]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewbit.architecture.coverage import cover
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader, TensorEntry
-from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint, refuse_quantized
 from fewbit.errors import FewbitError
 from fewbit.formats.config import describe, read_weights
 from fewbit.formats.native import part_layout, stored_bytes
@@ -33,6 +33,8 @@ def inspect(model: str | Path, reference: str | Path | None = None, progress: Pr
     Raises FewbitError for bad input.
     """
     checkpoint = open_checkpoint(locate(model))
+    if not checkpoint.is_native:
+        refuse_quantized(checkpoint)
     with FileReader() as reader:
         if checkpoint.quantization is None:
             if reference is not None:

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fewbit.architecture.coverage import Coverage, WeightTensor, cover, require_recognised
-from fewbit.checkpoints.source import Checkpoint
+from fewbit.checkpoints.source import Checkpoint, refuse_quantized
 from fewbit.errors import FewbitError
 from fewbit.formats.native import check_scheme, part_layout, stored_bytes
 from fewbit.grids import positions
@@ -93,9 +93,7 @@ class Plan:
 
 def cover_original(checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Coverage:
     """What every tensor of an original is; FewbitError when one is not recognised, or nothing is to be quantized."""
-    if checkpoint.quantization is not None:
-        method = checkpoint.quantization.get("quant_method", "an unknown method")
-        raise FewbitError(f"{checkpoint.folder}: already quantized ({method}): give the 16-bit original")
+    refuse_quantized(checkpoint)
     coverage = cover(checkpoint.entries.values(), checkpoint.config, include, exclude)
     require_recognised(coverage, str(checkpoint.folder))
     if not coverage.of("quantize"):

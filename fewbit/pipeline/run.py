@@ -242,7 +242,7 @@ def _job(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> dict[st
     stored = calibration.stored if recipe.curvature is not None else None
     return {
         "model": str(checkpoint.folder.resolve()),
-        "files": file_stamps(entry.file for entry in checkpoint.entries.values()),
+        "files": file_stamps(checkpoint.files),
         "config": checkpoint.config,
         "recipe": recipe.to_dict(),
         **({"calibration": calibration.describe()} if recipe.curvature is not None else {}),
@@ -323,6 +323,7 @@ def _report(
         },
         "layers": layers,
         "kept": kept,
+        "left": list(checkpoint.left),
         "fewbit_version": __version__,
     }
 
