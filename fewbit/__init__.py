@@ -6,7 +6,8 @@ transformers itself is imported, so that ``AutoModelForCausalLM.from_pretrained(
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fewbit.version import __version__
+
 __all__ = ["PRESETS", "FewbitError", "Recipe", "evaluate", "inspect", "load", "preset", "quantize", "tune"]
 
 _WHERE = {

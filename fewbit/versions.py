@@ -3,7 +3,7 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from fewbit import __version__
+from fewbit.version import __version__
 
 
 def versions() -> dict[str, str]:
