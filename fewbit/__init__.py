@@ -6,7 +6,7 @@ transformers itself is imported, so that ``AutoModelForCausalLM.from_pretrained(
 
 from typing import TYPE_CHECKING, Any
 
-from fewbit.version import __version__
+from fewbit.version import __version__ as __version__
 
 __all__ = ["PRESETS", "FewbitError", "Recipe", "evaluate", "inspect", "load", "preset", "quantize", "tune"]
 

@@ -61,7 +61,7 @@ def test_figures_on_wikitext(folders: dict[str, Path]) -> None:
     # Two windows of 1,024 tokens. Sums in another order, on another processor, moved these by less than 1 %.
     models = ["smollm2-135m", folders["adpq+ 3"]]
     rows = fewbit.evaluate(models, WIKITEXT, Protocol(1024, 2))["models"]
-    assert [row["perplexity"] for row in rows] == pytest.approx([0, 0], rel=0.015)
+    assert [row["perplexity"] for row in rows] == pytest.approx([20.25, 31.82], rel=0.015)
 
 
 def test_the_cached_model_and_a_sentence(tmp_path: Path) -> None:
@@ -75,5 +75,5 @@ def test_the_cached_model_and_a_sentence(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(out)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    tokens = model.generate(**ids, max_new_tokens=12, do_sample=False)
+    tokens = model.generate(**ids, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(tokens[0])
