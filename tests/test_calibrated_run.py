@@ -49,6 +49,7 @@ fewbit.quantize(sys.argv[1], sys.argv[2], recipe, options(refresh=int(sys.argv[4
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "refresh"), [("gptq", 0), ("awq", 0), ("precal+oac", 0), ("oac+spqr", 1), ("oac", 3)]
 )

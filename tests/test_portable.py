@@ -60,6 +60,7 @@ def run(code: str, *words: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_without_them() -> None:
     names = [module.name for module in pkgutil.walk_packages([str(PACKAGE)], "fewbit.")]
     names = [name for name in names if not name.endswith("__main__")]
@@ -72,6 +73,7 @@ def test_every_module_is_imported_without_them() -> None:
     assert int(result.stdout) > 80
 
 
+@pytest.mark.slow
 def test_a_model_is_quantized_without_them(tmp_path: Path) -> None:
     model = build_tiny(tmp_path / "model")
     fewbit.quantize(model, tmp_path / "here", fewbit.preset("adpq+"))

@@ -122,6 +122,7 @@ def test_the_page_shows_it_and_fetches_nothing(result: Any, tmp_path: Path) -> N
     assert "A slice" in dom
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_gives_the_same_result(tiny: Path, tmp_path: Path) -> None:
     out, straight = tmp_path / "out", tmp_path / "straight"
     kill_half_way("landscape", tiny, out, "loss", 3, **FEW)

@@ -239,6 +239,7 @@ def test_no_request_leaves_with_local_questions(tiny32: Path, folder: Path, monk
     assert constants.HF_HUB_OFFLINE is False
 
 
+@pytest.mark.slow
 def test_without_a_hub_the_option_is_named(tiny32: Path) -> None:
     line = refused("eval", tiny32, "--tasks", "winogrande", env={"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"})
     assert line.startswith("winogrande: its questions cannot be fetched from the hub (")
