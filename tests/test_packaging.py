@@ -21,8 +21,6 @@ ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "demo-out")
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
 
-pytestmark = pytest.mark.slow
-
 
 def core_requirements() -> set[str]:
     """What `pip install fewbit` brings, by the metadata of what is installed here."""
@@ -88,6 +86,7 @@ def run(bare: Path, *words: str | Path) -> subprocess.CompletedProcess:
     return result
 
 
+@pytest.mark.slow
 def test_what_the_packages_hold(packages: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(packages[0]) as wheel:
         names = wheel.namelist()
@@ -102,6 +101,7 @@ def test_what_the_packages_hold(packages: tuple[Path, Path]) -> None:
     assert {"docs/format.md", "tests/conftest.py", "benchmarks/tables.py"} <= held
 
 
+@pytest.mark.slow
 def test_the_core_alone_quantizes(bare: Path, tmp_path: Path) -> None:
     assert run(bare, "fewbit", "--version").stdout.strip() == f"fewbit {fewbit.__version__}"
     absent = "transformers", "accelerate", "matplotlib", "datasets", "gguf", "huggingface_hub"
@@ -116,6 +116,7 @@ def test_the_core_alone_quantizes(bare: Path, tmp_path: Path) -> None:
     assert (tmp_path / "plain" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_named(bare: Path, tmp_path: Path) -> None:
     model = build_tiny(tmp_path / "model")
     for words, package, extra in (
@@ -126,3 +127,13 @@ def test_what_is_missing_is_named(bare: Path, tmp_path: Path) -> None:
         assert result.returncode == 2
         assert package in result.stderr and f"fewbit[{extra}]" in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_the_version_stands_in_one_place() -> None:
+    from fewbit.version import __version__
+
+    assert fewbit.__version__ == __version__
+    stated = re.compile(r"^(?:__)?version(?:__)? *[=:] *[\"']?\d", re.MULTILINE)
+    files = (ROOT / "pyproject.toml", ROOT / "CITATION.cff", *(ROOT / "fewbit").rglob("*.py"))
+    found = [path.name for path in files if stated.search(path.read_text(encoding="utf-8"))]
+    assert found == ["version.py"]

@@ -1,7 +1,6 @@
 """Calibrated methods on SmolLM2-135M with very little text; the full figures are in docs/benchmarks.md."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -44,28 +43,25 @@ def kept(halves: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return {kind: folder / kind for kind in ("gram", "fisher")}
 
 
-def quantized(kept: dict[str, Path], out: Path, method: str, **choices: Any) -> Path:
-    recipe = fewbit.preset(method, **choices)
-    assert recipe.curvature is not None
-    stored = open_curvature(kept[recipe.curvature.kind], open_checkpoint(locate(MODEL)))
+# Solving takes longest: of the 30 blocks the first ten.
+FIRST_BLOCKS = ("model.layers.1[0-9].*", "model.layers.2[0-9].*")
+
+
+def quantized(kept: dict[str, Path], out: Path, method: str) -> Path:
+    recipe = fewbit.preset(method, bits=2, group_size="64", exclude=FIRST_BLOCKS)
+    stored = None
+    if recipe.curvature is not None:
+        stored = open_curvature(kept[recipe.curvature.kind], open_checkpoint(locate(MODEL)))
     report = fewbit.quantize(MODEL, out, recipe, RunOptions(calibration=CalibrationOptions(stored=stored)))
-    assert {layer["path"] for layer in report["layers"]} <= {"solved", "rounded"}
+    assert len(report["layers"]) == 70
+    assert stored is None or {layer["path"] for layer in report["layers"]} <= {"solved", "rounded"}
     return out
 
 
-def test_bits_with_little_text(kept: dict[str, Path], halves: tuple[Path, Path], tmp_path: Path) -> None:
-    wanted: dict[str, dict[str, Any]] = {
-        "gptq 8": {"bits": 8, "group_size": "64"},
-        "precal+oac 3": {"bits": 3},
-        "precal+oac 2": {"bits": 2},
-        "gptq 2": {"bits": 2, "group_size": "64"},
-    }
-    folders = [quantized(kept, tmp_path / name, name.split()[0], **choices) for name, choices in wanted.items()]
-    rows = dict(zip(wanted, fewbit.evaluate(folders, halves[1], PROTOCOL, MODEL)["models"], strict=True))
-    ratio = {name: row["perplexity_ratio"] for name, row in rows.items()}
-    assert ratio["gptq 8"] == pytest.approx(1, abs=0.02)
-    assert rows["gptq 8"]["kl_mean"] < 0.01
-    assert ratio["precal+oac 3"] < 1.6
-    assert 2 * ratio["precal+oac 3"] < ratio["precal+oac 2"] < 0.2 * ratio["gptq 2"]
-    assert rows["precal+oac 3"]["bits_per_weight"] < 3.3
-    assert rows["precal+oac 2"]["bits_per_weight"] < 2.3
+def test_2_bits_with_little_text(kept: dict[str, Path], halves: tuple[Path, Path], tmp_path: Path) -> None:
+    folders = [quantized(kept, tmp_path / method, method) for method in ("rtn", "gptq", "precal+oac")]
+    rtn, gptq, best = fewbit.evaluate(folders, halves[1], PROTOCOL, MODEL)["models"]
+    assert best["perplexity_ratio"] < 0.5 * gptq["perplexity_ratio"] < 0.25 * rtn["perplexity_ratio"]
+    assert best["kl_mean"] < gptq["kl_mean"] < rtn["kl_mean"]
+    assert best["top1_agreement"] > gptq["top1_agreement"] > rtn["top1_agreement"]
+    assert best["perplexity_ratio"] < 4 and best["bits_per_weight"] < 2.3
