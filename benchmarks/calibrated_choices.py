@@ -27,10 +27,10 @@ from fewbit.checkpoints.source import open_checkpoint
 from fewbit.curvature.choice import BEST_GRAM_SHARE, CurvatureChoice
 from fewbit.curvature.store import open_curvature
 from fewbit.evaluation.perplexity import Protocol
-from fewbit.grids.codebook import ScaleSearch
+from fewbit.grids.grid import ScaleSearch
 from fewbit.memory import keep_freed_memory
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.measure import measure
+from fewbit.pipeline.measure_curvature import measure
 from fewbit.pipeline.run import RunOptions
 from fewbit.recipe import Recipe, replace_solver
 

@@ -14,9 +14,8 @@ from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.fisher import measure_fisher
 from fewbit.evaluation import perplexity
 from fewbit.memory import keep_freed_memory
-from fewbit.pipeline.calibrated import open_network
-from fewbit.pipeline.plan import make_plan
-from fewbit.recipe import Recipe
+from fewbit.pipeline.network import open_network
+from fewbit.pipeline.plan import cover_original
 
 
 def seconds(run: Callable[[], object], repeats: int = 3) -> float:
@@ -34,7 +33,7 @@ def main() -> None:
     """Print both."""
     keep_freed_memory()
     checkpoint = open_checkpoint(locate("smollm2-135m"))
-    network = open_network(checkpoint, make_plan(checkpoint, Recipe(group_size="row"), 1 << 62), "cpu")
+    network = open_network(checkpoint, cover_original(checkpoint), "cpu")
     layers = list({s.watched.key: s.watched for block in network.sites for s in block}.values())
     ids = torch.randint(0, 40_000, (1, 512), generator=torch.Generator().manual_seed(0))
     choice = CurvatureChoice("fisher", terms="token")

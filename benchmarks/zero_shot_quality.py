@@ -14,7 +14,7 @@ from typing import Any
 
 import fewbit
 from fewbit.evaluation.perplexity import Protocol
-from fewbit.recipe import recipe_from_choices
+from fewbit.recipe_choices import recipe_from_choices
 
 HERE = Path(__file__).parent
 TEXT = HERE / "../../shared/data/wikitext2_raw_test.txt"

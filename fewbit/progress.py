@@ -4,13 +4,43 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+Progress = Callable[[int, int, str], None]
+"""What is called as work goes on: how much is done, of how much, and what is going on."""
 
 _PLAIN_EVERY = 10.0
 _QUIET_FOR = 2.0
 
 
+@dataclass
+class Counter:
+    """Counts steps for a progress line; without one it only counts."""
+
+    progress: Progress | None = None
+    total: int = 1
+    done: int = 0
+    what: str = ""
+
+    def step(self, *_: Any) -> None:
+        """One step is done."""
+        self.skip(1)
+
+    def skip(self, steps: int) -> None:
+        """So many steps are done, or were before."""
+        self.done += steps
+        self.show()
+
+    def show(self, what: str | None = None) -> None:
+        """Bring the line up to date."""
+        self.what = self.what if what is None else what
+        if self.progress:
+            self.progress(min(self.done, self.total), self.total, self.what)
+
+
 @contextmanager
-def progress_line(what: str, unit: float = 1.0) -> Iterator[Callable[[int, int, str], None]]:
+def progress_line(what: str, unit: float = 1.0) -> Iterator[Progress]:
     """A callable (done, total, current) that shows progress of `what`; `unit` divides the counts for display.
 
     Counts that fall begin a new part of the work: the end time is then that of this part.

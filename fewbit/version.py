@@ -1,3 +1,3 @@
-"""The version, in its one place: packaging reads it from here too."""
+"""The version, in one place."""
 
 __version__ = "0.1.0"

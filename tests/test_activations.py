@@ -20,16 +20,14 @@ from fewbit.activations.choice import ActivationChoice
 from fewbit.activations.massive import HiddenStates, begins_at
 from fewbit.activations.record import Largest, following_states, record, run
 from fewbit.activations.rounding import Range, range_of, round_inputs, round_weight, rounded_linear
-from fewbit.activations.smoothing import smoothing_scales
 from fewbit.activations.statistics import InputRanges, InputStatistics
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.errors import FewbitError
-from fewbit.pipeline.calibrated import open_network
 from fewbit.pipeline.input_sites import input_sites, watched_layers
-from fewbit.pipeline.plan import make_plan
-from fewbit.pipeline.solve_blocks import Network
+from fewbit.pipeline.network import Network, open_network
+from fewbit.pipeline.plan import cover_original
 from fewbit.pipeline.w8a8 import rounding_inputs, smooth
-from fewbit.recipe import Recipe
+from fewbit.transforms.channel_scales import smoothing_scales
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -38,7 +36,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def network_of(folder: Path) -> Network:
     checkpoint = open_checkpoint(folder)
-    return open_network(checkpoint, make_plan(checkpoint, Recipe(group_size="row"), 1 << 62), "cpu")
+    return open_network(checkpoint, cover_original(checkpoint), "cpu")
 
 
 def ids_of(count: int = 4, length: int = 24, seed: int = 0) -> Tensor:

@@ -11,13 +11,14 @@ from torch import Tensor
 import fewbit
 from fewbit.architecture.folding import in_float32
 from fewbit.checkpoints.source import open_checkpoint
-from fewbit.pipeline.awq import best_scales, fold_block
-from fewbit.pipeline.calibrated import open_network
-from fewbit.pipeline.plan import make_plan
+from fewbit.pipeline.fold import Folding, fold_block
+from fewbit.pipeline.network import Network, open_network
+from fewbit.pipeline.plan import cover_original
 from fewbit.pipeline.run import RunOptions
-from fewbit.pipeline.solve_blocks import Network
 from fewbit.pipeline.walk import Walk
 from fewbit.runtime.unpack import unpack
+from fewbit.transforms.channel_scales import best_scales
+from fewbit.transforms.table import TRANSFORMS
 
 FEEDERS = {"llama": 3, "mistral": 3, "gemma3_text": 3, "phi3": 2, "opt": 4, "gpt2": 2, "gpt_neox": 2, "qwen2": 3}
 """How many sets of layers of a block can be scaled: those behind a norm or a linear layer of their own."""
@@ -25,7 +26,7 @@ FEEDERS = {"llama": 3, "mistral": 3, "gemma3_text": 3, "phi3": 2, "opt": 4, "gpt
 
 def open_tiny(name: str, folder: Path) -> tuple[Network, Walk]:
     checkpoint = open_checkpoint(build(name, folder / name))
-    network = open_network(checkpoint, make_plan(checkpoint, fewbit.preset("awq", group_size="16"), 1 << 62), "cpu")
+    network = open_network(checkpoint, cover_original(checkpoint), "cpu")
     return network, Walk(network.model, network.blocks, torch.arange(16).unsqueeze(0) + 5, 1 << 30)
 
 
@@ -47,7 +48,8 @@ def test_folding_changes_no_output_before_rounding(name: str, tmp_path: Path) ->
     with in_float32(block):
         expected = walk.change(0)
         # A rounding that is hurt by small channels, so that every set is scaled.
-        notes = fold_block(block, sites, gram, lambda _, w: (w * 20).round() / 20, lambda: walk.change(0))
+        folding = Folding(TRANSFORMS["awq"].choose, lambda _, w: (w * 20).round() / 20)
+        notes = fold_block(block, sites, gram, folding, lambda: walk.change(0))
         found = walk.change(0)
     assert float((found - expected).norm() / expected.norm()) < 1e-5
     assert sum(note["exponent"] is not None for note in notes) == FEEDERS[name]
@@ -68,7 +70,7 @@ def test_the_search_takes_the_least_error(tmp_path: Path) -> None:
         weight = site.read().float()
         return float(((rounding(None, weight * scales) / scales - weight).square() * power).sum())
 
-    exponent, scales = best_scales([site], gram, rounding)
+    exponent, scales = best_scales([site.read()], gram, rounding)
     assert 0 < exponent < 1
     candidates = []
     for step in range(20):

@@ -5,11 +5,13 @@ import torch
 from test_column_solver import random_problem
 
 from fewbit.formats import native
-from fewbit.formats.scheme import StoredWeight, stored_bytes
+from fewbit.formats.native import stored_bytes
 from fewbit.grids import binary
+from fewbit.grids.packing import unpack
+from fewbit.grids.scheme import StoredWeight
 from fewbit.pipeline.plan import scheme_for
-from fewbit.pipeline.solve_weight import solve_weight
 from fewbit.recipe import preset
+from fewbit.solvers.weight import solve_weight
 
 
 def squared_error(block: torch.Tensor, salient: torch.Tensor) -> float:
@@ -80,11 +82,11 @@ def test_stored_planes_are_the_weights(rows: int, columns: int, group: str) -> N
     scheme = scheme_for(columns, recipe)
     stored = StoredWeight(scheme, (rows, columns))
     for matrix in (curvature, None):
-        solved = solve_weight(weight, matrix, recipe, scheme)
+        solved = solve_weight(weight, matrix, recipe.for_weight(scheme))
         native.check_parts(solved.rows.parts, stored)
         assert torch.equal(native.decode(solved.rows.parts, stored), solved.decoded)
         blocks = solved.decoded.view(rows, -1, scheme.group_size)
-        salient = torch.tensor([bool(b) for b in native.unpack(solved.rows.parts["salient"], 1, columns)])
+        salient = torch.tensor([bool(b) for b in unpack(solved.rows.parts["salient"], 1, columns)])
         for index in range(blocks.shape[1]):
             inside = salient.view(-1, scheme.group_size)[index]
             for row in range(rows):
@@ -102,5 +104,5 @@ def test_the_solver_carries_errors_on() -> None:
     def cost(found: torch.Tensor) -> float:
         return float(((found - weight) @ curvature * (found - weight)).sum())
 
-    solved = solve_weight(weight, curvature, recipe, scheme)
-    assert cost(solved.decoded) < 0.7 * cost(solve_weight(weight, None, recipe, scheme).decoded)
+    solved = solve_weight(weight, curvature, recipe.for_weight(scheme))
+    assert cost(solved.decoded) < 0.7 * cost(solve_weight(weight, None, recipe.for_weight(scheme)).decoded)

@@ -19,8 +19,8 @@ from fewbit.calibration.choice import CalibrationChoice
 from fewbit.errors import FewbitError
 from fewbit.pipeline import walk
 from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh
+from fewbit.pipeline.network import Network
 from fewbit.pipeline.run import RunOptions
-from fewbit.pipeline.solve_blocks import Network
 
 CHOICE = CalibrationChoice("random-tokens", samples=16, sequence_length=48)
 
@@ -39,11 +39,11 @@ SLOW = """
 import sys, time
 import fewbit, fewbit.pipeline.solve_blocks as blocks
 from test_calibrated_run import options
-original = blocks.solve_weight
+original = blocks.solve_weights
 def slow(*arguments):
     time.sleep(0.1)
     return original(*arguments)
-blocks.solve_weight = slow
+blocks.solve_weights = slow
 recipe = fewbit.preset(sys.argv[3], bits=3, group_size="32")
 fewbit.quantize(sys.argv[1], sys.argv[2], recipe, options(refresh=int(sys.argv[4])))
 """
@@ -133,7 +133,7 @@ def test_the_gram_is_that_of_the_quantized_prefix_or_of_the_original(deep: Path)
 
 
 def test_fallbacks_are_counted_and_named(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fewbit.pipeline.solve_weight as solving
+    import fewbit.solvers.weight as solving
 
     monkeypatch.setattr(solving, "factor", lambda prepared, damping: None)
     recipe = fewbit.preset("gptq", bits=4, group_size="32")
@@ -248,8 +248,8 @@ def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> N
         (["--method", "billm", "--act-order"], "the binary grid is fitted block by block: no act-order"),
         (["--method", "billm", "--scale-format", "float32"], "--scale-format: billm has no use for it"),
         (
-            ["--method", "gptq", "--grid", "normal-float", "--no-act-order", "--refit-groups"],
-            "a normal-float grid is chosen before the solver",
+            ["--method", "precal+oac", "--no-act-order", "--refit-groups"],
+            "two-level scales join all groups of a row: grids cannot be refitted one by one",
         ),
         (["--method", "gptq", "--samples", "0"], "calibration needs at least 1 sample of at least 2 tokens"),
         (["--method", "gptq", "--curvature", "nowhere"], "nowhere: no curvature here: make one with"),

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from fewbit.curvature.damping import factor, prepare
-from fewbit.formats import native
-from fewbit.formats.scheme import Scheme, StoredWeight
 from fewbit.grids.packing import unpack
+from fewbit.grids.scale_formats import SCALE_FORMATS
+from fewbit.grids.scheme import Scheme, StoredWeight
 from fewbit.pipeline.plan import scheme_for
-from fewbit.pipeline.solve_weight import solve_weight, solve_weights
 from fewbit.recipe import Recipe, preset, replace_solver
 from fewbit.solvers.column import DivergedError, solve_columns
+from fewbit.solvers.weight import solve_weight, solve_weights
 
 
 def round_to_half(column: Tensor, _: int = 0) -> Tensor:
@@ -95,7 +95,7 @@ RECIPES = {
 
 
 def solved_weight(weight: Tensor, curvature: Tensor | None, recipe: Recipe) -> Tensor:
-    return solve_weight(weight, curvature, recipe, scheme_for(weight.shape[1], recipe)).decoded
+    return solve_weight(weight, curvature, recipe.for_weight(scheme_for(weight.shape[1], recipe))).decoded
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -125,11 +125,11 @@ def test_dead_columns_are_rounded_plainly(name: str) -> None:
     curvature[dead] = 0
     curvature[:, dead] = 0
     scheme = scheme_for(48, RECIPES[name])
-    found = solve_weight(weight, curvature, RECIPES[name], scheme)
+    found = solve_weight(weight, curvature, RECIPES[name].for_weight(scheme))
     stored = StoredWeight(scheme, (8, 48))
-    if found.rows.outlier_positions is not None:
+    if found.rows.where is not None:
         pytest.skip("its outliers are looked at in test_dead_columns_are_no_outliers")
-    scale = native.read_scales(found.rows.parts, stored)
+    scale = SCALE_FORMATS["float16"].read(found.rows.parts, "scale", scheme, stored.groups)
     zero = unpack(found.rows.parts["zeros"], 3, 3).float()
     for column in dead.tolist():
         group = column // 16
@@ -144,7 +144,7 @@ def test_dead_columns_are_no_outliers() -> None:
     curvature[dead] = 0
     curvature[:, dead] = 0
     recipe = preset("precal+oac", bits=2, group_size="16", outlier_fraction=1 / 16)
-    where = solve_weight(weight, curvature, recipe, scheme_for(64, recipe)).rows.outlier_positions
+    where = solve_weight(weight, curvature, recipe.for_weight(scheme_for(64, recipe))).rows.where
     assert where is not None
     assert float((where % 64 % 8 == 0).float().mean()) < 0.125
 
@@ -152,7 +152,7 @@ def test_dead_columns_are_no_outliers() -> None:
 def test_a_curvature_of_0_is_a_fallback() -> None:
     weight, _ = random_problem(8, 48)
     recipe = preset("gptq", bits=4, group_size="16")
-    solved = solve_weight(weight, torch.zeros(48, 48), recipe, scheme_for(48, recipe))
+    solved = solve_weight(weight, torch.zeros(48, 48), recipe.for_weight(scheme_for(48, recipe)))
     assert solved.path == "fallback: its curvature is all 0"
 
 
@@ -160,9 +160,9 @@ def test_no_curvature_rounds_and_says_so() -> None:
     weight, _ = random_problem(8, 48)
     recipe = preset("gptq", bits=4, group_size="16")
     scheme = scheme_for(48, recipe)
-    solved = solve_weight(weight, None, recipe, scheme)
+    solved = solve_weight(weight, None, recipe.for_weight(scheme))
     assert solved.path == "rounded: no input seen"
-    rounded = solve_weight(weight, torch.eye(48), recipe, scheme)
+    rounded = solve_weight(weight, torch.eye(48), recipe.for_weight(scheme))
     assert torch.equal(rounded.decoded, solved.decoded)
     assert rounded.path == "solved"
 
@@ -173,12 +173,15 @@ def test_a_curvature_that_is_not_one_falls_back() -> None:
     scheme: Scheme = scheme_for(48, recipe)
     nan = torch.eye(48)
     nan[3, 4] = float("nan")
-    assert solve_weight(weight, nan, recipe, scheme).path == "fallback: the curvature is not finite"
+    assert solve_weight(weight, nan, recipe.for_weight(scheme)).path == "fallback: the curvature is not finite"
     indefinite = torch.eye(48)
     indefinite[0, 1] = indefinite[1, 0] = 50.0
-    assert solve_weight(weight, indefinite, recipe, scheme).path == "fallback: the curvature has no Cholesky factor"
+    assert (
+        solve_weight(weight, indefinite, recipe.for_weight(scheme)).path
+        == "fallback: the curvature has no Cholesky factor"
+    )
     indefinite[0, 1] = indefinite[1, 0] = 1.05
-    assert solve_weight(weight, indefinite, recipe, scheme).path == "solved with damping 0.1"
+    assert solve_weight(weight, indefinite, recipe.for_weight(scheme)).path == "solved with damping 0.1"
 
 
 @pytest.mark.parametrize("rows", [(16, 32, 48), (7, 16, 5)])
@@ -188,9 +191,9 @@ def test_weights_solved_together_are_as_if_alone(method: str, rows: tuple[int, .
     _, curvature = random_problem(1, 128)
     weights = [random_problem(count, 128, seed=count)[0] * count for count in rows]
     scheme = scheme_for(128, recipe)
-    together = solve_weights(weights, curvature, recipe, scheme)
+    together = solve_weights(weights, curvature, recipe.for_weight(scheme))
     for weight, found in zip(weights, together, strict=True):
-        alone = solve_weight(weight, curvature, recipe, scheme)
+        alone = solve_weight(weight, curvature, recipe.for_weight(scheme))
         # Sums over more rows may be added up in another order, which can move a code that was a tie.
         assert (found.decoded != alone.decoded).double().mean() < 0.02
         assert found.rows.squared_error == pytest.approx(alone.rows.squared_error, rel=0.02)
@@ -205,9 +208,11 @@ def test_a_weight_that_diverges_takes_no_other_with_it(monkeypatch: pytest.Monke
             raise DivergedError
         return solve_columns(weight, *others)
 
-    monkeypatch.setattr("fewbit.pipeline.solve_weight.solve_columns", diverging)
+    monkeypatch.setattr("fewbit.solvers.weight.solve_columns", diverging)
     recipe = preset("spqr", bits=3)
     good, curvature = random_problem(16, 64)
-    found = solve_weights([good, good * 1e30], curvature, recipe, scheme_for(64, recipe))
+    found = solve_weights([good, good * 1e30], curvature, recipe.for_weight(scheme_for(64, recipe)))
     assert [one.path for one in found] == ["solved", "fallback: the solver diverged"]
-    assert torch.equal(found[0].decoded, solve_weight(good, curvature, recipe, scheme_for(64, recipe)).decoded)
+    assert torch.equal(
+        found[0].decoded, solve_weight(good, curvature, recipe.for_weight(scheme_for(64, recipe))).decoded
+    )

@@ -21,7 +21,7 @@ from fewbit.curvature.observe import watching
 from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.measure import measure
+from fewbit.pipeline.measure_curvature import measure
 from fewbit.pipeline.run import RunOptions
 from fewbit.recipe import Recipe
 from fewbit.runtime.load import load

@@ -196,7 +196,7 @@ def test_originals_with_rounded_weights_and_inputs(tiny: Path, text: Path) -> No
     from fewbit.activations.choice import NAMED
     from fewbit.evaluation.score import window_losses
     from fewbit.evaluation.windows import read_windows
-    from fewbit.pipeline.calibrated import open_original
+    from fewbit.pipeline.network import open_original
     from fewbit.pipeline.w8a8 import rounding_inputs
 
     _, network = open_original(tiny, "cpu")

@@ -12,7 +12,7 @@ from fewbit.curvature.store import open_curvature
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.evaluation.text import read_text
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.measure import measure
+from fewbit.pipeline.measure_curvature import measure
 from fewbit.pipeline.run import RunOptions
 
 pytestmark = pytest.mark.real_model

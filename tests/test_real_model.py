@@ -14,7 +14,7 @@ import fewbit
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.pipeline.run import RunOptions
-from fewbit.recipe import recipe_from_choices
+from fewbit.recipe_choices import recipe_from_choices
 
 pytestmark = pytest.mark.real_model
 WIKITEXT = SHARED / "wikitext2_raw_test.txt"

@@ -6,13 +6,16 @@ from test_column_solver import random_problem
 from torch import Tensor
 
 from fewbit.formats import native
-from fewbit.formats.scheme import Scheme, StoredWeight, stored_bytes
+from fewbit.formats.native import stored_bytes
+from fewbit.grids.evenly import MINIMUM
 from fewbit.grids.packing import unpack
 from fewbit.grids.scales import as_statistics, from_statistics, to_statistics
+from fewbit.grids.scheme import Scheme, StoredWeight
+from fewbit.outliers.grids import pack_outliers, read_positions
 from fewbit.outliers.sensitivity import column_costs, leave_one_out, sensitivity_threshold
 from fewbit.pipeline.plan import scheme_for
-from fewbit.pipeline.solve_weight import solve_weight
 from fewbit.recipe import Recipe, preset
+from fewbit.solvers.weight import solve_weight
 
 
 @pytest.mark.parametrize(
@@ -56,9 +59,10 @@ def test_leave_one_out_against_its_definition(bits: int, size: int) -> None:
     group[:10, 0] *= 8
     cost = torch.rand(size, generator=generator).double() + 0.1
     saved = saved_by_leaving_out(group, cost, bits)
+    exact = Scheme(bits, size, "minimum", scale_format="float32")
     for threshold in (float(saved.quantile(0.5)), float(saved.quantile(0.9)), 1e9):
         sure = (saved - threshold).abs() > 1e-9
-        assert torch.equal(leave_one_out(group, cost, bits, threshold)[sure], (saved > threshold)[sure])
+        assert torch.equal(leave_one_out(group, cost, MINIMUM, exact, threshold)[sure], (saved > threshold)[sure])
 
 
 @pytest.mark.parametrize(
@@ -83,15 +87,15 @@ def solve(
     weight, curvature = random_problem(rows, columns)
     weight[3, 5] = 30.0
     scheme = scheme_for(columns, recipe)
-    solved = solve_weight(weight, curvature, recipe, scheme)
+    solved = solve_weight(weight, curvature, recipe.for_weight(scheme))
     assert solved.path == "solved"
-    where = solved.rows.outlier_positions
+    where = solved.rows.where
     assert where is not None
-    placed = place_outliers((rows, columns), scheme, recipe, where.numel())
+    placed = place_outliers((rows, columns), recipe.for_weight(scheme), where.numel())
     stored = StoredWeight(scheme, (rows, columns), where.numel(), placed)
     parts = dict(solved.rows.parts)
     assert solved.rows.outlier_codes is not None
-    parts.update(native.pack_outliers(solved.rows.outlier_codes, where, stored))
+    parts.update(pack_outliers(solved.rows.outlier_codes, where, stored))
     native.check_parts(parts, stored)
     return weight, curvature, stored, parts, solved.decoded
 
@@ -101,13 +105,13 @@ def test_sensitive_weights_keep_16_bits(bits: int) -> None:
     recipe = preset("spqr", bits=bits)
     weight, curvature, stored, parts, decoded = solve(recipe)
     assert torch.equal(native.decode(parts, stored), decoded)
-    where = native.outlier_positions(parts, stored).tolist()
+    where = read_positions(parts, stored).tolist()
     assert 3 * 96 + 5 in where
     assert len(where) < 0.2 * weight.numel()
     assert abs(float(decoded[3, 5]) - 30.0) < 1.0
-    none = solve_weight(weight, curvature, preset("spqr", bits=bits, sensitivity=1e9), stored.scheme)
-    assert none.rows.outlier_positions is not None
-    assert none.rows.outlier_positions.numel() == 0
+    none = solve_weight(weight, curvature, preset("spqr", bits=bits, sensitivity=1e9).for_weight(stored.scheme))
+    assert none.rows.where is not None
+    assert none.rows.where.numel() == 0
 
     def cost(found: Tensor) -> float:
         return float(((found - weight) @ curvature * (found - weight)).sum())
@@ -132,11 +136,11 @@ def test_columns_without_input_are_neither_outliers_nor_salient(name: str) -> No
     curvature[dead] = 0
     curvature[:, dead] = 0
     recipe = preset(name) if name == "billm" else preset(name, bits=3)
-    rows = solve_weight(weight, curvature, recipe, scheme_for(128, recipe)).rows
+    rows = solve_weight(weight, curvature, recipe.for_weight(scheme_for(128, recipe))).rows
     if name == "billm":
         assert not bool((unpack(rows.parts["salient"], 1, 128).bool() & dead).any())
         return
-    where = rows.outlier_positions
+    where = rows.where
     assert where is not None
     assert len(where) > 0
     # One that stretches its group's grid may still be split off: that is a gain for the others.

@@ -20,7 +20,7 @@ from fewbit.evaluation.perplexity import Protocol
 from fewbit.evaluation.score import window_losses
 from fewbit.evaluation.tasks import TaskChoice
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.measure import measure_tokens
+from fewbit.pipeline.measure_curvature import measure_tokens
 from fewbit.pipeline.run import RunOptions
 from fewbit.studies import calibration_sets_measure
 from fewbit.studies.calibration_sets import STUDY, cells, grouped

@@ -16,9 +16,9 @@ from fewbit.activations.rounding import range_of, round_inputs, round_weight
 from fewbit.activations.site_record import SiteRecord
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.errors import FewbitError
-from fewbit.pipeline.calibrated import open_network
 from fewbit.pipeline.layer_fixes import FIXES, apply_fix, fixed_error, inverse_diagonal, keep_sensitive, w8a8_error
-from fewbit.pipeline.plan import make_plan, scheme_for
+from fewbit.pipeline.network import open_network
+from fewbit.pipeline.plan import cover_original, scheme_for
 from fewbit.recipe import Recipe
 from fewbit.studies.outliers import STUDY, chosen_blocks
 from fewbit.studies.outliers_measure import profile
@@ -150,7 +150,7 @@ def test_the_page_in_a_browser(planted: Path, texts: Path, tmp_path: Path) -> No
 
 def test_fixes_against_direct_computation(tiny: Path) -> None:
     checkpoint = open_checkpoint(tiny)
-    network = open_network(checkpoint, make_plan(checkpoint, Recipe(group_size="row"), 1 << 62), "cpu")
+    network = open_network(checkpoint, cover_original(checkpoint), "cpu")
     site = network.sites[0][-1]
     x = torch.randn(40, site.columns, generator=torch.Generator().manual_seed(1))
     x[:, 3] *= 30

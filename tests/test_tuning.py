@@ -81,7 +81,7 @@ def test_tuning_brings_a_model_nearer_to_the_original(folder: Path, model: Path,
     assert report["tuning"]["calibration"]["tokens_sha256"]
     # What the training saw is what a reader of the folder gets.
     original, tuned = fewbit.load(model, device="cpu"), fewbit.load(tmp_path / "out", device="cpu")
-    from fewbit.pipeline.calibrated import calibration_set
+    from fewbit.pipeline.calibration_tokens import calibration_set
 
     ids = loop.held_out_last(calibration_set(open_checkpoint(model), TEXT, original).ids, CHOICE.held_out)
     ids = ids[-CHOICE.held_out :]

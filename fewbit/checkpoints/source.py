@@ -40,7 +40,7 @@ class Checkpoint:
     def has_scaled_channels(self) -> bool:
         """Whether scales were folded into the weights before they were rounded: none is its original's, rounded."""
         recipe = (self.quantization or {}).get("recipe") or {}
-        return bool(recipe.get("channel_scales", "none") != "none")
+        return any(recipe.get(key) in ("awq", "smoothquant") for key in ("transform", "channel_scales"))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

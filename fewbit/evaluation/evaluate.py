@@ -1,7 +1,7 @@
 """`fewbit eval`: perplexity of models and their distance from the original, window by window; accuracy on tasks."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from fewbit.evaluation.text import Text, read_text
 from fewbit.evaluation.windows import read_tokenizer, read_windows
 from fewbit.formats.config import describe
 from fewbit.memory import peak_rss_bytes
+from fewbit.progress import Progress
 from fewbit.runtime.load import load
 from fewbit.runtime.unpack import unpack_modules
 from fewbit.versions import versions
 
-Progress = Callable[[int, int, str], None]
 LOSS = "next token, mean over scored tokens, float32"
 
 

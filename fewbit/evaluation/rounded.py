@@ -16,8 +16,9 @@ from fewbit.checkpoints.source import open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.evaluation.score import Original, score
 from fewbit.memory import peak_rss_bytes
-from fewbit.pipeline.calibrated import calibration_set, open_original
 from fewbit.pipeline.calibration_options import flags
+from fewbit.pipeline.calibration_tokens import calibration_set
+from fewbit.pipeline.network import open_original
 from fewbit.pipeline.w8a8 import rounding_inputs
 
 

@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
-from fewbit.formats.scheme import FORMAT_VERSION, Scheme, StoredWeight, part_layout, stored_bytes
+from fewbit.formats.native import READ_VERSIONS, check_scheme, part_layout, stored_bytes
+from fewbit.grids.scheme import Scheme, StoredWeight
 
 
 class _Weight(BaseModel):
@@ -31,13 +32,14 @@ def read_weights(config: dict[str, Any]) -> dict[str, StoredWeight]:
     """Module name -> how its weight is stored; FewbitError for another format, version, or values out of range."""
     if config.get("quant_method") != "fewbit":
         raise FewbitError(f"quantized by {config.get('quant_method')!r}, not by fewbit")
-    if config.get("format_version") != FORMAT_VERSION:
+    if config.get("format_version") not in READ_VERSIONS:
+        known = " and ".join(str(version) for version in READ_VERSIONS)
         raise FewbitError(
-            f"format version {config.get('format_version')}: this fewbit reads version {FORMAT_VERSION}: upgrade fewbit"
+            f"format version {config.get('format_version')}: this fewbit reads versions {known}: upgrade fewbit"
         )
     try:
         checked = _Config.model_validate(config)
-        schemes = [Scheme.from_dict(scheme) for scheme in checked.schemes]
+        schemes = [check_scheme(Scheme.from_dict(scheme)) for scheme in checked.schemes]
         return {name: _stored(weight, schemes) for name, weight in checked.weights.items()}
     except (ValidationError, ValueError, IndexError, TypeError) as error:
         first = str(error).replace("\n", " ")[:200]

@@ -5,7 +5,6 @@ level on the positive side; the sign of a group's scale turns that side to where
 there are only the two signs (XNOR-Net, arXiv 1603.05279, section 3.1).
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from statistics import NormalDist
@@ -13,6 +12,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from fewbit.grids.grid import ScaleSearch
 from fewbit.grids.scales import divisor
 
 
@@ -30,29 +30,12 @@ def normal_float(bits: int) -> tuple[float, ...]:
     return tuple(v / positive[-1] if v > 0 else (v / negative[-1] if v < 0 else 0.0) for v in levels)
 
 
-@dataclass(frozen=True)
-class ScaleSearch:
-    """Which scales to try, as shares of the group's largest magnitude.
-
-    error_power: the exponent of the error, 2 for squared error.
-    """
-
-    smallest: float = 0.6
-    largest: float = 1.0
-    step: float = 0.05
-    error_power: float = 2.0
-
-    def ratios(self) -> list[float]:
-        count = round((self.largest - self.smallest) / self.step)
-        return [self.largest - self.step * i for i in range(count + 1)]
-
-
 def search_scale(x: Tensor, importance: Tensor | None, levels: tuple[float, ...], search: ScaleSearch) -> Tensor:
-    """The signed scale `(groups, 1)` of each group with the least ``sum_i c_i |x_i - q_i|^p`` over the candidates.
+    """The signed scale `(..., 1)` of each group with the least ``sum_i c_i |x_i - q_i|^p`` over the candidates.
 
-    `x` is `(groups, g)` float32 with outliers set to 0; `importance` (c) broadcasts to it, or is None for 1.
+    `x` is `(..., g)` float32 with outliers set to 0; `importance` (c) broadcasts to it, or is None for 1.
     """
-    low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
     widest = torch.maximum(high, -low)
     best_error = torch.full_like(widest, float("inf"))
     best = torch.zeros_like(widest)
@@ -76,7 +59,7 @@ def _error(x: Tensor, scale: Tensor, importance: Tensor | None, levels: tuple[fl
         cost = residual.square_() if power == 2.0 else residual.abs_().pow_(power)
     if importance is not None:
         cost = cost.mul_(importance)
-    return cost.sum(dim=1, keepdim=True)
+    return cost.sum(dim=-1, keepdim=True)
 
 
 def quantize(u: Tensor, levels: tuple[float, ...]) -> Tensor:

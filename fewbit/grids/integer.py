@@ -1,7 +1,7 @@
 """Integer grids: codes 0 .. 2^b - 1 on an evenly spaced line, one line a group.
 
-Shapes: weights `x` are `(groups, g)` float32; a mask `(groups, g)` bool says which weights the grid is not fitted to;
-scales, zero-points and minima are `(groups, 1)`.
+Shapes: weights `x` are `(..., g)` float32, a group in the last dimension; a mask of that shape (bool) says which
+weights the grid is not fitted to; scales, zero-points and minima are `(..., 1)`.
 """
 
 import torch
@@ -17,18 +17,20 @@ def extremes(x: Tensor, outside: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
     `x` must be 0 wherever `outside` is True.
     """
-    low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
     if outside is None:
         return low, high
+    flat, mask = x.reshape(-1, x.shape[-1]), outside.reshape(-1, x.shape[-1])
+    lowest, highest = low.view(-1, 1), high.view(-1, 1)
     # The zeros that stand for what is left out can only have been taken for an extreme of a group with no weight on
     # one side of them, and such groups are few.
-    one_sided = ((low == 0) | (high == 0)).view(-1).nonzero().squeeze(1)
+    one_sided = ((lowest == 0) | (highest == 0)).view(-1).nonzero().squeeze(1)
     if one_sided.numel():
-        left_out = outside[one_sided].to(x.dtype) * _LARGE
-        group = x[one_sided]
+        left_out = mask[one_sided].to(x.dtype) * _LARGE
+        group = flat[one_sided]
         least, most = (group + left_out).amin(dim=1, keepdim=True), (group - left_out).amax(dim=1, keepdim=True)
         empty = least > most
-        low[one_sided], high[one_sided] = least.masked_fill(empty, 0.0), most.masked_fill(empty, 0.0)
+        lowest[one_sided], highest[one_sided] = least.masked_fill(empty, 0.0), most.masked_fill(empty, 0.0)
     return low, high
 
 

@@ -16,8 +16,14 @@ _PATTERNS = {
     "float32": (torch.float32, torch.int32),
 }
 
+TWO_LEVEL_BITS = 7
+"""Bits of a two-level scale code: a sign above six bits of magnitude."""
+
 _MAGNITUDE_LEVELS = 63
 _SIGN = 64
+_LINEAR_LOSS = 0.1
+_LOG_STEPS = 5
+_LOG_SCALES = (0.0, *(2.0 ** (-(_MAGNITUDE_LEVELS - code) / _LOG_STEPS) for code in range(1, _MAGNITUDE_LEVELS + 1)))
 
 
 def to_pattern(values: Tensor, number_format: str) -> Tensor:
@@ -37,23 +43,39 @@ def from_pattern(pattern: Tensor, number_format: str) -> Tensor:
 def to_two_level(scales: Tensor) -> tuple[Tensor, Tensor]:
     """Signed scales `(rows, groups)` as 7-bit codes and one bfloat16 scale a row.
 
-    ``scale = sign * magnitude / 63 * row_scale``. A scale that is not 0 keeps a magnitude of at least 1.
+    ``scale = sign * magnitude / 63 * row_scale``. A scale that is not 0 keeps a magnitude of at least 1. In a row where
+    a scale would lose more than `_LINEAR_LOSS` of itself that way, beside one many times larger, magnitudes are
+    logarithmic instead, ``scale = sign * 2^(-(63 - magnitude) / 5) * row_scale`` (0 stays 0): none within 1/5000 of the
+    largest loses more than 7 %. Such a row's scale is stored as a negative number.
     Returns packed codes uint8 `(rows, bytes)` and row scale patterns int16 `(rows,)`.
     """
-    largest = scales.abs().amax(dim=1, keepdim=True)
-    row_scales = to_pattern(largest, "bfloat16")
-    unit = from_pattern(row_scales, "bfloat16") / _MAGNITUDE_LEVELS
-    magnitude = (scales.abs() / divisor(unit)).round_().clamp_(0, _MAGNITUDE_LEVELS)
+    size = scales.abs()
+    row_scales = to_pattern(size.amax(dim=1, keepdim=True), "bfloat16")
+    largest = from_pattern(row_scales, "bfloat16")
+    unit = largest / _MAGNITUDE_LEVELS
+    magnitude = (size / divisor(unit)).round_().clamp_(0, _MAGNITUDE_LEVELS)
     magnitude = torch.where((scales != 0) & (unit > 0), magnitude.clamp(min=1), magnitude)
+    lost = ((magnitude * unit - size).abs() > _LINEAR_LOSS * size).any(dim=1, keepdim=True)
+    if bool(lost.any()):
+        steps = _MAGNITUDE_LEVELS + _LOG_STEPS * (size / divisor(largest)).log2_()
+        logarithmic = steps.round_().clamp_(1, _MAGNITUDE_LEVELS).masked_fill_(size == 0, 0.0)
+        magnitude = torch.where(lost, logarithmic, magnitude)
+        row_scales = to_pattern(torch.where(lost, -largest, largest), "bfloat16")
     codes = magnitude.to(torch.uint8) + (scales < 0).to(torch.uint8) * _SIGN
-    return pack(codes, 7), row_scales.squeeze(1)
+    return pack(codes, TWO_LEVEL_BITS), row_scales.squeeze(1)
 
 
 def from_two_level(packed: Tensor, row_scales: Tensor, groups: int) -> Tensor:
     """Inverse of :func:`to_two_level`: float32 signed scales `(rows, groups)`."""
-    codes = unpack(packed, 7, groups)
-    unit = from_pattern(row_scales, "bfloat16").unsqueeze(1) / _MAGNITUDE_LEVELS
-    magnitude = (codes & (_SIGN - 1)).to(torch.float32) * unit
+    codes = unpack(packed, TWO_LEVEL_BITS, groups)
+    row_scale = from_pattern(row_scales, "bfloat16").unsqueeze(1)
+    code = (codes & (_SIGN - 1)).to(torch.float32)
+    magnitude = code * (row_scale / _MAGNITUDE_LEVELS)
+    logarithmic = row_scale < 0
+    if bool(logarithmic.any()):
+        # From a table, so that every machine sees the same numbers.
+        table = torch.tensor(_LOG_SCALES, dtype=torch.float32, device=codes.device)
+        magnitude = torch.where(logarithmic, table[code.to(torch.int32)] * -row_scale, magnitude)
     return torch.where(codes >= _SIGN, -magnitude, magnitude)
 
 

@@ -13,13 +13,14 @@ from fewbit.checkpoints.safetensors_io import FileReader, TensorEntry
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.config import describe, read_weights
+from fewbit.formats.native import part_layout, stored_bytes
 from fewbit.formats.original import original_of
-from fewbit.formats.scheme import StoredWeight, part_layout, stored_bytes
+from fewbit.grids.scheme import StoredWeight
 from fewbit.inspection import statistics
+from fewbit.progress import Progress
 from fewbit.runtime.unpack import check_all_parts, read_weight
 from fewbit.versions import versions
 
-Progress = Callable[[int, int, str], None]
 _CHUNK = 1 << 22
 
 

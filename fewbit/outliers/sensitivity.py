@@ -7,7 +7,8 @@ U the column solver's factor: ``U_jj^2`` is ``[H^-1]_jj`` of the columns that ar
 import torch
 from torch import Tensor
 
-from fewbit.grids.scales import divisor
+from fewbit.grids.grid import Grid, Groups, of_group
+from fewbit.grids.scheme import Scheme
 
 
 def column_costs(upper: Tensor, dead: Tensor) -> Tensor:
@@ -27,28 +28,29 @@ def sensitivity_threshold(weight: Tensor, cost: Tensor, tau: float) -> float:
     return tau * float((weight.var(dim=0, correction=0) * cost)[felt].mean())
 
 
-def leave_one_out(group: Tensor, cost: Tensor, bits: int, threshold: float | Tensor) -> Tensor:
-    """Mask `(rows, g)` of the weights without which a group's min-max grid costs less by more than the threshold.
+def leave_one_out(group: Tensor, cost: Tensor, grid: Grid, scheme: Scheme, threshold: float | Tensor) -> Tensor:
+    """Mask `(rows, g)` of the weights without which a group's grid costs less by more than the threshold.
 
-    group: `(rows, g)` float32. cost: of :func:`column_costs`, `(g,)`. threshold: one, or `(rows, 1)`. The cost
-    that goes is that of the whole group, the weight's own included. Only the smallest and the largest weight of a group
-    shape its grid; without any other, just its own cost goes.
+    group: `(rows, g)` float32. cost: of :func:`column_costs`, `(g,)`. grid, scheme: as ranges are tried, unrounded
+    (:attr:`fewbit.grids.grid.Grid.trial`). threshold: one, or `(rows, 1)`. The cost that goes is that of the whole
+    group, the weight's own included. Only the smallest and the largest weight of a group shape its grid; without any
+    other, just its own cost goes.
     """
-    low, high = group.amin(dim=1, keepdim=True), group.amax(dim=1, keepdim=True)
-    own = _cost(group, low, high, cost, bits)
+    own = _cost(group, None, cost, grid, scheme)
     total = own.sum(dim=1, keepdim=True)
     saved = own.clone()
     if group.shape[1] > 1:
-        lowest, highest = group.argmin(dim=1, keepdim=True), group.argmax(dim=1, keepdim=True)
-        second_low = group.scatter(1, lowest, torch.inf).amin(dim=1, keepdim=True)
-        second_high = group.scatter(1, highest, -torch.inf).amax(dim=1, keepdim=True)
-        for index, narrower in ((lowest, (second_low, high)), (highest, (low, second_high))):
-            rest = _cost(group, *narrower, cost, bits).scatter_(1, index, 0.0)
+        for index in (group.argmin(dim=1, keepdim=True), group.argmax(dim=1, keepdim=True)):
+            left_out = torch.zeros(group.shape, dtype=torch.bool, device=group.device).scatter_(1, index, True)
+            rest = _cost(group, left_out, cost, grid, scheme).scatter_(1, index, 0.0)
             saved.scatter_(1, index, total - rest.sum(dim=1, keepdim=True))
     return saved > threshold
 
 
-def _cost(group: Tensor, low: Tensor, high: Tensor, cost: Tensor, bits: int) -> Tensor:
-    scale = (high - low) / (2**bits - 1)
-    codes = ((group - low) / divisor(scale)).round_().clamp_(0, 2**bits - 1)
-    return codes.mul_(scale).add_(low).sub_(group).square_().mul_(cost)
+def _cost(group: Tensor, left_out: Tensor | None, cost: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+    """What each weight costs on the grid that fits the others."""
+    core = group if left_out is None else group.masked_fill(left_out, 0.0)
+    mask = None if left_out is None else left_out.unsqueeze(1)
+    wanted = grid.fit(Groups(core.unsqueeze(1), mask), scheme, None)
+    values = of_group(grid.settle(wanted, scheme, False).values, 0)
+    return grid.round(group, values, scheme).sub_(group).square_().mul_(cost)

@@ -4,32 +4,23 @@ A stage is one block for the input Gram (which sees what the quantized blocks be
 `refresh` says for the output Fisher. Every solved weight is written at once, so a killed run goes on from there.
 """
 
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from fewbit.architecture.coverage import name_in_block, prefix_of_block
-from fewbit.architecture.network import Site, find_blocks, find_sites
-from fewbit.calibration.choice import CalibrationChoice
-from fewbit.calibration.tokens import CalibrationSet, make_set
-from fewbit.checkpoints.locate import locate
-from fewbit.checkpoints.safetensors_io import FileReader
-from fewbit.checkpoints.source import Checkpoint, open_checkpoint
-from fewbit.curvature.accumulate import Accumulator
-from fewbit.curvature.fisher import measure_fisher
+from fewbit.calibration.tokens import CalibrationSet
+from fewbit.checkpoints.source import Checkpoint
 from fewbit.curvature.store import StoredCurvature
-from fewbit.errors import FewbitError, missing_extra
+from fewbit.errors import FewbitError
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.plan import Plan, make_plan
-from fewbit.pipeline.solve_blocks import BlockSolver, Network, Progress
+from fewbit.pipeline.calibration_tokens import calibration_set
+from fewbit.pipeline.curvatures import BlockCurvature, Source, fisher_blocks, gram_blocks, stored_blocks
+from fewbit.pipeline.network import open_network
+from fewbit.pipeline.plan import Plan
+from fewbit.pipeline.solve_blocks import BlockSolver
 from fewbit.pipeline.solved_store import SolvedStore
-from fewbit.pipeline.stages import check_length, crowded, matrix_bytes, stages_of
-from fewbit.pipeline.walk import Walk
+from fewbit.pipeline.stages import matrix_bytes, stages_of
+from fewbit.progress import Counter, Progress
 from fewbit.recipe import Recipe
-from fewbit.runtime.load import load
 
 
 def solve_model(
@@ -46,26 +37,21 @@ def solve_model(
     Raises FewbitError when more weights than `max_fallback` fell back to rounding, naming them.
     """
     walking = options.stored is not None or (recipe.curvature is not None and recipe.curvature.kind == "gram")
-    network = open_network(checkpoint, plan, device, walking)
+    network = open_network(checkpoint, plan.coverage, device, walking)
     if options.stored is None:
         # Before the model writes its own text, which takes minutes.
         stages_of(matrix_bytes(network.sites), options.refresh, options.memory)
     calibration = None if options.stored else calibration_set(checkpoint, options.choice, network.model, progress)
     if calibration is not None:
         store.same_tokens(calibration.sha256)
-    run = BlockSolver(recipe, options, store, network, progress)
+    items = {item.tensor.entry.name: item for item in plan.quantized}
+    run = BlockSolver(recipe, items, store, network, Counter(progress))
     run.begin()
-    outside = [item for item in network.items.values() if item.tensor.block is None]
-    for item in outside:
-        run.round_outside(item, checkpoint)
-    if options.stored is not None:
-        _with_stored(run, options.stored)
-    elif recipe.curvature is not None and recipe.curvature.kind == "fisher":
-        assert calibration is not None
-        _with_fisher(run, calibration)
-    else:
-        assert calibration is not None
-        _with_gram(run, calibration)
+    for item in plan.quantized:
+        if item.tensor.block is None:
+            run.round_outside(item, checkpoint)
+    for block in _blocks(run, options, calibration):
+        run.solve_block(block)
     fallen = [name for name, path in run.paths.items() if path.startswith("fallback")]
     if len(fallen) > options.max_fallback:
         raise FewbitError(
@@ -80,109 +66,24 @@ def solve_model(
     }
 
 
-def open_original(
-    model: str | Path, device: str | None, walking: bool = False, dtype: Any = "auto"
-) -> tuple[Checkpoint, Network]:
-    """An original and its network, with every linear layer in the blocks as a site; options as for `open_network`."""
-    checkpoint = open_checkpoint(locate(model))
-    plan = make_plan(checkpoint, Recipe(group_size="row"), 1 << 62)
-    return checkpoint, open_network(checkpoint, plan, device, walking, dtype)
-
-
-def open_network(
-    checkpoint: Checkpoint, plan: Plan, device: str | None, walking: bool = False, dtype: Any = "auto"
-) -> Network:
-    """Load the model and find the planned tensors in it.
-
-    walking: only one block at a time will run, so the weights stay where they are mapped until a block is taken.
-    device, dtype: as for :func:`fewbit.load`.
-    """
-    model = load(checkpoint.folder, dtype, "cpu" if walking else device)
-    if hasattr(model, "set_experts_implementation"):
-        # One linear layer for each expert, which can be watched, in place of one fused product for all.
-        model.set_experts_implementation("eager")
-    blocks = list(find_blocks(model))
-    items = {item.tensor.entry.name: item for shard in plan.shards for item in shard if item.stored is not None}
-    with FileReader() as reader:
-
-        def read(tensor: Any) -> Tensor:
-            whole = reader.tensor(tensor.entry)
-            return (whole.t() if tensor.transposed else whole).to(model.device)
-
-        sites = find_sites(blocks, [item.tensor for item in items.values()], read)
-    kept: list[dict[str, str]] = [{} for _ in blocks]
-    # Other towers number their blocks too: only what stands beside quantized weights is in these blocks.
-    inside = {prefix_of_block(item.tensor.entry.name) for item in items.values() if item.tensor.block is not None}
-    for tensor in plan.coverage.of("keep"):
-        if tensor.block is not None and prefix_of_block(tensor.entry.name) in inside:
-            kept[tensor.block][name_in_block(tensor.entry.name)] = tensor.entry.name
-    return Network(model, blocks, sites, items, kept, torch.device(device) if device else model.device)
-
-
-def calibration_set(
-    checkpoint: Checkpoint, choice: CalibrationChoice, model: Any, progress: Progress | None = None
-) -> CalibrationSet:
-    """The tokens to calibrate on, in the model's own tokenizer."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise missing_extra("transformers", "hf") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        tokenizer = None
-    check_length(model.config, choice.sequence_length)
-    return make_set(choice, tokenizer, model.get_input_embeddings().weight.shape[0], model, progress)
-
-
-def _with_gram(run: BlockSolver, calibration: CalibrationSet) -> None:
-    network, options = run.network, run.options
-    passes = 1 if options.original_inputs else 2
-    run.total = passes * len(network.blocks) * calibration.ids.shape[0]
-    walk = Walk(network.model, network.blocks, calibration.ids, options.memory // 2, run.store.folder)
-    assert run.recipe.curvature is not None
-    for index, sites in enumerate(network.sites):
-        accumulator = Accumulator(run.recipe.curvature)
-        network.take(index)
-        layers = list({site.watched.key: site.watched for site in sites}.values())
-        if options.original_inputs:
-            walk.observe_and_advance(index, layers, accumulator, run.step)
-        elif not run.solved(index):
-            walk.observe(index, layers, accumulator, run.step)
-        else:
-            run.done += calibration.ids.shape[0]
-        run.solve_block(index, lambda site, found=accumulator: found.curvature(site.watched.key))  # type: ignore[misc]
-        if not options.original_inputs:
-            walk.advance(index, run.step)
-        network.release(index)
-
-
-def _with_fisher(run: BlockSolver, calibration: CalibrationSet) -> None:
-    network, choice, refresh = run.network, run.recipe.curvature, run.options.refresh
+def _blocks(
+    run: BlockSolver, options: CalibrationOptions, calibration: CalibrationSet | None
+) -> Iterator[BlockCurvature]:
+    """The curvature of one block after another, from where the recipe and the options say."""
+    network, choice = run.network, run.recipe.curvature
+    if options.stored is not None:
+        _check_measured(run, options.stored, options.max_fallback)
+        return stored_blocks(network, options.stored, run.counter)
+    assert calibration is not None
     assert choice is not None
-    stages = stages_of(matrix_bytes(network.sites), refresh, run.options.memory)
-    # To solve a block takes about as long as one sequence forward and back.
-    run.total = len(stages) * calibration.ids.shape[0] + len(network.blocks)
-    for stage in stages:
-        accumulator = Accumulator(choice)
-        if all(run.solved(index) for index in stage):
-            run.done += calibration.ids.shape[0]
-        else:
-            layers = {site.watched.key: site.watched for index in stage for site in network.sites[index]}
-            run.what = f"curvature of blocks {stage[0] + 1} to {stage[-1] + 1}"
-            blocks = network.blocks[stage[0] :]
-            recompute = crowded(network.model, calibration.ids.shape[1], run.options.memory)
-            accumulator, _ = measure_fisher(
-                network.model, blocks, list(layers.values()), calibration.ids, choice, run.step, recompute
-            )
-            accumulator.check_gradients()
-        for index in stage:
-            # Measured once means with the original's weights, also where memory makes several passes of it.
-            run.solve_block(index, partial(_curvature_at, accumulator), install=refresh > 0)
-            run.step()
+    source = Source(network, calibration.ids, choice, options.memory, run.store.folder, run.solved, run.counter)
+    if choice.kind == "gram":
+        return gram_blocks(source, options.original_inputs)
+    stages = stages_of(matrix_bytes(network.sites), options.refresh, options.memory)
+    return fisher_blocks(source, stages, refreshed=options.refresh > 0)
 
 
-def _check_measured(run: BlockSolver, stored: StoredCurvature) -> None:
+def _check_measured(run: BlockSolver, stored: StoredCurvature, max_fallback: int) -> None:
     """FewbitError, before anything is solved, when weights have no curvature that should have one."""
     missing: list[str] = []
     for index, sites in enumerate(run.network.sites):
@@ -190,23 +91,8 @@ def _check_measured(run: BlockSolver, stored: StoredCurvature) -> None:
         # An expert may have seen no token.
         lost = [s for s in sites if s.watched.key not in layers and s.watched.expert is None]
         missing += [site.tensor.entry.name for site in lost]
-    if len(missing) > run.options.max_fallback:
+    if len(missing) > max_fallback:
         raise FewbitError(
             f"{stored.folder}: holds no curvature of {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} "
             f"({len(missing)} weights): they were left out when it was measured: measure again, or --exclude them here"
         )
-
-
-def _with_stored(run: BlockSolver, stored: StoredCurvature) -> None:
-    _check_measured(run, stored)
-    run.total = len(run.network.blocks)
-    for index in range(len(run.network.blocks)):
-        matrices = stored.block(index)
-        run.network.take(index)
-        run.solve_block(index, lambda site, found=matrices: found.get(site.watched.key), install=False)  # type: ignore[misc]
-        run.network.release(index)
-        run.step()
-
-
-def _curvature_at(accumulator: Accumulator, site: Site) -> Tensor | None:
-    return accumulator.curvature(site.watched.key)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fewbit.architecture.coverage import name_in_block
 from fewbit.architecture.network import Site
 from fewbit.curvature.observe import Watched
-from fewbit.pipeline.solve_blocks import Network
+from fewbit.pipeline.network import Network
 
 _EXPERT = re.compile(r"experts\.(\d+)\.")
 

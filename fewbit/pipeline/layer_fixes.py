@@ -4,26 +4,29 @@ Every fix starts from the same plain rounding in groups; nothing compensates for
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewbit.activations.rounding import Range, range_of, round_inputs, round_weight
 from fewbit.activations.site_record import SiteRecord
-from fewbit.activations.smoothing import smoothing_scales
 from fewbit.architecture.network import Site
 from fewbit.curvature.damping import factor, prepare
-from fewbit.formats.scheme import Scheme, StoredWeight, stored_bytes
+from fewbit.formats.native import stored_bytes
+from fewbit.grids.grid import Groups, fit_and_settle
+from fewbit.grids.scheme import StoredWeight
+from fewbit.grids.table import grid_of
 from fewbit.outliers.adaptive_lasso import outlier_count
-from fewbit.pipeline.awq import best_scales
-from fewbit.pipeline.fit_grid import encode, fit_core
 from fewbit.pipeline.plan import place_outliers, scheme_for
-from fewbit.pipeline.solve_weight import solve_weight
-from fewbit.recipe import Recipe
+from fewbit.recipe import Recipe, preset
+from fewbit.solvers.settled import WeightChoices
+from fewbit.solvers.weight import round_weight as round_in_groups
+from fewbit.solvers.weight import solve_weight
+from fewbit.transforms.channel_scales import best_scales, smoothing_scales
 
 FIXES = ("none", "adaptive-lasso", "smoothquant", "awq", "sensitivity")
-_LASSO_FRACTION = 0.05
+_GROUPS = "128,64,auto"
 _SENSITIVE_FRACTION = 0.01
 _DAMPING = 1.0
 _W8A8 = 8
@@ -46,31 +49,34 @@ def apply_fix(fix: str, consumers: Sequence[Site], record: SiteRecord, bits: int
     costs most, ``(w - q)^2 / [H^-1]_jj``, are kept in float16 (2306.03078), with no compensation of the others.
     """
     weights = [site.read().float() for site in consumers]
-    base = Recipe(bits=bits, group_size="128,64,auto")
-    scheme = scheme_for(weights[0].shape[1], base)
+    columns = weights[0].shape[1]
+    base = _choices(columns, preset("rtn", bits=bits, group_size=_GROUPS))
     scales = None
     if fix == "smoothquant":
         scales = smoothing_scales(record.largest, weights, 0.5)
     elif fix == "awq":
-        _, scales = best_scales(consumers, record.gram, lambda _, w: solve_weight(w, None, base, scheme).decoded)
+        read = [site.read() for site in consumers]
+        _, scales = best_scales(read, record.gram, lambda _, weight: round_in_groups(weight, base))
     if scales is not None:
         weights = [weight * scales for weight in weights]
     if fix == "adaptive-lasso":
-        recipe = replace(base, outliers="adaptive-lasso", outlier_fraction=_LASSO_FRACTION)
-        scheme = scheme_for(weights[0].shape[1], recipe)
-        solved = [solve_weight(weight, None, recipe, scheme) for weight in weights]
-        counts = [0 if one.rows.outlier_positions is None else one.rows.outlier_positions.numel() for one in solved]
-        return Fixed([one.decoded for one in solved], None, _bits(weights, scheme, recipe, counts))
+        choices = _choices(columns, preset("adpq", bits=bits, group_size=_GROUPS, grid="zero-point"))
+        solved = [solve_weight(weight, None, choices) for weight in weights]
+        counts = [0 if one.rows.where is None else one.rows.where.numel() for one in solved]
+        return Fixed([one.decoded for one in solved], None, _bits(weights, choices, counts))
     if fix == "sensitivity":
         inverse = inverse_diagonal(record.gram)
-        recipe = replace(base, outliers="adaptive-lasso", outlier_fraction=_SENSITIVE_FRACTION, outlier_grid="float16")
-        kept = [keep_sensitive(weight, inverse, _SENSITIVE_FRACTION, scheme) for weight in weights]
+        outliers = {"outliers": "adaptive-lasso", "outlier_fraction": _SENSITIVE_FRACTION, "outlier_grid": "float16"}
+        choices = _choices(columns, preset("rtn", bits=bits, group_size=_GROUPS, **outliers))
+        kept = [keep_sensitive(weight, inverse, _SENSITIVE_FRACTION, base) for weight in weights]
         counts = [int(mask.sum()) for _, mask in kept]
-        return Fixed(
-            [w for w, _ in kept], None, _bits(weights, scheme_for(weights[0].shape[1], recipe), recipe, counts)
-        )
-    decoded = [solve_weight(weight, None, base, scheme).decoded for weight in weights]
-    return Fixed(decoded, scales, _bits(weights, scheme, base, [0] * len(weights)))
+        return Fixed([weight for weight, _ in kept], None, _bits(weights, choices, counts))
+    decoded = [solve_weight(weight, None, base).decoded for weight in weights]
+    return Fixed(decoded, scales, _bits(weights, base, [0] * len(weights)))
+
+
+def _choices(columns: int, recipe: Recipe) -> WeightChoices:
+    return recipe.for_weight(scheme_for(columns, recipe))
 
 
 def inverse_diagonal(gram: Tensor) -> Tensor:
@@ -82,34 +88,33 @@ def inverse_diagonal(gram: Tensor) -> Tensor:
     return found.upper.square().sum(dim=0)
 
 
-def keep_sensitive(weight: Tensor, inverse: Tensor, fraction: float, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def keep_sensitive(weight: Tensor, inverse: Tensor, fraction: float, choices: WeightChoices) -> tuple[Tensor, Tensor]:
     """Weights `(out, in)` rounded in groups but for the `fraction` whose rounding costs most, which become float16.
 
     Returns the decoded weights and the mask of those that were kept. The grids are fitted to the others.
     """
-    cost = (_round(weight, None, scheme) - weight).square() / inverse
+    cost = (_round(weight, None, choices) - weight).square() / inverse
     count = outlier_count(weight.numel(), fraction)
     mask = torch.zeros(weight.numel(), dtype=torch.bool)
     mask[cost.flatten().topk(count).indices] = True
     mask = mask.view_as(weight)
-    return torch.where(mask, weight.half().float(), _round(weight, mask, scheme)), mask
+    return torch.where(mask, weight.half().float(), _round(weight, mask, choices)), mask
 
 
-def _round(weight: Tensor, mask: Tensor | None, scheme: Scheme) -> Tensor:
-    rows = weight.shape[0]
-    x = weight.reshape(-1, scheme.group_size)
-    outside = None if mask is None else mask.reshape(-1, scheme.group_size)
+def _round(weight: Tensor, mask: Tensor | None, choices: WeightChoices) -> Tensor:
+    x = weight.reshape(weight.shape[0], -1, choices.scheme.group_size)
+    outside = None if mask is None else mask.view(x.shape)
     core = x if outside is None else x.masked_fill(outside, 0.0)
-    grid = fit_core(core, rows, scheme, None, outside, None)
-    offset = grid.offset.view(-1, 1) if isinstance(grid.offset, Tensor) else grid.offset
-    return encode(core, grid.scale.view(-1, 1), offset, scheme)[1].view_as(weight)
+    grid = grid_of(choices.scheme)
+    fitted = fit_and_settle(grid, Groups(core, outside), choices.scheme)
+    return grid.round(core, fitted.values, choices.scheme).view_as(weight)
 
 
-def _bits(weights: Sequence[Tensor], scheme: Scheme, recipe: Recipe, outliers: Sequence[int]) -> float:
+def _bits(weights: Sequence[Tensor], choices: WeightChoices, outliers: Sequence[int]) -> float:
     size = count = 0
     for weight, kept in zip(weights, outliers, strict=True):
         shape = (weight.shape[0], weight.shape[1])
-        size += stored_bytes(StoredWeight(scheme, shape, kept, place_outliers(shape, scheme, recipe, kept)))
+        size += stored_bytes(StoredWeight(choices.scheme, shape, kept, place_outliers(shape, choices, kept)))
         count += weight.numel()
     return 8 * size / count
 

@@ -1,36 +1,83 @@
 """Before any work: what becomes of every tensor, how it will be stored, which file it goes to, what it will take."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from fewbit.architecture.coverage import Coverage, WeightTensor, cover, require_recognised
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
-from fewbit.formats.scheme import Scheme, StoredWeight, part_layout, stored_bytes
+from fewbit.formats.native import check_scheme, part_layout, stored_bytes
 from fewbit.grids import positions
-from fewbit.outliers.adaptive_lasso import outlier_count
-from fewbit.recipe import Recipe, group_size_for
+from fewbit.grids.choice import group_size_for
+from fewbit.grids.scheme import Scheme, StoredWeight
+from fewbit.grids.table import grid_of, row_block
+from fewbit.outliers.rules import OUTLIER_RULES
+from fewbit.recipe import Recipe
+from fewbit.solvers.settled import WeightChoices
 
+DEFAULT_SHARD_SIZE = 5_000_000_000
 _SMALLEST_AUTO = 8
-_SENSITIVE = 0.01
-"""About the share of outliers by sensitivity, which only the solver finds."""
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor and, when it is to be quantized, the form it will have (with the most outliers it may have)."""
+    """A tensor to quantize, by which recipe, and how it will be stored (with the most outliers it may have)."""
 
     tensor: WeightTensor
-    stored: StoredWeight | None
-    bytes: int
+    recipe: Recipe
+    stored: StoredWeight
+
+    @property
+    def bytes(self) -> int:
+        """Most bytes that it takes."""
+        return stored_bytes(self.stored)
+
+    @property
+    def output(self) -> list[str]:
+        """Names of the tensors that it becomes."""
+        return [f"{self.tensor.module}.{part}" for part in part_layout(self.stored)]
+
+    @property
+    def choices(self) -> WeightChoices:
+        """How its rows are quantized."""
+        return self.recipe.for_weight(self.stored.scheme)
+
+
+@dataclass(frozen=True)
+class KeptTensor:
+    """A tensor that stays as it is."""
+
+    tensor: WeightTensor
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes."""
+        return self.tensor.entry.bytes
+
+    @property
+    def output(self) -> list[str]:
+        """Its name."""
+        return [self.tensor.entry.name]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Tensors by output shard, in order."""
+    """What becomes of every tensor, by output shard, in order."""
 
     coverage: Coverage
-    shards: list[list[PlannedTensor]]
+    shards: list[list[PlannedTensor | KeptTensor]]
+
+    @property
+    def quantized(self) -> list[PlannedTensor]:
+        """The tensors to quantize, in order."""
+        return [item for shard in self.shards for item in shard if isinstance(item, PlannedTensor)]
+
+    @property
+    def kept(self) -> list[KeptTensor]:
+        """The tensors that stay as they are, in order."""
+        return [item for shard in self.shards for item in shard if isinstance(item, KeptTensor)]
 
     @property
     def bytes(self) -> int:
@@ -44,17 +91,26 @@ class Plan:
         return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int) -> Plan:
-    """Plan a run; FewbitError when a weight is not recognised or a group size does not divide."""
+def cover_original(checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Coverage:
+    """What every tensor of an original is; FewbitError when one is not recognised, or nothing is to be quantized."""
     if checkpoint.quantization is not None:
         method = checkpoint.quantization.get("quant_method", "an unknown method")
         raise FewbitError(f"{checkpoint.folder}: already quantized ({method}): give the 16-bit original")
-    coverage = cover(checkpoint.entries.values(), checkpoint.config, recipe.include, recipe.exclude)
+    coverage = cover(checkpoint.entries.values(), checkpoint.config, include, exclude)
     require_recognised(coverage, str(checkpoint.folder))
     if not coverage.of("quantize"):
         raise FewbitError(f"{checkpoint.folder}: no linear layer to quantize was found")
-    _check_group_sizes(coverage, recipe)
-    shards: list[list[PlannedTensor]] = [[]]
+    return coverage
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
+    """Plan a run; FewbitError when a weight is not recognised or a group size does not divide."""
+    coverage = cover_original(checkpoint, recipe.include, recipe.exclude)
+    _check_patterns(coverage, recipe)
+    problem = _indivisible(coverage, recipe)
+    if problem:
+        raise FewbitError(problem)
+    shards: list[list[PlannedTensor | KeptTensor]] = [[]]
     filled = 0
     for tensor in coverage.tensors:
         item = _plan_tensor(tensor, recipe)
@@ -66,68 +122,57 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int) -> Plan:
     return Plan(coverage, shards)
 
 
+def _check_patterns(coverage: Coverage, recipe: Recipe) -> None:
+    names = [tensor.entry.name for tensor in coverage.of("quantize")]
+    for pattern, _ in recipe.sets:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise FewbitError(f"--set {pattern}: matches no tensor to quantize: see the names with  fewbit plan")
+
+
 def scheme_for(columns: int, recipe: Recipe) -> Scheme:
     """The stored form of a layer with `columns` columns."""
-    size = group_size_for(columns, recipe.group_size)
+    size = group_size_for(columns, recipe.grid.group_size, recipe.grid.grid.span.columns)
     assert size is not None
-    split = recipe.outliers != "none"
-    return Scheme(
-        bits=recipe.bits,
-        group_size=size,
-        grid="codebook" if recipe.grid == "normal-float" else recipe.grid,
-        levels=recipe.levels(),
-        scale_format=recipe.scale_format,
-        outlier_grid=recipe.outlier_grid if split else "none",
-        outlier_bits=_outlier_bits(recipe) if split else 0,
-        statistic_bits=recipe.statistic_bits if recipe.scale_format == "statistics" else 0,
-        statistic_rows=recipe.statistic_rows if recipe.scale_format == "statistics" else 0,
-    )
+    return recipe.scheme(size)
 
 
-def _outlier_bits(recipe: Recipe) -> int:
-    return 16 if recipe.outlier_grid == "float16" else recipe.outlier_bits or recipe.bits
-
-
-def outliers_per_group(recipe: Recipe, group_size: int) -> int:
-    """Outliers of each group in group scope: the fraction of the group, rounded, at least one unless it is 0."""
-    if recipe.outliers == "none" or recipe.outlier_fraction == 0:
-        return 0
-    return max(1, round(recipe.outlier_fraction * group_size))
-
-
-def place_outliers(stored_shape: tuple[int, int], scheme: Scheme, recipe: Recipe, outliers: int) -> str:
+def place_outliers(stored_shape: tuple[int, int], choices: WeightChoices, outliers: int) -> str:
     """The position encoding for a weight with `outliers` outliers."""
+    scheme = choices.scheme
     if scheme.outlier_grid == "none":
         return "none"
-    even = recipe.outlier_scope == "group" and recipe.outliers == "adaptive-lasso"
-    per_group = outliers_per_group(recipe, scheme.group_size) if even else None
+    even = OUTLIER_RULES[choices.outliers.rule].evenly(choices.outliers)
+    per_group = choices.outliers.per_group(scheme.group_size) if even else None
     return positions.choose(stored_shape[0] * stored_shape[1], outliers, scheme.group_size, per_group)
 
 
-def _plan_tensor(tensor: WeightTensor, recipe: Recipe) -> PlannedTensor:
+def _plan_tensor(tensor: WeightTensor, recipe: Recipe) -> PlannedTensor | KeptTensor:
     if tensor.action != "quantize":
-        return PlannedTensor(tensor, None, tensor.entry.bytes)
+        return KeptTensor(tensor)
+    recipe = recipe.at(tensor.entry.name)
     rows, columns = tensor.matrix_shape
     scheme = scheme_for(columns, recipe)
-    if scheme.outlier_grid == "none":
-        outliers = 0
-    elif recipe.outlier_scope == "group":
-        outliers = outliers_per_group(recipe, scheme.group_size) * rows * (columns // scheme.group_size)
-    else:
-        share = _SENSITIVE if recipe.outliers == "sensitivity" else recipe.outlier_fraction
-        outliers = outlier_count(rows * columns, share)
+    outliers = OUTLIER_RULES[recipe.outliers.rule].expected(rows * columns, scheme.group_size, recipe.outliers)
     original = tensor.entry.shape if len(tensor.entry.shape) != 2 else None
-    if original is not None:
-        _check_fused(tensor, scheme)
-    placed = place_outliers((rows, columns), scheme, recipe, outliers)
+    _check_rows(tensor, rows if original is None else tensor.entry.shape[-2], scheme, original is not None)
+    placed = place_outliers((rows, columns), recipe.for_weight(scheme), outliers)
     stored = StoredWeight(scheme, (rows, columns), outliers, placed, tensor.transposed, original)
-    return PlannedTensor(tensor, stored, stored_bytes(stored))
+    try:
+        check_scheme(scheme)
+    except ValueError as error:
+        raise FewbitError(f"{tensor.entry.name}: {error}") from error
+    return PlannedTensor(tensor, recipe, stored)
 
 
-def _check_fused(tensor: WeightTensor, scheme: Scheme) -> None:
-    """FewbitError for fused experts that a grid cannot hold one below the other."""
-    rows = tensor.entry.shape[-2]
-    if scheme.grid == "binary" or (scheme.scale_format == "statistics" and rows % scheme.statistic_rows):
+def _check_rows(tensor: WeightTensor, rows: int, scheme: Scheme, fused: bool) -> None:
+    """FewbitError for rows that cannot be rounded together, or experts that cannot stand one below the other."""
+    span, block = grid_of(scheme).span.rows, row_block(scheme)
+    if rows % span:
+        raise FewbitError(
+            f"{tensor.entry.name}: the {scheme.grid} grid rounds {span} rows together, this has {rows}: take another "
+            "grid, or keep it with --exclude"
+        )
+    if fused and (block == 0 or rows % block):
         raise FewbitError(
             f"{tensor.entry.name}: experts fused in one tensor cannot be stored with this grid: take another method, "
             "or keep them with --exclude"
@@ -139,20 +184,14 @@ def group_size_problem(checkpoint: Checkpoint, recipe: Recipe) -> str | None:
     return _indivisible(cover(checkpoint.entries.values(), checkpoint.config, recipe.include, recipe.exclude), recipe)
 
 
-def _check_group_sizes(coverage: Coverage, recipe: Recipe) -> None:
-    problem = _indivisible(coverage, recipe)
-    if problem:
-        raise FewbitError(problem)
-
-
 def _indivisible(coverage: Coverage, recipe: Recipe) -> str | None:
     wrong: dict[int, list[str]] = {}
     for tensor in coverage.of("quantize"):
-        columns = tensor.matrix_shape[1]
+        columns, grid = tensor.matrix_shape[1], recipe.at(tensor.entry.name).grid
         if columns < 1:
             raise FewbitError(f"{tensor.entry.name}: it has no columns: keep it with --exclude")
-        size = group_size_for(columns, recipe.group_size)
-        if size is not None and size < min(columns, _SMALLEST_AUTO) and not recipe.group_size.isdecimal():
+        size = group_size_for(columns, grid.group_size, grid.grid.span.columns)
+        if size is not None and size < min(columns, _SMALLEST_AUTO) and not grid.group_size.isdecimal():
             raise FewbitError(
                 f"{tensor.entry.name}: {columns} columns have no divisor from {_SMALLEST_AUTO} to 128 for groups: "
                 "use --group-size row, or keep it with --exclude"
@@ -168,14 +207,7 @@ def _indivisible(coverage: Coverage, recipe: Recipe) -> str | None:
         for columns, names in sorted(wrong.items())
     )
     advice = f"sizes that divide every layer: {', '.join(fits)}; or " if fits else "use "
-    return f"group size {recipe.group_size} does not divide {described}: {advice}--group-size auto"
-
-
-def output_tensors(item: PlannedTensor) -> list[str]:
-    """Names of the tensors that one planned tensor becomes."""
-    if item.stored is None:
-        return [item.tensor.entry.name]
-    return [f"{item.tensor.module}.{part}" for part in part_layout(item.stored)]
+    return f"group size {recipe.grid.group_size} does not divide {described}: {advice}--group-size auto"
 
 
 def stored_to_dict(stored: StoredWeight, scheme_index: int) -> dict[str, Any]:

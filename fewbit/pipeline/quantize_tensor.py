@@ -15,15 +15,27 @@ from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats import native
-from fewbit.formats.scheme import StoredWeight, stored_bytes
-from fewbit.outliers.adaptive_lasso import outlier_count, threshold
-from fewbit.pipeline.plan import PlannedTensor, outliers_per_group, place_outliers
-from fewbit.pipeline.quantize_weight import NotFiniteError, QuantizedRows, RowsContext, quantize_rows
-from fewbit.recipe import Recipe
+from fewbit.formats.native import stored_bytes
+from fewbit.grids.scheme import StoredWeight
+from fewbit.grids.table import grid_of, row_block
+from fewbit.outliers.grids import pack_outliers
+from fewbit.outliers.rules import OUTLIER_RULES
+from fewbit.pipeline.plan import PlannedTensor, place_outliers
+from fewbit.solvers.settled import Encoded, NotFiniteError, round_rows
+from fewbit.transforms.table import TRANSFORMS
 
 # Few enough that passes over them stay in a core's cache, many enough that Python's lock is rarely waited for.
 _CHUNK_WEIGHTS = 1 << 19
 _SMALLEST_NORMAL_FLOAT16 = 2.0**-14
+
+
+@dataclass(frozen=True)
+class SolvedWeight:
+    """How a weight is stored, its parts on the CPU in the order of the format, and its record for the report."""
+
+    stored: StoredWeight
+    parts: dict[str, Tensor]
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,27 +52,27 @@ def available_cores() -> int:
 
 
 def quantize_tensor(
-    item: PlannedTensor, checkpoint: Checkpoint, reader: FileReader, recipe: Recipe, workers: Workers
-) -> Callable[[], tuple[StoredWeight, dict[str, Tensor], dict[str, Any]]]:
+    item: PlannedTensor, checkpoint: Checkpoint, reader: FileReader, workers: Workers
+) -> Callable[[], SolvedWeight]:
     """Quantize one planned tensor.
 
-    Returns a function that puts the rows together (another thread can call it while the next tensor is quantized): how
-    it is stored, its parts on the CPU, and its record for the report. Raises FewbitError naming the tensor when a
-    weight is NaN or infinite or a scale cannot be stored.
+    Returns a function that puts the rows together (another thread can call it while the next tensor is quantized).
+    Raises FewbitError naming the tensor when a weight is NaN or infinite or a scale cannot be stored.
     """
-    stored = item.stored
-    assert stored is not None
-    source = _Rows(item, reader)
-    context = RowsContext(
-        recipe=recipe,
-        scheme=stored.scheme,
-        threshold=_threshold(source, stored, recipe, workers),
-        per_group=outliers_per_group(recipe, stored.scheme.group_size) if recipe.outlier_scope == "group" else 0,
-        importance=_importance(item, checkpoint, reader, recipe, workers.device),
-    )
+    source, stored, choices = _Rows(item, reader), item.stored, item.choices
+    rule, transform = OUTLIER_RULES[choices.outliers.rule], TRANSFORMS[stored.scheme.transform]
+    mapped = transform.fixed(stored.shape[1])
 
-    def work(span: tuple[int, int]) -> QuantizedRows:
-        return quantize_rows(source.read(*span).to(workers.device), context)
+    def read(first: int, count: int) -> Tensor:
+        rows = source.read(first, count)
+        return transform.weight(rows.float(), mapped) if mapped else rows
+
+    chunks = [partial(read, *span) for span in source.spans]
+    cut = rule.cut(chunks, stored.weights, choices.outliers, workers.pool)
+    importance = _importance(item, checkpoint, reader, workers.device)
+
+    def work(span: tuple[int, int]) -> Encoded:
+        return round_rows(read(*span).to(workers.device), choices, cut, importance)
 
     try:
         results = list(workers.pool.map(work, source.spans))
@@ -70,19 +82,20 @@ def quantize_tensor(
         ) from error
     except FewbitError as error:
         raise FewbitError(f"{item.tensor.entry.name}: {error}") from error
-    return partial(assemble, item, stored, results, source.spans, recipe)
+    return partial(assemble, item, results, source.spans)
 
 
 class _Rows:
     """Rows of a weight as a matrix (out, in), read on demand; one stored (in, out) is read whole and turned."""
 
     def __init__(self, item: PlannedTensor, reader: FileReader) -> None:
-        assert item.stored is not None
         self._entry, self._reader = item.tensor.entry, reader
         self.rows, self.columns = item.stored.shape
         self._whole = reader.tensor(self._entry).t().contiguous() if item.stored.transposed else None
         reader.descriptor(self._entry.file)
-        step = max(1, _CHUNK_WEIGHTS // self.columns)
+        # What some rows share is stored once for them: they stay together.
+        block = row_block(item.stored.scheme) or self.rows
+        step = max(1, _CHUNK_WEIGHTS // self.columns // block) * block
         self.spans = [(first, min(step, self.rows - first)) for first in range(0, self.rows, step)]
 
     def read(self, first: int, count: int) -> Tensor:
@@ -93,21 +106,13 @@ class _Rows:
 
 
 def _too_small(parts: dict[str, Tensor], stored: StoredWeight) -> bool:
-    return float(native.read_scales(parts, stored).abs().max()) < _SMALLEST_NORMAL_FLOAT16
+    values = grid_of(stored.scheme).read(parts, stored.scheme, stored.groups)
+    return float(values["scale"].abs().max()) < _SMALLEST_NORMAL_FLOAT16
 
 
-def _threshold(source: _Rows, stored: StoredWeight, recipe: Recipe, workers: Workers) -> float | None:
-    if recipe.outliers == "none" or recipe.outlier_scope != "tensor":
-        return None
-    chunks = [partial(source.read, *span) for span in source.spans]
-    return threshold(chunks, outlier_count(stored.weights, recipe.outlier_fraction), workers.pool)
-
-
-def _importance(
-    item: PlannedTensor, checkpoint: Checkpoint, reader: FileReader, recipe: Recipe, device: torch.device
-) -> Tensor | None:
+def _importance(item: PlannedTensor, checkpoint: Checkpoint, reader: FileReader, device: torch.device) -> Tensor | None:
     """c_j of each column: after a norm an input has about unit power times its squared gain."""
-    if recipe.column_weights == "none":
+    if item.recipe.grid.column_weights == "none":
         return None
     entry = gain_before(item.tensor.entry.name, checkpoint.entries)
     if entry is None or entry.numel != item.tensor.matrix_shape[1]:
@@ -117,34 +122,26 @@ def _importance(
     return (power / power.mean()).to(device)
 
 
-def assemble(
-    item: PlannedTensor,
-    stored: StoredWeight,
-    results: list[QuantizedRows],
-    spans: list[tuple[int, int]],
-    recipe: Recipe,
-) -> tuple[StoredWeight, dict[str, Tensor], dict[str, Any]]:
+def assemble(item: PlannedTensor, results: list[Encoded], spans: list[tuple[int, int]]) -> SolvedWeight:
     """Put rows `(first, count)` together: how the weight is stored, its parts on the CPU, its record for the report."""
-    columns = stored.shape[1]
+    stored, columns = item.stored, item.stored.shape[1]
     parts = {name: torch.cat([r.parts[name] for r in results]).cpu() for name in results[0].parts}
     if stored.scheme.outlier_grid != "none":
-        moved = [
-            r.outlier_positions + first * columns
-            for r, (first, _) in zip(results, spans, strict=True)
-            if r.outlier_positions is not None
-        ]
+        moved = [r.where + first * columns for r, (first, _) in zip(results, spans, strict=True) if r.where is not None]
         where = torch.cat(moved).cpu()
         codes = torch.cat([r.outlier_codes for r in results if r.outlier_codes is not None]).cpu()
         count = where.numel()
         if count:
-            placed = place_outliers(stored.shape, stored.scheme, recipe, count)
-            stored = replace(stored, outliers=count, positions=placed)
-            parts.update(native.pack_outliers(codes, where, stored))
+            stored = replace(stored, outliers=count, positions=place_outliers(stored.shape, item.choices, count))
+            parts.update(pack_outliers(codes, where, stored))
         else:
             scheme = replace(stored.scheme, outlier_grid="none", outlier_bits=0)
             stored = replace(stored, scheme=scheme, outliers=0, positions="none")
             parts = {name: part for name, part in parts.items() if not name.startswith("outlier_")}
+    transform = TRANSFORMS[stored.scheme.transform]
+    parts.update(transform.store(transform.fixed(columns)))
     native.check_parts(parts, stored)
+    parts = {name: parts[name] for name in native.part_layout(stored)}
     norm, error = sum(r.squared_norm for r in results), sum(r.squared_error for r in results)
     if stored.scheme.scale_format == "float16" and error > 0.1 * norm and _too_small(parts, stored):
         raise FewbitError(
@@ -154,10 +151,13 @@ def assemble(
         "name": item.tensor.entry.name,
         "shape": list(item.tensor.entry.shape),
         "weights": stored.weights,
+        "bits": stored.scheme.bits,
         "group_size": stored.scheme.group_size,
         "outliers": stored.outliers,
         "bytes": stored_bytes(stored),
         "bits_per_weight": 8 * stored_bytes(stored) / stored.weights,
         "relative_squared_error": error / norm if norm else 0.0,
+        "mean_group_error": sum(r.group_errors[0] for r in results) / max(1, sum(r.group_errors[2] for r in results)),
+        "worst_group_error": max(r.group_errors[1] for r in results),
     }
-    return stored, parts, record
+    return SolvedWeight(stored, parts, record)

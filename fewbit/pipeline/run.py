@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from fewbit import __version__
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
@@ -22,20 +21,20 @@ from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.checkpoints.workdir import WorkFolder, check_output, copy_companions, write_index, write_json
 from fewbit.device import check_device
 from fewbit.errors import FewbitError
+from fewbit.formats.native import FORMAT_VERSION, check_scheme
 from fewbit.formats.original import MODEL_FOLDER, REPORT, RUN
-from fewbit.formats.scheme import FORMAT_VERSION, Scheme
+from fewbit.grids.scheme import Scheme
 from fewbit.memory import peak_rss_bytes
 from fewbit.pipeline.calibration_options import CalibrationOptions, check_fit
-from fewbit.pipeline.plan import Plan, PlannedTensor, make_plan, output_tensors, stored_to_dict
-from fewbit.pipeline.quantize_tensor import Workers, available_cores, quantize_tensor
+from fewbit.pipeline.plan import DEFAULT_SHARD_SIZE, KeptTensor, Plan, PlannedTensor, make_plan, stored_to_dict
+from fewbit.pipeline.quantize_tensor import SolvedWeight, Workers, available_cores, quantize_tensor
 from fewbit.pipeline.solved_store import SolvedStore
+from fewbit.progress import Progress
 from fewbit.recipe import Recipe
-
-DEFAULT_SHARD_SIZE = 5_000_000_000
-Progress = Callable[[int, int, str], None]
+from fewbit.version import __version__
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What does not change the weights: file sizes, workers, where rows are computed, what may be replaced.
 
@@ -89,7 +88,7 @@ def quantize(
                     calibration = _calibrate(checkpoint, plan, recipe, options, solved)
                 workers = scratch.enter_context(_workers(options))
                 reader = scratch.enter_context(FileReader())
-                results = _stream(plan, checkpoint, recipe, _Run(workers, reader, work, options.progress, solved))
+                results = _stream(plan, checkpoint, _Run(workers, reader, work, options.progress, solved))
             report = _report(str(model), checkpoint, recipe, plan, results)
             if calibration is not None:
                 report["calibration"] = calibration
@@ -126,7 +125,7 @@ def _calibrate(
     return solve_model(checkpoint, plan, recipe, options.calibration, solved, options.device, options.progress)
 
 
-def _stream(plan: Plan, checkpoint: Checkpoint, recipe: Recipe, run: _Run) -> list[list[dict[str, Any]]]:
+def _stream(plan: Plan, checkpoint: Checkpoint, run: _Run) -> list[list[dict[str, Any]]]:
     """Per shard, the records of its tensors; finished shards of an interrupted run are not done again."""
     total = sum(item.tensor.entry.bytes for shard in plan.shards for item in shard)
     done = 0
@@ -136,7 +135,7 @@ def _stream(plan: Plan, checkpoint: Checkpoint, recipe: Recipe, run: _Run) -> li
         records = run.work.finished(name) if run.work else None
         size = sum(item.tensor.entry.bytes for item in shard)
         if records is None:
-            records = _write_shard(name, shard, checkpoint, recipe, run, (done, total))
+            records = _write_shard(name, shard, checkpoint, run, (done, total))
         elif run.progress:
             run.progress(done + size, total, f"{name} was finished before")
         done += size
@@ -146,22 +145,21 @@ def _stream(plan: Plan, checkpoint: Checkpoint, recipe: Recipe, run: _Run) -> li
 
 def _write_shard(
     name: str,
-    shard: list[PlannedTensor],
+    shard: list[PlannedTensor | KeptTensor],
     checkpoint: Checkpoint,
-    recipe: Recipe,
     run: _Run,
     position: tuple[int, int],
 ) -> list[dict[str, Any]]:
     done, total = position
     writer = None
     if run.work:
-        room = header_room([tensor for item in shard for tensor in output_tensors(item)])
+        room = header_room([tensor for item in shard for tensor in item.output])
         writer = ShardWriter(run.work.path / name, room)
     pending: list[Future[dict[str, Any]]] = []
     try:
         with ThreadPoolExecutor(1) as behind:
             for item in shard:
-                write = _quantize_then_write(item, checkpoint, recipe, run, writer)
+                write = _quantize_then_write(item, checkpoint, run, writer)
                 # Writing stays one tensor behind, so that no more than two are ever in memory.
                 if pending:
                     pending[-1].result()
@@ -182,38 +180,39 @@ def _write_shard(
 
 
 def _quantize_then_write(
-    item: PlannedTensor, checkpoint: Checkpoint, recipe: Recipe, run: _Run, writer: ShardWriter | None
+    item: PlannedTensor | KeptTensor, checkpoint: Checkpoint, run: _Run, writer: ShardWriter | None
 ) -> Callable[[], dict[str, Any]]:
     """Quantize a tensor now; the function that is returned writes it, or copies one that is kept, and describes it."""
+    run.reader.descriptor(item.tensor.entry.file)
+    if isinstance(item, KeptTensor):
+        return partial(_copy, item, run, writer)
+    if run.solved is None:
+        return partial(_write, item, quantize_tensor(item, checkpoint, run.reader, run.workers), writer)
+    return partial(_write, item, partial(run.solved.take, item.tensor.entry.name), writer)
+
+
+def _copy(item: KeptTensor, run: _Run, writer: ShardWriter | None) -> dict[str, Any]:
     entry = item.tensor.entry
-    run.reader.descriptor(entry.file)
-    assemble = None
-    if item.stored is not None and run.solved is None:
-        assemble = quantize_tensor(item, checkpoint, run.reader, recipe, run.workers)
-    elif item.stored is not None and run.solved is not None:
-        assemble = partial(run.solved.take, entry.name)
+    changed = run.solved.kept(entry.name) if run.solved else None
+    if writer and changed is not None:
+        writer.add(entry.name, changed)
+    elif writer:
+        writer.copy(entry, run.reader)
+    return {"kept": {"name": entry.name, "shape": list(entry.shape), "reason": item.tensor.reason}}
 
-    def write() -> dict[str, Any]:
-        if assemble is None:
-            changed = run.solved.kept(entry.name) if run.solved else None
-            if writer and changed is not None:
-                writer.add(entry.name, changed)
-            elif writer:
-                writer.copy(entry, run.reader)
-            return {"kept": {"name": entry.name, "shape": list(entry.shape), "reason": item.tensor.reason}}
-        stored, parts, record = assemble()
-        if writer:
-            for part, tensor in parts.items():
-                writer.add(f"{item.tensor.module}.{part}", tensor)
-        return {
-            "layer": record,
-            "module": item.tensor.module,
-            "stored": stored_to_dict(stored, 0),
-            "scheme": stored.scheme.to_dict(),
-            "parts": list(parts),
-        }
 
-    return write
+def _write(item: PlannedTensor, assemble: Callable[[], SolvedWeight], writer: ShardWriter | None) -> dict[str, Any]:
+    found = assemble()
+    if writer:
+        for part, tensor in found.parts.items():
+            writer.add(f"{item.tensor.module}.{part}", tensor)
+    return {
+        "layer": found.record,
+        "module": item.tensor.module,
+        "stored": stored_to_dict(found.stored, 0),
+        "scheme": found.stored.scheme.to_dict(),
+        "parts": list(found.parts),
+    }
 
 
 @contextlib.contextmanager
@@ -251,7 +250,7 @@ def _check_space(plan: Plan, folder: Path, twice: bool) -> None:
     """FewbitError unless the output fits; solved weights are kept beside it until it is whole (`twice`)."""
     done = sum(p.stat().st_size for pattern in ("*.safetensors", "*.solved") for p in folder.glob(pattern))
     free = shutil.disk_usage(folder).free
-    needed = plan.bytes + (sum(i.bytes for shard in plan.shards for i in shard if i.stored) if twice else 0)
+    needed = plan.bytes + (sum(item.bytes for item in plan.quantized) if twice else 0)
     if needed - done > free:
         raise FewbitError(f"{folder.parent}: the output needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
@@ -284,7 +283,7 @@ def quantization_config(recipe: Recipe, records: list[dict[str, Any]]) -> dict[s
             schemes.append(record["scheme"])
         weights[record["module"]] = {**record["stored"], "scheme": schemes.index(record["scheme"])}
     for scheme in schemes:
-        Scheme.from_dict(scheme)
+        check_scheme(Scheme.from_dict(scheme))
     return {
         "quant_method": "fewbit",
         "format_version": FORMAT_VERSION,
@@ -302,7 +301,7 @@ def _report(
     layers = [record["layer"] for record in records if "layer" in record]
     weights, size = sum(r["weights"] for r in layers), sum(r["bytes"] for r in layers)
     kept = [record["kept"] for record in records if "kept" in record]
-    kept_bytes = sum(i.bytes for shard in plan.shards for i in shard if i.stored is None)
+    kept_bytes = sum(item.bytes for item in plan.kept)
     return {
         "model": model,
         "method": recipe.method,

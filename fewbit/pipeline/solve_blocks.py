@@ -13,88 +13,50 @@ from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats import native
-from fewbit.pipeline.awq import fold_block
-from fewbit.pipeline.calibration_options import CalibrationOptions
+from fewbit.pipeline.curvatures import BlockCurvature
+from fewbit.pipeline.fold import Folding, fold_block
+from fewbit.pipeline.network import Network
 from fewbit.pipeline.plan import PlannedTensor
-from fewbit.pipeline.quantize_tensor import assemble
-from fewbit.pipeline.quantize_weight import NotFiniteError
-from fewbit.pipeline.solve_weight import NO_INPUT, round_weight, solve_weight, solve_weights
-from fewbit.pipeline.solved import Solved
-from fewbit.pipeline.solved_store import SolvedStore, SolvedWeight
+from fewbit.pipeline.quantize_tensor import SolvedWeight, assemble
+from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.pipeline.walk import Walk
+from fewbit.progress import Counter
 from fewbit.recipe import Recipe
+from fewbit.solvers.settled import NotFiniteError
+from fewbit.solvers.solved import Solved
+from fewbit.solvers.weight import NO_INPUT, round_weight, solve_weights
+from fewbit.transforms.table import TRANSFORMS
 
-Progress = Callable[[int, int, str], None]
 _SAMPLE_TOKENS = 24
-
-
-@dataclass(frozen=True)
-class Network:
-    """The model that runs, its blocks, and where the tensors to quantize are in it, block by block.
-
-    kept: for every block, the names of the other tensors of the checkpoint by their parameters in the block.
-    """
-
-    model: Any
-    blocks: list[Any]
-    sites: list[list[Site]]
-    items: dict[str, PlannedTensor]
-    kept: list[dict[str, str]]
-    device: torch.device
-
-    def take(self, index: int) -> None:
-        """Give a block weights of its own, on the device that computes.
-
-        Until then they are mapped from the checkpoint's files, so that a walk holds those of one block.
-        """
-        for tensor in _tensors(self.blocks[index]):
-            tensor.data = tensor.data.to(self.device, copy=True)
-
-    def release(self, index: int) -> None:
-        """Free a block that a walk has passed."""
-        for tensor in _tensors(self.blocks[index]):
-            tensor.data = tensor.data.new_empty(0)
-
-
-def _tensors(block: Any) -> list[Tensor]:
-    return [*block.parameters(), *block.buffers()]
 
 
 @dataclass
 class BlockSolver:
-    """Solving one block after another, with what the progress line shows."""
+    """Solving one block after another.
+
+    items: what is planned, by the names of the tensors. paths: how each weight was found. notes: what the report says
+    of transforms. sample: a short text on its way through the network, where a transform is folded.
+    """
 
     recipe: Recipe
-    options: CalibrationOptions
+    items: dict[str, PlannedTensor]
     store: SolvedStore
     network: Network
-    progress: Progress | None
+    counter: Counter
     paths: dict[str, str] = field(default_factory=dict)
-    done: int = 0
-    total: int = 1
-    what: str = ""
     sample: Walk | None = None
     notes: list[dict[str, Any]] = field(default_factory=list)
 
-    def step(self, *_: Any) -> None:
-        """One sequence through one block, or one sequence forward and back."""
-        self.done += 1
-        self.show()
-
-    def show(self) -> None:
-        """Bring the progress line up to date."""
-        if self.progress:
-            self.progress(min(self.done, self.total), self.total, self.what)
-
     def begin(self) -> None:
         """To be called while the whole network is on one device."""
-        if self.recipe.channel_scales == "awq":
+        if self.recipe.transform.kind.folded:
             ids = torch.arange(_SAMPLE_TOKENS).unsqueeze(0) + 5
             self.sample = Walk(self.network.model, self.network.blocks, ids, 1 << 30)
 
-    def solve_block(self, index: int, curvature: Callable[[Site], Tensor | None], install: bool = True) -> None:
-        """Solve the weights of a block, or take them from an interrupted run; `install` puts them into the network."""
-        if self.recipe.channel_scales == "awq":
+    def solve_block(self, block: BlockCurvature) -> None:
+        """Solve the weights of a block, or take them from an interrupted run, and put them into the network."""
+        index, curvature = block.index, block.of
+        if self.recipe.transform.kind.folded:
             self._fold(index, curvature)
         by_tensor: dict[str, list[Site]] = {}
         for site in self.network.sites[index]:
@@ -106,9 +68,8 @@ class BlockSolver:
                 found = self._solve_together({name: by_tensor[name] for name in names}, curvature)
             for name, one in zip(names, found, strict=True):
                 assert one is not None
-                self._take(name, one, by_tensor[name], install)
-            self.what = f"block {index + 1} of {len(self.network.blocks)}, error {_error(found[-1]):.2%}"
-            self.show()
+                self._take(name, one, by_tensor[name], install=not block.fixed)
+            self.counter.show(f"block {index + 1} of {len(self.network.blocks)}, error {_error(found[-1]):.2%}")
 
     def _together(
         self, by_tensor: dict[str, list[Site]], curvature: Callable[[Site], Tensor | None]
@@ -116,10 +77,9 @@ class BlockSolver:
         """Names of tensors that are solved together: plain layers that share their curvature and are stored alike."""
         groups: dict[Any, list[str]] = {}
         for name, sites in by_tensor.items():
-            item, matrix = self.network.items[name], curvature(sites[0])
-            assert item.stored is not None
+            item, matrix = self.items[name], curvature(sites[0])
             alone = len(sites) > 1 or matrix is None
-            key = name if alone or matrix is None else (matrix.data_ptr(), item.stored.scheme)
+            key = name if alone or matrix is None else (matrix.data_ptr(), item.choices)
             groups.setdefault(key, []).append(name)
         return list(groups.values())
 
@@ -148,12 +108,12 @@ class BlockSolver:
             return
 
         def rounding(site: Site, weight: Tensor) -> Tensor:
-            item = self.network.items[site.tensor.entry.name]
-            assert item.stored is not None
-            return round_weight(weight, self.recipe, item.stored.scheme)
+            return round_weight(weight, self.items[site.tensor.entry.name].choices)
 
         before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
-        notes = fold_block(block, sites, curvature, rounding, partial(sample.change, index))
+        choose = self.recipe.transform.kind.choose
+        assert choose is not None
+        notes = fold_block(block, sites, curvature, Folding(choose, rounding), partial(sample.change, index))
         self.notes += notes
         self.store.put_notes(index, notes)
         matrices = {id(site.watched.weight) for site in sites}
@@ -179,11 +139,10 @@ class BlockSolver:
         """Solve the tensors of one group and keep them."""
         if len(by_tensor) > 1:
             sites = [found[0] for found in by_tensor.values()]
-            items = [self.network.items[name] for name in by_tensor]
-            assert items[0].stored is not None
+            items = [self.items[name] for name in by_tensor]
             try:
                 weights = [site.read() for site in sites]
-                solved = solve_weights(weights, curvature(sites[0]), self.recipe, items[0].stored.scheme)
+                solved = _solve_alike(weights, curvature(sites[0]), items[0])
                 return [self._keep(item, [one]) for item, one in zip(items, solved, strict=True)]
             except (NotFiniteError, FewbitError):
                 # One by one the error says which of them it is.
@@ -192,17 +151,16 @@ class BlockSolver:
         for name, found in by_tensor.items():
             matrices = [(site.read(), curvature(site)) for site in found]
             idle = any(_idle(site, matrix) for site, (_, matrix) in zip(found, matrices, strict=True))
-            kept.append(self._solve(self.network.items[name], matrices, idle))
+            kept.append(self._solve(self.items[name], matrices, idle))
         return kept
 
     def _solve(
         self, item: PlannedTensor, matrices: list[tuple[Tensor, Tensor | None]], idle: bool = False
     ) -> SolvedWeight:
-        assert item.stored is not None
         name, solved = item.tensor.entry.name, []
         for weight, matrix in matrices:
             try:
-                solved.append(solve_weight(weight, matrix, self.recipe, item.stored.scheme))
+                solved += _solve_alike([weight], matrix, item)
             except NotFiniteError as error:
                 raise FewbitError(f"{name}: a weight is NaN or infinite: the checkpoint is damaged") from error
             except FewbitError as error:
@@ -211,12 +169,12 @@ class BlockSolver:
 
     def _keep(self, item: PlannedTensor, solved: list[Solved], idle: bool = False) -> SolvedWeight:
         """Store a tensor whose parts, one below the other, were solved."""
-        assert item.stored is not None
         spans: list[tuple[int, int]] = []
         for one in solved:
             first = spans[-1][0] + spans[-1][1] if spans else 0
             spans.append((first, one.decoded.shape[0]))
-        stored, parts, record = assemble(item, item.stored, [one.rows for one in solved], spans, self.recipe)
+        whole = assemble(item, [one.rows for one in solved], spans)
+        record = whole.record
         paths = sorted({one.path for one in solved})
         record["path"] = next((path for path in paths if path.startswith("fallback")), "; ".join(paths))
         if idle:
@@ -227,7 +185,17 @@ class BlockSolver:
         predicted = [one.predicted for one in solved if one.predicted is not None]
         if predicted:
             record["relative_curvature_error"] = sum(predicted) / len(predicted)
-        return self.store.put(item.tensor.entry.name, SolvedWeight(stored, parts, record))
+        return self.store.put(item.tensor.entry.name, whole)
+
+
+def _solve_alike(weights: list[Tensor], curvature: Tensor | None, item: PlannedTensor) -> list[Solved]:
+    """Solve weights that are planned alike, for inputs as their transform gives them."""
+    transform = TRANSFORMS[item.stored.scheme.transform]
+    mapped = transform.fixed(item.stored.shape[1])
+    if mapped:
+        weights = [transform.weight(weight.float(), mapped) for weight in weights]
+        curvature = None if curvature is None else transform.curvature(curvature, mapped)
+    return solve_weights(weights, curvature, item.choices)
 
 
 def _error(found: SolvedWeight | None) -> float:

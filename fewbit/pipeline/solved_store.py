@@ -1,7 +1,6 @@
 """Solved weights on disk, each written when it is found, until the shards are put together from them."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,9 @@ from fewbit.checkpoints.whole_file import save_whole
 from fewbit.checkpoints.workdir import SOLVED, TOKENS
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_stored
-from fewbit.formats.scheme import Scheme, StoredWeight
+from fewbit.grids.scheme import Scheme
 from fewbit.pipeline.plan import stored_to_dict
-
-
-@dataclass(frozen=True)
-class SolvedWeight:
-    """How a weight is stored, its parts on the CPU, and its record for the report."""
-
-    stored: StoredWeight
-    parts: dict[str, Tensor]
-    record: dict[str, Any]
+from fewbit.pipeline.quantize_tensor import SolvedWeight
 
 
 class SolvedStore:
@@ -86,11 +77,11 @@ class SolvedStore:
         path = self._path(f"notes-{block}")
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
-    def take(self, name: str) -> tuple[StoredWeight, dict[str, Tensor], dict[str, Any]]:
-        """A weight that was kept, as :func:`fewbit.pipeline.quantize_tensor.assemble` gives it."""
+    def take(self, name: str) -> SolvedWeight:
+        """A weight that was kept."""
         found = self.find(name)
         assert found is not None
-        return found.stored, found.parts, found.record
+        return found
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{SOLVED}"

@@ -16,14 +16,14 @@ from torch import Tensor
 from fewbit.activations.choice import ActivationChoice
 from fewbit.activations.record import Largest, Recorder, Step, record
 from fewbit.activations.rounding import Range, RoundedWeight, range_of, round_weight, rounded_linear
-from fewbit.activations.smoothing import smoothing_scales
 from fewbit.activations.statistics import InputRanges
 from fewbit.architecture.folding import find_feeder
 from fewbit.curvature.observe import replacing
 from fewbit.errors import FewbitError
 from fewbit.pipeline.input_sites import input_sites, watched_layers
-from fewbit.pipeline.solve_blocks import Network
+from fewbit.pipeline.network import Network
 from fewbit.pipeline.walk import Walk
+from fewbit.transforms.channel_scales import smoothing_scales
 
 _SCALE_BITS = 32
 _SAMPLE_TOKENS = 24

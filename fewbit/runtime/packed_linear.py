@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.formats import native
-from fewbit.formats.scheme import StoredWeight, part_layout
+from fewbit.formats.native import part_layout
+from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import linear
 
 
@@ -30,12 +31,17 @@ class PackedLinear(nn.Module):
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The weight `(out, in)` in `dtype`, on the layer's device."""
-        return native.decode(dict(self.named_buffers(recurse=False)), self.stored, dtype)
+        return native.decode(self._parts(), self.stored, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.decode(x.dtype), self.bias)
+        parts = self._parts()
+        weight = native.decode_stored(parts, self.stored, x.dtype)
+        return linear(native.transform_inputs(x, parts, self.stored), weight, self.bias)
+
+    def _parts(self) -> dict[str, Tensor]:
+        return dict(self.named_buffers(recurse=False))
 
     def extra_repr(self) -> str:
         scheme = self.stored.scheme
         shape = f"{self.in_features} -> {self.out_features}"
-        return f"{shape}, {scheme.bits} bits, {scheme.grid}, {self.stored.outliers} outliers"
+        return f"{shape}, {scheme.bits:g} bits, {scheme.grid}, {self.stored.outliers} outliers"

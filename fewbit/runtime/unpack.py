@@ -12,7 +12,8 @@ from fewbit.checkpoints.workdir import WorkFolder, check_output, copy_companions
 from fewbit.errors import FewbitError
 from fewbit.formats import native
 from fewbit.formats.config import read_weights
-from fewbit.formats.scheme import StoredWeight, part_layout
+from fewbit.formats.native import part_layout
+from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import Linear
 from fewbit.runtime.packed_linear import PackedLinear
 

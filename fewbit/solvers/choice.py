@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fewbit.choices import Choices, check_name
 from fewbit.errors import FewbitError
 
 KINDS = ("round", "column")
@@ -25,11 +26,15 @@ class SolverChoice:
     importance: str = "none"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise FewbitError(f"solver must be one of {', '.join(KINDS)}, not {self.kind!r}")
-        if self.importance not in IMPORTANCE:
-            raise FewbitError(f"importance must be one of {', '.join(IMPORTANCE)}, not {self.importance!r}")
+        check_name("solver", self.kind, KINDS)
+        check_name("importance", self.importance, IMPORTANCE)
         if not 0 < self.damping <= 100:
             raise FewbitError(f"damping must be above 0 and at most 100 times the mean diagonal, not {self.damping}")
         if self.act_order and self.refit:
             raise FewbitError("act-order takes columns out of their groups: grids cannot be refitted (--static-groups)")
+
+    def refuses(self, recipe: Choices) -> str | None:
+        """Why this solver cannot be with the other axes' choices, or None."""
+        if self.kind == "column" and recipe.curvature is None:
+            return "the column solver needs a curvature: gram or fisher"
+        return None

@@ -3,7 +3,8 @@
     e = (w_j - quant(w_j)) / U_jj        w_k -= e U_jk  for k > j
 
 with ``H^-1 = U^T U``. Columns are taken in blocks: inside a block every later column is updated at once, the columns
-after the block once for the whole block.
+after the block once for the whole block. Neighbouring columns that one code stands for are rounded together, as they
+are before the first of them; what later ones take from each is then the same rule, by forward substitution.
 """
 
 from collections.abc import Callable
@@ -22,33 +23,46 @@ class DivergedError(ArithmeticError):
 
 
 def solve_columns(
-    weight: Tensor, upper: Tensor, quantize: Quantizer, enter: Enter | None = None, group_size: int = 0
+    weight: Tensor,
+    upper: Tensor,
+    quantize: Quantizer,
+    enter: Enter | None = None,
+    group_size: int = 0,
+    run: int = 1,
 ) -> Tensor:
     """The compensated weights `(out, in)` float32, each as it was when its column was rounded.
 
-    weight: float32 `(out, in)` in the solver's column order. upper: U. quantize(column, j): the decoded values
-    `(out,)` that column j is rounded to. enter(group, first): called with the compensated columns
+    weight: float32 `(out, in)` in the solver's column order. upper: U. run: how many neighbouring columns are rounded
+    together; it divides their number. quantize(columns, j): the decoded values `(out, run)` that column j and those
+    that follow it in its run are rounded to. enter(group, first): called with the compensated columns
     `(out, group_size)` of a group before its first column is rounded, when `enter` is given.
     Rounding the result with the same grids gives the solver's codes. Raises DivergedError.
     """
     columns = weight.shape[1]
     # Columns are rows of a transposed copy, so that every access is contiguous.
     work = weight.t().contiguous()
-    # A group that is refitted must be up to date in all its columns: a block holds whole groups.
-    block = BLOCK if enter is None else max(1, BLOCK // group_size) * group_size
+    # A group that is refitted must be up to date in all its columns: a block holds whole groups, and whole runs.
+    whole = run if enter is None else group_size
+    block = max(1, BLOCK // whole) * whole
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         errors = torch.empty((stop - start, work.shape[1]), dtype=work.dtype, device=work.device)
         inner = upper[start:stop, start:stop]
+        decoded = work[:0]
         for i in range(stop - start):
             j = start + i
             if enter is not None and j % group_size == 0:
                 enter(work[j : j + group_size].t(), j)
-            column = work[j]
-            error = (column - quantize(column, j)).div_(inner[i, i])
+            if i % run == 0:
+                if run > 1:
+                    before = work[j : j + run].clone()
+                decoded = quantize(work[j : j + run].t(), j).t()
+            error = (work[j] - decoded[i % run]).div_(inner[i, i])
             errors[i] = error
             if i + 1 < stop - start:
                 work[j + 1 : stop].addr_(inner[i, i + 1 :], error, alpha=-1.0)
+            if run > 1 and i % run == run - 1:
+                work[j + 1 - run : j + 1] = before
         if stop < columns:
             work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
     if not bool(torch.isfinite(work).all()):

@@ -9,7 +9,8 @@ from typing import Any
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.errors import FewbitError
 from fewbit.pipeline.plan import make_plan
-from fewbit.recipe import PRESETS, Recipe, preset
+from fewbit.presets import PRESETS
+from fewbit.recipe import Recipe, preset
 from fewbit.studies.calibration_sets_measure import (
     INPUTS,
     OpenedSets,
@@ -22,7 +23,7 @@ from fewbit.studies.calibration_sets_measure import (
 from fewbit.studies.calibration_sets_page import draw
 from fewbit.studies.calibration_sets_summary import ALPHA, MARGIN, summarize
 from fewbit.studies.choice import StudyChoice
-from fewbit.studies.opened import plan_of
+from fewbit.studies.opened import cover_model
 from fewbit.studies.sets import NamedSet, all_sets
 from fewbit.studies.study import Cell, Progress, Row, Size, Study, Tell
 from fewbit.studies.variants import refuse_fused_experts
@@ -36,11 +37,11 @@ def cells(choice: StudyChoice) -> list[Cell]:
     grid = STUDY.sizes[choice.size].grid
     methods = choice.methods or grid["methods"]
     groups = grouped(methods, choice.bits or (_BITS,))
-    checkpoint, _ = plan_of(choice)
+    checkpoint, _ = cover_model(choice)
     for group in groups:
         for method, bits in group["methods"]:
             if method not in INPUTS:
-                make_plan(checkpoint, recipe_of(method, bits), 1 << 62)
+                make_plan(checkpoint, recipe_of(method, bits))
     _check_test(choice)
     asked_tasks(choice)
     seeds = choice.options.get("seeds", list(grid["seeds"]))

@@ -19,16 +19,16 @@ from fewbit.evaluation.score import window_losses
 from fewbit.evaluation.task_answers import answer_tasks, summarize
 from fewbit.evaluation.tasks import TaskChoice, open_tasks
 from fewbit.evaluation.windows import read_tokenizer
-from fewbit.pipeline.calibrated import open_original
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.measure import measure_tokens
+from fewbit.pipeline.measure_curvature import measure_tokens
+from fewbit.pipeline.network import open_original
 from fewbit.pipeline.run import RunOptions, quantize
 from fewbit.pipeline.w8a8 import rounding_inputs
 from fewbit.recipe import preset
 from fewbit.runtime.load import load
 from fewbit.runtime.unpack import unpack_modules
 from fewbit.studies.choice import StudyChoice
-from fewbit.studies.opened import Opened, open_model, plan_of
+from fewbit.studies.opened import Opened, cover_model, open_model
 from fewbit.studies.sets import NamedSet, draw_set
 from fewbit.studies.study import Cell, Progress, Row, Tell
 
@@ -58,7 +58,7 @@ def task_scorer(choice: StudyChoice) -> Scorer | None:
     if asked is None:
         return None
     opened = open_tasks(asked)
-    tokenizer = read_tokenizer(plan_of(choice)[0].folder)
+    tokenizer = read_tokenizer(cover_model(choice)[0].folder)
 
     def score(model: Any) -> dict[str, dict[str, Any]]:
         return {task: summarize(answers) for task, answers in answer_tasks(model, tokenizer, opened).items()}
@@ -83,7 +83,7 @@ def draw_sets(choice: StudyChoice, wanted: Sequence[tuple[NamedSet, int]], progr
     left = [(one, seed) for one, seed in wanted if not _path(choice, one, seed).is_file()]
     if not left:
         return
-    checkpoint, _ = plan_of(choice)
+    checkpoint, _ = cover_model(choice)
     model = load(checkpoint.folder, device=choice.device)
     for done, (one, seed) in enumerate(left):
         if progress:

@@ -1,14 +1,13 @@
 """Run the cells of a study: those that are not finished, one after another here, or on Ray."""
 
 import time
-from collections.abc import Callable
 
 from fewbit.errors import FewbitError
+from fewbit.studies.cells import Finish, cell_error, show_cell
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.folder import StudyFolder
 from fewbit.studies.study import Cell, Progress, Row, Study
 
-Finish = Callable[[int, Cell, list[Row], float], None]
 _STEPS = 1000
 
 
@@ -56,13 +55,3 @@ def _run_here(
         finish(index, cell, rows, time.perf_counter() - started)
     if progress:
         progress(_STEPS * len(left), _STEPS * len(left), "done")
-
-
-def show_cell(cell: Cell) -> str:
-    """A cell in a few words."""
-    return " ".join(str(value) for value in cell.values() if not isinstance(value, dict | list | tuple))[:60]
-
-
-def cell_error(cell: Cell, error: FewbitError) -> FewbitError:
-    """The error of a cell, saying which; finished cells are kept."""
-    return FewbitError(f"{show_cell(cell)}: {error} (finished cells are kept)")

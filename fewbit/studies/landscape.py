@@ -17,7 +17,7 @@ from fewbit.errors import FewbitError
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
 from fewbit.formats.config import describe
-from fewbit.pipeline.calibrated import open_original
+from fewbit.pipeline.network import open_original
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.directions import KINDS, Direction, norm, plane_of, random_direction
 from fewbit.studies.landscape_page import draw

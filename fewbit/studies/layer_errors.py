@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fewbit.pipeline.solved import curvature_cost
+from fewbit.curvature.cost import curvature_cost
 
 
 @dataclass(frozen=True)

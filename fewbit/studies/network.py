@@ -13,7 +13,7 @@ from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
-from fewbit.formats.scheme import StoredWeight
+from fewbit.grids.scheme import StoredWeight
 from fewbit.runtime.unpack import check_all_parts, read_weight
 
 

@@ -22,10 +22,9 @@ from fewbit.evaluation.score import Original, score
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
 from fewbit.formats.config import describe
-from fewbit.pipeline.calibrated import open_original
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.measure import measure_tokens
-from fewbit.pipeline.solve_blocks import Network
+from fewbit.pipeline.measure_curvature import measure_tokens
+from fewbit.pipeline.network import Network, open_original
 from fewbit.runtime.load import load
 from fewbit.runtime.unpack import unpack_modules
 from fewbit.studies.choice import StudyChoice

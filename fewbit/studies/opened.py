@@ -5,14 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
+from fewbit.architecture.coverage import Coverage
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
-from fewbit.pipeline.calibrated import open_original
-from fewbit.pipeline.plan import Plan, make_plan
-from fewbit.pipeline.solve_blocks import Network
-from fewbit.recipe import Recipe
+from fewbit.pipeline.network import Network, open_original
+from fewbit.pipeline.plan import cover_original
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.sets import NamedSet, draw_set
 
@@ -47,13 +46,13 @@ def open_model(choice: StudyChoice) -> Opened:
     return Opened(choice, checkpoint, network, windows)
 
 
-def plan_of(choice: StudyChoice) -> tuple[Checkpoint, Plan]:
+def cover_model(choice: StudyChoice) -> tuple[Checkpoint, Coverage]:
     """The checkpoint, and which of its tensors are linear layers in the blocks, without loading any."""
     checkpoint = open_checkpoint(locate(choice.model))
-    return checkpoint, make_plan(checkpoint, Recipe(group_size="row"), 1 << 62)
+    return checkpoint, cover_original(checkpoint)
 
 
-def block_count(plan: Plan) -> int:
+def block_count(coverage: Coverage) -> int:
     """Number of decoder blocks with linear layers."""
-    blocks = {item.tensor.block for shard in plan.shards for item in shard if item.stored is not None}
+    blocks = {tensor.block for tensor in coverage.of("quantize")}
     return 1 + max((block for block in blocks if block is not None), default=-1)

@@ -8,7 +8,7 @@ from typing import Any
 from fewbit.errors import FewbitError
 from fewbit.pipeline.layer_fixes import FIXES
 from fewbit.studies.choice import StudyChoice
-from fewbit.studies.opened import Opened, block_count, open_model, plan_of
+from fewbit.studies.opened import Opened, block_count, cover_model, open_model
 from fewbit.studies.outliers_measure import SITES, measure_errors, measure_model, measure_statistics
 from fewbit.studies.outliers_page import draw
 from fewbit.studies.outliers_summary import summarize
@@ -24,7 +24,7 @@ _MADE = ("mixed", "nonsense", "random-tokens", "self")
 def cells(choice: StudyChoice) -> list[Cell]:
     """Statistics of every set, errors of the sites of a few blocks at a time, and the whole model rounded."""
     grid = STUDY.sizes[choice.size].grid
-    _, plan = plan_of(choice)
+    _, coverage = cover_model(choice)
     sets = all_sets(choice.calibration, grid["made"], choice.options.get("sets", ()))
     factor = float(choice.options.get("factor", FACTOR))
     if factor <= 1:
@@ -41,7 +41,7 @@ def cells(choice: StudyChoice) -> list[Cell]:
         for one in sets
     ]
     default = {"set": sets[0].name, "axis": sets[0].axis, "sources": sets[0].sources}
-    blocks = chosen_blocks(block_count(plan), grid["blocks"])
+    blocks = chosen_blocks(block_count(coverage), grid["blocks"])
     for first in range(0, len(blocks), _BLOCKS_A_CELL):
         part = blocks[first : first + _BLOCKS_A_CELL]
         asked = ["none", *[fix for fix in fixes if fix != "none"]]

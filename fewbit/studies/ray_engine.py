@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from fewbit.errors import FewbitError, missing_extra
+from fewbit.studies.cells import Finish, cell_error, show_cell
 from fewbit.studies.choice import StudyChoice
-from fewbit.studies.grid import Finish, cell_error, show_cell
 from fewbit.studies.study import Cell, Progress, Row
 
 

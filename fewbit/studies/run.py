@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fewbit import __version__
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.checkpoints.workdir import read_json
@@ -14,13 +13,14 @@ from fewbit.evaluation.evaluate import LOSS, describe_protocol
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
 from fewbit.memory import peak_rss_bytes
-from fewbit.recipe import fingerprint
+from fewbit.presets import fingerprint
 from fewbit.report.html import check_page
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.folder import PAGE, RESULT, StudyFolder
 from fewbit.studies.grid import run_grid
 from fewbit.studies.page import write_study_page
 from fewbit.studies.study import Progress, Result, Study
+from fewbit.version import __version__
 from fewbit.versions import versions
 
 

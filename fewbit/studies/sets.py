@@ -11,7 +11,7 @@ from fewbit.calibration.source import parse_sources
 from fewbit.calibration.tokens import CalibrationSet
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
-from fewbit.pipeline.calibrated import calibration_set
+from fewbit.pipeline.calibration_tokens import calibration_set
 
 DEFAULT = "default"
 MADE = ("mixed", "nonsense", "random-tokens", "self")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fewbit.progress import Progress
 from fewbit.report.html import Section
 from fewbit.studies.choice import StudyChoice
 
@@ -16,7 +17,6 @@ Row = dict[str, Any]
 Result = dict[str, Any]
 Tell = Callable[[float, str], None]
 """Called inside a cell with the share of it that is done, 0 to 1, and what is being done."""
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

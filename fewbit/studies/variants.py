@@ -12,11 +12,12 @@ from fewbit.checkpoints.source import open_checkpoint
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
-from fewbit.pipeline.calibrated import open_original
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.measure import measure
+from fewbit.pipeline.measure_curvature import measure
+from fewbit.pipeline.network import open_original
 from fewbit.pipeline.run import RunOptions, quantize
-from fewbit.recipe import PRESETS, Recipe, preset
+from fewbit.presets import PRESETS
+from fewbit.recipe import Recipe, preset
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.study import Cell, Progress
 
@@ -70,7 +71,7 @@ def variants(methods: Sequence[str], bits: Sequence[int], group_sizes: Sequence[
         for width in bits if method not in _ONE_BIT else (1,):
             for group_size in group_sizes if method not in _ONE_BIT else (None,):
                 variant = Variant(method, width, group_size)
-                if variant.recipe.group_size != preset(method, bits=width).group_size or group_size is None:
+                if variant.recipe.grid.group_size != preset(method, bits=width).grid.group_size or group_size is None:
                     found.append(variant)
     return found
 

@@ -5,7 +5,6 @@ over the processes, gradients are averaged, so any number of them gives the same
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import FewbitError
+from fewbit.progress import Progress
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.losses import mean_loss
 from fewbit.tuning.not_finite import TrainingStoppedError, first_gradient, first_output, first_scale
@@ -20,7 +20,6 @@ from fewbit.tuning.snapshots import Snapshots
 from fewbit.tuning.teacher import Teacher
 from fewbit.tuning.tuned_model import optimizer_for, set_rates, trained
 
-Progress = Callable[[int, int, str], None]
 _LAST_RATE = 0.05
 _AFTER_A_WORSE_EPOCH = 0.5
 

@@ -20,13 +20,13 @@ from fewbit.architecture.network import find_blocks
 from fewbit.checkpoints.workdir import SOLVED
 from fewbit.memory import available_bytes
 from fewbit.pipeline.walk import Walk
+from fewbit.progress import Progress
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.loop import Sequences, learning_rate, order_of
 from fewbit.tuning.not_finite import TrainingStoppedError
 from fewbit.tuning.tuned_model import load_state, optimizer_for, set_rates, trained
 
 SUFFIX = f".block{SOLVED}"
-Progress = Callable[[int, int, str], None]
 
 
 def relative_error(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit import __version__
 from fewbit.architecture.network import find_blocks
 from fewbit.attention import fast_attention
 from fewbit.calibration.choice import CalibrationChoice
@@ -21,8 +20,9 @@ from fewbit.errors import FewbitError, missing_extra
 from fewbit.formats.config import read_weights
 from fewbit.formats.original import MODEL_FOLDER, original_of
 from fewbit.memory import activation_bytes, available_bytes, peak_rss_bytes
-from fewbit.pipeline.calibrated import calibration_set
+from fewbit.pipeline.calibration_tokens import calibration_set
 from fewbit.pipeline.solved_store import SolvedStore
+from fewbit.progress import Progress
 from fewbit.runtime.load import load
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.loop import Sequences, Trainer, held_out_last
@@ -32,12 +32,12 @@ from fewbit.tuning.snapshots import Snapshots, whole_state
 from fewbit.tuning.teacher import Teacher, keep_predictions
 from fewbit.tuning.tuned_model import make_trainable, stored_parts, without_dropout
 from fewbit.tuning.write import write_tuned
+from fewbit.version import __version__
 
-Progress = Callable[[int, int, str], None]
 _TEACHER = f"tuning-teacher{SOLVED}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TuneOptions:
     """What a run needs beside its choice.
 

@@ -23,7 +23,7 @@ class TunedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.tuned.decoded().to(x.dtype), self.bias)
+        return linear(self.tuned.inputs(x), self.tuned.decoded().to(x.dtype), self.bias)
 
 
 def make_trainable(model: nn.Module, choice: TuningChoice, original: Callable[[str], Tensor | None]) -> list[str]:

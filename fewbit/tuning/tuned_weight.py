@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.formats import native
-from fewbit.formats.scheme import StoredWeight, part_layout
-from fewbit.grids import binary
-from fewbit.grids.packing import pack, unpack
-from fewbit.grids.scales import divisor, from_pattern, to_pattern
-from fewbit.pipeline.encode_weight import Settled, encode_weight, read_settled
-from fewbit.pipeline.fit_grid import Grid, encode_outliers, outlier_grid_of
+from fewbit.grids.grid import Fitted, Values
+from fewbit.grids.scales import divisor
+from fewbit.grids.scheme import StoredWeight
+from fewbit.grids.straight_through import seen_as
+from fewbit.grids.table import grid_of
+from fewbit.outliers.grids import OUTLIER_GRIDS, at_positions, pack_outliers
+from fewbit.solvers.settled import encode, read_codes, read_settled
+from fewbit.transforms.table import TRANSFORMS
 from fewbit.tuning.choice import TuningChoice
-from fewbit.tuning.straight_through import round_evenly, round_to_levels, round_to_magnitudes, seen_as
 
 MARGIN = 0.3
 """Of a step: latent weights begin no farther from their level, lest the first noise undoes a solver's work."""
@@ -26,17 +27,21 @@ _SMALLEST_GAIN = 0.05
 
 
 class TunedWeight(nn.Module):
-    """One weight `(out, in)`.
+    """One weight `(out, in)`, for inputs that went through its transform.
 
     latent: `(out, groups, g)`, in steps. gain: what multiplies the first scales. offset: zero-points, or minima in
     steps. outliers: latent outliers in their stored order, in units of their mean magnitude. What a grid lacks is None.
     """
 
+    latent: nn.Parameter | None
+    offset: nn.Parameter | None
+    outliers: nn.Parameter | None
     step: Tensor
     first: Tensor
+    first_offset: Tensor
+    codes: Tensor
     lowest: Tensor
     highest: Tensor
-    salient: Tensor
     places: Tensor
     outlier_unit: Tensor
     outlier_scale: Tensor
@@ -47,81 +52,63 @@ class TunedWeight(nn.Module):
     ) -> None:
         """`original`: the 16-bit weight `(out, in)`; latent weights begin there, up to `MARGIN` from their level."""
         super().__init__()
-        self.stored, self._choice = stored, choice
+        self.stored, self._choice, self._grid = stored, choice, grid_of(stored.scheme)
         self._parts = {} if choice.trains_weights else dict(parts)
-        decoded = native.decode(parts, stored)
-        rows, size = stored.shape[0], stored.scheme.group_size
-        grouped = decoded.view(rows, -1, size)
-        if stored.scheme.grid == "binary":
-            scales = from_pattern(parts["scales"], "float16")
-            salient = unpack(parts["salient"], 1, stored.shape[1]).view(1, -1, size).bool()
-            self._keep(salient=salient)
-            step = scales[..., :2].mean(dim=-1, keepdim=True)
-            first, offset = scales, None
-            self._settled: Settled | None = None
-        else:
-            self._settled = read_settled(parts, stored)
-            core = self._settled.core
-            first, step = core.scale.unsqueeze(2), _step_of(core)
-            offset = core.offset.unsqueeze(2) if isinstance(core.offset, Tensor) else None
-        self._keep(step=divisor(step), first=first)
-        begin = grouped
-        if original is not None:
-            margin = MARGIN * step
-            begin = torch.maximum(torch.minimum(original.float().view_as(grouped), grouped + margin), grouped - margin)
-        if not choice.trains_weights:
-            begin = self._levels_of_codes(parts)
-        latent = begin / self.step if choice.trains_weights else begin
-        self.latent = nn.Parameter(latent, requires_grad=choice.trains_weights)
-        self.gain = nn.Parameter(torch.ones_like(first), requires_grad=choice.trains_scales)
-        self.offset = None
-        if offset is not None:
-            unit = self.step if stored.scheme.grid == "minimum" else 1.0
-            self.offset = nn.Parameter(offset / unit, requires_grad=choice.trains_scales)
-        self.outliers = None
-        if self._settled is not None and self._settled.where is not None and self._settled.outliers is not None:
-            where = self._settled.where
-            values = decoded.view(-1)[where]
-            scale, minimum = outlier_grid_of(where, stored.shape[1], self._settled.outliers)
-            self._keep(places=where, outlier_scale=scale, outlier_minimum=minimum)
-            self._keep(outlier_unit=values.abs().mean().clamp(min=1e-12))
-            moves = choice.trains_weights and choice.train != "codes"
-            self.outliers = nn.Parameter(values / self.outlier_unit, requires_grad=moves)
-        if choice.train == "codes":
-            low, high = self._neighbours(grouped)
-            self._keep(lowest=low / self.step, highest=high / self.step)
+        self._settled = read_settled(parts, stored)
+        values, rows = self._settled.core.values, stored.shape[0]
+        decoded = native.decode_stored(parts, stored)
+        grouped = decoded.view(rows, -1, stored.scheme.group_size)
+        step = self._grid.step(values, stored.scheme)
+        self._keep(step=divisor(step), first=values["scale"])
+        self._fixed = [name for name in values if name not in ("scale", "offset")]
+        self._keep(**{f"fixed_{name}": values[name] for name in self._fixed})
+        if "offset" in values:
+            self._keep(first_offset=values["offset"])
+        self._mapped = native.read_transform(parts, stored)
+        self._keep(**{f"mapped_{name}": value for name, value in self._mapped.items()})
+        self.latent = None
         if choice.trains_weights:
+            begin = grouped
+            if original is not None:
+                kind = TRANSFORMS[stored.scheme.transform]
+                near, margin = kind.weight(original.float(), self._mapped).view_as(grouped), MARGIN * step
+                begin = torch.maximum(torch.minimum(near, grouped + margin), grouped - margin)
+            self.latent = nn.Parameter(begin / self.step)
+        else:
+            self._keep(codes=read_codes(parts, stored))
+        self.gain = nn.Parameter(torch.ones_like(self.first), requires_grad=choice.trains_scales)
+        self.offset = None
+        if "offset" in values:
+            self.offset = nn.Parameter(values["offset"] / self._offset_unit, requires_grad=choice.trains_scales)
+        self.outliers = None
+        if self._settled.where is not None and self._settled.outliers is not None:
+            where = self._settled.where
+            found = decoded.view(-1)[where]
+            scale, minimum = at_positions(self._settled.outliers.values, where, stored.shape)
+            self._keep(places=where, outlier_scale=scale, outlier_minimum=minimum)
+            self._keep(outlier_unit=found.abs().mean().clamp(min=1e-12))
+            moves = choice.trains_weights and choice.train != "codes"
+            self.outliers = nn.Parameter(found / self.outlier_unit, requires_grad=moves)
+        if choice.train == "codes":
+            low, high = self._grid.neighbours(grouped, values, stored.scheme)
+            self._keep(lowest=low / self.step, highest=high / self.step)
+        if self.latent is not None:
             self._begin_with(grouped)
 
-    def _levels_of_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Codes that stay, `(out, groups, g)`: a codebook's levels; for the binary grid a sign times 1, or times 2
-        where the second magnitude is meant.
-        """
-        scheme, (rows, columns) = self.stored.scheme, self.stored.shape
-        codes = unpack(parts["codes"], scheme.bits, columns).view(rows, -1, scheme.group_size)
-        if scheme.grid == "binary":
-            second = unpack(parts["second"], 1, columns).view_as(codes)
-            return (1.0 + second) * (1.0 - 2.0 * codes)
-        return torch.tensor(scheme.levels)[codes.long()] if scheme.levels else codes.float()
+    def inputs(self, x: Tensor) -> Tensor:
+        """Inputs `(..., in)` as the weight takes them."""
+        values = {name: getattr(self, f"mapped_{name}") for name in self._mapped}
+        return TRANSFORMS[self.stored.scheme.transform].inputs(x, values)
 
     @torch.no_grad()
     def _begin_with(self, grouped: Tensor) -> None:
         """Latent weights that would not round to what is stored begin there: not all levels are evenly spaced."""
+        assert self.latent is not None
         astray = (self.decoded().view_as(grouped) - grouped).abs() > 1e-3 * self.step.abs()
+        if self._grid.span.weights > 1:
+            # What is rounded together goes back together: one weight of it alone could lead elsewhere.
+            astray = astray.any(dim=-1, keepdim=True) | astray.any(dim=0, keepdim=True)
         self.latent.copy_(torch.where(astray, grouped / self.step, self.latent))
-
-    def _neighbours(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
-        """The levels below and above each stored value `(out, groups, g)`, or it where there is none: learned rounding
-        keeps between them. Where levels are evenly spaced they are a step away.
-        """
-        levels = self.stored.scheme.levels
-        if self.stored.scheme.grid != "codebook" or levels is None:
-            return grouped - self.step.abs(), grouped + self.step.abs()
-        known = torch.tensor(levels, device=grouped.device)
-        middles = (known[1:] + known[:-1]) / 2
-        code = torch.bucketize(grouped / divisor(self.first), middles)
-        ends = [known[(code + by).clamp(0, len(levels) - 1)] * self.first for by in (-1, 1)]
-        return torch.minimum(*ends), torch.maximum(*ends)
 
     def _keep(self, **tensors: Tensor) -> None:
         """Tensors that follow the module to its device and are no part of its state."""
@@ -130,39 +117,16 @@ class TunedWeight(nn.Module):
 
     def decoded(self) -> Tensor:
         """The weight `(out, in)` float32 as it would be stored now; gradients reach what is trained."""
-        scheme, latent = self.stored.scheme, self._latent()
-        if not self._choice.trains_weights:
-            value = self._with_codes(latent)
-        elif scheme.grid == "binary":
-            small, large = binary.magnitudes_of(self._scales().unsqueeze(2), self.salient)
-            return round_to_magnitudes(latent, small.expand_as(latent), large.expand_as(latent)).view(self.stored.shape)
+        scheme, values = self.stored.scheme, self._seen_values()
+        latent = self._latent()
+        if latent is None:
+            value = self._grid.decode(self.codes, values, scheme)
         else:
-            value = self._rounded(latent)
+            value = self._grid.through(latent, values, scheme)
         value = value.reshape(-1)
         if self.outliers is not None:
             value = value.scatter(0, self.places, self._outlier_values())
         return value.view(self.stored.shape)
-
-    def _rounded(self, latent: Tensor) -> Tensor:
-        scheme, scale, offset = self.stored.scheme, self._scales(), self._offset()
-        if scheme.grid == "codebook":
-            return round_to_levels(latent, scale, scheme.levels)
-        if scheme.grid == "minimum":
-            assert isinstance(offset, Tensor)
-            return round_evenly(latent - offset, scale, torch.zeros_like(scale), 2**scheme.bits - 1, True) + offset
-        zero = offset if isinstance(offset, Tensor) else torch.full_like(scale, offset)
-        return round_evenly(latent, scale, zero, 2**scheme.bits - 1, scheme.grid != "real-zero")
-
-    def _with_codes(self, codes: Tensor) -> Tensor:
-        """Values of codes that stay, on the grids as they are now."""
-        scheme, scale = self.stored.scheme, self._scales()
-        if scheme.grid == "binary":
-            small, large = binary.magnitudes_of(scale.unsqueeze(2), self.salient)
-            return torch.where(codes.abs() > 1.5, large, small) * codes.sign()
-        if scheme.grid == "codebook":
-            return codes * scale
-        offset = self._offset()
-        return codes * scale + offset if scheme.grid == "minimum" else (codes - offset) * scale
 
     @torch.no_grad()
     def parts(self) -> dict[str, Tensor]:
@@ -170,107 +134,73 @@ class TunedWeight(nn.Module):
 
         The module must be on the CPU.
         """
-        scheme, stored = self.stored.scheme, self.stored
-        latent = self._latent()
-        if not self._choice.trains_weights:
-            scales = {"scales": to_pattern(self._wanted_scales(), "float16")}
-            parts = {**self._parts, **(scales if scheme.grid == "binary" else self._core().parts)}
-        elif scheme.grid == "binary":
-            pattern = to_pattern(self._wanted_scales(), "float16")
-            small, large = binary.magnitudes_of(from_pattern(pattern, "float16").unsqueeze(2), self.salient)
-            negative, second, _ = binary.encode(latent, small, large)
-            planes = {"codes": pack(negative.view(stored.shape), 1), "second": pack(second.view(stored.shape), 1)}
-            parts = {**planes, "salient": pack(self.salient.view(-1).to(torch.uint8), 1), "scales": pattern}
+        stored, latent = self.stored, self._latent()
+        transform = TRANSFORMS[stored.scheme.transform]
+        if latent is None:
+            parts = {**self._parts, **self._core().parts}
         else:
-            assert self._settled is not None
             weight = latent.reshape(stored.shape).clone()
             if self.outliers is not None:
                 weight.view(-1)[self.places] = self.outliers * self.outlier_unit
-            encoded = encode_weight(weight, replace(self._settled, core=self._core()))
-            parts = encoded.parts
+            encoded = encode(weight, weight, replace(self._settled, core=self._core()))
+            parts = {**encoded.parts, **transform.store(transform.fixed(stored.shape[1]))}
             if encoded.outlier_codes is not None:
-                parts.update(native.pack_outliers(encoded.outlier_codes, self.places, stored))
+                parts.update(pack_outliers(encoded.outlier_codes, self.places, stored))
         native.check_parts(parts, stored)
-        return {name: parts[name] for name in part_layout(stored)}
+        return {name: parts[name] for name in native.part_layout(stored)}
 
-    def _latent(self) -> Tensor:
+    def _latent(self) -> Tensor | None:
+        """Latent weights in their own units, or None where codes stay."""
+        if self.latent is None:
+            return None
         latent: Tensor = self.latent
-        if not self._choice.trains_weights:
-            return latent
         if self._choice.train == "codes":
             latent = torch.maximum(torch.minimum(latent, self.highest), self.lowest)
         return latent * self.step
 
-    def _wanted_scales(self) -> Tensor:
-        return self.first * self.gain.clamp(min=_SMALLEST_GAIN)
+    @property
+    def _offset_unit(self) -> Tensor | float:
+        return self.step if self._grid.offset == "minimum" else 1.0
 
-    def _scales(self) -> Tensor:
-        """Scales as a reader would see them: `(out, groups, 1)`, or `(out, groups, 4)` for the binary grid."""
-        wanted = self._wanted_scales()
+    def _wanted(self) -> dict[str, Tensor]:
+        """Values of the grid as trained, before they are rounded to be stored."""
+        fixed = {name: getattr(self, f"fixed_{name}") for name in self._fixed}
+        wanted = {**fixed, "scale": self.first * self.gain.clamp(min=_SMALLEST_GAIN)}
+        if self.offset is not None:
+            wanted["offset"] = self.offset * self._offset_unit
+        return wanted
+
+    def _seen_values(self) -> Values:
+        """Values as a reader would see them; gradients reach the trained ones."""
+        wanted = self._wanted()
         if not self._choice.trains_scales:
-            return self.first
+            kept = {"offset": self.first_offset} if self.offset is not None else {}
+            return {**wanted, "scale": self.first, **kept}
         with torch.no_grad():
-            if self.stored.scheme.grid == "binary":
-                seen = from_pattern(to_pattern(wanted, "float16"), "float16")
-            else:
-                seen = native.pack_scales(wanted.squeeze(2), self.stored.scheme)[1].unsqueeze(2)
-        return seen_as(wanted, seen, 1.0 if self._choice.trains_weights else self._damping)
+            seen = self._grid.restore(wanted, self.stored.scheme).values
+        rounded = self._choice.trains_weights
+        values = {**wanted, "scale": seen_as(wanted["scale"], seen["scale"], 1.0 if rounded else self._damping)}
+        if "offset" in wanted:
+            damped = not rounded or self._grid.offset == "minimum"
+            values["offset"] = seen_as(wanted["offset"], seen["offset"], self._damping if damped else 1.0)
+        return values
 
     @property
     def _damping(self) -> float:
-        """LSQ's, for gradients that no rounding has damped yet; binary magnitudes have none."""
+        """LSQ's, for gradients that no rounding has damped yet; several scales of a group have none."""
         scheme = self.stored.scheme
-        return (
-            1.0 if scheme.grid == "binary" else (scheme.group_size * (len(scheme.levels) or 2**scheme.bits - 1)) ** -0.5
-        )
+        if self.first.shape[-1] > 1:
+            return 1.0
+        return float((scheme.group_size * (len(scheme.levels) or 2**scheme.whole_bits - 1)) ** -0.5)
 
-    def _offset(self) -> Tensor | float:
-        """Zero-points or minima as a reader would see them, `(out, groups, 1)`, or one number."""
-        if self.offset is None:
-            return float(2 ** (self.stored.scheme.bits - 1)) if self.stored.scheme.grid == "symmetric" else 0.0
-        wanted = self._wanted_offset()
-        with torch.no_grad():
-            seen = self._pack_offset(wanted.squeeze(2))[1].unsqueeze(2)
-        rounded = self._choice.trains_weights and self.stored.scheme.grid != "minimum"
-        return seen_as(wanted, seen, 1.0 if rounded else self._damping)
-
-    def _wanted_offset(self) -> Tensor:
-        assert self.offset is not None
-        return self.offset * self.step if self.stored.scheme.grid == "minimum" else self.offset
-
-    def _pack_offset(self, wanted: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        scheme = self.stored.scheme
-        if scheme.grid == "real-zero":
-            return native.pack_real_zeros(wanted, scheme)
-        if scheme.grid == "minimum":
-            pattern, seen = native.pack_floats(wanted, scheme)
-            return {"minima": pattern}, seen
-        seen = wanted.round().clamp(0, 2**scheme.bits - 1)
-        return {"zeros": pack(seen.to(torch.uint8), scheme.bits)}, seen
-
-    def _core(self) -> Grid:
+    def _core(self) -> Fitted:
         """The grid of the core as it is now; what was not trained keeps its stored bytes."""
-        assert self._settled is not None
         before = self._settled.core
-        if not self._choice.trains_scales:
-            return before
-        parts, scale = native.pack_scales(self._wanted_scales().squeeze(2), self.stored.scheme)
-        offset: Tensor | float = before.offset
-        if self.offset is not None:
-            more, offset = self._pack_offset(self._wanted_offset().squeeze(2))
-            parts = {**parts, **more}
-        return Grid(self.stored.scheme, parts, scale, offset)
+        return self._grid.restore(self._wanted(), self.stored.scheme) if self._choice.trains_scales else before
 
     def _outlier_values(self) -> Tensor:
         assert self.outliers is not None
-        wanted = self.outliers * self.outlier_unit
+        wanted, kind = self.outliers * self.outlier_unit, OUTLIER_GRIDS[self.stored.scheme.outlier_grid]
         with torch.no_grad():
-            _, seen = encode_outliers(wanted, self.outlier_scale, self.outlier_minimum, self.stored.scheme)
+            _, seen = kind.encode(wanted, self.outlier_scale, self.outlier_minimum, self.stored.scheme)
         return seen_as(wanted, seen)
-
-
-def _step_of(core: Grid) -> Tensor:
-    """The distance between neighbouring levels, `(out, groups, 1)`; for a codebook the mean of them."""
-    scale = core.scale.unsqueeze(2).abs()
-    levels = core.scheme.levels
-    return scale * ((levels[-1] - levels[0]) / (len(levels) - 1)) if levels else scale

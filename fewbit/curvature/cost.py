@@ -1,25 +1,7 @@
-"""What a solver gives back for one weight."""
-
-from dataclasses import dataclass
+"""What an error in a weight costs under a curvature."""
 
 import torch
 from torch import Tensor
-
-from fewbit.pipeline.quantize_weight import QuantizedRows
-
-
-@dataclass(frozen=True)
-class Solved:
-    """The rows to store, the decoded weights `(out, in)` float32, and how they were found.
-
-    path: solved, solved with raised damping, rounded (nothing was to be solved), or fallback with its reason.
-    predicted: ``tr(dW H dW^T) / tr(W H W^T)``, the relative error that the curvature sees.
-    """
-
-    rows: QuantizedRows
-    decoded: Tensor
-    path: str
-    predicted: float | None
 
 
 def curvature_cost(error: Tensor, prepared: Tensor) -> float:

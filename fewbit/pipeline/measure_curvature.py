@@ -1,10 +1,9 @@
 """`fewbit curvature`: measure a curvature of the original and keep it for any method and bit-width."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fewbit.calibration.tokens import CalibrationSet
 from fewbit.checkpoints.locate import locate
@@ -12,17 +11,16 @@ from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.choice import CurvatureChoice
-from fewbit.curvature.fisher import measure_fisher
 from fewbit.curvature.store import CurvatureWriter
 from fewbit.device import check_device
 from fewbit.memory import peak_rss_bytes
-from fewbit.pipeline.calibrated import calibration_set, open_network
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.plan import make_plan
-from fewbit.pipeline.solve_blocks import Network, Progress
-from fewbit.pipeline.stages import crowded, matrix_bytes, stages_of
-from fewbit.pipeline.walk import Walk
-from fewbit.recipe import Recipe
+from fewbit.pipeline.calibration_tokens import calibration_set
+from fewbit.pipeline.curvatures import Source, fisher_blocks, gram_blocks
+from fewbit.pipeline.network import Network, open_network
+from fewbit.pipeline.plan import cover_original
+from fewbit.pipeline.stages import matrix_bytes, stages_of
+from fewbit.progress import Counter, Progress
 
 
 def measure(
@@ -32,18 +30,18 @@ def measure(
     options: CalibrationOptions,
     device: str = "cpu",
     progress: Progress | None = None,
-    recipe: Recipe | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure a curvature on the original's own weights and inputs into the folder `out`; goes on where it stopped.
 
-    recipe: whose `include` and `exclude` say which tensors are meant; default: all linear layers in the blocks.
+    include, exclude: patterns of tensor names beside, and without, all linear layers in the blocks.
     Returns figures: tokens, bytes, seconds, peak_rss_bytes. Raises FewbitError for bad input.
     """
     started = time.perf_counter()
     check_device(device)
     checkpoint = open_checkpoint(locate(model))
-    plan = make_plan(checkpoint, recipe or Recipe(group_size="row"), 1 << 62)
-    network = open_network(checkpoint, plan, device, walking=choice.kind == "gram")
+    network = open_network(checkpoint, cover_original(checkpoint, include, exclude), device, choice.kind == "gram")
     # Before the model writes its own text, which takes minutes.
     stages_of(matrix_bytes(network.sites), 0, options.memory)
     calibration = calibration_set(checkpoint, options.choice, network.model, progress)
@@ -75,54 +73,16 @@ def measure_tokens(
     network: opened for walking where the kind is gram; its blocks are empty afterwards then.
     """
     writer = CurvatureWriter(out, checkpoint, choice, {**calibration.describe(), "blocks": len(network.blocks)})
+    counter = Counter(progress)
+    source = Source(network, calibration.ids, choice, options.memory, writer.folder, writer.has, counter)
     if choice.kind == "gram":
-        _gram(network, calibration.ids, choice, options, writer, progress)
+        blocks = gram_blocks(source, original_inputs=True)
     else:
-        stages = stages_of(matrix_bytes(network.sites), 0, options.memory)
-        for number, stage in enumerate(stages):
-            if all(writer.has(index) for index in stage):
-                continue
-
-            def step(done: int, total: int, begun: int = number) -> None:
-                if progress:
-                    progress(begun * total + done, len(stages) * total, f"sequence {done} of {total}")
-
-            layers = {site.watched.key: site.watched for index in stage for site in network.sites[index]}
-            recompute = crowded(network.model, calibration.ids.shape[1], options.memory)
-            blocks, watched = network.blocks[stage[0] :], list(layers.values())
-            found, _ = measure_fisher(network.model, blocks, watched, calibration.ids, choice, step, recompute)
-            found.check_gradients()
-            for index in stage:
-                _put(network, index, found, writer)
-
-
-def _gram(
-    network: Network,
-    ids: torch.Tensor,
-    choice: CurvatureChoice,
-    options: CalibrationOptions,
-    writer: CurvatureWriter,
-    progress: Progress | None,
-) -> None:
-    walk = Walk(network.model, network.blocks, ids, options.memory // 2, writer.folder)
-    done, total = 0, len(network.blocks) * ids.shape[0]
-    for index, sites in enumerate(network.sites):
-        accumulator = Accumulator(choice)
-
-        def step(block: int = index) -> None:
-            nonlocal done
-            done += 1
-            if progress:
-                progress(done, total, f"block {block + 1} of {len(network.blocks)}")
-
-        network.take(index)
-        if writer.has(index):
-            walk.advance(index, step)
-        else:
-            layers = list({site.watched.key: site.watched for site in sites}.values())
-            walk.observe_and_advance(index, layers, accumulator, step)
-            _put(network, index, accumulator, writer)
-        network.release(index)
+        blocks = fisher_blocks(source, stages_of(matrix_bytes(network.sites), 0, options.memory), refreshed=False)
+    for block in blocks:
+        counter.show(f"block {block.index + 1} of {len(network.blocks)}")
+        if not writer.has(block.index) and block.measured is not None:
+            _put(network, block.index, block.measured, writer)
 
 
 def _put(network: Network, index: int, found: Accumulator, writer: CurvatureWriter) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,15 @@ from fewbit.calibration.source import parse_sources, shares
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
-from fewbit.formats.scheme import stored_bytes
+from fewbit.grids.table import row_block
 from fewbit.linear import is_native, linear
+from fewbit.outliers.rules import OUTLIER_RULES
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.plan import Plan, PlannedTensor, group_size_problem, make_plan, outliers_per_group
+from fewbit.pipeline.plan import PlannedTensor, group_size_problem, make_plan
 from fewbit.pipeline.quantize_tensor import available_cores
-from fewbit.pipeline.quantize_weight import RowsContext, quantize_rows
 from fewbit.pipeline.stages import check_length, stages_of
-from fewbit.recipe import Recipe
+from fewbit.recipe import Recipe, with_choices
+from fewbit.solvers.settled import round_rows
 
 _START_SECONDS = 1.5
 _START_BYTES = 350_000_000
@@ -30,7 +30,7 @@ _SOLVE_NANOSECONDS = 160.0
 """A weight's share of the column solver, as `benchmarks/calibrated.py` measures it on two cores."""
 
 
-def diagnose(model: str | Path, recipe: Recipe, options: CalibrationOptions | None = None) -> dict[str, Any]:
+def forecast(model: str | Path, recipe: Recipe, options: CalibrationOptions | None = None) -> dict[str, Any]:
     """What `quantize` would do with these choices; nothing is written.
 
     Times come from short trials on this machine and are rough. Returns ``tensors`` (by action), ``output`` (weights,
@@ -43,17 +43,16 @@ def diagnose(model: str | Path, recipe: Recipe, options: CalibrationOptions | No
     # Layers whose groups do not divide are shown, not refused: they are planned with the size that fits them best.
     problem = group_size_problem(checkpoint, recipe)
     plan = make_plan(
-        checkpoint, replace(recipe, group_size=f"{recipe.group_size},auto") if problem else recipe, 1 << 62
+        checkpoint, with_choices(recipe, {"group_size": f"{recipe.grid.group_size},auto"}) if problem else recipe
     )
-    items = [item for shard in plan.shards for item in shard if item.stored is not None]
-    weights = sum(item.stored.weights for item in items if item.stored)
-    size = sum(stored_bytes(item.stored) for item in items if item.stored)
-    kept = sum(item.bytes for shard in plan.shards for item in shard if item.stored is None)
+    items = plan.quantized
+    weights = sum(item.stored.weights for item in items)
+    size, kept = sum(item.bytes for item in items), sum(item.bytes for item in plan.kept)
     seconds, memory = _zero_shot(checkpoint, items, recipe)
     scratch, problems = 0, [problem] if problem else []
     if recipe.curvature is not None:
         try:
-            more, memory, spilled = _calibrated(checkpoint, plan, items, recipe, options)
+            more, memory, spilled = _calibrated(checkpoint, items, recipe, options)
             seconds, scratch = seconds + more, size + spilled
         except FewbitError as error:
             problems.append(str(error))
@@ -67,10 +66,9 @@ def diagnose(model: str | Path, recipe: Recipe, options: CalibrationOptions | No
                     "name": item.tensor.entry.name,
                     "shape": list(item.tensor.entry.shape),
                     "group_size": item.stored.scheme.group_size,
-                    "bits_per_weight": 8 * stored_bytes(item.stored) / item.stored.weights,
+                    "bits_per_weight": 8 * item.bytes / item.stored.weights,
                 }
                 for item in items
-                if item.stored
             ],
             "keep": [{"name": t.entry.name, "reason": t.reason} for t in plan.coverage.of("keep")],
         },
@@ -88,26 +86,24 @@ def diagnose(model: str | Path, recipe: Recipe, options: CalibrationOptions | No
 
 def _zero_shot(checkpoint: Checkpoint, items: list[PlannedTensor], recipe: Recipe) -> tuple[float, int]:
     """Seconds of rounding everything, from a trial on random weights, and the peak of memory."""
-    weights = sum(item.stored.weights for item in items if item.stored)
-    first = items[0].stored
-    assert first is not None
-    columns = first.shape[1]
-    trial = torch.randn(_TRIAL_ROWS, columns, generator=torch.Generator().manual_seed(0))
-    per_group = outliers_per_group(recipe, first.scheme.group_size) if recipe.outlier_scope == "group" else 0
-    cut = 2.0 if recipe.outliers == "adaptive-lasso" and not per_group else None
+    weights = sum(item.stored.weights for item in items)
+    choices = items[0].choices
+    # Rows that are rounded together stay so.
+    rows = max(_TRIAL_ROWS, row_block(choices.scheme))
+    trial = torch.randn(rows, items[0].stored.shape[1], generator=torch.Generator().manual_seed(0))
     seconds = 0.0
     if recipe.curvature is None:
-        context = RowsContext(recipe, first.scheme, cut, per_group)
-        quantize_rows(trial, context)
+        cut = OUTLIER_RULES[choices.outliers.rule].cut([lambda: trial], trial.numel(), choices.outliers, None)
+        round_rows(trial, choices, cut, None)
         began = time.perf_counter()
-        quantize_rows(trial, context)
+        round_rows(trial, choices, cut, None)
         seconds = (time.perf_counter() - began) / trial.numel() * weights / min(available_cores(), 2)
     largest = max(item.tensor.entry.bytes for item in items)
     return _START_SECONDS + seconds + checkpoint.bytes / 2e9, _START_BYTES + 4 * largest
 
 
 def _calibrated(
-    checkpoint: Checkpoint, plan: Plan, items: list[PlannedTensor], recipe: Recipe, options: CalibrationOptions
+    checkpoint: Checkpoint, items: list[PlannedTensor], recipe: Recipe, options: CalibrationOptions
 ) -> tuple[float, int, int]:
     """Seconds of measuring and solving, the peak of memory, and bytes of hidden states on disk.
 
@@ -116,7 +112,7 @@ def _calibrated(
     if options.stored is None:
         check_length(checkpoint.config, options.choice.sequence_length)
     tokens = options.choice.samples * options.choice.sequence_length
-    weights = sum(item.stored.weights for item in items if item.stored)
+    weights = sum(item.stored.weights for item in items)
     sizes = _matrix_bytes(items)
     speed = _speed()
     forward = 2.0 * tokens * (checkpoint.bytes / 2) / speed

@@ -1,0 +1,130 @@
+"""Which grid, and how its scales are stored, as a recipe says it."""
+
+from dataclasses import dataclass
+
+from fewbit.choices import Choices, check_name
+from fewbit.errors import FewbitError
+from fewbit.grids.grid import Grid, ScaleSearch
+from fewbit.grids.scale_formats import SCALE_FORMATS, ScaleFormat
+from fewbit.grids.table import GRIDS, chosen_grid
+
+MAX_BITS = 8
+COLUMN_WEIGHTS = ("none", "norm-gain")
+
+
+@dataclass(frozen=True)
+class GridChoice:
+    """name: what recipes call a grid of :data:`fewbit.grids.table.GRIDS`.
+
+    bits: of a weight's code; None for the only width of a grid that has one, else 4. group_size: "auto" (the largest
+    divisor of a layer's columns up to 128), "row", a number, or several separated by commas, of which the first that
+    divides a layer's columns is taken ("64,auto"). search: which ranges to try for each group by least error; None for
+    plain min-max. column_weights: norm-gain weighs squared errors by the squared gain of the norm before the layer.
+    """
+
+    name: str = "zero-point"
+    bits: float | None = None
+    group_size: str = "auto"
+    search: ScaleSearch | None = None
+    column_weights: str = "none"
+
+    def __post_init__(self) -> None:
+        check_name("grid", self.name, [grid.choice for grid in GRIDS.values()])
+        widths = self.grid.widths
+        if self.bits is None:
+            object.__setattr__(self, "bits", widths[0] if len(widths) == 1 else 4)
+        if isinstance(self.bits, float) and self.bits.is_integer():
+            object.__setattr__(self, "bits", int(self.bits))
+        number = not isinstance(self.bits, bool) and isinstance(self.bits, int | float)
+        if not number or (self.bits not in widths and self.bits not in range(1, MAX_BITS + 1)):
+            raise FewbitError(f"bits must be a whole number from 1 to {MAX_BITS}, not {self.bits}")
+        if self.bits not in widths and len(widths) == 1:
+            unit = "bit" if widths[0] == 1 else "bits"
+            raise FewbitError(f"the {self.name} grid has {widths[0]:g} {unit}, not {self.bits}: leave --bits out")
+        check_group_size(self.group_size)
+        check_name("column_weights", self.column_weights, COLUMN_WEIGHTS)
+        if self.column_weights != "none" and self.search is None:
+            raise FewbitError("column_weights weigh the errors of the range search: turn it on with --clip-search")
+
+    @property
+    def grid(self) -> Grid:
+        """The grid itself."""
+        found = chosen_grid(self.name)
+        assert found is not None
+        return found
+
+    @property
+    def width(self) -> float:
+        """Bits of a weight's code."""
+        assert self.bits is not None
+        return self.bits
+
+    def refuses(self, recipe: Choices) -> str | None:
+        """Why this grid cannot be with the other axes' choices, or None."""
+        if self.width not in self.grid.widths:
+            fit = [grid.choice for grid in GRIDS.values() if self.width in grid.widths]
+            return f"{self.width:g} bit goes with the grids {', '.join(fit)}, not with {self.name}: see --method adpq+"
+        if self.grid.block_by_block and not recipe.solver.refit:
+            return f"the {self.name} grid is fitted block by block: no act-order, no static groups"
+        if self.grid.block_by_block and (recipe.outliers.rule != "none" or recipe.solver.kind != "column"):
+            return f"the {self.name} grid goes with the column solver and has salient columns for outliers"
+        if self.column_weights != "none" and recipe.curvature is not None:
+            return "column_weights stand in for a curvature: this method measures one"
+        return None
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """format: a name in :data:`fewbit.grids.scale_formats.SCALE_FORMATS`.
+
+    statistic_bits: for statistics, of a scale and as many of a zero-point, with a second level of 64 bits for
+    `statistic_rows` rows.
+    """
+
+    format: str = "float16"
+    statistic_bits: int = 3
+    statistic_rows: int = 16
+
+    def __post_init__(self) -> None:
+        check_name("scale_format", self.format, SCALE_FORMATS)
+        if not 1 <= self.statistic_bits <= 8 or self.statistic_rows < 1:
+            raise FewbitError("statistics need 1 to 8 bits and blocks of at least 1 row")
+
+    @property
+    def kind(self) -> ScaleFormat:
+        """The format itself."""
+        return SCALE_FORMATS[self.format]
+
+    def refuses(self, recipe: Choices) -> str | None:
+        """Why these scales cannot be with the other axes' choices, or None."""
+        if recipe.grid.grid.offset not in self.kind.offsets:
+            fit = [grid.choice for grid in GRIDS.values() if grid.offset in self.kind.offsets]
+            return f"scale_format {self.format} goes with the grids {', '.join(fit)}, not with {recipe.grid.name}"
+        if self.kind.joins_groups and recipe.solver.refit:
+            return f"{self.format} scales join all groups of a row: grids cannot be refitted one by one"
+        return None
+
+
+def check_group_size(text: str) -> None:
+    """FewbitError unless `text` is a comma-separated list of auto, row and positive numbers."""
+    for choice in str(text).split(","):
+        if choice not in ("auto", "row") and not (choice.isdecimal() and int(choice) > 0):
+            raise FewbitError(f"group size must be a number, auto, row, or several (64,auto), not {text!r}")
+
+
+def group_size_for(columns: int, choices: str, multiple: int = 1) -> int | None:
+    """The group size of a layer with `columns` columns, or None if no choice divides them.
+
+    multiple: what a group size must be a multiple of, because so many weights of a row are rounded together.
+    """
+    for choice in choices.split(","):
+        if choice == "row":
+            size = columns
+        elif choice == "auto":
+            sizes = range(multiple, min(128, columns) + 1, multiple)
+            size = max((size for size in sizes if columns % size == 0), default=0)
+        else:
+            size = int(choice)
+        if size and columns % size == 0 and size % multiple == 0:
+            return size
+    return None

@@ -1,0 +1,75 @@
+"""How the dense codes of a weight are packed: the one place that knows.
+
+Codes are a matrix: one for each weight `(rows, columns)`, or one for each run of weights that are rounded together.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.grids.packing import pack, packed_bytes, unpack
+from fewbit.grids.scheme import Layout
+
+CODES = "codes"
+"""Name of the part that holds dense codes, or the first of them where there are several."""
+
+
+@dataclass(frozen=True)
+class CodeLayout:
+    """A packing of dense codes.
+
+    room_bits: how many low bits of an outlier's code a dense code has room for at the outlier's own place; 0 where it
+    has none, and outliers are stored whole. layout(rows, columns): the parts of a weight of that shape. pack(codes):
+    the parts of uint8 codes. unpack(parts, rows, columns): the codes of a weight of that shape, contiguous.
+    """
+
+    room_bits: int
+    layout: Callable[[int, int], Layout]
+    pack: Callable[[Tensor], dict[str, Tensor]]
+    unpack: Callable[[Mapping[str, Tensor], int, int], Tensor]
+
+    def put(self, codes: Tensor, where: Tensor, outlier_codes: Tensor) -> None:
+        """Write the low bits of outlier codes (int32) into dense codes at flat positions, in place."""
+        if self.room_bits:
+            codes.view(-1)[where] = (outlier_codes & (2**self.room_bits - 1)).to(torch.uint8)
+
+    def low_bits(self, codes: Tensor, where: Tensor) -> Tensor:
+        """What :meth:`put` wrote, int32."""
+        if not self.room_bits:
+            return torch.zeros(where.shape, dtype=torch.int32, device=codes.device)
+        return codes.view(-1)[where].to(torch.int32)
+
+
+def bit_planes(bits: int, down: int = 1, along: int = 1) -> CodeLayout:
+    """Codes of `bits` bits by rows, as :mod:`fewbit.grids.packing` has them.
+
+    One code stands for `down` rows by `along` columns.
+    """
+
+    def layout(rows: int, columns: int) -> Layout:
+        return {CODES: (torch.uint8, (rows // down, packed_bytes(columns // along, bits)))}
+
+    def unpacked(parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        return unpack(parts[CODES], bits, columns // along).contiguous()
+
+    room = bits if down * along == 1 else 0
+    return CodeLayout(room, layout, lambda codes: {CODES: pack(codes, bits)}, unpacked)
+
+
+def two_planes(second: str) -> CodeLayout:
+    """Codes of two bits in two tensors of one bit a weight: the low bits, and the high bits as the part `second`."""
+    one = bit_planes(1)
+
+    def layout(rows: int, columns: int) -> Layout:
+        return {**one.layout(rows, columns), second: one.layout(rows, columns)[CODES]}
+
+    def packed(codes: Tensor) -> dict[str, Tensor]:
+        return {CODES: pack(codes & 1, 1), second: pack(codes >> 1, 1)}
+
+    def unpacked(parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        low, high = unpack(parts[CODES], 1, columns), unpack(parts[second], 1, columns)
+        return (low | (high << 1)).contiguous()
+
+    return CodeLayout(0, layout, packed, unpacked)

@@ -1,0 +1,131 @@
+"""How scales, and real-valued zero-points, are stored: a table of formats.
+
+A quantity is `(rows, groups)` float32. It is stored under names that begin with its own ("scale", "zero").
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.grids.packing import packed_bytes
+from fewbit.grids.scales import (
+    TWO_LEVEL_BITS,
+    as_statistics,
+    from_pattern,
+    from_statistics,
+    from_two_level,
+    to_pattern,
+    to_statistics,
+    to_two_level,
+)
+from fewbit.grids.scheme import Layout, Scheme
+
+Parts = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ScaleFormat:
+    """One way to store scales.
+
+    pack(values, name, scheme): the parts, and what a reader will see. see(values, scheme): the latter alone.
+    read(parts, name, scheme, groups): the inverse. layout(name, scheme, rows, groups): names, dtypes, shapes.
+    floats: the number format of minima and of outlier grids beside it. row_block(scheme): rows that share something.
+    joins_groups: all groups of a row share something, so they cannot be stored one by one. offsets: which offsets of
+    a grid (see :class:`fewbit.grids.grid.Grid`) can stand beside it; "" is none.
+    """
+
+    name: str
+    summary: str
+    pack: Callable[[Tensor, str, Scheme], tuple[dict[str, Tensor], Tensor]]
+    see: Callable[[Tensor, Scheme], Tensor]
+    read: Callable[[Parts, str, Scheme, int], Tensor]
+    layout: Callable[[str, Scheme, int, int], Layout]
+    offsets: tuple[str, ...] = ("", "zero", "minimum")
+    floats: str = "float16"
+    row_block: Callable[[Scheme], int] = lambda _: 1
+    joins_groups: bool = False
+
+    def pack_floats(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Minima or outlier scales as bit patterns, and what a reader sees."""
+        pattern = to_pattern(values, self.floats)
+        return pattern, from_pattern(pattern, self.floats)
+
+    def read_floats(self, pattern: Tensor) -> Tensor:
+        """Inverse of :meth:`pack_floats`."""
+        return from_pattern(pattern, self.floats)
+
+    @property
+    def word(self) -> torch.dtype:
+        """The integers that hold the bit patterns of :meth:`pack_floats`."""
+        return torch.int32 if self.floats == "float32" else torch.int16
+
+
+def _plain(name: str) -> ScaleFormat:
+    word = torch.int32 if name == "float32" else torch.int16
+
+    def pack(values: Tensor, quantity: str, scheme: Scheme) -> tuple[dict[str, Tensor], Tensor]:
+        pattern = to_pattern(values, name)
+        return {f"{quantity}s": pattern}, from_pattern(pattern, name)
+
+    return ScaleFormat(
+        name,
+        f"{name} for each group",
+        pack=pack,
+        see=lambda values, scheme: from_pattern(to_pattern(values, name), name),
+        read=lambda parts, quantity, scheme, groups: from_pattern(parts[f"{quantity}s"], name),
+        layout=lambda quantity, scheme, rows, groups: {f"{quantity}s": (word, (rows, groups))},
+        floats=name,
+    )
+
+
+def _pack_two_level(values: Tensor, quantity: str, scheme: Scheme) -> tuple[dict[str, Tensor], Tensor]:
+    codes, rows = to_two_level(values)
+    return {f"{quantity}s": codes, f"row_{quantity}s": rows}, from_two_level(codes, rows, values.shape[1])
+
+
+def _pack_statistics(values: Tensor, quantity: str, scheme: Scheme) -> tuple[dict[str, Tensor], Tensor]:
+    codes, second = to_statistics(values, scheme.statistic_bits, scheme.statistic_rows)
+    parts = {f"{quantity}s": codes, f"{quantity}_statistics": second}
+    return parts, _read_statistics(parts, quantity, scheme, values.shape[1])
+
+
+def _read_statistics(parts: Parts, quantity: str, scheme: Scheme, groups: int) -> Tensor:
+    codes, second = parts[f"{quantity}s"], parts[f"{quantity}_statistics"]
+    return from_statistics(codes, second, scheme.statistic_bits, scheme.statistic_rows, groups)
+
+
+SCALE_FORMATS: dict[str, ScaleFormat] = {
+    one.name: one
+    for one in (
+        _plain("float16"),
+        _plain("float32"),
+        ScaleFormat(
+            "two-level",
+            "7 bits for each group, 16 for each row",
+            pack=_pack_two_level,
+            see=lambda values, scheme: _pack_two_level(values, "scale", scheme)[1],
+            read=lambda parts, name, scheme, groups: from_two_level(parts[f"{name}s"], parts[f"row_{name}s"], groups),
+            layout=lambda name, scheme, rows, groups: {
+                f"{name}s": (torch.uint8, (rows, packed_bytes(groups, TWO_LEVEL_BITS))),
+                f"row_{name}s": (torch.int16, (rows,)),
+            },
+            offsets=("",),
+            joins_groups=True,
+        ),
+        ScaleFormat(
+            "statistics",
+            "a few bits for each group, with a second level for some rows (SpQR)",
+            pack=_pack_statistics,
+            see=lambda values, scheme: as_statistics(values, scheme.statistic_bits, scheme.statistic_rows),
+            read=_read_statistics,
+            layout=lambda name, scheme, rows, groups: {
+                f"{name}s": (torch.uint8, (rows, packed_bytes(groups, scheme.statistic_bits))),
+                f"{name}_statistics": (torch.int16, (-(-rows // scheme.statistic_rows), groups, 2)),
+            },
+            offsets=("real",),
+            row_block=lambda scheme: scheme.statistic_rows,
+        ),
+    )
+}

@@ -1,0 +1,88 @@
+"""How one weight matrix is stored: the choices that a reader needs."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Name -> (dtype, shape) of tensors that store something."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The stored form of a weight matrix.
+
+    bits: bits of a dense code for each weight, a whole number for all but a few grids. group_size: weights of a row
+    that share a grid. grid: the grid of the core, a name in :data:`fewbit.grids.table.GRIDS`. levels: the values of a
+    codebook. scale_format: how scales (and minima) are stored, a name in
+    :data:`fewbit.grids.scale_formats.SCALE_FORMATS`.
+    outlier_grid: none, or a name in :data:`fewbit.outliers.grids.OUTLIER_GRIDS`. outlier_bits: bits of an outlier's
+    code; those that find no room among the dense codes are stored beside them. statistic_bits, statistic_rows: for the
+    scale format statistics, the bits of a scale and of a zero-point, and how many rows share the second level.
+    transform: what the layer's inputs go through before this weight, a name in
+    :data:`fewbit.transforms.table.TRANSFORMS`.
+    """
+
+    bits: float
+    group_size: int
+    grid: str
+    levels: tuple[float, ...] = ()
+    scale_format: str = "float16"
+    outlier_grid: str = "none"
+    outlier_bits: int = 0
+    statistic_bits: int = 0
+    statistic_rows: int = 0
+    transform: str = "none"
+
+    def __post_init__(self) -> None:
+        for good, what in ((0 < self.bits <= 8, f"bits {self.bits}"), (self.group_size >= 1, "group size")):
+            if not good:
+                raise ValueError(f"a stored weight cannot have this {what}")
+
+    @property
+    def whole_bits(self) -> int:
+        """Bits of an integer that can hold a dense code."""
+        return math.ceil(self.bits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; what only some formats have is left out of the others."""
+        data = {**asdict(self), "levels": list(self.levels)}
+        if self.scale_format != "statistics":
+            del data["statistic_bits"], data["statistic_rows"]
+        if self.transform == "none":
+            del data["transform"]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Scheme":
+        """Inverse of :meth:`to_dict`; unknown keys are an error, since they could change the meaning of the codes."""
+        unknown = set(data) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown keys in a quantization scheme: {', '.join(sorted(unknown))}")
+        return cls(**{**data, "levels": tuple(data.get("levels", ()))})
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One quantized weight: its scheme, its logical shape (out, in), and how its outliers are placed.
+
+    transposed: the checkpoint this came from stores (in, out). original_shape: the tensor's own shape where it is
+    not (out, in), such as fused experts (experts, out, in), which are stored as (experts * out, in).
+    """
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    outliers: int = 0
+    positions: str = "none"
+    transposed: bool = False
+    original_shape: tuple[int, ...] | None = None
+
+    @property
+    def groups(self) -> int:
+        return self.shape[1] // self.scheme.group_size
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]

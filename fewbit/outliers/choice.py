@@ -1,0 +1,44 @@
+"""Which weights are outliers, and how these are stored, as a recipe says it."""
+
+from dataclasses import dataclass
+
+from fewbit.choices import check_name
+from fewbit.errors import FewbitError
+from fewbit.outliers.grids import OUTLIER_GRIDS, OutlierGrid
+
+
+@dataclass(frozen=True)
+class OutlierChoice:
+    """rule: none, or a name in :data:`fewbit.outliers.rules.OUTLIER_RULES`.
+
+    fraction: at most this share of the weights (in group scope rounded to a whole number in each group, at least one).
+    scope: tensor (one quantile for all of it) or group (equally many in each group). grid: a name in
+    :data:`fewbit.outliers.grids.OUTLIER_GRIDS`. bits: of an outlier's code, 0 for as many as the core's.
+    sensitivity: the threshold of that rule, times the mean variance over U_jj^2.
+    """
+
+    rule: str = "none"
+    fraction: float = 0.05
+    scope: str = "tensor"
+    grid: str = "minmax"
+    bits: int = 0
+    sensitivity: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_name("outlier_grid", self.grid, OUTLIER_GRIDS)
+        if not 0 <= self.fraction < 0.5:
+            raise FewbitError(f"outlier_fraction must be from 0 to below 0.5, not {self.fraction}")
+        check_name("outlier_scope", self.scope, ("tensor", "group"))
+        if self.sensitivity <= 0:
+            raise FewbitError(f"sensitivity must be above 0, not {self.sensitivity}")
+
+    @property
+    def kind(self) -> OutlierGrid:
+        """The outliers' grid itself."""
+        return OUTLIER_GRIDS[self.grid]
+
+    def per_group(self, group_size: int) -> int:
+        """Outliers of each group in group scope: the fraction of the group, rounded, at least one unless it is 0."""
+        if self.scope != "group" or self.fraction == 0:
+            return 0
+        return max(1, round(self.fraction * group_size))

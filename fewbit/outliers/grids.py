@@ -1,0 +1,289 @@
+"""The grids of outliers: how those weights are stored that the core's grid does not hold.
+
+Outliers are `values`, 1-D float32, at ascending flat positions `where` of a matrix `(rows, columns)`. A grid has a
+scale and a minimum for each group of a row, or for each row: ``scale`` and ``minimum`` `(rows, groups or 1)`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.grids import integer, positions
+from fewbit.grids.grid import Fitted, Parts, Values
+from fewbit.grids.packing import pack, packed_bytes, unpack
+from fewbit.grids.scale_formats import SCALE_FORMATS
+from fewbit.grids.scales import divisor, from_pattern, to_pattern
+from fewbit.grids.scheme import Layout, Scheme, StoredWeight
+from fewbit.grids.table import grid_of
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class OutlierGrid:
+    """One kind of grid for outliers; an entry of :data:`OUTLIER_GRIDS`.
+
+    bits(asked, core): bits of a code when `asked` (0: not said) were asked for and the core's codes have `core`.
+    fit(values, where, shape, scheme): the grid, with the parts that store it. read(parts, stored): its values.
+    layout(stored): its parts. encode(values, scale, minimum, scheme): codes (int32) and decoded values.
+    decode(codes, scale, minimum, scheme): the inverse. apart: codes are bit patterns in a tensor of their own.
+    fewest_bits: of a code.
+    """
+
+    name: str
+    summary: str
+    fit: Callable[[Tensor, Tensor, Shape, Scheme], Fitted]
+    read: Callable[[Parts, StoredWeight], Values]
+    layout: Callable[[StoredWeight], Layout]
+    encode: Callable[[Tensor, Tensor, Tensor, Scheme], tuple[Tensor, Tensor]]
+    decode: Callable[[Tensor, Tensor, Tensor, Scheme], Tensor]
+    bits: Callable[[int, int], int] = lambda asked, core: asked or core
+    fewest_bits: int = 1
+    apart: bool = False
+
+
+def _half(scheme: Scheme) -> int:
+    return int(2 ** (scheme.outlier_bits - 1))
+
+
+# Two grids with a scale and a minimum for each group: of the values, or of their magnitudes below a sign.
+
+
+def _fit_groups(signed: bool, values: Tensor, where: Tensor, shape: Shape, scheme: Scheme) -> Fitted:
+    rows, columns = shape
+    groups, form = columns // scheme.group_size, SCALE_FORMATS[scheme.scale_format]
+    low, high = integer.extremes_of(values if signed else values.abs(), where // scheme.group_size, rows * groups)
+    steps = int(2**scheme.outlier_bits) - 1 if signed else _half(scheme) - 1
+    scales, scale = form.pack_floats(((high - low) / max(steps, 1)).view(rows, groups))
+    minima, minimum = form.pack_floats(low.view(rows, groups))
+    parts = {"outlier_scales": scales, "outlier_minima": minima}
+    return Fitted(scheme, parts, {"scale": scale, "minimum": minimum})
+
+
+def _read_groups(parts: Parts, stored: StoredWeight) -> Values:
+    form = SCALE_FORMATS[stored.scheme.scale_format]
+    return {
+        "scale": form.read_floats(parts["outlier_scales"]),
+        "minimum": form.read_floats(parts["outlier_minima"]),
+    }
+
+
+def _layout_groups(stored: StoredWeight) -> Layout:
+    word = SCALE_FORMATS[stored.scheme.scale_format].word
+    shape = (stored.shape[0], stored.groups)
+    return {"outlier_scales": (word, shape), "outlier_minima": (word, shape)}
+
+
+def _encode_minmax(values: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    codes = ((values - minimum) / divisor(scale)).round_().clamp_(0, 2**scheme.outlier_bits - 1)
+    return codes.to(torch.int32), codes * scale + minimum
+
+
+def _decode_minmax(codes: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> Tensor:
+    return codes.to(torch.float32) * scale + minimum
+
+
+def _encode_magnitude(values: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    half, negative = _half(scheme), values < 0
+    codes = ((values.abs() - minimum) / divisor(scale)).round_().clamp_(0, half - 1)
+    decoded = codes * scale + minimum
+    return torch.where(negative, codes + half, codes).to(torch.int32), torch.where(negative, -decoded, decoded)
+
+
+def _decode_magnitude(codes: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> Tensor:
+    half = _half(scheme)
+    magnitude = (codes % half).to(torch.float32) * scale + minimum
+    return torch.where(codes >= half, -magnitude, magnitude)
+
+
+# A grid around 0 with one bfloat16 scale for each row. Where a row's outliers are of very different sizes, evenly
+# spaced levels would lose the small ones: such a row has logarithmic levels, and its scale is stored as a negative
+# number.
+
+_LINEAR_LOSS = 0.1
+_FEWEST_LOG_BITS = 7
+_OCTAVES = 12.7
+
+
+def _fit_row(values: Tensor, where: Tensor, shape: Shape, scheme: Scheme) -> Fitted:
+    rows, columns = shape
+    _, largest = integer.extremes_of(values.abs(), where // columns, rows)
+    pattern = to_pattern(largest / (_half(scheme) - 1), "bfloat16")
+    if scheme.outlier_bits >= _FEWEST_LOG_BITS:
+        scale = from_pattern(pattern, "bfloat16")
+        seen = _encode_row(values, scale[where // columns], values, scheme)[1]
+        lost = ((seen - values).abs() > _LINEAR_LOSS * values.abs()).to(values.dtype)
+        _, any_lost = integer.extremes_of(lost, where // columns, rows)
+        pattern = to_pattern(torch.where(any_lost > 0, -scale, scale), "bfloat16")
+    return Fitted(scheme, {"outlier_scales": pattern}, _row_values(pattern))
+
+
+def _row_values(pattern: Tensor) -> Values:
+    scale = from_pattern(pattern, "bfloat16").unsqueeze(1)
+    return {"scale": scale, "minimum": torch.zeros_like(scale)}
+
+
+def _encode_row(values: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    half = _half(scheme)
+    codes = ((values / divisor(scale)).round_() + half).clamp_(0, 2**scheme.outlier_bits - 1)
+    if bool((scale < 0).any()):
+        levels = _log_levels(scheme, values.device)
+        middles = (levels[1:] + levels[:-1]) * 0.5
+        size = torch.bucketize((values / divisor(scale)).abs() / (half - 1), middles).to(values.dtype)
+        codes = torch.where(scale < 0, torch.where(values < 0, size + half, size), codes)
+    whole = codes.to(torch.int32)
+    return whole, _decode_row(whole, scale, minimum, scheme)
+
+
+def _decode_row(codes: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> Tensor:
+    half = _half(scheme)
+    linear = (codes.to(torch.float32) - float(half)) * scale
+    if not bool((scale < 0).any()):
+        return linear
+    size = _log_levels(scheme, codes.device)[codes % half] * (scale * -(half - 1))
+    return torch.where(scale < 0, torch.where(codes >= half, -size, size), linear)
+
+
+def _log_levels(scheme: Scheme, device: torch.device) -> Tensor:
+    """0 and the magnitudes ``2^(-12.7 (n - m) / n)`` for m = 1 … n = half - 1, as shares of the row's largest."""
+    last = _half(scheme) - 1
+    powers = (2.0 ** (-_OCTAVES * (last - m) / last) for m in range(1, last + 1))
+    return torch.tensor((0.0, *powers), dtype=torch.float32, device=device)
+
+
+# 16 bits each.
+
+
+def as_float16(values: Tensor) -> Tensor:
+    """Float32 values as float16 holds them; what is beyond its range becomes its largest number."""
+    largest = torch.finfo(torch.float16).max
+    return values.clamp(-largest, largest).to(torch.float16).to(torch.float32)
+
+
+def _ones(rows: int, like: Tensor) -> Values:
+    return {"scale": like.new_ones(rows, 1), "minimum": like.new_zeros(rows, 1)}
+
+
+def _encode_float16(values: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    kept = as_float16(values)
+    return to_pattern(kept, "float16").to(torch.int32), kept
+
+
+OUTLIER_GRIDS: dict[str, OutlierGrid] = {
+    one.name: one
+    for one in (
+        OutlierGrid(
+            "minmax",
+            "a scale and a minimum for each group's outliers, as AdpQ publishes it",
+            fit=lambda *problem: _fit_groups(True, *problem),
+            read=_read_groups,
+            layout=_layout_groups,
+            encode=_encode_minmax,
+            decode=_decode_minmax,
+        ),
+        OutlierGrid(
+            "sign-magnitude",
+            "the same for magnitudes, with a sign",
+            fit=lambda *problem: _fit_groups(False, *problem),
+            read=_read_groups,
+            layout=_layout_groups,
+            encode=_encode_magnitude,
+            decode=_decode_magnitude,
+        ),
+        OutlierGrid(
+            "row",
+            "one scale for each row's outliers",
+            fit=_fit_row,
+            read=lambda parts, stored: _row_values(parts["outlier_scales"]),
+            layout=lambda stored: {"outlier_scales": (torch.int16, (stored.shape[0],))},
+            encode=_encode_row,
+            decode=_decode_row,
+            fewest_bits=2,
+        ),
+        OutlierGrid(
+            "float16",
+            "16 bits for each outlier, as SpQR publishes it",
+            fit=lambda values, where, shape, scheme: Fitted(scheme, {}, _ones(shape[0], values)),
+            read=lambda parts, stored: _ones(stored.shape[0], from_pattern(parts["outlier_values"], "float16")),
+            layout=lambda stored: {},
+            encode=_encode_float16,
+            decode=lambda codes, scale, minimum, scheme: from_pattern(codes.to(torch.int16), "float16"),
+            bits=lambda asked, core: 16,
+            apart=True,
+        ),
+    )
+}
+
+
+def at_positions(values: Values, where: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Scale and minimum of the outliers at flat positions `where` of a matrix of that shape, each 1-D."""
+    scale, minimum = values["scale"], values["minimum"]
+    group = where // (shape[1] // scale.shape[1])
+    return scale.reshape(-1)[group], minimum.reshape(-1)[group]
+
+
+def outlier_layout(stored: StoredWeight) -> Layout:
+    """The parts of a weight's outliers; none for a weight without."""
+    scheme = stored.scheme
+    if scheme.outlier_grid == "none":
+        return {}
+    grid = OUTLIER_GRIDS[scheme.outlier_grid]
+    size = positions.encoded_bytes(stored.positions, stored.weights, stored.outliers, scheme.group_size)
+    layout: Layout = {"outlier_positions": (torch.uint8, (size,))}
+    if grid.apart:
+        return {**layout, "outlier_values": (torch.int16, (stored.outliers,)), **grid.layout(stored)}
+    beside = _bits_beside(scheme)
+    if beside:
+        layout["outlier_codes"] = (torch.uint8, (packed_bytes(stored.outliers, beside),))
+    return {**layout, **grid.layout(stored)}
+
+
+def _bits_beside(scheme: Scheme) -> int:
+    """Bits of an outlier's code that find no room among the dense codes."""
+    return max(0, scheme.outlier_bits - grid_of(scheme).codes(scheme).room_bits)
+
+
+def pack_outliers(codes: Tensor, where: Tensor, stored: StoredWeight) -> dict[str, Tensor]:
+    """Positions, and what of the outliers' codes (int32, 1-D) does not stand among the dense codes."""
+    scheme = stored.scheme
+    parts = {"outlier_positions": positions.encode(where, stored.positions, stored.weights, scheme.group_size)}
+    beside = _bits_beside(scheme)
+    if OUTLIER_GRIDS[scheme.outlier_grid].apart:
+        parts["outlier_values"] = codes.to(torch.int16)
+    elif beside:
+        parts["outlier_codes"] = pack((codes >> (scheme.outlier_bits - beside)).to(torch.uint8), beside)
+    return parts
+
+
+def read_positions(parts: Parts, stored: StoredWeight) -> Tensor:
+    """Ascending flat positions (int64) of the outliers."""
+    data = parts["outlier_positions"]
+    return positions.decode(data, stored.positions, stored.weights, stored.outliers, stored.scheme.group_size)
+
+
+def read_values(parts: Parts, stored: StoredWeight, dense: Tensor, where: Tensor) -> Tensor:
+    """Decoded outliers at flat positions `where`, 1-D float32. dense: the dense codes of the weight."""
+    scheme = stored.scheme
+    grid, beside = OUTLIER_GRIDS[scheme.outlier_grid], _bits_beside(scheme)
+    if grid.apart:
+        codes = parts["outlier_values"]
+    else:
+        codes = grid_of(scheme).codes(scheme).low_bits(dense, where)
+        if beside:
+            extra = unpack(parts["outlier_codes"], beside, stored.outliers)
+            codes = codes | (extra.to(torch.int32) << (scheme.outlier_bits - beside))
+    return grid.decode(codes, *at_positions(grid.read(parts, stored), where, stored.shape), scheme)
+
+
+def check_outliers(scheme: Scheme) -> None:
+    """ValueError unless the outlier grid is known and has bits that it can have."""
+    if scheme.outlier_grid == "none":
+        return
+    grid = OUTLIER_GRIDS.get(scheme.outlier_grid)
+    if grid is None:
+        raise ValueError(f"a stored weight cannot have this outlier grid {scheme.outlier_grid!r}")
+    fits = scheme.outlier_bits == 16 if grid.apart else scheme.whole_bits <= scheme.outlier_bits <= 8
+    if not fits or scheme.outlier_bits < grid.fewest_bits:
+        raise ValueError("a stored weight cannot have this outlier bits")

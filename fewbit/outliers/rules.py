@@ -1,0 +1,133 @@
+"""The rules that find outliers: a table."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.choices import Choices, check_name
+from fewbit.grids.choice import MAX_BITS
+from fewbit.outliers.adaptive_lasso import group_mask, outlier_count, split, threshold
+from fewbit.outliers.choice import OutlierChoice
+
+Chunks = Sequence[Callable[[], Tensor]]
+
+SENSITIVE_SHARE = 0.01
+"""About the share of outliers by sensitivity, which only the solver finds."""
+
+
+@dataclass(frozen=True)
+class OutlierRule:
+    """One way to find outliers before codes are chosen; an entry of :data:`OUTLIER_RULES`.
+
+    cut(chunks, weights, choice, pool): what all rows of a weight share, from parts of it that can be read again and
+    again (or of its magnitudes, weighed by what errors cost). divide(x, weighed, cut, choice): for weights `(..., g)`
+    those with 0 where an outlier was, and the mask of the outliers, None where there can be none; weighed: magnitudes
+    by which they are found, None for the weights' own. expected(weights, group_size, choice): about how many, at most.
+    evenly: equally many in each group. in_columns: found by the column solver as it goes.
+    """
+
+    name: str
+    summary: str
+    cut: Callable[[Chunks, int, OutlierChoice, Executor | None], float | None]
+    divide: Callable[[Tensor, Tensor | None, float | None, OutlierChoice], tuple[Tensor, Tensor | None]]
+    expected: Callable[[int, int, OutlierChoice], int]
+    evenly: Callable[[OutlierChoice], bool] = lambda choice: False
+    in_columns: bool = False
+    refuses: Callable[[Choices], str | None] = lambda recipe: None
+
+
+def _none(x: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
+    return x, None
+
+
+def _found_later(x: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
+    """Plain rounding, the solver's fallback, has none."""
+    return x, torch.zeros(x.shape, dtype=torch.bool, device=x.device)
+
+
+def _lasso_cut(chunks: Chunks, weights: int, choice: OutlierChoice, pool: Executor | None) -> float | None:
+    if choice.scope == "group" or choice.fraction == 0:
+        return None
+    return threshold(chunks, outlier_count(weights, choice.fraction), pool)
+
+
+def _lasso_divide(
+    x: Tensor, weighed: Tensor | None, cut: float | None, choice: OutlierChoice
+) -> tuple[Tensor, Tensor | None]:
+    if cut is not None and weighed is None:
+        return split(x, cut)
+    if cut is not None and weighed is not None:
+        mask = split(weighed, cut)[1]
+        return x.masked_fill(mask, 0.0), mask
+    count = choice.per_group(x.shape[-1])
+    if not count:
+        return x, None
+    magnitudes = x.abs() if weighed is None else weighed
+    mask = group_mask(magnitudes.reshape(-1, x.shape[-1]), count).view(x.shape)
+    return x.masked_fill(mask, 0.0), mask
+
+
+def _lasso_refuses(recipe: Choices) -> str | None:
+    return None if recipe.outliers.fraction else "outlier_fraction 0 finds none: outliers none"
+
+
+def _sensitivity_refuses(recipe: Choices) -> str | None:
+    if recipe.solver.kind != "column" or recipe.outliers.grid != "float16":
+        return "outliers by sensitivity are found by the column solver and kept in float16"
+    if recipe.solver.act_order:
+        return "outliers by sensitivity shape the grid of a group when it is entered: no act-order"
+    return None
+
+
+def _lasso_expected(weights: int, group_size: int, choice: OutlierChoice) -> int:
+    if choice.scope == "group":
+        return choice.per_group(group_size) * (weights // group_size)
+    return outlier_count(weights, choice.fraction)
+
+
+OUTLIER_RULES: dict[str, OutlierRule] = {
+    rule.name: rule
+    for rule in (
+        OutlierRule(
+            "none",
+            "no weight has a grid of its own",
+            cut=lambda chunks, weights, choice, pool: None,
+            divide=_none,
+            expected=lambda weights, group_size, choice: 0,
+        ),
+        OutlierRule(
+            "adaptive-lasso",
+            "the weights that an adaptive LASSO keeps (AdpQ)",
+            cut=_lasso_cut,
+            divide=_lasso_divide,
+            expected=_lasso_expected,
+            evenly=lambda choice: choice.scope == "group",
+            refuses=_lasso_refuses,
+        ),
+        OutlierRule(
+            "sensitivity",
+            "what costs most to round, found by the column solver (SpQR)",
+            cut=lambda chunks, weights, choice, pool: None,
+            divide=_found_later,
+            expected=lambda weights, group_size, choice: outlier_count(weights, SENSITIVE_SHARE),
+            in_columns=True,
+            refuses=_sensitivity_refuses,
+        ),
+    )
+}
+
+
+def check_outlier_choice(recipe: Choices) -> str | None:
+    """Why a recipe's outliers cannot be with its other choices, or None. Raises FewbitError for an unknown rule."""
+    choice, core = recipe.outliers, recipe.grid
+    check_name("outliers", choice.rule, OUTLIER_RULES)
+    if choice.bits and not core.width <= choice.bits <= MAX_BITS:
+        return f"outlier_bits must be 0 or from bits ({core.width:g}) to 8, not {choice.bits}"
+    least = choice.kind.fewest_bits
+    if choice.rule != "none" and choice.kind.bits(choice.bits, -int(-core.width // 1)) < least:
+        return f"outliers on the grid {choice.grid} need {least} bits or more: --outlier-bits"
+    return OUTLIER_RULES[choice.rule].refuses(recipe)

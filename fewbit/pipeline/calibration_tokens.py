@@ -1,0 +1,26 @@
+"""The tokens that a run is calibrated on, in the model's own tokenizer."""
+
+from typing import Any
+
+from fewbit.calibration.choice import CalibrationChoice
+from fewbit.calibration.tokens import CalibrationSet, make_set
+from fewbit.checkpoints.source import Checkpoint
+from fewbit.errors import missing_extra
+from fewbit.pipeline.stages import check_length
+from fewbit.progress import Progress
+
+
+def calibration_set(
+    checkpoint: Checkpoint, choice: CalibrationChoice, model: Any, progress: Progress | None = None
+) -> CalibrationSet:
+    """The tokens to calibrate on, in the model's own tokenizer."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise missing_extra("transformers", "hf") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        tokenizer = None
+    check_length(model.config, choice.sequence_length)
+    return make_set(choice, tokenizer, model.get_input_embeddings().weight.shape[0], model, progress)

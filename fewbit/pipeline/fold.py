@@ -1,0 +1,64 @@
+"""Transforms that are folded into the network: channels made larger before a layer's rounding, and smaller in what
+feeds it (a norm, or the linear layer before)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewbit.architecture.folding import find_feeder
+from fewbit.architecture.network import Site
+from fewbit.transforms.transform import Inputs
+
+
+@dataclass(frozen=True)
+class Folding:
+    """choose: of a transform (:class:`fewbit.transforms.transform.Transform`). rounding: the decoded weights that a
+    layer's weights `(out, in)` round to.
+    """
+
+    choose: Callable[..., tuple[dict[str, Any], Tensor | None]]
+    rounding: Callable[[Site, Tensor], Tensor]
+
+
+def fold_block(
+    block: nn.Module,
+    sites: Sequence[Site],
+    curvature: Callable[[Site], Tensor | None],
+    folding: Folding,
+    run: Callable[[], Tensor],
+) -> list[dict[str, Any]]:
+    """Scale the channels of a block in place, in the network's own dtype.
+
+    curvature: the input Gram of a layer. folding: how scales are chosen. run: what the block adds to a sample, to find
+    out what feeds what. Returns for the report, for every set of layers that share their inputs: their names, the
+    exponent (0: not scaled), or that nothing foldable feeds them.
+    """
+    shared: dict[int, list[Site]] = {}
+    for site in sites:
+        gram = curvature(site)
+        if gram is not None:
+            shared.setdefault(gram.data_ptr(), []).append(site)
+    notes: list[dict[str, Any]] = []
+    for consumers in shared.values():
+        names = [site.tensor.entry.name for site in consumers]
+        feeder = find_feeder(block, consumers, sites, run)
+        if feeder is None:
+            notes.append({"layers": names, "exponent": None, "reason": "nothing foldable feeds them"})
+            continue
+        gram = curvature(consumers[0])
+        assert gram is not None
+        weights = [site.read() for site in consumers]
+        said, scales = folding.choose(weights, Inputs(gram), partial(_round, folding.rounding, consumers))
+        if scales is not None:
+            left = feeder.divide(scales)
+            for site in consumers:
+                site.write(site.read().float() * left)
+        notes.append({"layers": names, **said})
+    return notes
+
+
+def _round(rounding: Callable[[Site, Tensor], Tensor], consumers: Sequence[Site], index: int, weight: Tensor) -> Tensor:
+    return rounding(consumers[index], weight)

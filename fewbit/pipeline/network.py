@@ -1,0 +1,85 @@
+"""The original as a network that runs, with the place of every linear layer in it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.architecture.coverage import Coverage, name_in_block, prefix_of_block
+from fewbit.architecture.network import Site, find_blocks, find_sites
+from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.safetensors_io import FileReader
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.pipeline.plan import cover_original
+from fewbit.runtime.load import load
+
+
+@dataclass(frozen=True)
+class Network:
+    """The model that runs, its blocks, and where the linear layers of the checkpoint are in it, block by block.
+
+    kept: for every block, the names of the other tensors of the checkpoint by their parameters in the block.
+    """
+
+    model: Any
+    blocks: list[Any]
+    sites: list[list[Site]]
+    kept: list[dict[str, str]]
+    device: torch.device
+
+    def take(self, index: int) -> None:
+        """Give a block weights of its own, on the device that computes.
+
+        Until then they are mapped from the checkpoint's files, so that a walk holds those of one block.
+        """
+        for tensor in _tensors(self.blocks[index]):
+            tensor.data = tensor.data.to(self.device, copy=True)
+
+    def release(self, index: int) -> None:
+        """Free a block that a walk has passed."""
+        for tensor in _tensors(self.blocks[index]):
+            tensor.data = tensor.data.new_empty(0)
+
+
+def _tensors(block: Any) -> list[Tensor]:
+    return [*block.parameters(), *block.buffers()]
+
+
+def open_original(
+    model: str | Path, device: str | None, walking: bool = False, dtype: Any = "auto"
+) -> tuple[Checkpoint, Network]:
+    """An original and its network, with every linear layer in the blocks as a site; options as for `open_network`."""
+    checkpoint = open_checkpoint(locate(model))
+    return checkpoint, open_network(checkpoint, cover_original(checkpoint), device, walking, dtype)
+
+
+def open_network(
+    checkpoint: Checkpoint, coverage: Coverage, device: str | None, walking: bool = False, dtype: Any = "auto"
+) -> Network:
+    """Load the model and find in it the tensors that are to be quantized.
+
+    walking: only one block at a time will run, so the weights stay where they are mapped until a block is taken.
+    device, dtype: as for :func:`fewbit.load`.
+    """
+    model = load(checkpoint.folder, dtype, "cpu" if walking else device)
+    if hasattr(model, "set_experts_implementation"):
+        # One linear layer for each expert, which can be watched, in place of one fused product for all.
+        model.set_experts_implementation("eager")
+    blocks = list(find_blocks(model))
+    tensors = coverage.of("quantize")
+    with FileReader() as reader:
+
+        def read(tensor: Any) -> Tensor:
+            whole = reader.tensor(tensor.entry)
+            return (whole.t() if tensor.transposed else whole).to(model.device)
+
+        sites = find_sites(blocks, tensors, read)
+    kept: list[dict[str, str]] = [{} for _ in blocks]
+    # Other towers number their blocks too: only what stands beside quantized weights is in these blocks.
+    inside = {prefix_of_block(tensor.entry.name) for tensor in tensors if tensor.block is not None}
+    for tensor in coverage.of("keep"):
+        if tensor.block is not None and prefix_of_block(tensor.entry.name) in inside:
+            kept[tensor.block][name_in_block(tensor.entry.name)] = tensor.entry.name
+    return Network(model, blocks, sites, kept, torch.device(device) if device else model.device)

@@ -1,0 +1,25 @@
+"""What a solver gives back for one weight."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fewbit.solvers.settled import Encoded
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What is stored for a weight `(out, in)`, and how it was found.
+
+    path: solved, solved with raised damping, rounded (nothing was to be solved), or fallback with its reason.
+    predicted: ``tr(dW H dW^T) / tr(W H W^T)``, the relative error that the curvature sees.
+    """
+
+    rows: Encoded
+    path: str
+    predicted: float | None
+
+    @property
+    def decoded(self) -> Tensor:
+        """The decoded weights `(out, in)` float32."""
+        return self.rows.decoded

@@ -1,0 +1,28 @@
+"""Which transform, as a recipe says it."""
+
+from dataclasses import dataclass
+
+from fewbit.choices import Choices, check_name
+from fewbit.transforms.table import TRANSFORMS
+from fewbit.transforms.transform import Transform
+
+
+@dataclass(frozen=True)
+class TransformChoice:
+    """name: a name in :data:`fewbit.transforms.table.TRANSFORMS`."""
+
+    name: str = "none"
+
+    def __post_init__(self) -> None:
+        check_name("transform", self.name, TRANSFORMS)
+
+    @property
+    def kind(self) -> Transform:
+        """The transform itself."""
+        return TRANSFORMS[self.name]
+
+    def refuses(self, recipe: Choices) -> str | None:
+        """Why this transform cannot be with the other axes' choices, or None."""
+        if self.kind.folded and (recipe.curvature is None or recipe.curvature.kind != "gram"):
+            return "channel scales are found with the input Gram: curvature gram"
+        return None

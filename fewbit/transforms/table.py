@@ -1,0 +1,14 @@
+"""The transforms there are."""
+
+from fewbit.transforms.channel_scales import AWQ, SMOOTHQUANT
+from fewbit.transforms.transform import Transform
+
+TRANSFORMS: dict[str, Transform] = {
+    one.name: one
+    for one in (
+        Transform("none", "weights as they are"),
+        AWQ,
+        SMOOTHQUANT,
+    )
+}
+"""Transforms by name."""

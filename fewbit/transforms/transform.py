@@ -1,0 +1,64 @@
+"""What a transform is: an invertible map T of a layer's inputs that makes its weight easier to round.
+
+    y = W x = (W T^-1) (T x)        W' = W T^-1        H' = T H T^T
+
+W' is what is rounded. T is applied to the inputs at run time, or folded into whatever feeds the layer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fewbit.grids.scheme import Layout
+
+Values = Mapping[str, Tensor]
+Parts = Mapping[str, Tensor]
+Rounding = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of the inputs of some layers that share them.
+
+    gram: `(in, in)`. largest: the largest magnitude of each channel `(in,)`, where it was measured.
+    """
+
+    gram: Tensor
+    largest: Tensor | None = None
+
+
+def _same(x: Tensor, values: Values) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One kind of transform; an entry of :data:`fewbit.transforms.table.TRANSFORMS`.
+
+    weight(w, values): W' of `(out, in)`. back(w, values): the inverse. curvature(h, values): H' of `(in, in)`.
+    inputs(x, values): T x of `(..., in)`.
+    Applied at run time: fixed(columns): the values of T. store(values), layout(columns), read(parts): their stored
+    form, parts whose names begin with ``transform``.
+    Folded into the layer before: choose(weights, inputs, rounding): what the report says, and the channel scales s of
+    ``T = diag(1 / s)``; rounding(i, w): the decoded weights that weight i rounds to. None where T is applied at run
+    time, or is the identity.
+    """
+
+    name: str
+    summary: str
+    weight: Callable[[Tensor, Values], Tensor] = _same
+    back: Callable[[Tensor, Values], Tensor] = _same
+    curvature: Callable[[Tensor, Values], Tensor] = _same
+    inputs: Callable[[Tensor, Values], Tensor] = _same
+    fixed: Callable[[int], Values] = lambda columns: {}
+    store: Callable[[Values], dict[str, Tensor]] = lambda values: {}
+    layout: Callable[[int], Layout] = lambda columns: {}
+    read: Callable[[Parts], Values] = lambda parts: {}
+    choose: Callable[[Sequence[Tensor], Inputs, Rounding], tuple[dict[str, Any], Tensor | None]] | None = None
+
+    @property
+    def folded(self) -> bool:
+        """Whether the inverse goes into the layer before."""
+        return self.choose is not None
