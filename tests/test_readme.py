@@ -97,3 +97,11 @@ def test_linked_files_exist() -> None:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_names_in_contributing_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:fewbit|tests|docs)/[\w/.]*)`", text):
+        assert (ROOT / path).exists(), path
+    for table, path in re.findall(r"`([A-Z_]+)`(?: in|,) `(fewbit/[\w/]+\.py)`", text):
+        assert re.search(rf"^{table}\b", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), (table, path)
