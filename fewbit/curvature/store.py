@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fewbit.checkpoints.read_at import bytes_at
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.checkpoints.whole_file import save_whole
@@ -40,7 +40,7 @@ def _sample(checkpoint: Checkpoint) -> str:
             entry = checkpoint.entries[name]
             length = min(entry.bytes, _SAMPLE_BYTES)
             first = entry.start + (entry.bytes - length) // 2
-            digest.update(bytes_at(reader.descriptor(entry.file), length, first))
+            digest.update(os.pread(reader.descriptor(entry.file), length, first))
     return digest.hexdigest()
 
 
