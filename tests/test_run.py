@@ -164,6 +164,7 @@ class _Free:
     free = 10
 
 
+@pytest.mark.slow
 def test_a_local_folder_needs_neither_transformers_nor_a_network(tiny: Path, tmp_path: Path) -> None:
     program = """
 import socket, sys
