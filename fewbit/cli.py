@@ -157,9 +157,9 @@ def axes(as_json: JsonFlag = False) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Where the models and the report go.")] = Path("demo-out"),
-    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to evaluate.")] = 24,
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to evaluate.")] = 4,
 ) -> None:
-    """Fetch a small model, quantize it six ways, measure all, let two of them speak; writes a report."""
+    """Fetch a small model, quantize it four ways, measure all, ask two of them a question; writes a report."""
     from fewbit.demo import demo as run
 
     run(out, windows)

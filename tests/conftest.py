@@ -1,4 +1,4 @@
-"""Tiny models built on the spot, and the shared text."""
+"""Tiny models built on the spot, and text: what every Python has, and files beside the checkout where there are any."""
 
 import io
 import os
@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Text and questions that are not part of the project; tests that need them skip without, and others run on
+# `pydoc_data.topics`, which changes with the version of Python: they compare, and know no figures.
 SHARED = Path(__file__).parent / "../../shared/data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the texts and questions in ../shared/data")
 
 
 def build_tiny(folder: Path, dtype: str = "bfloat16", shard_size: str = "60KB", **changes: Any) -> Path:
@@ -54,6 +57,11 @@ def byte_tokenizer() -> Any:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny sharded bfloat16 Llama with tied weights."""
     return build_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on real models first: they take longest, and no core should wait for the other at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("real_model") is None)
 
 
 def run_cli(*arguments: Any, env: dict[str, str] | None = None, code: int | None = 0) -> subprocess.CompletedProcess:

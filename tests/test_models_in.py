@@ -102,6 +102,7 @@ def hub(tiny: Path) -> Iterator[str]:
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_model_from_the_hub(hub: str, tiny: Path, tmp_path: Path) -> None:
     env = {
         "HF_ENDPOINT": hub,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fewbit.checkpoints.json_in import parse_json
+from fewbit.checkpoints.read_at import open_to_read, read_at
 from fewbit.checkpoints.scaled import Scaled, product
 from fewbit.errors import FewbitError
 
@@ -180,7 +181,7 @@ class FileReader:
     def descriptor(self, path: Path) -> int:
         """The open descriptor of `path`; call once from one thread before sharing."""
         if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY)
+            self._descriptors[path] = open_to_read(path)
         return self._descriptors[path]
 
     def read(self, entry: TensorEntry, first: int = 0, count: int | None = None) -> Tensor:
@@ -214,7 +215,7 @@ class FileReader:
         position = entry.start + first * dtype.itemsize
         descriptor = self.descriptor(entry.file)
         while len(view):
-            got = os.preadv(descriptor, [view], position)
+            got = read_at(descriptor, view, position)
             if got == 0:
                 raise FewbitError(f"{entry.file}: ends inside tensor {entry.name}: fetch or copy it again")
             view, position = view[got:], position + got
