@@ -5,7 +5,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from fewbit.grids.table import grid_of, row_block
 from fewbit.outliers.grids import pack_outliers
 from fewbit.outliers.rules import OUTLIER_RULES
 from fewbit.pipeline.plan import PlannedTensor, place_outliers
+from fewbit.pipeline.records import LayerRecord
 from fewbit.solvers.settled import Encoded, NotFiniteError, round_rows
 from fewbit.transforms.table import TRANSFORMS
 
@@ -35,7 +35,7 @@ class SolvedWeight:
 
     stored: StoredWeight
     parts: dict[str, Tensor]
-    record: dict[str, Any]
+    record: LayerRecord
 
 
 @dataclass(frozen=True)
@@ -147,17 +147,18 @@ def assemble(item: PlannedTensor, results: list[Encoded], spans: list[tuple[int,
         raise FewbitError(
             f"{item.tensor.entry.name}: its weights are too small for float16 scales: use --scale-format float32"
         )
-    record = {
-        "name": item.tensor.entry.name,
-        "shape": list(item.tensor.entry.shape),
-        "weights": stored.weights,
-        "bits": stored.scheme.bits,
-        "group_size": stored.scheme.group_size,
-        "outliers": stored.outliers,
-        "bytes": stored_bytes(stored),
-        "bits_per_weight": 8 * stored_bytes(stored) / stored.weights,
-        "relative_squared_error": error / norm if norm else 0.0,
-        "mean_group_error": sum(r.group_errors[0] for r in results) / max(1, sum(r.group_errors[2] for r in results)),
-        "worst_group_error": max(r.group_errors[1] for r in results),
-    }
+    size, groups = stored_bytes(stored), max(1, sum(r.group_errors[2] for r in results))
+    record = LayerRecord(
+        name=item.tensor.entry.name,
+        shape=list(item.tensor.entry.shape),
+        weights=stored.weights,
+        bits=stored.scheme.bits,
+        group_size=stored.scheme.group_size,
+        outliers=stored.outliers,
+        bytes=size,
+        bits_per_weight=8 * size / stored.weights,
+        relative_squared_error=error / norm if norm else 0.0,
+        mean_group_error=sum(r.group_errors[0] for r in results) / groups,
+        worst_group_error=max(r.group_errors[1] for r in results),
+    )
     return SolvedWeight(stored, parts, record)

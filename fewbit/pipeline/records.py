@@ -98,7 +98,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Report:
-    """What `fewbit_report.json` holds; the same for the same input, whatever machine and however interrupted."""
+    """What `fewbit_report.json` holds; the same for the same input, however interrupted.
+
+    left: files of the original that were not carried along.
+    """
 
     model: str
     method: str
@@ -108,6 +111,7 @@ class Report:
     layers: Sequence[LayerRecord]
     kept: Sequence[KeptRecord]
     fewbit_version: str
+    left: Sequence[str] = ()
     calibration: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,6 +124,7 @@ class Report:
             "output": self.output.to_dict(),
             "layers": [layer.to_dict() for layer in self.layers],
             "kept": [asdict(kept) for kept in self.kept],
+            "left": list(self.left),
             "fewbit_version": self.fewbit_version,
         }
         return data if self.calibration is None else {**data, "calibration": self.calibration}

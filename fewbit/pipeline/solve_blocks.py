@@ -1,7 +1,7 @@
 """Solve the weights of one block after another, keep each at once, and put them into the network that runs on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -84,7 +84,7 @@ class BlockSolver:
         return list(groups.values())
 
     def _take(self, name: str, found: SolvedWeight, sites: list[Site], install: bool) -> None:
-        self.paths[name] = found.record["path"]
+        self.paths[name] = found.record.path or ""
         if install:
             decoded = native.decode(found.parts, found.stored)
             first = 0
@@ -174,18 +174,17 @@ class BlockSolver:
             first = spans[-1][0] + spans[-1][1] if spans else 0
             spans.append((first, one.decoded.shape[0]))
         whole = assemble(item, [one.rows for one in solved], spans)
-        record = whole.record
         paths = sorted({one.path for one in solved})
-        record["path"] = next((path for path in paths if path.startswith("fallback")), "; ".join(paths))
-        if idle:
-            record["path"] = "fallback: it never ran on the calibration text, or no gradient reached it"
+        path = next((path for path in paths if path.startswith("fallback")), "; ".join(paths))
         unseen = [index for index, one in enumerate(solved) if one.path == NO_INPUT]
-        if unseen and len(solved) > 1:
-            record["experts_without_input"] = unseen
         predicted = [one.predicted for one in solved if one.predicted is not None]
-        if predicted:
-            record["relative_curvature_error"] = sum(predicted) / len(predicted)
-        return self.store.put(item.tensor.entry.name, whole)
+        record = replace(
+            whole.record,
+            path="fallback: it never ran on the calibration text, or no gradient reached it" if idle else path,
+            experts_without_input=unseen if unseen and len(solved) > 1 else None,
+            relative_curvature_error=sum(predicted) / len(predicted) if predicted else None,
+        )
+        return self.store.put(item.tensor.entry.name, replace(whole, record=record))
 
 
 def _solve_alike(weights: list[Tensor], curvature: Tensor | None, item: PlannedTensor) -> list[Solved]:
@@ -199,7 +198,7 @@ def _solve_alike(weights: list[Tensor], curvature: Tensor | None, item: PlannedT
 
 
 def _error(found: SolvedWeight | None) -> float:
-    return float(found.record["relative_squared_error"]) if found is not None else 0.0
+    return found.record.relative_squared_error if found is not None else 0.0
 
 
 def _idle(site: Site, matrix: Tensor | None) -> bool:

@@ -17,6 +17,7 @@ from fewbit.formats.config import read_stored
 from fewbit.grids.scheme import Scheme
 from fewbit.pipeline.plan import stored_to_dict
 from fewbit.pipeline.quantize_tensor import SolvedWeight
+from fewbit.pipeline.records import LayerRecord
 
 _PLAIN = re.compile(r"[a-z0-9_]{1,60}(\.[a-z0-9_]{1,60}){1,9}")
 _NOT_PLAIN = re.compile(r"[^a-z0-9_]")
@@ -46,7 +47,7 @@ class SolvedStore:
             "name": name,
             "scheme": solved.stored.scheme.to_dict(),
             "stored": stored_to_dict(solved.stored, 0),
-            "record": solved.record,
+            "record": solved.record.to_dict(),
         }
         path = self._path(name)
         save_whole(solved.parts, path, {"solved": json.dumps(described)})
@@ -61,7 +62,7 @@ class SolvedStore:
             described = json.loads(file.metadata()["solved"])
             stored = read_stored(described["stored"], Scheme.from_dict(described["scheme"]))
             parts = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
-        return SolvedWeight(stored, parts, described["record"])
+        return SolvedWeight(stored, parts, LayerRecord(**described["record"]))
 
     def put_kept(self, name: str, tensor: Tensor) -> None:
         """Keep a tensor that is not quantized but changed."""
