@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.architecture.coverage import name_in_block, prefix_of_block
-from fewbit.architecture.network import Site, find_blocks, find_sites
+from fewbit.architecture.names import names_in_network
+from fewbit.architecture.network import Site, find_blocks, find_sites, names_by_parameter
+from fewbit.architecture.orientation import to_matrix
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.calibration.tokens import CalibrationSet, make_set
 from fewbit.checkpoints.locate import locate
@@ -55,7 +56,8 @@ def solve_model(
         store.same_tokens(calibration.sha256)
     run = BlockSolver(recipe, options, store, network, progress)
     run.begin()
-    outside = [item for item in network.items.values() if item.tensor.block is None]
+    placed = {site.tensor.entry.name for sites in network.sites for site in sites}
+    outside = [item for name, item in network.items.items() if name not in placed]
     for item in outside:
         run.round_outside(item, checkpoint)
     if options.stored is not None:
@@ -106,16 +108,11 @@ def open_network(
     with FileReader() as reader:
 
         def read(tensor: Any) -> Tensor:
-            whole = reader.tensor(tensor.entry)
-            return (whole.t() if tensor.transposed else whole).to(model.device)
+            return to_matrix(reader.tensor(tensor.entry), tensor.transposed).to(model.device)
 
-        sites = find_sites(blocks, [item.tensor for item in items.values()], read)
-    kept: list[dict[str, str]] = [{} for _ in blocks]
-    # Other towers number their blocks too: only what stands beside quantized weights is in these blocks.
-    inside = {prefix_of_block(item.tensor.entry.name) for item in items.values() if item.tensor.block is not None}
-    for tensor in plan.coverage.of("keep"):
-        if tensor.block is not None and prefix_of_block(tensor.entry.name) in inside:
-            kept[tensor.block][name_in_block(tensor.entry.name)] = tensor.entry.name
+        names = names_in_network(model, checkpoint.entries)
+        sites = find_sites(blocks, [item.tensor for item in items.values()], read, model, names)
+    kept = names_by_parameter(model, blocks, names)
     return Network(model, blocks, sites, items, kept, torch.device(device) if device else model.device)
 
 

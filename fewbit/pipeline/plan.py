@@ -1,5 +1,6 @@
 """Before any work: what becomes of every tensor, how it will be stored, which file it goes to, what it will take."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,17 +117,16 @@ def _plan_tensor(tensor: WeightTensor, recipe: Recipe) -> PlannedTensor:
     else:
         share = _SENSITIVE if recipe.outliers == "sensitivity" else recipe.outlier_fraction
         outliers = outlier_count(rows * columns, share)
-    original = tensor.entry.shape if len(tensor.entry.shape) != 2 else None
-    if original is not None:
+    if len(tensor.entry.shape) > 2:
         _check_fused(tensor, scheme)
     placed = place_outliers((rows, columns), scheme, recipe, outliers)
-    stored = StoredWeight(scheme, (rows, columns), outliers, placed, tensor.transposed, original)
+    stored = StoredWeight(scheme, (rows, columns), outliers, placed, tensor.transposed, tensor.original_shape)
     return PlannedTensor(tensor, stored, stored_bytes(stored))
 
 
 def _check_fused(tensor: WeightTensor, scheme: Scheme) -> None:
     """FewbitError for fused experts that a grid cannot hold one below the other."""
-    rows = tensor.entry.shape[-2]
+    rows = tensor.matrix_shape[0] // math.prod(tensor.entry.shape[:-2])
     if scheme.grid == "binary" or (scheme.scale_format == "statistics" and rows % scheme.statistic_rows):
         raise FewbitError(
             f"{tensor.entry.name}: experts fused in one tensor cannot be stored with this grid: take another method, "

@@ -19,10 +19,9 @@ from fewbit.formats.scheme import StoredWeight, stored_bytes
 from fewbit.outliers.adaptive_lasso import outlier_count, threshold
 from fewbit.pipeline.plan import PlannedTensor, outliers_per_group, place_outliers
 from fewbit.pipeline.quantize_weight import NotFiniteError, QuantizedRows, RowsContext, quantize_rows
+from fewbit.pipeline.tensor_rows import TensorRows
 from fewbit.recipe import Recipe
 
-# Few enough that passes over them stay in a core's cache, many enough that Python's lock is rarely waited for.
-_CHUNK_WEIGHTS = 1 << 19
 _SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 
 
@@ -50,7 +49,7 @@ def quantize_tensor(
     """
     stored = item.stored
     assert stored is not None
-    source = _Rows(item, reader)
+    source = TensorRows(item, reader)
     context = RowsContext(
         recipe=recipe,
         scheme=stored.scheme,
@@ -73,30 +72,11 @@ def quantize_tensor(
     return partial(assemble, item, stored, results, source.spans, recipe)
 
 
-class _Rows:
-    """Rows of a weight as a matrix (out, in), read on demand; one stored (in, out) is read whole and turned."""
-
-    def __init__(self, item: PlannedTensor, reader: FileReader) -> None:
-        assert item.stored is not None
-        self._entry, self._reader = item.tensor.entry, reader
-        self.rows, self.columns = item.stored.shape
-        self._whole = reader.tensor(self._entry).t().contiguous() if item.stored.transposed else None
-        reader.descriptor(self._entry.file)
-        step = max(1, _CHUNK_WEIGHTS // self.columns)
-        self.spans = [(first, min(step, self.rows - first)) for first in range(0, self.rows, step)]
-
-    def read(self, first: int, count: int) -> Tensor:
-        if self._whole is not None:
-            return self._whole[first : first + count]
-        flat = self._reader.read(self._entry, first * self.columns, count * self.columns)
-        return flat.view(count, self.columns)
-
-
 def _too_small(parts: dict[str, Tensor], stored: StoredWeight) -> bool:
     return float(native.read_scales(parts, stored).abs().max()) < _SMALLEST_NORMAL_FLOAT16
 
 
-def _threshold(source: _Rows, stored: StoredWeight, recipe: Recipe, workers: Workers) -> float | None:
+def _threshold(source: TensorRows, stored: StoredWeight, recipe: Recipe, workers: Workers) -> float | None:
     if recipe.outliers == "none" or recipe.outlier_scope != "tensor":
         return None
     chunks = [partial(source.read, *span) for span in source.spans]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbit.architecture.network import Site
+from fewbit.architecture.orientation import to_matrix
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
@@ -32,7 +33,7 @@ _SAMPLE_TOKENS = 24
 class Network:
     """The model that runs, its blocks, and where the tensors to quantize are in it, block by block.
 
-    kept: for every block, the names of the other tensors of the checkpoint by their parameters in the block.
+    kept: for every block, the names of the tensors of the checkpoint by their parameters in the block.
     """
 
     model: Any
@@ -171,7 +172,7 @@ class BlockSolver:
         if self.store.find(item.tensor.entry.name) is None:
             with FileReader() as reader:
                 whole = reader.tensor(item.tensor.entry)
-            self._solve(item, [(whole.t() if item.tensor.transposed else whole, None)])
+            self._solve(item, [(to_matrix(whole, item.tensor.transposed), None)])
 
     def _solve_together(
         self, by_tensor: dict[str, list[Site]], curvature: Callable[[Site], Tensor | None]
@@ -192,6 +193,8 @@ class BlockSolver:
         for name, found in by_tensor.items():
             matrices = [(site.read(), curvature(site)) for site in found]
             idle = any(_idle(site, matrix) for site, (_, matrix) in zip(found, matrices, strict=True))
+            # One expert may go without tokens, not all of them.
+            idle = idle or (len(matrices) > 1 and all(matrix is None for _, matrix in matrices))
             kept.append(self._solve(self.network.items[name], matrices, idle))
         return kept
 
