@@ -107,7 +107,7 @@ def _role(prefix: str, numbers: set[int], main: str | None, facts: Facts) -> Blo
         return BlockList(prefix, "main", "", limit)
     if is_draft(prefix):
         return BlockList(prefix, "keep", DRAFT)
-    if is_tower(prefix):
+    if is_tower(prefix) and facts.multimodal:
         return BlockList(prefix, "keep", TOWER)
     if is_head(prefix):
         return BlockList(prefix, "keep", HEAD)

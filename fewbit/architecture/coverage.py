@@ -242,7 +242,7 @@ class _Survey:
             return "keep", DRAFT
         if len(subject.wide) < 2:
             return "keep", "vector (norm, bias or scale)"
-        if is_tower(entry.name):
+        if is_tower(entry.name) and self.facts.multimodal:
             return "keep", TOWER
         if is_head(entry.name):
             return "keep", HEAD

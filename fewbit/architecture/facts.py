@@ -14,6 +14,7 @@ _INNER = frozenset(
 )
 _NOT_A_COUNT = ("per_tok", "shared", "topk", "top_k", "group", "used", "activ", "size", "dim", "zero", "freq", "step")
 _SPEECH = frozenset("num_mel_bins feat_extract_norm input_feat_per_channel conv_kernel_sizes conv_channels".split())
+_SENSES = frozenset("vision visual image images audio speech video mel".split())
 
 TOWER_WORDS = frozenset(
     "vision visual image images img vit video audio speech sound acoustic whisper wav clip siglip sam tower qformer "
@@ -59,7 +60,7 @@ def gather_facts(config: dict[str, Any]) -> Facts:
         frozenset(found["heads"]),
         frozenset(found["vocab"]),
         tuple((key.removesuffix("_config"), frozenset(_layer_counts(value))) for key, value in parts),
-        any(_is_tower(key) for key, _ in _parts(config)),
+        any(_is_tower(key) for key, _ in _parts(config)) or bool(_SENSES & {w for key in config for w in words_of(key)}),
         bool(_SPEECH & set(config)),
         config.get("is_encoder_decoder") is True,
     )

@@ -101,7 +101,7 @@ def _is_convolution(subject: Subject) -> bool:
         return True
     if len(shape) == 2:
         return bool(_CONVOLUTION.search(subject.leaf)) and shape[1] <= _KERNEL
-    return bool(_CONVOLUTION.search(subject.module))
+    return len(shape) == 3 and bool(_CONVOLUTION.search(subject.module))
 
 
 def _is_embedding(subject: Subject) -> bool:
