@@ -112,7 +112,8 @@ def open_network(
 
         names = names_in_network(model, checkpoint.entries)
         sites = find_sites(blocks, [item.tensor for item in items.values()], read, model, names)
-    kept = names_by_parameter(model, blocks, names)
+    kept_names = {tensor.entry.name: names[tensor.entry.name] for tensor in plan.coverage.of("keep")}
+    kept = names_by_parameter(model, blocks, kept_names)
     return Network(model, blocks, sites, items, kept, torch.device(device) if device else model.device)
 
 

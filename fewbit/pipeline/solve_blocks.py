@@ -33,7 +33,7 @@ _SAMPLE_TOKENS = 24
 class Network:
     """The model that runs, its blocks, and where the tensors to quantize are in it, block by block.
 
-    kept: for every block, the names of the tensors of the checkpoint by their parameters in the block.
+    kept: for every block, the names of the other tensors of the checkpoint by their parameters in the block.
     """
 
     model: Any
