@@ -83,16 +83,18 @@ def find_lists(entries: Iterable[TensorEntry], facts: Facts) -> dict[str, BlockL
             matrix = entry.numel if len(entry.shape) > 1 else 0
             sizes[place.prefix] = sizes.get(place.prefix, 0) + matrix
             numbers.setdefault(place.prefix, set()).add(place.number)
-    main = _main(sizes)
+    main = _main(sizes, {prefix for prefix, found in numbers.items() if len(found) in facts.layers})
     return {prefix: _role(prefix, found, main, facts) for prefix, found in numbers.items()}
 
 
-def _main(sizes: dict[str, int]) -> str | None:
-    """The largest list that is no tower, draft or head; of an encoder and a decoder, the decoder."""
+def _main(sizes: dict[str, int], counted: set[str]) -> str | None:
+    """The list that is no tower, draft or head, if possible one of those with as many blocks as the configuration
+    says (`counted`), and of those the largest; of an encoder and a decoder, the decoder.
+    """
     fit = {p: size for p, size in sizes.items() if size and not (is_draft(p) or is_tower(p) or is_head(p))}
     if not fit:
         return None
-    largest = max(fit, key=lambda prefix: fit[prefix])
+    largest = max(fit, key=lambda prefix: (prefix in counted, fit[prefix]))
     twin = _decoder_of(largest)
     return twin if twin in fit else largest
 

@@ -23,6 +23,7 @@ _ROUTER = re.compile(
     r"router|(^|[._])(moe_gate|gating|gate_network|shared_experts?_gate|e_score_correction_bias)([._]|$)"
 )
 _GATE = re.compile(r"(^|\.)(gate|wg)(\.|$)")
+_IN_EXPERTS = re.compile(r"expert[^.]*\.")
 _ATTENTION = re.compile(r"att", re.IGNORECASE)
 _EMBEDDING = re.compile(r"embed|(^|[._])(wte|wpe|emb)([._]|$)", re.IGNORECASE)
 _POSITION = re.compile(
@@ -92,12 +93,12 @@ def _is_router(subject: Subject) -> bool:
     if _GATE.search(rest) and len(subject.shape) == 2:
         return rows in experts or columns in experts or 2 * rows <= columns
     scores = len(subject.shape) == 2 and rows in experts and 2 * rows < columns and rows not in subject.facts.inner
-    return scores and not _ATTENTION.search(rest) and "expert" not in rest and "proj" not in rest
+    return scores and not _ATTENTION.search(rest) and not _IN_EXPERTS.search(rest) and "proj" not in rest
 
 
 def _is_convolution(subject: Subject) -> bool:
     shape = subject.shape
-    if len(shape) == 3 and shape[1] == 1:
+    if len(shape) == 3 and 1 in shape[1:]:
         return True
     if len(shape) == 2:
         return bool(_CONVOLUTION.search(subject.leaf)) and shape[1] <= _KERNEL
@@ -123,8 +124,8 @@ def _is_per_head(subject: Subject) -> bool:
 KEPT: tuple[Rule, ...] = (
     Rule("vector (norm, bias or scale)", lambda s: len(s.wide) < 2),
     Rule("attention mask", lambda s: len(s.shape) == 4 and bool(_MASK.search(s.rest))),
-    Rule("bias", lambda s: s.leaf.endswith(("bias", "biases"))),
     Rule("positions", lambda s: bool(_POSITION.search(s.rest))),
+    Rule("bias", lambda s: s.leaf.endswith(("bias", "biases"))),
     Rule("router", _is_router),
     Rule("low-rank factor of an adapter", lambda s: bool(_LOW_RANK.search(s.rest))),
     Rule("convolution", _is_convolution),

@@ -44,6 +44,11 @@ class Watched:
         whole = getattr(self.module, self.parameter)
         return whole if self.expert is None else whole[self.expert]
 
+    @property
+    def inputs(self) -> int:
+        """How many inputs the layer has."""
+        return self.weight.shape[-2 if self.transposed else -1]
+
 
 @contextmanager
 def watching(layers: list[Watched], observer: Observer, backward: bool) -> Iterator[None]:

@@ -109,7 +109,7 @@ class Walk:
         return next(self._blocks[index].parameters()).device
 
     def _watched(self, index: int, layers: list[Watched], observer: Observing, step: Step, keep: bool) -> None:
-        size = max(1, 4 * sum(layer.weight.shape[-1] ** 2 for layer in layers))
+        size = max(1, 4 * sum(layer.inputs**2 for layer in layers))
         workers = min(self._workers(index), max(1, self._memory // size)) if isinstance(observer, Divisible) else 1
         parts: list[Any] = [observer, *(observer.another() for _ in range(workers - 1))]  # type: ignore[attr-defined]
         shown = [UntilLast(part, layers) for part in parts] if not keep else parts
