@@ -69,12 +69,13 @@ def watching(layers: list[Watched], observer: Observer, backward: bool) -> Itera
 @contextmanager
 def replacing(layers: list[Watched], replacement: Replacement) -> Iterator[None]:
     """While inside, every use of the watched weights gives what `replacement` makes of it instead."""
-    with _intercepting(layers, replacement):
+    with _intercepting(layers, replacement, in_pieces=False):
         yield
 
 
 @contextmanager
-def _intercepting(layers: list[Watched], answer: "_Answer") -> Iterator[None]:
+def _intercepting(layers: list[Watched], answer: "_Answer", in_pieces: bool = True) -> Iterator[None]:
+    """in_pieces: also answer for parts of a weight that is cut into row by row, each with inputs of its own."""
     found = {layer.weight.data_ptr(): layer for layer in layers}
     users = [module for layer in layers for module in (layer.module, layer.scope) if module is not None]
     owners = {id(module): module for module in users}
@@ -82,7 +83,7 @@ def _intercepting(layers: list[Watched], answer: "_Answer") -> Iterator[None]:
     inside = threading.local()
     try:
         for module in owners.values():
-            module.forward = _Watching(module.forward, found, answer, inside)
+            module.forward = _Watching(module.forward, _LinearMode(found, answer, in_pieces), inside)
         yield
     finally:
         for key, module in owners.items():
@@ -102,24 +103,28 @@ class _Watching:
     inside: whether a thread is in such a forward already: a module in a module, of which one mode sees all.
     """
 
-    def __init__(self, forward: Any, found: dict[int, Watched], answer: _Answer, inside: threading.local) -> None:
-        self._forward, self._found, self._answer, self._inside = forward, found, answer, inside
+    def __init__(self, forward: Any, mode: "_LinearMode", inside: threading.local) -> None:
+        self._forward, self._mode, self._inside = forward, mode, inside
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self._inside, "now", False):
             return self._forward(*args, **kwargs)
         self._inside.now = True
         try:
-            with _LinearMode(self._found, self._answer):
+            with self._mode.another():
                 return self._forward(*args, **kwargs)
         finally:
             self._inside.now = False
 
 
 class _LinearMode(TorchFunctionMode):
-    def __init__(self, found: dict[int, Watched], answer: _Answer) -> None:
+    def __init__(self, found: dict[int, Watched], answer: _Answer, in_pieces: bool) -> None:
         super().__init__()
-        self._found, self._answer = found, answer
+        self._found, self._answer, self._in_pieces = found, answer, in_pieces
+
+    def another(self) -> "_LinearMode":
+        """Its like: a mode holds what one thread entered."""
+        return _LinearMode(self._found, self._answer, self._in_pieces)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -139,10 +144,14 @@ class _LinearMode(TorchFunctionMode):
         return None if out is None else use.finish(out)
 
     def _of_stack(self, use: "_Use") -> Tensor | None:
-        """All experts in one batched product; those that are not watched give what they give."""
+        """All experts in one batched product, or all pieces of one weight; what is not watched gives what it gives."""
+        whole = self._found[use.weight.data_ptr()]
+        pieces = whole.expert is None and use.weight.numel() == whole.weight.numel()
+        if (pieces and not self._in_pieces) or use.x.shape[0] != use.weight.shape[0]:
+            return None
         answers: list[Tensor | None] = []
         for x, weight in zip(use.x, use.weight, strict=True):
-            layer = self._found.get(weight.data_ptr())
+            layer = whole if pieces else self._found.get(weight.data_ptr())
             if layer is not None:
                 _check_side(layer, use)
             answers.append(None if layer is None else self._answer(layer.key, x, weight, None))
@@ -171,7 +180,7 @@ def _check_side(layer: Watched, use: _Use) -> None:
     stored, read = layer.weight, use.weight
     if layer.transposed is None or stored.shape[0] == 1 or stored.shape[1] == 1:
         return
-    as_stored = read.stride()[-2:] == stored.stride() and read.shape[-2:] == stored.shape
+    as_stored = read.stride()[-2:] == stored.stride() and read.shape[-1] == stored.shape[-1]
     if as_stored == layer.transposed:
         kind = "(out, in)" if as_stored else "(in, out)"
         raise FewbitError(

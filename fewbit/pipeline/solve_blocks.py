@@ -169,10 +169,14 @@ class BlockSolver:
 
     def round_outside(self, item: PlannedTensor, checkpoint: Checkpoint) -> None:
         """A weight outside the blocks has no curvature: it is rounded."""
-        if self.store.find(item.tensor.entry.name) is None:
+        found = self.store.find(item.tensor.entry.name)
+        if found is None:
             with FileReader() as reader:
                 whole = reader.tensor(item.tensor.entry)
-            self._solve(item, [(to_matrix(whole, item.tensor.transposed), None)])
+            # Only what was asked for by name goes without a word.
+            idle = item.tensor.reason != "included"
+            found = self._solve(item, [(to_matrix(whole, item.tensor.transposed), None)], idle)
+        self.paths[item.tensor.entry.name] = found.record["path"]
 
     def _solve_together(
         self, by_tensor: dict[str, list[Site]], curvature: Callable[[Site], Tensor | None]

@@ -5,6 +5,7 @@ called with (masks, position embeddings) is the same for all sequences of one le
 """
 
 import math
+import operator
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -55,20 +56,35 @@ class Walk:
     def _record(self, model: Any, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """The states that enter the first block, and what every block is called with beside them."""
         entering: list[Tensor] = []
+        leaving: list[Tensor] = []
         calls: list[Call] = []
+        order: list[nn.Module] = []
         handles = []
 
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entering.append(args[0])
-            calls.append((args[1:], kwargs))
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states, call = _split(args, kwargs)
+            entering.append(states)
+            calls.append(call)
+            order.append(module)
+
+        def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            leaving.append(out[0] if isinstance(out, tuple) else out)
 
         try:
-            handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self._blocks]
+            for block in self._blocks:
+                handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+                handles.append(block.register_forward_hook(leave))
             with torch.no_grad():
                 model(ids.to(model.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
+        in_order = len(order) == len(self._blocks) and all(map(operator.is_, order, self._blocks))
+        if not in_order or not all(map(torch.equal, leaving[:-1], entering[1:])):
+            raise FewbitError(
+                f"{type(model).__name__}: its blocks do not run once each with the outputs of the one before, which a "
+                "walk block by block needs: take a method with a Fisher, such as precal+oac"
+            )
         return entering[0], calls
 
     def observe(self, index: int, layers: list[Watched], observer: Observing, step: Step) -> None:
@@ -150,6 +166,13 @@ class Walk:
         over_cores(one, self._states.shape[0], workers)
 
 
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """The states that a block is called with, and the rest of the call."""
+    if args:
+        return args[0], (args[1:], kwargs)
+    return kwargs["hidden_states"], ((), {key: value for key, value in kwargs.items() if key != "hidden_states"})
+
+
 def _equal(one: Any, other: Any) -> bool:
     """Whether nested arguments hold the same values; objects that are no tensors are taken for equal."""
     if isinstance(one, Tensor):
@@ -169,7 +192,7 @@ def _until_first_block(model: Any, block: nn.Module, ids: Tensor) -> Tensor:
     found: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0])
+        found.append(_split(args, kwargs)[0])
         raise _StopError
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)
