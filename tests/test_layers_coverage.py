@@ -67,7 +67,11 @@ ROUTERS = [
 def test_every_router_is_kept(name: str, described: bool) -> None:
     if name == "mlp.choice.weight" and not described:
         pytest.skip("only its number of rows tells")
-    shapes = {**decoder(), f"model.layers.0.{name}": (8, HIDDEN), "model.layers.0.mlp.experts.up_proj": (8, INNER, HIDDEN)}
+    shapes = {
+        **decoder(),
+        f"model.layers.0.{name}": (8, HIDDEN),
+        "model.layers.0.mlp.experts.up_proj": (8, INNER, HIDDEN),
+    }
     found = decided(shapes, {**CONFIG, "num_local_experts": 8} if described else CONFIG)
     assert found[f"model.layers.0.{name}"].reason == "router"
     assert found["model.layers.0.mlp.gate_proj.weight"].action == "quantize"
@@ -120,7 +124,11 @@ def test_names_that_sound_like_something_else(name: str, shape: tuple[int, ...])
 
 
 def test_what_is_not_understood_is_an_error_that_names_it() -> None:
-    strange = {"model.layers.0.a.weight": (7, 9, 11), "model.layers.1.b.weight": (37, 41), "model.other.weight": (40, 48)}
+    strange = {
+        "model.layers.0.a.weight": (7, 9, 11),
+        "model.layers.1.b.weight": (37, 41),
+        "model.other.weight": (40, 48),
+    }
     with pytest.raises(FewbitError) as caught:
         require_recognised(covered({**decoder(), **strange}), "m")
     assert all(name in str(caught.value) for name in strange)
@@ -148,7 +156,9 @@ def test_nothing_is_kept_for_its_dtype_or_its_emptiness(
     assert found.action == action
 
 
-@pytest.mark.parametrize("prefix", ["mtp.layers", "model.mtp_layers", "draft.layers", "eagle.model.layers", "talker.layers"])
+@pytest.mark.parametrize(
+    "prefix", ["mtp.layers", "model.mtp_layers", "draft.layers", "eagle.model.layers", "talker.layers"]
+)
 def test_a_second_list_of_blocks_is_not_the_decoder(prefix: str) -> None:
     found = decided({**decoder(), **decoder(prefix, 1)})
     ours = [t for name, t in found.items() if name.startswith(f"{prefix}.")]
@@ -261,6 +271,10 @@ def test_matrices_that_are_stored_in_out_are_told_by_their_biases_list_by_list()
 
 def test_the_place_that_a_name_tells() -> None:
     place = place_of("mtp.layers.0.mlp.experts.3.w1.weight")
-    assert place is not None and (place.prefix, place.number, place.rest) == ("mtp.layers", 0, "mlp.experts.3.w1.weight")
+    assert place is not None and (place.prefix, place.number, place.rest) == (
+        "mtp.layers",
+        0,
+        "mlp.experts.3.w1.weight",
+    )
     assert place_of("lm_head.weight") is None
     assert place_of("layer.1") is None

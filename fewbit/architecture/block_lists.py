@@ -4,17 +4,19 @@ A list is told by its prefix, what stands before the first number in a name: ``m
 and ``visual.blocks.3.…`` are three lists, however alike the rest of the names. Blocks of different lists never mix.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fewbit.architecture.facts import TOWER_WORDS, Facts, words_of
 from fewbit.checkpoints.safetensors_io import TensorEntry
 
-_DRAFT_WORDS = frozenset(
-    "mtp nextn draft drafter eagle eagle3 medusa hydra speculator speculators talker code2wav token2wav".split()
+_DRAFT_WORDS = re.compile(
+    "mtp|nextn|draft|drafter|eagle|eagle3|medusa|hydra|speculator|speculators|talker|code2wav|token2wav"
 )
-_HEAD_WORDS = frozenset(
-    "head heads score scores classifier classification pooler cls qa reward value regression predictions vocab transform".split()
+_HEAD_WORDS = re.compile(
+    "head|heads|score|scores|classifier|classification|pooler|cls|qa|reward|value|regression|predictions|"
+    "vocab|transform"
 )
 
 DRAFT = "predicts further tokens or another output, outside the decoder"
@@ -60,17 +62,17 @@ def place_of(name: str) -> Place | None:
 
 def is_draft(name: str) -> bool:
     """Whether a name or prefix is that of a part that predicts further tokens, or speaks, beside the decoder."""
-    return any(word in _DRAFT_WORDS or word.startswith("mtp") for word in words_of(name))
+    return any(_DRAFT_WORDS.fullmatch(word) or word.startswith("mtp") for word in words_of(name))
 
 
 def is_tower(name: str) -> bool:
     """Whether a name or prefix is that of a vision or audio tower or a projector."""
-    return any(word in TOWER_WORDS for word in words_of(name))
+    return any(TOWER_WORDS.fullmatch(word) for word in words_of(name))
 
 
 def is_head(name: str) -> bool:
     """Whether a name or prefix is that of a head."""
-    return any(word in _HEAD_WORDS for word in words_of(name))
+    return any(_HEAD_WORDS.fullmatch(word) for word in words_of(name))
 
 
 def find_lists(entries: Iterable[TensorEntry], facts: Facts) -> dict[str, BlockList]:
@@ -127,7 +129,7 @@ def _role(prefix: str, numbers: set[int], main: str | None, facts: Facts) -> Blo
 
 
 def _beside(prefix: str, main: str) -> bool:
-    """Whether two lists are parts of one module, as XLM's of attention and of feed-forward layers, or two modules' own."""
+    """Whether two lists are of one module, as XLM's of attention and of feed-forward layers, or of two like modules."""
     ours, theirs = prefix.split("."), main.split(".")
     if len(ours) != len(theirs):
         return False

@@ -6,6 +6,7 @@ something else. Everything else is kept for a reason, or unknown, which is an er
 """
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from fewbit.architecture.patterns import matching
 from fewbit.checkpoints.safetensors_io import TensorEntry
 from fewbit.errors import FewbitError
 
-_OUTSIDE_WORDS = frozenset("project_in project_out per_layer_model_projection w output shared unembed".split())
+_OUTSIDE_WORDS = re.compile("project_in|project_out|per_layer_model_projection|w|output|shared|unembed")
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class _Survey:
             return "keep", TOWER
         if is_head(entry.name):
             return "keep", HEAD
-        if entry.shape[0] in self.facts.vocabularies or subject.leaf in _OUTSIDE_WORDS or "embed" in entry.name:
+        if entry.shape[0] in self.facts.vocabularies or _OUTSIDE_WORDS.fullmatch(subject.leaf) or "embed" in entry.name:
             return "keep", "embedding or head"
         reason = kinds.kept_as(subject)
         if reason:

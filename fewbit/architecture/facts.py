@@ -1,26 +1,28 @@
 """What a model's configuration says about its shapes, gathered from nested configurations; no network is built."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_LAYER_COUNTS = frozenset(
-    "num_hidden_layers n_layer n_layers num_layers num_decoder_layers num_encoder_layers decoder_layers encoder_layers "
-    "num_blocks num_layers_per_stack".split()
+_LAYER_COUNTS = re.compile(
+    "num_hidden_layers|n_layer|n_layers|num_layers|num_decoder_layers|num_encoder_layers|decoder_layers|"
+    "encoder_layers|num_blocks|num_layers_per_stack"
 )
-_WIDTHS = frozenset("hidden_size n_embd d_model dim model_dim embed_dim hidden_dim word_embed_proj_dim".split())
-_INNER = frozenset(
-    "intermediate_size moe_intermediate_size expert_intermediate_size ffn_dim ffn_hidden_size d_ff n_inner".split()
+_WIDTHS = re.compile("hidden_size|n_embd|d_model|dim|model_dim|embed_dim|hidden_dim|word_embed_proj_dim")
+_INNER = re.compile(
+    "intermediate_size|moe_intermediate_size|expert_intermediate_size|ffn_dim|ffn_hidden_size|d_ff|n_inner"
 )
+_DEPTH = 8
 _NOT_A_COUNT = ("per_tok", "shared", "topk", "top_k", "group", "used", "activ", "size", "dim", "zero", "freq", "step")
-_SPEECH = frozenset("num_mel_bins feat_extract_norm input_feat_per_channel conv_kernel_sizes conv_channels".split())
-_SENSES = frozenset("vision visual image images audio speech video mel".split())
+_SPEECH = re.compile("num_mel_bins|feat_extract_norm|input_feat_per_channel|conv_kernel_sizes|conv_channels")
+_SENSES = re.compile("vision|visual|image|images|audio|speech|video|mel")
 
-TOWER_WORDS = frozenset(
-    "vision visual image images img vit video audio speech sound acoustic whisper wav clip siglip sam tower qformer "
-    "resampler perceiver projector projectors projection connector merger mergers deepstack aligner vqmodel vqvae vae "
-    "radio protein perception diarization codec tokenizer multimodal mm patch patches depth vq timm "
-    "feature featurizer".split()
+TOWER_WORDS = re.compile(
+    "vision|visual|image|images|img|vit|video|audio|speech|sound|acoustic|whisper|wav|clip|siglip|sam|tower|"
+    "qformer|resampler|perceiver|projector|projectors|projection|connector|merger|mergers|deepstack|aligner|"
+    "vqmodel|vqvae|vae|radio|protein|perception|diarization|codec|tokenizer|multimodal|mm|patch|patches|"
+    "depth|vq|timm|feature|featurizer"
 )
 """Words in names of what turns images, sound and the like into inputs of a language model."""
 
@@ -60,8 +62,9 @@ def gather_facts(config: dict[str, Any]) -> Facts:
         frozenset(found["heads"]),
         frozenset(found["vocab"]),
         tuple((key.removesuffix("_config"), frozenset(_layer_counts(value))) for key, value in parts),
-        any(_is_tower(key) for key, _ in _parts(config)) or bool(_SENSES & {w for key in config for w in words_of(key)}),
-        bool(_SPEECH & set(config)),
+        any(_is_tower(key) for key, _ in _parts(config))
+        or any(_SENSES.fullmatch(word) for key in config for word in words_of(key)),
+        any(_SPEECH.fullmatch(key) for key in config),
         config.get("is_encoder_decoder") is True,
     )
 
@@ -73,22 +76,22 @@ def words_of(name: str) -> list[str]:
 
 def _is_tower(key: str) -> bool:
     words = words_of(key.removesuffix("_config"))
-    return any(word in TOWER_WORDS for word in words)
+    return any(TOWER_WORDS.fullmatch(word) for word in words)
 
 
-def _parts(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for key, value in config.items():
+def _parts(config: dict[str, Any], depth: int = _DEPTH) -> Iterator[tuple[str, dict[str, Any]]]:
+    for key, value in config.items() if depth else ():
         if isinstance(value, dict) and key != "quantization_config":
             if key.endswith("_config") or key in ("encoder", "decoder"):
                 yield key, value
-            yield from _parts(value)
+            yield from _parts(value, depth - 1)
 
 
-def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    for key, value in config.items():
+def _numbers(config: dict[str, Any], depth: int = _DEPTH) -> Iterator[tuple[str, int]]:
+    for key, value in config.items() if depth else ():
         if isinstance(value, dict):
             if key != "quantization_config" and not _is_tower(key):
-                yield from _numbers(value)
+                yield from _numbers(value, depth - 1)
             continue
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and not isinstance(number, bool) and number > 0:
@@ -96,15 +99,15 @@ def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _layer_counts(config: dict[str, Any]) -> set[int]:
-    return {value for key, value in _numbers(config) if key in _LAYER_COUNTS}
+    return {value for key, value in _numbers(config) if _LAYER_COUNTS.fullmatch(key)}
 
 
 def _kinds(key: str) -> Iterator[str]:
-    if key in _LAYER_COUNTS:
+    if _LAYER_COUNTS.fullmatch(key):
         yield "layers"
-    if key in _WIDTHS:
+    if _WIDTHS.fullmatch(key):
         yield "widths"
-    if key in _INNER:
+    if _INNER.fullmatch(key):
         yield "inner"
     if "expert" in key and not any(word in key for word in _NOT_A_COUNT):
         yield "experts"

@@ -47,9 +47,9 @@ _BUFFER = re.compile(
 class Subject:
     """A tensor in its surroundings. rest: its name in the block, or the whole of it outside the blocks.
 
-    sizes: how many tensors of the same block have an axis of that length. routed: numbers of experts that routers beside
-    it tell apart. grouped: tensors of its module that stack as many matrices. share: of the block's
-    elements, that it has.
+    sizes: how many tensors of the same block have an axis of that length. routed: numbers of experts that routers
+    beside it tell apart. grouped: tensors of its module that stack as many matrices. share: of the block's elements,
+    that it has.
     """
 
     rest: str

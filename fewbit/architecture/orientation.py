@@ -31,7 +31,7 @@ def from_matrix(matrix: Tensor, shape: Sequence[int], transposed: bool) -> Tenso
 
 
 def tensor_name(module: str, original_shape: Sequence[int] | None) -> str:
-    """The checkpoint's name of a packed weight: `module` is its own where its shape is noted, else that of its layer."""
+    """A packed weight's name in the checkpoint: `module` itself where its shape is noted, else its layer's weight."""
     return module if original_shape is not None else f"{module}.weight"
 
 

@@ -166,7 +166,8 @@ class _LinearMode(TorchFunctionMode):
 class _Use:
     """A call that is a linear layer.
 
-    x: inputs `(..., in)`. weight: `(out, in)`, or one for each of a batch. bias: `(out,)`. finish: from `(..., out)` to the form of the call's result.
+    x: inputs `(..., in)`. weight: `(out, in)`, or one for each of a batch. bias: `(out,)`. finish: from `(..., out)`
+    to the form of the call's result.
     """
 
     x: Tensor

@@ -68,7 +68,7 @@ class Walk:
             order.append(module)
 
         def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            leaving.append(out[0] if isinstance(out, tuple) else out)
+            leaving.append(_states(out))
 
         try:
             for block in self._blocks:
@@ -110,7 +110,7 @@ class Walk:
         """Block `index` on any states `(1, length, hidden)` of its device, with gradients where they are wanted."""
         args, kwargs = _converted(self._calls[index], states.device)
         out = self._blocks[index](states, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return _states(out)
 
     def change(self, index: int) -> Tensor:
         """What block `index`, its parameters in float32, adds to the first sequence; the states stay."""
@@ -119,7 +119,7 @@ class Walk:
         states = self._states[:1].to(device, torch.float32)
         with torch.inference_mode():
             out = self._blocks[index](states, *args, **kwargs)
-        return (out[0] if isinstance(out, tuple) else out) - states
+        return _states(out) - states
 
     def _device(self, index: int) -> torch.device:
         return next(self._blocks[index].parameters()).device
@@ -155,7 +155,7 @@ class Walk:
                 try:
                     out = self._blocks[index](states.to(device), *args, **kwargs)
                     if keep:
-                        states.copy_(out[0] if isinstance(out, tuple) else out)
+                        states.copy_(_states(out))
                 except EnoughSeenError:
                     pass
             if ended is not None:
@@ -164,6 +164,11 @@ class Walk:
                 step()
 
         over_cores(one, self._states.shape[0], workers)
+
+
+def _states(out: Any) -> Tensor:
+    """The states among what a block returns."""
+    return out[0] if isinstance(out, tuple | list) else out
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
