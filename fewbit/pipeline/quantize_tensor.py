@@ -16,16 +16,15 @@ from fewbit.errors import FewbitError
 from fewbit.formats import native
 from fewbit.formats.native import stored_bytes
 from fewbit.grids.scheme import StoredWeight
-from fewbit.grids.table import grid_of, row_block
+from fewbit.grids.table import grid_of
 from fewbit.outliers.grids import pack_outliers
 from fewbit.outliers.rules import OUTLIER_RULES
 from fewbit.pipeline.plan import PlannedTensor, place_outliers
 from fewbit.pipeline.records import LayerRecord
+from fewbit.pipeline.tensor_rows import TensorRows
 from fewbit.solvers.settled import Encoded, NotFiniteError, round_rows
 from fewbit.transforms.table import TRANSFORMS
 
-# Few enough that passes over them stay in a core's cache, many enough that Python's lock is rarely waited for.
-_CHUNK_WEIGHTS = 1 << 19
 _SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 
 
@@ -59,7 +58,7 @@ def quantize_tensor(
     Returns a function that puts the rows together (another thread can call it while the next tensor is quantized).
     Raises FewbitError naming the tensor when a weight is NaN or infinite or a scale cannot be stored.
     """
-    source, stored, choices = _Rows(item, reader), item.stored, item.choices
+    source, stored, choices = TensorRows(item, reader), item.stored, item.choices
     rule, transform = OUTLIER_RULES[choices.outliers.rule], TRANSFORMS[stored.scheme.transform]
     mapped = transform.fixed(stored.shape[1])
 
@@ -83,26 +82,6 @@ def quantize_tensor(
     except FewbitError as error:
         raise FewbitError(f"{item.tensor.entry.name}: {error}") from error
     return partial(assemble, item, results, source.spans)
-
-
-class _Rows:
-    """Rows of a weight as a matrix (out, in), read on demand; one stored (in, out) is read whole and turned."""
-
-    def __init__(self, item: PlannedTensor, reader: FileReader) -> None:
-        self._entry, self._reader = item.tensor.entry, reader
-        self.rows, self.columns = item.stored.shape
-        self._whole = reader.tensor(self._entry).t().contiguous() if item.stored.transposed else None
-        reader.descriptor(self._entry.file)
-        # What some rows share is stored once for them: they stay together.
-        block = row_block(item.stored.scheme) or self.rows
-        step = max(1, _CHUNK_WEIGHTS // self.columns // block) * block
-        self.spans = [(first, min(step, self.rows - first)) for first in range(0, self.rows, step)]
-
-    def read(self, first: int, count: int) -> Tensor:
-        if self._whole is not None:
-            return self._whole[first : first + count]
-        flat = self._reader.read(self._entry, first * self.columns, count * self.columns)
-        return flat.view(count, self.columns)
 
 
 def _too_small(parts: dict[str, Tensor], stored: StoredWeight) -> bool:

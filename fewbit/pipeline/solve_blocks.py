@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbit.architecture.network import Site
+from fewbit.architecture.orientation import to_matrix
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
@@ -128,10 +129,14 @@ class BlockSolver:
 
     def round_outside(self, item: PlannedTensor, checkpoint: Checkpoint) -> None:
         """A weight outside the blocks has no curvature: it is rounded."""
-        if self.store.find(item.tensor.entry.name) is None:
+        found = self.store.find(item.tensor.entry.name)
+        if found is None:
             with FileReader() as reader:
                 whole = reader.tensor(item.tensor.entry)
-            self._solve(item, [(whole.t() if item.tensor.transposed else whole, None)])
+            # Only what was asked for by name goes without a word.
+            idle = item.tensor.reason != "included"
+            found = self._solve(item, [(to_matrix(whole, item.tensor.transposed), None)], idle)
+        self.paths[item.tensor.entry.name] = found.record.path or ""
 
     def _solve_together(
         self, by_tensor: dict[str, list[Site]], curvature: Callable[[Site], Tensor | None]
@@ -151,6 +156,8 @@ class BlockSolver:
         for name, found in by_tensor.items():
             matrices = [(site.read(), curvature(site)) for site in found]
             idle = any(_idle(site, matrix) for site, (_, matrix) in zip(found, matrices, strict=True))
+            # One expert may go without tokens, not all of them.
+            idle = idle or (len(matrices) > 1 and all(matrix is None for _, matrix in matrices))
             kept.append(self._solve(self.items[name], matrices, idle))
         return kept
 
