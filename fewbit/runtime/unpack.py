@@ -15,20 +15,37 @@ from fewbit.formats.config import read_weights
 from fewbit.formats.scheme import StoredWeight, part_layout
 from fewbit.linear import Linear
 from fewbit.runtime.packed_linear import PackedLinear
+from fewbit.runtime.packed_parameter import Held, as_in_checkpoint, release
+from fewbit.runtime.whole import check_all_parts, dtype_of_kept
+
+__all__ = ["check_all_parts", "read_parts", "read_weight", "unpack", "unpack_modules"]
 
 
-def unpack_modules(model: nn.Module) -> Any:
-    """Replace every packed layer of `model` by a plain linear layer with the same weights and logits, in place.
+def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
+    """Replace every packed weight of `model` by a plain one with the same numbers and logits, in place.
 
+    dtype: of the plain weights; None for the one that each packed one has.
     Takes the memory of the 16-bit model; worth it when the model runs over much text.
     """
+    tied: dict[int, nn.Parameter] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, PackedLinear):
                 plain = Linear(child.in_features, child.out_features, bias=False, device="meta")
-                plain.weight = nn.Parameter(child.weight, requires_grad=False)
+                plain.weight = nn.Parameter(child.decode(dtype or child.like.dtype), requires_grad=False)
                 plain.register_parameter("bias", child.bias)
+                plain.train(child.training)
                 setattr(parent, name, plain)
+    for module in list(model.modules()):
+        held = getattr(module, "held", None)
+        if isinstance(held, Held):
+            plain_ones = {}
+            for name, value in held.all():
+                if id(value) not in tied:
+                    whole = value(dtype=dtype).contiguous()
+                    tied[id(value)] = nn.Parameter(whole, requires_grad=False)
+                plain_ones[name] = tied[id(value)]
+            release(module, plain_ones)
     return model
 
 
@@ -45,23 +62,6 @@ def read_parts(checkpoint: Checkpoint, reader: FileReader, module: str, stored: 
     except ValueError as error:
         raise FewbitError(f"{checkpoint.folder}: {module}: {error}") from error
     return parts
-
-
-def check_all_parts(checkpoint: Checkpoint) -> None:
-    """FewbitError unless every packed weight that the config lists is there in full, and no part of another one is."""
-    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for module, stored in read_weights(checkpoint.quantization or {}).items():
-        for part, (dtype, shape) in part_layout(stored).items():
-            expected[f"{module}.{part}"] = (dtype, shape)
-    for name, (dtype, shape) in expected.items():
-        entry = checkpoint.entries.get(name)
-        if entry is None:
-            raise FewbitError(f"{checkpoint.folder}: {name} is missing: the folder is not whole")
-        if (entry.dtype, entry.shape) != (dtype, shape):
-            raise FewbitError(f"{checkpoint.folder}: {name} is {entry.dtype} {list(entry.shape)}, not {list(shape)}")
-    for name in checkpoint.entries:
-        if name.endswith(".codes") and name not in expected:
-            raise FewbitError(f"{checkpoint.folder}: {name} belongs to no weight in config.json: the folder is damaged")
 
 
 def read_weight(checkpoint: Checkpoint, reader: FileReader, module: str, stored: StoredWeight) -> torch.Tensor:
@@ -116,9 +116,16 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16"
-    dtype = getattr(torch, str(named), torch.bfloat16)
-    return dtype if dtype in DTYPES.values() else torch.bfloat16
+    """What the config names; else that of the kept weights, which stood beside the packed ones."""
+    configs = [checkpoint.config, *(value for value in checkpoint.config.values() if isinstance(value, dict))]
+    for config in configs:
+        for key in ("dtype", "torch_dtype"):
+            named = getattr(torch, str(config.get(key)).removeprefix("torch."), None)
+            if isinstance(named, torch.dtype) and named.is_floating_point and named in DTYPES.values():
+                return named
+    packed = {f"{module}." for module in read_weights(checkpoint.quantization or {})}
+    kept = (entry for name, entry in checkpoint.entries.items() if f"{name.rpartition('.')[0]}." not in packed)
+    return dtype_of_kept(kept) or torch.bfloat16
 
 
 def _split(order: dict[str, TensorEntry | StoredWeight], dtype: torch.dtype, shard_size: int) -> list[list[str]]:
@@ -145,11 +152,7 @@ def _write(
     if isinstance(item, TensorEntry):
         writer.copy(item, reader)
         return name
-    weight = read_weight(checkpoint, reader, name, item).to(dtype)
-    if item.transposed:
-        weight = weight.t().contiguous()
-    if item.original_shape is not None:
-        writer.add(name, weight.view(item.original_shape))
-        return name
-    writer.add(f"{name}.weight", weight)
-    return f"{name}.weight"
+    weight = as_in_checkpoint(read_weight(checkpoint, reader, name, item).to(dtype), item).contiguous()
+    written = name if item.original_shape is not None else f"{name}.weight"
+    writer.add(written, weight)
+    return written
