@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.adapter import carries_adapter, is_adapter_file, not_a_model
 from fewbit.checkpoints.safetensors_io import TensorEntry, read_header
 from fewbit.errors import FewbitError
 
@@ -52,6 +53,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not any(folder.iterdir()):
         raise FewbitError(f"{folder}: the folder is empty")
     config_path = folder / "config.json"
+    if not config_path.is_file() and carries_adapter(folder):
+        raise FewbitError(not_a_model(folder))
     if not config_path.is_file():
         raise FewbitError(f"{folder}: no config.json: is this a Hugging Face model folder?")
     config = _read_json(config_path)
@@ -91,7 +94,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         return dict(sorted(files.items()))
     if (folder / SINGLE_NAME).is_file():
         return {folder / SINGLE_NAME: None}
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(path for path in folder.glob("*.safetensors") if not is_adapter_file(path.name))
     if len(found) == 1:
         return {found[0]: None}
     if found:
@@ -103,7 +106,11 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 def _is_companion(path: Path) -> bool:
     """Files that travel with the weights: tokenizer, generation config, chat template, licence, model card."""
-    if path.name.startswith((".", "fewbit_")) or path.name.endswith((".index.json", ".safetensors.json")):
+    if (
+        path.name.startswith((".", "fewbit_"))
+        or is_adapter_file(path.name)
+        or path.name.endswith((".index.json", ".safetensors.json"))
+    ):
         return False
     return path.suffix in {".json", ".jinja", ".model", ".txt", ".md", ".tiktoken"} or path.name.upper() in {
         "LICENSE",

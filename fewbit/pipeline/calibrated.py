@@ -29,7 +29,7 @@ from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.pipeline.stages import check_length, crowded, matrix_bytes, stages_of
 from fewbit.pipeline.walk import Walk
 from fewbit.recipe import Recipe
-from fewbit.runtime.load import load
+from fewbit.runtime.load import load_decoder
 
 
 def solve_model(
@@ -97,7 +97,7 @@ def open_network(
     walking: only one block at a time will run, so the weights stay where they are mapped until a block is taken.
     device, dtype: as for :func:`fewbit.load`.
     """
-    model = load(checkpoint.folder, dtype, "cpu" if walking else device)
+    model = load_decoder(checkpoint.folder, dtype, "cpu" if walking else device)
     if hasattr(model, "set_experts_implementation"):
         # One linear layer for each expert, which can be watched, in place of one fused product for all.
         model.set_experts_implementation("eager")

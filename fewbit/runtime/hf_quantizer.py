@@ -2,12 +2,7 @@
 
 from typing import Any
 
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -40,10 +35,9 @@ class FewbitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         weights = read_weights(self.quantization_config.to_dict())
-        files = kwargs.get("checkpoint_files")
-        entries = read_entries(files)
+        entries = read_entries(kwargs.get("checkpoint_files"))
         if entries:
-            check_parts_of(str(model.config.name_or_path or files[0]), entries, weights)
+            check_parts_of(str(model.config.name_or_path), entries, weights)
         self._names = install(model, weights, entries, kwargs.get("dtype") or model.dtype)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
@@ -75,11 +69,11 @@ class FewbitQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Add the format to transformers' registries; once."""
-    if "fewbit" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config("fewbit")(FewbitConfig)
-    if "fewbit" not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer("fewbit")(FewbitQuantizer)
+    """Add the format to transformers' registries, where it is not in them yet."""
+    if "fewbit" not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config("fewbit")(FewbitConfig)
+    if "fewbit" not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer("fewbit")(FewbitQuantizer)
 
 
 # transformers' registry may have been imported by the lines above, while this module was not ready to be registered.

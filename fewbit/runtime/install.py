@@ -22,7 +22,7 @@ _UNPACK = "write plain 16-bit weights with  fewbit unpack FOLDER OUT  and load t
 
 @dataclass
 class _Network:
-    """The model, its parameters as they were, what the checkpoint fills of them, and where parts go, as far as known."""
+    """The model, its parameters as they were, the checkpoint, and where parts go, as far as known."""
 
     model: Any
     shapes: dict[str, tuple[int, ...]]
@@ -109,7 +109,7 @@ def _check_nothing_is_empty(network: _Network, groups: Mapping[str, list[str]]) 
 
 
 def _check_rest_of_layers(network: _Network, packed: Mapping[str, list[str]], groups: Mapping[str, list[str]]) -> None:
-    """What a packed layer has beside its weight, a bias, must be there too: transformers fills it with what it likes."""
+    """What a packed layer has beside its weight, a bias, must be there too: transformers would make one up."""
     for target in packed:
         module, _ = network.owner(target)
         path = target.rpartition(".")[0]
@@ -160,10 +160,11 @@ def _pack(network: _Network, target: str, members: list[str], is_shared: bool) -
     for name, tensor in sorted(made.items(), key=lambda item: item[0] != target):
         _check_shape(network, name, members[0], tuple(tensor.shape))
         # What one tensor is split into shares its parts: the first holds them, the others read them there.
-        values[name] = PackedParameter(name, sources, merge, network.dtype_of(name), owns=not values)
+        origin = next(iter(values.values())) if values else sources
+        values[name] = PackedParameter(name, origin, merge, network.dtype_of(name))
         _hold(network, name, values[name])
     for number, (source, member) in enumerate(zip(sources, members, strict=True)):
-        _note(network, member, source, f"{_place_of_value(next(iter(values)))}.sources.{number}")
+        _note(network, member, source, f"{_place_of_value(next(iter(values)))}.stored_sources.{number}")
     return values
 
 
@@ -189,7 +190,7 @@ def _pack_one(network: _Network, target: str, name: str, is_shared: bool) -> dic
         return {}
     value = PackedParameter(target, [PackedWeight(name, stored)], None, network.dtype_of(target))
     _hold(network, target, value)
-    _note(network, name, value.sources[0], f"{_place_of_value(target)}.sources.0")
+    _note(network, name, value.sources[0], f"{_place_of_value(target)}.stored_sources.0")
     return {target: value}
 
 

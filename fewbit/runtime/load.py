@@ -3,37 +3,45 @@
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.adapter import cannot_tell, carries_adapter
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.device import check_device
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.quiet import quiet_transformers
-from fewbit.runtime.unpack import check_all_parts
+from fewbit.runtime.whole import check_all_parts
+
+_TRANSFORMERS_SAYS = (ValueError, KeyError, ImportError, RuntimeError, OSError, AttributeError)
 
 
 def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> Any:
     """The transformers model of a native folder (weights stay packed) or of any original, in evaluation mode.
 
+    Its class is the one that config.json names: a language model, a reward model, an encoder, and so on.
     model: as for :func:`fewbit.quantize`, or a folder it made. dtype: a torch dtype, or "auto" for the one the config
     names. device: "cpu", "cuda", …; None for CUDA where there is one, else the CPU.
     Raises FewbitError when the folder is no whole model or transformers is not installed.
     """
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         from fewbit.linear import use_fast_products
+        from fewbit.runtime.classes import class_of
     except ImportError as error:
         raise missing_extra(error.name or "transformers", "hf") from error
     folder = locate(model)
     checkpoint = open_checkpoint(folder)
+    if carries_adapter(folder):
+        raise FewbitError(cannot_tell(folder))
     if checkpoint.is_native:
         check_all_parts(checkpoint)
     target = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         with quiet_transformers():
-            loaded, keys = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (ValueError, KeyError, ImportError, RuntimeError, OSError, AttributeError) as error:
+            kind = class_of(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False))
+            loaded, keys = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except _TRANSFORMERS_SAYS as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FewbitError(f"{folder}: transformers cannot load it ({first})") from error
     # transformers fills what is missing with random numbers and says so in a log; no figure may come from those.
@@ -43,3 +51,12 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
             raise FewbitError(f"{folder}: {kind.replace('_keys', '')} weights ({names}): the folder is not whole")
     use_fast_products(loaded)
     return loaded.to(target).eval()
+
+
+def load_decoder(model: str | Path, dtype: Any = "auto", device: str | None = None) -> Any:
+    """As :func:`load`; FewbitError for what does not predict the next token of a text."""
+    from fewbit.runtime.classes import check_predicts_tokens
+
+    loaded = load(model, dtype, device)
+    check_predicts_tokens(Path(model), loaded)
+    return loaded

@@ -33,7 +33,7 @@ def parts_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def remember_dtype(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let `module.like.dtype` be the floating-point type of the module, which `.to(dtype)` changes as it does others'."""
+    """Let `module.like.dtype` be the module's floating-point type, which `.to(dtype)` changes."""
     module.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
 

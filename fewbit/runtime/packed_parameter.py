@@ -37,6 +37,12 @@ def as_in_checkpoint(weight: Tensor, stored: StoredWeight) -> Tensor:
     return weight.view(*shape[:-2], shape[-1], shape[-2]).transpose(-2, -1)
 
 
+def as_matrix(tensor: Tensor, stored: StoredWeight) -> Tensor:
+    """Inverse of :func:`as_in_checkpoint`."""
+    turned = tensor.transpose(-2, -1) if stored.transposed else tensor
+    return turned.reshape(stored.shape)
+
+
 class PackedWeight(nn.Module):
     """A packed tensor of the checkpoint; called with a dtype, it gives the tensor as the checkpoint had it."""
 
@@ -117,25 +123,29 @@ def _leaves_first_axis(operation: Any) -> bool:
 class PackedParameter(nn.Module):
     """The parameter `target` of the network, from one source or from several that are merged.
 
-    Called, it gives the parameter in its own dtype (`like.dtype`). owns: it is this one that stores the sources, and
-    moves them between devices.
+    Called, it gives the parameter in its own dtype (`like.dtype`). sources: or another parameter that is made from the
+    same ones, stores them, and moves them between devices.
     """
 
     like: Tensor
 
     def __init__(
-        self,
-        target: str,
-        sources: Sequence[nn.Module],
-        merge: Merge | None,
-        dtype: torch.dtype,
-        owns: bool = True,
+        self, target: str, sources: "Sequence[nn.Module] | PackedParameter", merge: Merge | None, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.target, self.merge = target, merge
-        self.sources: Any = nn.ModuleList(sources) if owns else tuple(sources)
+        if isinstance(sources, PackedParameter):
+            # In a tuple, which keeps it from being registered a second time.
+            self.shared = (sources,)
+        else:
+            self.stored_sources = nn.ModuleList(sources)
         self.experts = merge.experts() if merge is not None else None
         remember_dtype(self, dtype)
+
+    @property
+    def sources(self) -> nn.ModuleList:
+        """What it is made from, in transformers' order."""
+        return self.shared[0].sources if hasattr(self, "shared") else self.stored_sources
 
     def forward(self, experts: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The whole parameter; with `experts` (their numbers, ascending) others' places may hold zeros."""
@@ -193,7 +203,7 @@ def hold(module: nn.Module, name: str, value: PackedParameter, borrowed: bool = 
     else:
         held.own[name] = value
     module._parameters.pop(name, None)
-    module.__class__ = _holding(base, tuple(sorted([*held.own, *held.borrowed])))
+    module.__class__ = _holding(base, tuple(sorted([*held.own, *held.borrowed])))  # type: ignore[arg-type]
     # There is nothing left in it that transformers may set to random numbers.
     module._is_hf_initialized = True  # type: ignore[assignment]
 
@@ -206,7 +216,8 @@ def release(module: nn.Module, plain: Mapping[str, nn.Parameter]) -> None:
         module.register_parameter(name, parameter)
 
 
-_DECODED: ContextVar[tuple[dict[int, Tensor], Tensor | None] | None] = ContextVar("decoded", default=None)
+_Running = tuple[dict[int, Tensor], Tensor | None]
+_DECODED: ContextVar[_Running | None] = ContextVar("decoded", default=None)
 """While a module that holds packed parameters runs: what it has decoded so far, and the experts that it will use."""
 
 

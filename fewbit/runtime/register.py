@@ -23,12 +23,15 @@ def register_when_imported() -> None:
 
 
 def _register() -> None:
-    """Import the hook, whose last line registers it.
+    """Import the hook and let it register.
 
-    It may be what is importing the registry just now, in this thread or in another: then it is not ready, and that
-    line is still to come.
+    It may be what is importing the registry just now, in this thread or in another. Then it is not ready: it registers
+    by itself at its end.
     """
-    importlib.import_module("fewbit.runtime.hf_quantizer")
+    hook = importlib.import_module("fewbit.runtime.hf_quantizer")
+    ready = getattr(hook, "register", None)
+    if ready is not None:
+        ready()
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -28,9 +28,8 @@ def check_parts_of(where: str, entries: Mapping[str, TensorEntry], weights: Mapp
         if entry is None:
             raise FewbitError(f"{where}: {name} is missing: the folder is not whole")
         if (entry.dtype, entry.shape) != (dtype, shape):
-            raise FewbitError(
-                f"{where}: {name} is {entry.dtype} {list(entry.shape)}, not {dtype} {list(shape)}: the folder is damaged"
-            )
+            found, wanted = f"{entry.dtype} {list(entry.shape)}", f"{dtype} {list(shape)}"
+            raise FewbitError(f"{where}: {name} is {found}, not {wanted}: the folder is damaged")
     endings = {name.rpartition(".")[2] for name in expected} - {"weight", "bias"}
     for name, entry in entries.items():
         if name not in expected and name.rpartition(".")[2] in endings and not entry.dtype.is_floating_point:
@@ -40,7 +39,7 @@ def check_parts_of(where: str, entries: Mapping[str, TensorEntry], weights: Mapp
 def read_entries(files: Iterable[str | Path] | None) -> dict[str, TensorEntry]:
     """Every tensor of the weight files that a loader was given; none where they are not safetensors.
 
-    A folder's index is checked against its files. Raises FewbitError for a damaged file, or a tensor that is there twice.
+    A folder's index is checked against its files. Raises FewbitError for a damaged file, or a tensor that is in two.
     """
     paths = [Path(file) for file in files or ()]
     if not paths or any(path.suffix != ".safetensors" for path in paths):

@@ -26,7 +26,7 @@ from fewbit.pipeline.calibrated import open_original
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.measure import measure_tokens
 from fewbit.pipeline.solve_blocks import Network
-from fewbit.runtime.load import load
+from fewbit.runtime.load import load_decoder
 from fewbit.runtime.unpack import unpack_modules
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.layer_errors import Fisher, output_error, predicted_increase, weight_error
@@ -206,7 +206,7 @@ def _score(model: str, opened: Opened, row: Row) -> Row:
     """The row with what was measured on the evaluation text; a loss that is no number is said, not made up."""
     described = describe(open_checkpoint(locate(model)))
     row = {**row, "method": described["method"], "bits_per_weight": described.get("bits_per_weight")}
-    loaded = unpack_modules(load(model, device=opened.choice.device))
+    loaded = unpack_modules(load_decoder(model, device=opened.choice.device))
     try:
         found = score(loaded, opened.windows, opened.original, row["name"])
     except FewbitError as error:

@@ -23,7 +23,8 @@ from fewbit.formats.original import MODEL_FOLDER, original_of
 from fewbit.memory import activation_bytes, available_bytes, peak_rss_bytes
 from fewbit.pipeline.calibrated import calibration_set
 from fewbit.pipeline.solved_store import SolvedStore
-from fewbit.runtime.load import load
+from fewbit.runtime.load import load_decoder
+from fewbit.runtime.packed_parameter import as_matrix
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.loop import Sequences, Trainer, held_out_last
 from fewbit.tuning.not_finite import TrainingStoppedError
@@ -85,15 +86,15 @@ def tune(
         progress = None
     try:
         # First, since what cannot be trained is refused here.
-        model = load(checkpoint.folder, dtype=_training_dtype(checkpoint), device="cpu")
-        original = load(reference, device=str(accelerator.device))
+        model = load_decoder(checkpoint.folder, dtype=_training_dtype(checkpoint), device="cpu")
+        original = load_decoder(reference, device=str(accelerator.device))
         calibration = calibration_set(original_checkpoint, options.calibration, original, progress)
         if accelerator.is_main_process:
             SolvedStore(path).same_tokens(calibration.sha256)
         sequences = _split(calibration.ids, choice)
         teacher = _teacher(original, sequences.ids, choice, path, accelerator, progress)
         with FileReader() as reader:
-            names = make_trainable(model, choice, _originals(checkpoint, original_checkpoint, reader, model))
+            places = make_trainable(model, choice, _originals(checkpoint, original_checkpoint, reader))
         model.to(accelerator.device)
         blocks = list(find_blocks(model))
         if choice.reconstruction:
@@ -113,7 +114,7 @@ def tune(
         state = whole_state(trainer.model)
         report: dict[str, Any] = {}
         if accelerator.is_main_process:
-            parts = stored_parts(accelerator.unwrap_model(trainer.model), names, state)
+            parts = stored_parts(accelerator.unwrap_model(trainer.model), places, state)
             tuning = {
                 "choice": asdict(choice),
                 "calibration": calibration.describe(),
@@ -206,21 +207,15 @@ def _teacher(
     return Teacher(ids, keep_predictions(original, ids, choice.top, folder / _TEACHER, step))
 
 
-def _originals(
-    quantized: Checkpoint, checkpoint: Checkpoint, reader: FileReader, model: Any
-) -> Callable[[str], Tensor | None]:
-    """The 16-bit weight `(out, in)` of a module, where the checkpoint has one that stands for the same function."""
-    base = f"{model.base_model_prefix}."
+def _originals(quantized: Checkpoint, checkpoint: Checkpoint, reader: FileReader) -> Callable[[str], Tensor | None]:
+    """The 16-bit weight `(out, in)` of a packed one, where the checkpoint has one that stands for the same function."""
     if quantized.has_scaled_channels:
-        return lambda module: None
+        return lambda name: None
+    weights = read_weights(quantized.quantization or {})
 
-    def find(module: str) -> Tensor | None:
-        for name in (f"{module}.weight", f"{module.removeprefix(base)}.weight", f"{base}{module}.weight"):
-            entry = checkpoint.entries.get(name)
-            if entry is not None:
-                whole = reader.tensor(entry)
-                return whole.t().contiguous() if model.get_submodule(module).stored.transposed else whole
-        return None
+    def find(name: str) -> Tensor | None:
+        entry = checkpoint.entries.get(f"{name}.weight") or checkpoint.entries.get(name)
+        return None if entry is None else as_matrix(reader.tensor(entry), weights[name])
 
     return find
 

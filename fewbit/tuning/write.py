@@ -9,7 +9,6 @@ from torch import Tensor
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, copy_companions, write_index, write_json
-from fewbit.errors import FewbitError
 from fewbit.formats import native
 from fewbit.formats.config import read_weights, tuned_name
 from fewbit.formats.original import REPORT, RUN
@@ -24,12 +23,12 @@ def write_tuned(
 ) -> dict[str, Any]:
     """Write and publish the folder; returns its report.
 
-    parts: for every packed module by its name in the network. facts: "tuning", what the report and the config will
-    say, and "run", what changes from run to run. relative_error: of a tensor's decoded weights, by name.
-    Raises FewbitError when a packed weight was not tuned.
+    parts: of every trained weight by its name; what the network does not use (a draft head) keeps its own.
+    facts: "tuning", what the report and the config will say, and "run", what changes from run to run.
+    relative_error: of a tensor's decoded weights, by name.
     """
     stored = read_weights(checkpoint.quantization or {})
-    of_module = {module: _find(parts, module) for module in stored}
+    of_module = {module: parts[module] for module in stored if module in parts}
     replaced = {f"{module}.{part}": tensor for module, found in of_module.items() for part, tensor in found.items()}
     files = sorted({entry.file for entry in checkpoint.entries.values()})
     written: dict[str, list[str]] = {}
@@ -66,14 +65,6 @@ def write_tuned(
     write_index(work, written)
     work.publish()
     return report
-
-
-def _find(parts: dict[str, dict[str, Tensor]], module: str) -> dict[str, Tensor]:
-    """Parts of a module of the checkpoint: in the network it may stand behind or without the base model's name."""
-    for name, found in parts.items():
-        if name == module or name.endswith(f".{module}") or module.endswith(f".{name}"):
-            return found
-    raise FewbitError(f"{module}: is packed but no plain linear layer that could be trained (fused experts)")
 
 
 def _report(checkpoint: Checkpoint) -> dict[str, Any]:
