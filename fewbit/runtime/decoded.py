@@ -16,6 +16,8 @@ class DecodedWeight(Tensor):
     Merging an adapter, for one, adds to `layer.weight.data`; on a packed layer that would be lost without a word.
     """
 
+    _is_hf_initialized: bool
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -32,5 +34,7 @@ class DecodedWeight(Tensor):
 
 
 def to_look_at(weight: Tensor) -> Tensor:
-    """`weight` as one that cannot be changed in place."""
-    return weight.as_subclass(DecodedWeight)
+    """`weight` as one that cannot be changed in place, and that transformers does not take for one to initialize."""
+    decoded = weight.as_subclass(DecodedWeight)
+    decoded._is_hf_initialized = True
+    return decoded

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -55,9 +56,11 @@ class FewbitQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        # Saving a model leaves the name of its dtype in the config.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [entry for entry in conversions if not isinstance(entry, Hide | Settle)]
-        return unpack_modules(model, dtype)
+        return unpack_modules(model, dtype, own_classes=True)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

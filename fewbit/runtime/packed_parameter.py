@@ -40,7 +40,7 @@ def as_in_checkpoint(weight: Tensor, stored: StoredWeight) -> Tensor:
 def as_matrix(tensor: Tensor, stored: StoredWeight) -> Tensor:
     """Inverse of :func:`as_in_checkpoint`."""
     turned = tensor.transpose(-2, -1) if stored.transposed else tensor
-    return turned.reshape(stored.shape)
+    return turned.reshape(stored.shape).contiguous()
 
 
 class PackedWeight(nn.Module):

@@ -15,38 +15,47 @@ from fewbit.formats.config import read_weights
 from fewbit.formats.scheme import StoredWeight, part_layout
 from fewbit.linear import Linear
 from fewbit.runtime.packed_linear import PackedLinear
-from fewbit.runtime.packed_parameter import Held, as_in_checkpoint, release
+from fewbit.runtime.packed_parameter import Held, PackedParameter, as_in_checkpoint, release
 from fewbit.runtime.whole import check_all_parts, dtype_of_kept
 
 __all__ = ["check_all_parts", "read_parts", "read_weight", "unpack", "unpack_modules"]
 
 
-def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
+def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None, own_classes: bool = False) -> Any:
     """Replace every packed weight of `model` by a plain one with the same numbers and logits, in place.
 
-    dtype: of the plain weights; None for the one that each packed one has.
+    dtype: of the plain weights; None for the one that each packed one has. own_classes: layers of another class than
+    `Linear` get it back (GPT-2's, which hold their weight turned), as saving the model needs.
     Takes the memory of the 16-bit model; worth it when the model runs over much text.
     """
-    tied: dict[int, nn.Parameter] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, PackedLinear):
-                plain = Linear(child.in_features, child.out_features, bias=False, device="meta")
-                plain.weight = nn.Parameter(child.decode(dtype or child.like.dtype), requires_grad=False)
-                plain.register_parameter("bias", child.bias)
-                plain.train(child.training)
-                setattr(parent, name, plain)
-    for module in list(model.modules()):
-        held = getattr(module, "held", None)
-        if isinstance(held, Held):
-            plain_ones = {}
-            for name, value in held.all():
-                if id(value) not in tied:
-                    whole = value(dtype=dtype).contiguous()
-                    tied[id(value)] = nn.Parameter(whole, requires_grad=False)
-                plain_ones[name] = tied[id(value)]
-            release(module, plain_ones)
+                setattr(parent, name, _plain_layer(child, dtype or child.like.dtype, own_classes))
+    plain: dict[PackedParameter, nn.Parameter] = {}
+    holders = [module for module in model.modules() if isinstance(getattr(module, "held", None), Held)]
+    for module in holders:
+        for _, value in module.held.all():  # type: ignore[union-attr,operator]
+            if value not in plain:
+                plain[value] = nn.Parameter(value(dtype=dtype).contiguous(), requires_grad=False)
+    for module in holders:
+        release(module, {name: plain[value] for name, value in module.held.all()})  # type: ignore[union-attr,operator]
     return model
+
+
+def _plain_layer(packed: PackedLinear, dtype: torch.dtype, own_class: bool) -> nn.Module:
+    weight = packed.decode(dtype)
+    if own_class and packed.stored.transposed:
+        from transformers.pytorch_utils import Conv1D
+
+        layer: Any = Conv1D(0, 0)
+        layer.nf, layer.nx = packed.stored.shape
+        weight = weight.t().contiguous()
+    else:
+        layer = Linear(packed.in_features, packed.out_features, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.register_parameter("bias", packed.bias)
+    return layer.train(packed.training)
 
 
 def read_parts(checkpoint: Checkpoint, reader: FileReader, module: str, stored: StoredWeight) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def stored_parts(
 ) -> dict[str, dict[str, Tensor]]:
     """The stored form of every trained weight by its name in the checkpoint, on the CPU.
 
-    places: as :func:`make_trainable` returns them. state: the model's parameters in full, on the CPU, by name; in `model` itself they may be sharded.
+    places: as :func:`make_trainable` returns them. state: the model's parameters in full, on the CPU, by name; in
+    `model` itself they may be sharded.
     """
     found = {}
     for name, place in places.items():
