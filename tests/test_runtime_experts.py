@@ -154,7 +154,9 @@ def test_a_packed_mixture_is_copied_and_pickled(tmp_path: Path) -> None:
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
         assert torch.equal(logits(other), wanted)
         experts = other.model.layers[0].block_sparse_moe.experts
-        assert isinstance(experts.held, Held) and experts.held is not model.model.layers[0].block_sparse_moe.experts.held
+        assert (
+            isinstance(experts.held, Held) and experts.held is not model.model.layers[0].block_sparse_moe.experts.held
+        )
     assert logits(model.to(torch.float32)).dtype == torch.float32
 
 

@@ -24,6 +24,10 @@ class FewbitConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.__dict__.update(data)
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dictionary has it: transformers takes the config of a loaded model for one when it loads with it."""
+        return self.__dict__.get(key, default)
+
 
 class FewbitQuantizer(HfQuantizer):
     """Puts packed weights where the config lists them; transformers then loads their parts like any buffer.
@@ -43,7 +47,7 @@ class FewbitQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Parts go past what transformers does to weights."""
-        mark_used(weight_conversions, read_weights(self.quantization_config.to_dict()))
+        mark_used(weight_conversions, self._names.tensors)
         return [Hide(self._names), *weight_conversions, Settle(self._names)]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -76,7 +76,8 @@ def install(
         module, parameter = network.owner(target)
         hold(module, parameter, values[source], borrowed=True)
     checkpoint = list(dict.fromkeys([*parts, *network.names]))
-    return PartNames(checkpoint, [network.names.get(name, "") for name in checkpoint])
+    tensors = [places[name].name for name in weights]
+    return PartNames(checkpoint, [network.names.get(name, "") for name in checkpoint], tensors)
 
 
 def _is_packed(network: _Network, members: list[str]) -> bool:
@@ -229,4 +230,6 @@ def _check_shape(network: _Network, target: str, name: str, shape: tuple[int, ..
     there = network.shapes.get(target)
     if there != shape:
         has = f"has {list(there)} there" if there else f"has no {target}"
-        raise FewbitError(f"{name} is packed as {list(shape)}, {network.kind} {has}: {_UNPACK}")
+        raise FewbitError(
+            f"{name} is packed as {list(shape)}, {network.kind} {has}: config.json and the weights do not belong together"
+        )

@@ -18,10 +18,14 @@ _NUMBERED = re.compile(rf"{_NUMBER}(\d+)_")
 
 @dataclass
 class PartNames:
-    """Names of parts in the checkpoint, and in the network ("" where it has no place for one); `seen`: those loaded."""
+    """Names of parts in the checkpoint, and in the network ("" where it has no place for one).
+
+    tensors: what the packed weights were made from. seen: the parts that were loaded.
+    """
 
     checkpoint: list[str] = field(default_factory=list)
     network: list[str] = field(default_factory=list)
+    tensors: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:

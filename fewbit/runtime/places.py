@@ -13,10 +13,11 @@ from fewbit.formats.scheme import StoredWeight
 class Place:
     """A tensor of the checkpoint in the network.
 
-    target: the parameter that it becomes, or the first of those that are made from it. pattern, conversion: of what
-    makes them, None where the tensor is the parameter.
+    name: the tensor's. target: the parameter that it becomes, or the first of those that are made from it. pattern,
+    conversion: of what makes them, None where the tensor is the parameter.
     """
 
+    name: str
     target: str
     pattern: str | None = None
     conversion: Any = None
@@ -37,7 +38,7 @@ def find_places(model: Any, names: Iterable[str]) -> dict[str, Place]:
         target, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if target not in known and name in known:
             target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=known)
-        found[name] = Place(target, pattern, by_pattern.get(pattern))
+        found[name] = Place(name, target, pattern, by_pattern.get(pattern))
     return found
 
 
@@ -59,13 +60,12 @@ def place_weights(model: Any, weights: Mapping[str, StoredWeight], kept: Iterabl
     return {name: place for name, place in found.items() if name in mine}
 
 
-def mark_used(conversions: Iterable[Any], weights: Mapping[str, StoredWeight]) -> None:
-    """Let transformers know which conversions the weights would have passed: it turns those back when it saves them."""
+def mark_used(conversions: Iterable[Any], tensors: Iterable[str]) -> None:
+    """Let transformers know which conversions tensors would have passed: it turns those back when it saves them."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    tensors = (name if stored.original_shape else f"{name}.weight" for name, stored in weights.items())
     for tensor in sorted(tensors, key=dot_natural_key):
         rename_source_key(tensor, renamings, converters)
 
