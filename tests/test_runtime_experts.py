@@ -20,7 +20,7 @@ from fewbit.runtime.unpack import unpack, unpack_modules
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.run import TuneOptions, tune
 
-# Model type: what its config needs, packed parameters of two blocks, tensors of the checkpoint that are kept for the test.
+# Model type: what its config needs, packed parameters of two blocks, tensors that the test keeps.
 MIXTURES: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     "qwen3_moe": ({"moe_intermediate_size": 32, "num_experts": 6, "num_experts_per_tok": 2}, 12, ()),
     "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2}, 12, ()),

@@ -1,4 +1,4 @@
-"""A packed folder that lacks something, or holds something else, loads nowhere; what a class does without is allowed."""
+"""A packed folder that lacks something, or holds something else, loads nowhere; a class may do without a head."""
 
 import json
 import shutil
@@ -184,7 +184,7 @@ def test_weights_that_fill_nothing_while_others_are_empty(folder: Path, tmp_path
         config["quantization_config"]["weights"] = renamed
 
     edit_config(place, rename)
-    with pytest.raises(FewbitError, match="has no place for the packed model.stages.0"):
+    with pytest.raises(FewbitError, match=r"has no place for the packed model\.stages\.0"):
         AutoModelForCausalLM.from_pretrained(place)
 
 
@@ -215,7 +215,7 @@ ORDERS = {
     "transformers' registry first": "import transformers.quantizers.auto, fewbit",
     "fewbit first": "import fewbit, transformers",
     "transformers first": "import transformers, fewbit",
-    "asked for and not imported": "import fewbit, importlib.util; importlib.util.find_spec('transformers.quantizers.auto')",
+    "asked for and not imported": "import fewbit, importlib.util as u; u.find_spec('transformers.quantizers.auto')",
     "imported twice": "import fewbit, importlib, transformers.quantizers.auto as a; importlib.reload(a)",
     "in threads": (
         "import fewbit, importlib, threading\n"

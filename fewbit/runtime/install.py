@@ -231,5 +231,5 @@ def _check_shape(network: _Network, target: str, name: str, shape: tuple[int, ..
     if there != shape:
         has = f"has {list(there)} there" if there else f"has no {target}"
         raise FewbitError(
-            f"{name} is packed as {list(shape)}, {network.kind} {has}: config.json and the weights do not belong together"
+            f"{name} is packed as {list(shape)}, {network.kind} {has}: config.json does not belong to these weights"
         )

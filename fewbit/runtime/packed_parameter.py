@@ -204,8 +204,9 @@ def hold(module: nn.Module, name: str, value: PackedParameter, borrowed: bool = 
         held.own[name] = value
     module._parameters.pop(name, None)
     module.__class__ = _holding(base, tuple(sorted([*held.own, *held.borrowed])))  # type: ignore[arg-type]
-    # There is nothing left in it that transformers may set to random numbers.
-    module._is_hf_initialized = True  # type: ignore[assignment]
+    # Nothing is left in it that transformers would have to initialize, but for buffers of its own (a scale).
+    if not list(module.named_buffers(recurse=False)):
+        module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def release(module: nn.Module, plain: Mapping[str, nn.Parameter]) -> None:
