@@ -1,4 +1,4 @@
-"""Heads that are tied to embeddings, or not, or stored twice: each packed or kept, with the logits of the unpacked folder."""
+"""Heads tied to embeddings, or not, or stored twice: packed or kept, they give the logits of the unpacked folder."""
 
 import copy
 from pathlib import Path
