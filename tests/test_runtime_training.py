@@ -1,4 +1,4 @@
-"""Adapters on packed models: gradients pass packed layers, nothing is lost without a word; PEFT's where it is installed."""
+"""Adapters on packed models: gradients pass packed layers, and nothing is lost without a word."""
 
 import json
 from pathlib import Path
@@ -135,7 +135,7 @@ def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
     for use in (fewbit.load, lambda path: quantized(path, tmp_path / "out")):
-        with pytest.raises(FewbitError, match="an adapter .* not a model: quantize some/base and put the adapter on"):
+        with pytest.raises(FewbitError, match=r"an adapter .* not a model: quantize some/base and"):
             use(tmp_path / "adapter")
 
 

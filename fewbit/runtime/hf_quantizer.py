@@ -45,7 +45,7 @@ class FewbitQuantizer(HfQuantizer):
             check_parts_of(str(model.config.name_or_path), entries, weights)
         self._names = install(model, weights, entries, kwargs.get("dtype") or model.dtype)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Parts go past what transformers does to weights."""
         mark_used(weight_conversions, self._names.tensors)
         return [Hide(self._names), *weight_conversions, Settle(self._names)]

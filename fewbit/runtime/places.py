@@ -37,7 +37,7 @@ def find_places(model: Any, names: Iterable[str]) -> dict[str, Place]:
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if target not in known and name in known:
-            target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=known)
+            target, pattern = rename_source_key(name, [], [], prefix, known)
         found[name] = Place(name, target, pattern, by_pattern.get(pattern))
     return found
 

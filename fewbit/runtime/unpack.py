@@ -35,11 +35,11 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None, own_class
     plain: dict[PackedParameter, nn.Parameter] = {}
     holders = [module for module in model.modules() if isinstance(getattr(module, "held", None), Held)]
     for module in holders:
-        for _, value in module.held.all():  # type: ignore[union-attr,operator]
+        for _, value in module.held.all():  # type: ignore[operator]
             if value not in plain:
                 plain[value] = nn.Parameter(value(dtype=dtype).contiguous(), requires_grad=False)
     for module in holders:
-        release(module, {name: plain[value] for name, value in module.held.all()})  # type: ignore[union-attr,operator]
+        release(module, {name: plain[value] for name, value in module.held.all()})  # type: ignore[operator]
     return model
 
 
