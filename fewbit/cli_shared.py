@@ -46,7 +46,8 @@ def print_json(data: Any) -> None:
 
 
 def announce(*models: str | None) -> None:
-    """Say so when a named model will be fetched first, which takes a while."""
+    """Say so when a named model will be fetched first, which takes a while, or a folder's adapter stays out."""
+    from fewbit.checkpoints.adapter import carries_adapter, left_out
     from fewbit.checkpoints.named import NAMED_MODELS, named_folder
     from fewbit.sizes import show_size
 
@@ -54,6 +55,8 @@ def announce(*models: str | None) -> None:
         if name in NAMED_MODELS and not Path(name).exists() and not named_folder(NAMED_MODELS[name]).is_dir():
             size = show_size(NAMED_MODELS[name].download_bytes)
             print(f"fetching {name} ({size}) and converting it, once: about a minute …", file=sys.stderr)
+        if name is not None and carries_adapter(Path(name)) and (Path(name) / "config.json").is_file():
+            print(f"fewbit: {left_out(Path(name))}", file=sys.stderr)
 
 
 def with_options(options: Sequence[Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -56,7 +56,7 @@ def test_latent_weights_begin_at_the_original_where_it_is_stored_turned(gpt2: Pa
     names = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     whole = {name: module.weight.detach() for name, module in fewbit.load(gpt2).named_modules() if name in names}
     with FileReader() as reader:
-        make_trainable(model, TuningChoice(), _originals(checkpoint, original, reader, model))
+        make_trainable(model, TuningChoice(), _originals(checkpoint, original, reader))
     for name in names:
         tuned = model.get_submodule(name).tuned
         latent = (tuned.latent * tuned.step).view(tuned.stored.shape)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.adapter import carries_adapter, not_a_model
 from fewbit.checkpoints.companions import Companion, check_link, find_companions
 from fewbit.checkpoints.fp8 import described_fp8, read_as_products
 from fewbit.checkpoints.json_in import read_json_object
@@ -79,6 +80,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not any(folder.iterdir()):
         raise FewbitError(f"{folder}: the folder is empty")
     config_path = folder / "config.json"
+    if not config_path.is_file() and carries_adapter(folder):
+        raise FewbitError(not_a_model(folder))
     if not config_path.is_file():
         raise FewbitError(f"{folder}: no config.json: is this a Hugging Face model folder?")
     check_link(folder, config_path)

@@ -21,7 +21,7 @@ from fewbit.evaluation.windows import read_tokenizer, read_windows
 from fewbit.formats.config import describe
 from fewbit.memory import peak_rss_bytes
 from fewbit.progress import Progress
-from fewbit.runtime.load import load
+from fewbit.runtime.load import load_decoder
 from fewbit.runtime.unpack import unpack_modules
 from fewbit.versions import versions
 
@@ -129,7 +129,7 @@ def _evaluate_one(name: str | Path, work: _Work, shown: _Counter) -> dict[str, A
     started = time.perf_counter()
     folder = locate(name)
     checkpoint = open_checkpoint(folder)
-    model = unpack_modules(load(name, work.protocol.torch_dtype, work.device))
+    model = unpack_modules(load_decoder(name, work.protocol.torch_dtype, work.device))
     row: dict[str, Any] = {"name": str(name), **describe(checkpoint)}
     if work.windows is not None:
         row |= score(model, work.windows, work.original, str(name), shown.step)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewbit.errors import FewbitError
 from fewbit.evaluation.perplexity import Totals, check_finite, quantile
 from fewbit.memory import available_bytes
-from fewbit.runtime.load import load
+from fewbit.runtime.load import load_decoder
 
 Step = Callable[[str], None]
 
@@ -23,7 +23,7 @@ class Original:
         self, name: str | Path, windows: Tensor, device: str | None, step: Step | None = None, dtype: Any = "auto"
     ) -> None:
         """Load the model; where its logits fit, run it on `windows` `(windows, length)`, calling `step` after each."""
-        self._model = load(name, dtype, device)
+        self._model = load_decoder(name, dtype, device)
         self._windows, self._step, self.name = windows, step, str(name)
         vocabulary = self._model.get_output_embeddings().weight.shape[0]
         size = windows.numel() * vocabulary * self._model.dtype.itemsize

@@ -15,7 +15,7 @@ from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.pipeline.plan import cover_original
-from fewbit.runtime.load import load
+from fewbit.runtime.load import load_decoder
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def open_network(
     walking: only one block at a time will run, so the weights stay where they are mapped until a block is taken.
     device, dtype: as for :func:`fewbit.load`.
     """
-    model = load(checkpoint.folder, dtype, "cpu" if walking else device)
+    model = load_decoder(checkpoint.folder, dtype, "cpu" if walking else device)
     if hasattr(model, "set_experts_implementation"):
         # One linear layer for each expert, which can be watched, in place of one fused product for all.
         model.set_experts_implementation("eager")

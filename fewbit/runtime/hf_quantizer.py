@@ -1,21 +1,20 @@
 """The transformers hook: `from_pretrained` on a native folder builds packed layers and loads their parts."""
 
-import re
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
 from fewbit.linear import use_fast_products
-from fewbit.runtime.packed_linear import PackedLinear
+from fewbit.runtime.install import install
+from fewbit.runtime.part_names import Hide, PartNames, Settle
+from fewbit.runtime.places import mark_used
+from fewbit.runtime.unpack import unpack_modules
+from fewbit.runtime.whole import check_parts_of, read_entries
 
 
 class FewbitConfig(QuantizationConfigMixin):
@@ -25,68 +24,64 @@ class FewbitConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.__dict__.update(data)
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dictionary has it: transformers takes the config of a loaded model for one when it loads with it."""
+        return self.__dict__.get(key, default)
+
 
 class FewbitQuantizer(HfQuantizer):
-    """Replaces the linear layers that the config lists; transformers then loads their parts like any buffer."""
+    """Puts packed weights where the config lists them; transformers then loads their parts like any buffer.
+
+    Raises FewbitError when a part is missing, has another dtype or shape, or belongs to no weight.
+    """
 
     requires_calibration = True
     requires_parameters_quantization = False
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        dtype = kwargs.get("dtype") or model.dtype
-        prefix = _prefix(model)
-        for name, stored in read_weights(self.quantization_config.to_dict()).items():
-            name = prefix(name)
-            parent_name, _, child = name.rpartition(".")
-            try:
-                parent = model.get_submodule(parent_name)
-                layer = parent.get_submodule(child)
-            except AttributeError:
-                layer = None
-            if not _is_linear(layer):
-                raise ValueError(
-                    f"{name} is packed but no linear layer of {type(model).__name__}: write plain 16-bit weights "
-                    "with  fewbit unpack FOLDER OUT  and load those"
-                )
-            with torch.device("meta"):
-                packed = PackedLinear(stored, layer.bias is not None, dtype)
-            packed.requires_grad_(False)
-            setattr(parent, child, packed)
+        weights = read_weights(self.quantization_config.to_dict())
+        entries = read_entries(kwargs.get("checkpoint_files"))
+        if entries:
+            check_parts_of(str(model.config.name_or_path), entries, weights)
+        self._names = install(model, weights, entries, kwargs.get("dtype") or model.dtype)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Parts go past what transformers does to weights."""
+        mark_used(weight_conversions, self._names.tensors)
+        return [Hide(self._names), *weight_conversions, Settle(self._names)]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        missing = self._names.missing()
+        if missing:
+            raise FewbitError(f"{model.config.name_or_path}: {missing[0]} is missing: the folder is not whole")
+        # It goes on with the model's own list of conversions, for saving.
+        self._names = PartNames()
         use_fast_products(model)
         return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        # Saving a model leaves the name of its dtype in the config.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [entry for entry in conversions if not isinstance(entry, Hide | Settle)]
+        return unpack_modules(model, dtype, own_classes=True)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters can be trained on it; the packed weights themselves stay."""
+        return True
 
 
 def register() -> None:
-    """Add the format to transformers' registries; once."""
-    if "fewbit" not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config("fewbit")(FewbitConfig)
-        register_quantizer("fewbit")(FewbitQuantizer)
+    """Add the format to transformers' registries, where it is not in them yet."""
+    if "fewbit" not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config("fewbit")(FewbitConfig)
+    if "fewbit" not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer("fewbit")(FewbitQuantizer)
 
 
-def _is_linear(layer: Any) -> bool:
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
-
-
-def _prefix(model: Any) -> Any:
-    """Checkpoint names to module names: a bare base model has no `model.` in front, a full one may lack it on disk."""
-    base = model.base_model_prefix
-    full = bool(base) and hasattr(model, base)
-    pattern = re.compile(rf"^{re.escape(base)}\.") if base else None
-
-    def translate(name: str) -> str:
-        if pattern is None:
-            return name
-        if full and not pattern.match(name) and not hasattr(model, name.split(".")[0]):
-            return f"{base}.{name}"
-        return name if full else pattern.sub("", name)
-
-    return translate
+# transformers' registry may have been imported by the lines above, while this module was not ready to be registered.
+register()

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.adapter import cannot_tell, carries_adapter
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.own_code import check_loadable
 from fewbit.checkpoints.plain_copy import folder_to_load
@@ -11,25 +12,29 @@ from fewbit.device import check_device
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.quiet import quiet_transformers
 from fewbit.runtime.load_errors import known_cause
-from fewbit.runtime.unpack import check_all_parts
+from fewbit.runtime.whole import check_all_parts
 
 
 def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> Any:
     """The transformers model of a native folder (weights stay packed) or of any original, in evaluation mode.
 
+    Its class is the one that config.json names: a language model, a reward model, an encoder, and so on.
     model: as for :func:`fewbit.quantize`, or a folder it made. dtype: a torch dtype, or "auto" for the one the config
     names. device: "cpu", "cuda", …; None for CUDA where there is one, else the CPU.
     Raises FewbitError when the folder is no whole model or transformers is not installed.
     """
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         from fewbit.linear import use_fast_products
+        from fewbit.runtime.classes import class_of
     except ImportError as error:
         raise missing_extra(error.name or "transformers", "hf") from error
     folder = locate(model)
     checkpoint = open_checkpoint(folder)
+    if carries_adapter(folder):
+        raise FewbitError(cannot_tell(folder))
     if checkpoint.is_native:
         check_all_parts(checkpoint)
     check_loadable(checkpoint)
@@ -37,9 +42,12 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
     place = folder_to_load(checkpoint)
     try:
         with quiet_transformers():
-            loaded, keys = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+            loaded, keys = class_of(folder, config).from_pretrained(
                 place, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
             )
+    except FewbitError:
+        raise
     except Exception as error:
         cause = known_cause(error, checkpoint.config)
         if cause is None:
@@ -52,3 +60,12 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
             raise FewbitError(f"{folder}: {kind.replace('_keys', '')} weights ({names}): the folder is not whole")
     use_fast_products(loaded)
     return loaded.to(target).eval()
+
+
+def load_decoder(model: str | Path, dtype: Any = "auto", device: str | None = None) -> Any:
+    """As :func:`load`; FewbitError for what does not predict the next token of a text."""
+    from fewbit.runtime.classes import check_predicts_tokens
+
+    loaded = load(model, dtype, device)
+    check_predicts_tokens(Path(model), loaded)
+    return loaded

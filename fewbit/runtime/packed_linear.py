@@ -1,47 +1,106 @@
 """A linear layer whose weight stays packed in memory and is unpacked for the moment of its use."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fewbit.formats import native
 from fewbit.formats.native import part_layout
 from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import linear
+from fewbit.runtime.decoded import to_look_at
+
+_BUFFER = "packed_"
+"""Before a part's name: parts may be called what a module already has, such as `weight`."""
 
 
-class PackedLinear(nn.Module):
-    """``y = x W^T + b`` with W in its stored form; the parts are buffers, so `.to(device)` moves them.
+def add_parts(module: nn.Module, stored: StoredWeight, device: torch.device | str) -> None:
+    """Give `module` a buffer for every part, so that `.to(device)`, device maps and offloading move them."""
+    for name, (dtype, shape) in part_layout(stored).items():
+        module.register_buffer(buffer_name(name), torch.empty(shape, dtype=dtype, device=device))
 
-    The result equals that of a plain linear layer that holds the decoded weight in the dtype of `x`.
+
+def buffer_name(part: str) -> str:
+    """The buffer that holds a part."""
+    return _BUFFER + part
+
+
+def parts_of(module: nn.Module) -> dict[str, Tensor]:
+    """The parts that `module` itself holds, by name."""
+    buffers = module.named_buffers(recurse=False)
+    return {name.removeprefix(_BUFFER): buffer for name, buffer in buffers if name.startswith(_BUFFER)}
+
+
+def remember_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let `module.like.dtype` be the module's floating-point type, which `.to(dtype)` changes."""
+    module.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+
+class PackedLinear(nn.Linear):
+    """``y = x W^T + b`` with W in its stored form.
+
+    The result equals that of a plain linear layer that holds the decoded weight in the dtype of `x`. Gradients reach
+    `x` and the bias; what is kept for them is the packed weight, not the decoded one.
+    name: what the weight is called in the checkpoint, without the names of its parts.
     """
 
-    def __init__(self, stored: StoredWeight, bias: bool, dtype: torch.dtype, device: torch.device | str = "meta"):
-        super().__init__()
-        self.stored = stored
+    like: Tensor
+
+    def __init__(
+        self,
+        stored: StoredWeight,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "meta",
+        name: str = "",
+    ) -> None:
+        nn.Module.__init__(self)
+        self.stored, self.name = stored, name
         self.out_features, self.in_features = stored.shape
-        for name, (part_dtype, shape) in part_layout(stored).items():
-            self.register_buffer(name, torch.empty(shape, dtype=part_dtype, device=device))
-        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None
-        self._dtype = dtype
+        add_parts(self, stored, device)
+        remember_dtype(self, dtype)
+        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None  # type: ignore[assignment]
 
     @property
-    def weight(self) -> Tensor:
-        """The decoded weight `(out, in)`, made anew each time."""
-        return self.decode(self._dtype)
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The decoded weight `(out, in)`, made anew each time; it cannot be changed in place."""
+        return to_look_at(self.decode(self.like.dtype))
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The weight `(out, in)` in `dtype`, on the layer's device."""
-        return native.decode(self._parts(), self.stored, dtype)
+        return native.decode(parts_of(self), self.stored, dtype)
+
+    def decode_stored(self, dtype: torch.dtype) -> Tensor:
+        """The weight `(out, in)` for inputs that went through its transform."""
+        return native.decode_stored(parts_of(self), self.stored, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self._parts()
-        weight = native.decode_stored(parts, self.stored, x.dtype)
-        return linear(native.transform_inputs(x, parts, self.stored), weight, self.bias)
-
-    def _parts(self) -> dict[str, Tensor]:
-        return dict(self.named_buffers(recurse=False))
+        bias = self.bias
+        x = native.transform_inputs(x, parts_of(self), self.stored)
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _Product.apply(x, bias, self)
+        return linear(x, self.decode_stored(x.dtype), bias)
 
     def extra_repr(self) -> str:
         scheme = self.stored.scheme
         shape = f"{self.in_features} -> {self.out_features}"
         return f"{shape}, {scheme.bits:g} bits, {scheme.grid}, {self.stored.outliers} outliers"
+
+
+class _Product(torch.autograd.Function):
+    """A packed layer's product; its weight is decoded again for the gradient, so that no 16-bit model is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return linear(x, layer.decode_stored(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        for_x, for_bias, _ = ctx.needs_input_grad
+        back = linear(gradient, ctx.layer.decode_stored(gradient.dtype).t()).to(ctx.dtype) if for_x else None
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        return back, flat.sum(0, dtype=torch.float32).to(ctx.layer.bias.dtype) if for_bias else None, None

@@ -1,4 +1,8 @@
-"""Tell transformers about the format, without importing it: at once if it is there, else when it comes."""
+"""Tell transformers about the format, without importing it: at once if it is there, else when it comes.
+
+transformers has no way for a package to announce a format without being imported (no entry points; its two
+registries are dictionaries that are filled by calls).
+"""
 
 import importlib
 import importlib.abc
@@ -12,29 +16,41 @@ _REGISTRY = "transformers.quantizers.auto"
 
 def register_when_imported() -> None:
     """Register the quantizer now if transformers' registry is imported, else right after it will be."""
+    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
     if _REGISTRY in sys.modules:
         _register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
 
 
 def _register() -> None:
-    importlib.import_module("fewbit.runtime.hf_quantizer").register()
+    """Import the hook and let it register.
+
+    It may be what is importing the registry just now, in this thread or in another. Then it is not ready: it registers
+    by itself at its end.
+    """
+    hook = importlib.import_module("fewbit.runtime.hf_quantizer")
+    ready = getattr(hook, "register", None)
+    if ready is not None:
+        ready()
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds the registry module the usual way and adds one call to the end of its import."""
+    """Finds the registry module the usual way and adds one call to the end of its import, each time it is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != _REGISTRY:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
-        return spec
+        for finder in list(sys.meta_path):
+            if isinstance(finder, _AfterImport) or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _ThenRegister(spec.loader)
+                return spec
+        return None
 
 
 class _ThenRegister(importlib.abc.Loader):

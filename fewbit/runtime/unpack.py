@@ -21,21 +21,47 @@ from fewbit.formats.native import part_layout
 from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import Linear
 from fewbit.runtime.packed_linear import PackedLinear
+from fewbit.runtime.packed_parameter import Held, PackedParameter, release
+from fewbit.runtime.whole import check_all_parts, dtype_of_kept
+
+__all__ = ["check_all_parts", "read_parts", "read_weight", "unpack", "unpack_modules"]
 
 
-def unpack_modules(model: nn.Module) -> Any:
-    """Replace every packed layer of `model` by a plain linear layer with the same weights and logits, in place.
+def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None, own_classes: bool = False) -> Any:
+    """Replace every packed weight of `model` by a plain one with the same numbers and logits, in place.
 
+    dtype: of the plain weights; None for the one that each packed one has. own_classes: layers of another class than
+    `Linear` get it back (GPT-2's, which hold their weight turned), as saving the model needs.
     Takes the memory of the 16-bit model; worth it when the model runs over much text.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, PackedLinear):
-                plain = Linear(child.in_features, child.out_features, bias=False, device="meta")
-                plain.weight = nn.Parameter(child.weight, requires_grad=False)
-                plain.register_parameter("bias", child.bias)
-                setattr(parent, name, plain)
+                setattr(parent, name, _plain_layer(child, dtype or child.like.dtype, own_classes))
+    plain: dict[PackedParameter, nn.Parameter] = {}
+    holders = [module for module in model.modules() if isinstance(getattr(module, "held", None), Held)]
+    for module in holders:
+        for _, value in module.held.all():  # type: ignore[operator]
+            if value not in plain:
+                plain[value] = nn.Parameter(value(dtype=dtype).contiguous(), requires_grad=False)
+    for module in holders:
+        release(module, {name: plain[value] for name, value in module.held.all()})  # type: ignore[operator]
     return model
+
+
+def _plain_layer(packed: PackedLinear, dtype: torch.dtype, own_class: bool) -> nn.Module:
+    weight = packed.decode(dtype)
+    if own_class and packed.stored.transposed:
+        from transformers.pytorch_utils import Conv1D
+
+        layer: Any = Conv1D(0, 0)
+        layer.nf, layer.nx = packed.stored.shape
+        weight = weight.t().contiguous()
+    else:
+        layer = Linear(packed.in_features, packed.out_features, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.register_parameter("bias", packed.bias)
+    return layer.train(packed.training)
 
 
 def read_parts(checkpoint: Checkpoint, reader: FileReader, module: str, stored: StoredWeight) -> dict[str, Any]:
@@ -51,23 +77,6 @@ def read_parts(checkpoint: Checkpoint, reader: FileReader, module: str, stored: 
     except ValueError as error:
         raise FewbitError(f"{checkpoint.folder}: {module}: {error}") from error
     return parts
-
-
-def check_all_parts(checkpoint: Checkpoint) -> None:
-    """FewbitError unless every packed weight that the config lists is there in full, and no part of another one is."""
-    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for module, stored in read_weights(checkpoint.quantization or {}).items():
-        for part, (dtype, shape) in part_layout(stored).items():
-            expected[f"{module}.{part}"] = (dtype, shape)
-    for name, (dtype, shape) in expected.items():
-        entry = checkpoint.entries.get(name)
-        if entry is None:
-            raise FewbitError(f"{checkpoint.folder}: {name} is missing: the folder is not whole")
-        if (entry.dtype, entry.shape) != (dtype, shape):
-            raise FewbitError(f"{checkpoint.folder}: {name} is {entry.dtype} {list(entry.shape)}, not {list(shape)}")
-    for name in checkpoint.entries:
-        if name.endswith(".codes") and name not in expected:
-            raise FewbitError(f"{checkpoint.folder}: {name} belongs to no weight in config.json: the folder is damaged")
 
 
 def read_weight(checkpoint: Checkpoint, reader: FileReader, module: str, stored: StoredWeight) -> torch.Tensor:
@@ -137,9 +146,16 @@ def _write_plain(
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16"
-    dtype = getattr(torch, str(named), torch.bfloat16)
-    return dtype if dtype in DTYPES.values() else torch.bfloat16
+    """What the config names; else that of the kept weights, which stood beside the packed ones."""
+    configs = [checkpoint.config, *(value for value in checkpoint.config.values() if isinstance(value, dict))]
+    for config in configs:
+        for key in ("dtype", "torch_dtype"):
+            named = getattr(torch, str(config.get(key)).removeprefix("torch."), None)
+            if isinstance(named, torch.dtype) and named.is_floating_point and named in DTYPES.values():
+                return named
+    packed = {f"{module}." for module in read_weights(checkpoint.quantization or {})}
+    kept = (entry for name, entry in checkpoint.entries.items() if f"{name.rpartition('.')[0]}." not in packed)
+    return dtype_of_kept(kept) or torch.bfloat16
 
 
 def _split(order: dict[str, TensorEntry | StoredWeight], dtype: torch.dtype, shard_size: int) -> list[list[str]]:

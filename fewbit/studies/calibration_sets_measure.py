@@ -26,7 +26,7 @@ from fewbit.pipeline.network import open_original
 from fewbit.pipeline.run import RunOptions, quantize
 from fewbit.pipeline.w8a8 import rounding_inputs
 from fewbit.recipe import preset
-from fewbit.runtime.load import load
+from fewbit.runtime.load import load_decoder
 from fewbit.runtime.unpack import unpack_modules
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.opened import Opened, cover_model, open_model
@@ -85,7 +85,7 @@ def draw_sets(choice: StudyChoice, wanted: Sequence[tuple[NamedSet, int]], progr
     if not left:
         return
     checkpoint, _ = cover_model(choice)
-    model = load(checkpoint.folder, device=choice.device)
+    model = load_decoder(checkpoint.folder, device=choice.device)
     for done, (one, seed) in enumerate(left):
         if progress:
             progress(done, len(left), f"drawing {one.axis}/{one.name}, seed {seed}")
@@ -162,7 +162,7 @@ def _curvature(cell: Cell, base: Row, drawn: CalibrationSet, opened: OpenedSets,
                 report = quantize(checkpoint.folder, out, preset(method, bits=bits), run)
                 about["bits_per_weight"] = report["output"]["bits_per_weight"]
                 about["fallbacks"] = sum(layer["path"].startswith("fallback") for layer in report["layers"])
-                rows += _scored(about, unpack_modules(load(out, device=choice.device)), opened)
+                rows += _scored(about, unpack_modules(load_decoder(out, device=choice.device)), opened)
             except FewbitError as error:
                 rows.append(_failed(about, error))
     return rows

@@ -25,7 +25,7 @@ from fewbit.formats.config import describe
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.measure_curvature import measure_tokens
 from fewbit.pipeline.network import Network, open_original
-from fewbit.runtime.load import load
+from fewbit.runtime.load import load_decoder
 from fewbit.runtime.unpack import unpack_modules
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.layer_errors import Fisher, output_error, predicted_increase, weight_error
@@ -205,7 +205,7 @@ def _score(model: str, opened: Opened, row: Row) -> Row:
     """The row with what was measured on the evaluation text; a loss that is no number is said, not made up."""
     described = describe(open_checkpoint(locate(model)))
     row = {**row, "method": described["method"], "bits_per_weight": described.get("bits_per_weight")}
-    loaded = unpack_modules(load(model, device=opened.choice.device))
+    loaded = unpack_modules(load_decoder(model, device=opened.choice.device))
     try:
         found = score(loaded, opened.windows, opened.original, row["name"])
     except FewbitError as error:

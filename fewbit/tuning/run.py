@@ -26,8 +26,8 @@ from fewbit.memory import activation_bytes, available_bytes, peak_rss_bytes
 from fewbit.pipeline.calibration_tokens import calibration_set
 from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.progress import Progress
-from fewbit.runtime.load import load
-from fewbit.runtime.packed_linear import PackedLinear
+from fewbit.runtime.load import load_decoder
+from fewbit.runtime.packed_parameter import as_matrix
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.loop import Sequences, Trainer, held_out_last
 from fewbit.tuning.not_finite import TrainingStoppedError
@@ -35,7 +35,7 @@ from fewbit.tuning.reconstruct import reconstruct_blocks
 from fewbit.tuning.snapshots import Snapshots, whole_state
 from fewbit.tuning.teacher import Teacher, keep_predictions
 from fewbit.tuning.tuned_model import make_trainable, stored_parts, without_dropout
-from fewbit.tuning.write import network_names, report_of, write_tuned
+from fewbit.tuning.write import report_of, write_tuned
 from fewbit.version import __version__
 
 _TEACHER = f"tuning-teacher{SOLVED}"
@@ -123,16 +123,15 @@ def _train(run: _Run, started: float, progress: Progress | None) -> dict[str, An
         _check_space(checkpoint, path)
     known = report_of(checkpoint, run.original)
     # First, since what cannot be trained is refused here.
-    model = load(checkpoint.folder, dtype=_training_dtype(checkpoint), device="cpu")
-    network_names(checkpoint, [name for name, module in model.named_modules() if isinstance(module, PackedLinear)])
-    original = load(reference, device=str(accelerator.device))
+    model = load_decoder(checkpoint.folder, dtype=_training_dtype(checkpoint), device="cpu")
+    original = load_decoder(reference, device=str(accelerator.device))
     calibration = calibration_set(run.original, options.calibration, original, progress)
     if run.work is not None:
         SolvedStore(path).same_tokens(calibration.sha256)
     sequences = _split(calibration.ids, choice)
     teacher = _teacher(original, sequences.ids, choice, path, accelerator, progress)
     with FileReader() as reader:
-        names = make_trainable(model, choice, _originals(checkpoint, run.original, reader, model))
+        places = make_trainable(model, choice, _originals(checkpoint, run.original, reader))
     model.to(accelerator.device)
     blocks = list(find_blocks(model))
     if choice.reconstruction:
@@ -151,7 +150,7 @@ def _train(run: _Run, started: float, progress: Progress | None) -> dict[str, An
     state = whole_state(trainer.model)
     if run.work is None:
         return {}
-    parts = stored_parts(accelerator.unwrap_model(trainer.model), names, state)
+    parts = stored_parts(accelerator.unwrap_model(trainer.model), places, state)
     tuning = {
         "choice": asdict(choice),
         "calibration": calibration.describe(),
@@ -244,21 +243,15 @@ def _teacher(
     return Teacher(ids, keep_predictions(original, ids, choice.top, folder / _TEACHER, step))
 
 
-def _originals(
-    quantized: Checkpoint, checkpoint: Checkpoint, reader: FileReader, model: Any
-) -> Callable[[str], Tensor | None]:
-    """The 16-bit weight `(out, in)` of a module, where the checkpoint has one that stands for the same function."""
-    base = f"{model.base_model_prefix}."
+def _originals(quantized: Checkpoint, checkpoint: Checkpoint, reader: FileReader) -> Callable[[str], Tensor | None]:
+    """The 16-bit weight `(out, in)` of a packed one, where the checkpoint has one that stands for the same function."""
     if quantized.has_scaled_channels:
-        return lambda module: None
+        return lambda name: None
+    weights = read_weights(quantized.quantization or {})
 
-    def find(module: str) -> Tensor | None:
-        for name in (f"{module}.weight", f"{module.removeprefix(base)}.weight", f"{base}{module}.weight"):
-            entry = checkpoint.entries.get(name)
-            if entry is not None:
-                whole = reader.tensor(entry)
-                return whole.t().contiguous() if model.get_submodule(module).stored.transposed else whole
-        return None
+    def find(name: str) -> Tensor | None:
+        entry = checkpoint.entries.get(f"{name}.weight") or checkpoint.entries.get(name)
+        return None if entry is None else as_matrix(reader.tensor(entry), weights[name])
 
     return find
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fewbit.errors import FewbitError
 from fewbit.linear import linear
-from fewbit.runtime.packed_linear import PackedLinear
+from fewbit.runtime.packed_linear import PackedLinear, parts_of
+from fewbit.runtime.packed_parameter import PackedWeight, as_in_checkpoint
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.tuned_weight import TunedWeight
 
@@ -26,23 +27,36 @@ class TunedLinear(nn.Module):
         return linear(self.tuned.inputs(x), self.tuned.decoded().to(x.dtype), self.bias)
 
 
-def make_trainable(model: nn.Module, choice: TuningChoice, original: Callable[[str], Tensor | None]) -> list[str]:
-    """Replace every packed layer of `model` by a trainable one, in place; nothing else of it will be trained.
+class TunedTensor(nn.Module):
+    """A tensor of the checkpoint as it would be stored now, for a parameter that is made from it (fused experts)."""
 
-    original: the 16-bit weight `(out, in)` of a module by its name, or None. Returns the modules' names in order.
+    def __init__(self, weight: TunedWeight) -> None:
+        super().__init__()
+        self.tuned = weight
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        return as_in_checkpoint(self.tuned.plain().to(dtype), self.tuned.stored)
+
+
+def make_trainable(model: nn.Module, choice: TuningChoice, original: Callable[[str], Tensor | None]) -> dict[str, str]:
+    """Replace every packed weight of `model` by a trainable one, in place; nothing else of it will be trained.
+
+    original: the 16-bit weight `(out, in)` of a packed one by its name in the checkpoint, or None. Returns these names,
+    and the modules of the network that each is now in.
     """
     model.requires_grad_(False)
-    names = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
-    if not names:
-        raise FewbitError("no packed linear layer to train: name a folder that fewbit quantized")
-    for name in names:
-        packed = model.get_submodule(name)
-        assert isinstance(packed, PackedLinear)
-        parts = dict(packed.named_buffers(recurse=False))
-        weight = TunedWeight(packed.stored, parts, original(name), choice)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, TunedLinear(weight, packed.bias))
-    return names
+    places = {}
+    for place, packed in list(model.named_modules()):
+        if not isinstance(packed, PackedLinear | PackedWeight):
+            continue
+        weight = TunedWeight(packed.stored, parts_of(packed), original(packed.name), choice)
+        tuned = TunedLinear(weight, packed.bias) if isinstance(packed, PackedLinear) else TunedTensor(weight)
+        parent, _, child = place.rpartition(".")
+        setattr(model.get_submodule(parent), child, tuned)
+        places[packed.name] = place
+    if not places:
+        raise FewbitError("no packed weight to train: name a folder that fewbit quantized")
+    return places
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -59,17 +73,20 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def stored_parts(model: nn.Module, names: list[str], state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The stored form of every trained module by its name, on the CPU.
+def stored_parts(
+    model: nn.Module, places: Mapping[str, str], state: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """The stored form of every trained weight by its name in the checkpoint, on the CPU.
 
-    state: the model's parameters in full, on the CPU, by name; in `model` itself they may be sharded.
+    places: as :func:`make_trainable` returns them. state: the model's parameters in full, on the CPU, by name; in
+    `model` itself they may be sharded.
     """
     found = {}
-    for name in names:
-        module = model.get_submodule(name)
-        assert isinstance(module, TunedLinear)
+    for name, place in places.items():
+        module = model.get_submodule(place)
+        assert isinstance(module, TunedLinear | TunedTensor)
         whole = copy.copy(module.tuned)
-        values = {key: state[f"{name}.tuned.{key}"] for key, _ in module.tuned.named_parameters(recurse=False)}
+        values = {key: state[f"{place}.tuned.{key}"] for key, _ in module.tuned.named_parameters(recurse=False)}
         whole._parameters = {key: nn.Parameter(value, requires_grad=False) for key, value in values.items()}
         whole._parameters.update({key: None for key in module.tuned._parameters if key not in values})
         whole._buffers = {key: None if b is None else b.cpu() for key, b in module.tuned._buffers.items()}

@@ -97,8 +97,14 @@ class TunedWeight(nn.Module):
 
     def inputs(self, x: Tensor) -> Tensor:
         """Inputs `(..., in)` as the weight takes them."""
-        values = {name: getattr(self, f"mapped_{name}") for name in self._mapped}
-        return TRANSFORMS[self.stored.scheme.transform].inputs(x, values)
+        return TRANSFORMS[self.stored.scheme.transform].inputs(x, self._map())
+
+    def plain(self) -> Tensor:
+        """The weight `(out, in)` as :meth:`decoded`, for inputs as they are."""
+        return TRANSFORMS[self.stored.scheme.transform].back(self.decoded(), self._map())
+
+    def _map(self) -> dict[str, Tensor]:
+        return {name: getattr(self, f"mapped_{name}") for name in self._mapped}
 
     @torch.no_grad()
     def _begin_with(self, grouped: Tensor) -> None:

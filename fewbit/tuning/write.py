@@ -1,7 +1,7 @@
 """Write a quantized folder again with other parts for its packed weights; everything else is copied."""
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,6 @@ from fewbit.checkpoints.output import CONFIG, REPORT, RUN
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, copy_companions, write_index
-from fewbit.errors import FewbitError
 from fewbit.formats import native
 from fewbit.formats.config import describe, read_weights, tuned_name
 from fewbit.formats.native import stored_bytes
@@ -28,12 +27,12 @@ def write_tuned(
 ) -> dict[str, Any]:
     """Write and publish the folder; returns its report.
 
-    parts: for every packed module by its name in the network. facts: "report", that of the untrained folder, "tuning",
-    what the report and the config will say, and "run", what changes from run to run. relative_error: of a tensor's
-    decoded weights, by name. Raises FewbitError when a packed weight was not tuned.
+    parts: of every trained weight by its name; what the network does not use (a draft head) keeps its own. facts:
+    "report", that of the untrained folder, "tuning", what the report and the config will say, and "run", what changes
+    from run to run. relative_error: of a tensor's decoded weights, by name.
     """
     stored = read_weights(checkpoint.quantization or {})
-    of_module = {module: parts[name] for module, name in network_names(checkpoint, parts.keys()).items()}
+    of_module = {module: parts[module] for module in stored if module in parts}
     replaced = {f"{module}.{part}": tensor for module, found in of_module.items() for part, tensor in found.items()}
     files = sorted({entry.file for entry in checkpoint.entries.values()})
     written: dict[str, list[str]] = {}
@@ -58,7 +57,8 @@ def write_tuned(
         module = layer["name"].removesuffix(".weight")
         if module in of_module:
             error = relative_error(layer["name"], native.decode(of_module[module], stored[module]))
-            layer.pop("relative_curvature_error", None)
+            for stale in ("relative_curvature_error", "mean_group_error", "worst_group_error"):
+                layer.pop(stale, None)
             if error is not None:
                 layer["relative_squared_error"] = error
     report["tuning"] = facts["tuning"]
@@ -71,21 +71,6 @@ def write_tuned(
     write_index(work, written)
     work.publish()
     return report
-
-
-def network_names(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
-    """The name in the network of every packed module of the checkpoint, `names` being those that can be trained.
-
-    In the network it may stand behind or without the base model's name. Raises FewbitError when one is not there.
-    """
-    found = {}
-    for module in read_weights(checkpoint.quantization or {}):
-        like = (n for n in names if n == module or n.endswith(f".{module}") or module.endswith(f".{n}"))
-        name = next(like, None)
-        if name is None:
-            raise FewbitError(f"{module}: is packed but no plain linear layer that could be trained (fused experts)")
-        found[module] = name
-    return found
 
 
 def report_of(checkpoint: Checkpoint, original: Checkpoint) -> dict[str, Any]:

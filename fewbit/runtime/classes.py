@@ -1,0 +1,53 @@
+"""Which class of transformers a folder is for: the one that its config.json names, wherever an Auto class has it."""
+
+from pathlib import Path
+from typing import Any
+
+from fewbit.errors import FewbitError
+
+_FIRST = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForSeq2SeqLM")
+_DECODERS = ("ForCausalLM", "LMHeadModel")
+
+
+def class_of(folder: Path, config: Any) -> Any:
+    """The class whose `from_pretrained` loads the folder.
+
+    config: as transformers reads it. Without `architectures` in it, a language model's class, or the base model's.
+    Raises FewbitError naming a class that no Auto class of transformers has for this type of model.
+    """
+    import transformers
+
+    others = sorted(name for name in dir(transformers) if name.startswith("AutoModel") and name not in _FIRST)
+    found = {name: _classes(getattr(transformers, name), config) for name in (*_FIRST, *others)}
+    named = list(getattr(config, "architectures", None) or ())
+    for wanted in named:
+        for classes in found.values():
+            for candidate in classes:
+                if candidate.__name__ == wanted:
+                    return candidate
+    # A decoder under a name that only its makers use, or that transformers has dropped, is still one.
+    if not named or named[0].endswith(_DECODERS):
+        for auto in (*_FIRST, "AutoModel"):
+            if found.get(auto):
+                return getattr(transformers, auto)
+    kind = getattr(config, "model_type", "") or "?"
+    what = f"no Auto class that has {named[0]} for it" if named else "no Auto class for it"
+    raise FewbitError(f"{folder}: a model of type {kind}, and transformers has {what}: it cannot be loaded as it is")
+
+
+def check_predicts_tokens(folder: Path, model: Any) -> None:
+    """FewbitError unless the model gives the next token of a text, which perplexity and training need."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise FewbitError(
+            f"{folder}: a {type(model).__name__} does not predict the next token of a text: this needs a causal "
+            "language model"
+        )
+
+
+def _classes(auto: Any, config: Any) -> tuple[Any, ...]:
+    """What an Auto class has for a config: one class, several, or none."""
+    mapping = getattr(auto, "_model_mapping", None)
+    if mapping is None or type(config) not in mapping:
+        return ()
+    found = mapping[type(config)]
+    return tuple(found) if isinstance(found, list | tuple) else (found,)

@@ -1,0 +1,281 @@
+"""Any parameter of a network, held packed: fused experts, embeddings, tied heads, what transformers makes from several.
+
+The module keeps its class, its name and its forward pass; only the parameter becomes a property that decodes. Within
+one call of the module each parameter is decoded once, and of experts that are packed one by one only those that the
+call routes tokens to. The numbers are those of the plain parameter, so the logits are too.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fewbit.formats import native
+from fewbit.formats.scheme import StoredWeight
+from fewbit.runtime.decoded import to_look_at
+from fewbit.runtime.packed_linear import add_parts, parts_of, remember_dtype
+
+
+def checkpoint_shape(stored: StoredWeight) -> tuple[int, ...]:
+    """Shape of the tensor that the weight was made from."""
+    rows, columns = stored.shape
+    return tuple(stored.original_shape or ((columns, rows) if stored.transposed else (rows, columns)))
+
+
+def as_in_checkpoint(weight: Tensor, stored: StoredWeight) -> Tensor:
+    """A decoded weight `(out, in)` in the shape of the tensor that it was made from; a view where it can be."""
+    shape = checkpoint_shape(stored)
+    if not stored.transposed:
+        return weight.view(shape)
+    return weight.view(*shape[:-2], shape[-1], shape[-2]).transpose(-2, -1)
+
+
+def as_matrix(tensor: Tensor, stored: StoredWeight) -> Tensor:
+    """Inverse of :func:`as_in_checkpoint`."""
+    turned = tensor.transpose(-2, -1) if stored.transposed else tensor
+    return turned.reshape(stored.shape).contiguous()
+
+
+class PackedWeight(nn.Module):
+    """A packed tensor of the checkpoint; called with a dtype, it gives the tensor as the checkpoint had it."""
+
+    def __init__(self, name: str, stored: StoredWeight) -> None:
+        super().__init__()
+        self.name, self.stored = name, stored
+        add_parts(self, stored, "meta")
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        return as_in_checkpoint(self.decode(dtype), self.stored)
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """The weight `(out, in)` in `dtype`."""
+        return native.decode(parts_of(self), self.stored, dtype)
+
+
+class KeptWeight(nn.Module):
+    """A plain tensor of the checkpoint that becomes one parameter together with packed ones."""
+
+    value: Tensor
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.name = name
+        self.register_buffer("value", torch.empty(shape, dtype=dtype, device="meta"))
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        return self.value.to(dtype)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How transformers makes parameters of the network from tensors of the checkpoint.
+
+    conversion: its own converter, unused. patterns: for every source the converter's pattern that its name matches.
+    config: the network's.
+    """
+
+    conversion: Any
+    patterns: tuple[str, ...]
+    config: Any = field(repr=False)
+
+    def __call__(
+        self, target: str, tensors: Sequence[Tensor], chosen: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """Parameters by name; gradients pass. `chosen`: which sources the tensors are, None for all."""
+        made: dict[str, Any] = {}
+        for index, tensor in zip(range(len(tensors)) if chosen is None else chosen, tensors, strict=True):
+            made.setdefault(self.patterns[index], []).append(tensor)
+        facts = {"full_layer_name": target, "model": None, "config": self.config, "missing_keys": None}
+        sources, targets = self.conversion.source_patterns, self.conversion.target_patterns
+        for operation in self.conversion.operations:
+            # Unwrapped: transformers converts without gradients, which tuning needs.
+            step = inspect.unwrap(type(operation).convert)
+            made = step(operation, made, source_patterns=sources, target_patterns=targets, **facts)
+        first = next((pattern for pattern in made if pattern in target), None)
+        before, _, after = target.partition(first) if first is not None else ("", "", "")
+        return {before + name + after: v[0] if isinstance(v, list) else v for name, v in made.items()}
+
+    def experts(self) -> int | None:
+        """How many experts the sources are, one source of each pattern for each; None when they are not that.
+
+        Only where every step leaves experts apart can some of them be made without the others.
+        """
+        first, *rest = self.conversion.operations
+        if type(first).__name__ != "MergeModulelist" or first.dim != 0 or not all(map(_leaves_first_axis, rest)):
+            return None
+        counts = {self.patterns.count(pattern) for pattern in set(self.patterns)}
+        return counts.pop() if len(counts) == 1 else None
+
+
+def _leaves_first_axis(operation: Any) -> bool:
+    if type(operation).__name__ == "Transpose":
+        return 0 not in (operation.dim0, operation.dim1)
+    return type(operation).__name__ in ("Concatenate", "Interleave") and operation.dim != 0
+
+
+class PackedParameter(nn.Module):
+    """The parameter `target` of the network, from one source or from several that are merged.
+
+    Called, it gives the parameter in its own dtype (`like.dtype`). sources: or another parameter that is made from the
+    same ones, stores them, and moves them between devices.
+    """
+
+    like: Tensor
+
+    def __init__(
+        self, target: str, sources: "Sequence[nn.Module] | PackedParameter", merge: Merge | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.target, self.merge = target, merge
+        if isinstance(sources, PackedParameter):
+            # In a tuple, which keeps it from being registered a second time.
+            self.shared = (sources,)
+        else:
+            self.stored_sources = nn.ModuleList(sources)
+        self.experts = merge.experts() if merge is not None else None
+        remember_dtype(self, dtype)
+
+    @property
+    def sources(self) -> nn.ModuleList:
+        """What it is made from, in transformers' order."""
+        return self.shared[0].sources if hasattr(self, "shared") else self.stored_sources
+
+    def forward(self, experts: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The whole parameter; with `experts` (their numbers, ascending) others' places may hold zeros."""
+        dtype = dtype or self.like.dtype
+        if self.merge is None:
+            return self.sources[0](dtype)
+        count = self.experts
+        if experts is None or count is None or len(experts) >= count:
+            return self.merge(self.target, [source(dtype) for source in self.sources])[self.target]
+        wanted = set(experts.tolist())
+        seen: dict[str, int] = {}
+        chosen = []
+        for index, pattern in enumerate(self.merge.patterns):
+            seen[pattern] = number = seen.get(pattern, -1) + 1
+            if number in wanted:
+                chosen.append(index)
+        some = self.merge(self.target, [self.sources[index](dtype) for index in chosen], chosen)[self.target]
+        whole = some.new_zeros((count, *some.shape[1:]))
+        whole[experts] = some
+        return whole
+
+
+class Held(nn.Module):
+    """The packed parameters of one module: its own, and those that it borrows from the one it is tied to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.ModuleDict()
+        self.borrowed: dict[str, tuple[PackedParameter]] = {}
+        """In tuples, which keep them from being registered a second time."""
+
+    def of(self, name: str) -> PackedParameter:
+        """The packed parameter called `name`."""
+        return self.own[name] if name in self.own else self.borrowed[name][0]  # type: ignore[return-value]
+
+    def all(self) -> list[tuple[str, PackedParameter]]:
+        """Every one by name."""
+        return [(name, self.of(name)) for name in [*self.own, *self.borrowed]]
+
+
+def hold(module: nn.Module, name: str, value: PackedParameter, borrowed: bool = False) -> None:
+    """Replace the parameter `name` of `module` by a packed one, in place.
+
+    borrowed: it belongs to another module, which stores it and moves it between devices.
+    """
+    held = getattr(module, "held", None)
+    base = type(module)
+    if isinstance(held, Held):
+        base = base.__mro__[1]
+    else:
+        held = Held()
+        module.held = held
+    if borrowed:
+        held.borrowed[name] = (value,)
+    else:
+        held.own[name] = value
+    module._parameters.pop(name, None)
+    module.__class__ = _holding(base, tuple(sorted([*held.own, *held.borrowed])))  # type: ignore[arg-type]
+    # Nothing is left in it that transformers would have to initialize, but for buffers of its own (a scale).
+    if not list(module.named_buffers(recurse=False)):
+        module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def release(module: nn.Module, plain: Mapping[str, nn.Parameter]) -> None:
+    """Give `module` its own class back, with plain parameters in place of the packed ones, in place."""
+    module.__class__ = type(module).__mro__[1]
+    del module._modules["held"]
+    for name, parameter in plain.items():
+        module.register_parameter(name, parameter)
+
+
+_Running = tuple[dict[int, Tensor], Tensor | None]
+_DECODED: ContextVar[_Running | None] = ContextVar("decoded", default=None)
+"""While a module that holds packed parameters runs: what it has decoded so far, and the experts that it will use."""
+
+
+@contextmanager
+def _decoding_once(experts: Tensor | None) -> Iterator[None]:
+    token = _DECODED.set(({}, experts))
+    try:
+        yield
+    finally:
+        _DECODED.reset(token)
+
+
+def _read(module: nn.Module, name: str) -> Tensor:
+    value = module.held.of(name)  # type: ignore[union-attr,operator]
+    running = _DECODED.get()
+    if running is None:
+        return to_look_at(value())
+    known, experts = running
+    if id(value) not in known:
+        known[id(value)] = value(experts)
+    return known[id(value)]
+
+
+@functools.cache
+def _holding(base: type, names: tuple[str, ...]) -> type:
+    """The class of a module of class `base` whose parameters `names` are packed."""
+    routed = "top_k_index" in inspect.signature(base.forward).parameters  # type: ignore[attr-defined]
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        experts = None
+        if routed:
+            bound = inspect.signature(base.forward).bind(self, *args, **kwargs).arguments  # type: ignore[attr-defined]
+            experts = _routed_to(bound.get("top_k_index"), getattr(self, "num_experts", None))
+        with _decoding_once(experts):
+            return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own; for gradients it is run again, so that no decoded weight is kept for them."""
+        if torch.is_grad_enabled() and any(
+            isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())
+        ):
+            return checkpoint(functools.partial(run, self), *args, use_reentrant=False, **kwargs)
+        return run(self, *args, **kwargs)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _rebuild, (base, names), self.__dict__
+
+    properties = {name: property(functools.partial(_read, name=name)) for name in names}
+    return type(base)(base.__name__, (base,), {**properties, "forward": forward, "__reduce_ex__": reduce})
+
+
+def _routed_to(index: Any, count: Any) -> Tensor | None:
+    if not isinstance(index, Tensor) or not isinstance(count, int) or torch.compiler.is_compiling():
+        return None
+    found = index.unique()
+    return found[found < count]
+
+
+def _rebuild(base: type, names: tuple[str, ...]) -> Any:
+    return object.__new__(_holding(base, names))
