@@ -76,6 +76,19 @@ def test_a_run_over_tensors_that_are_paths(tmp_path: Path) -> None:
         assert not list((tmp_path / "victim").iterdir())
 
 
+def test_solved_weights_of_layers_that_are_paths(tmp_path: Path) -> None:
+    model = build_tiny(tmp_path / "m", shard_size="1GB")
+    (tmp_path / "victim").mkdir()
+    tensors = load_file(model / "model.safetensors")
+    odd = f"{tmp_path}/victim/x.layers.0.mlp.up_proj.weight"
+    tensors[odd] = tensors["model.layers.0.mlp.up_proj.weight"].clone()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    drawn = ("--calibration", "random-tokens", "--samples", 2, "--sequence-length", 8)
+    result = run_cli("quantize", model, tmp_path / "q", "--method", "gptq", *drawn, code=None)
+    assert result.returncode in (0, 2) and "Traceback" not in result.stderr
+    assert not list((tmp_path / "victim").iterdir())
+
+
 def test_patterns_and_folders_with_glob_characters(tiny: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts[0].up*proj?.weight"
     checkpoint = open_checkpoint(tiny)

@@ -26,7 +26,7 @@ def check_loadable(checkpoint: Checkpoint) -> None:
     if _named_code(config) and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise FewbitError(
             f"{folder}: {kind!r} is no architecture of transformers but code in the model's folder (auto_map of "
-            f"config.json): {_NEVER}: what needs no network, such as --method rtn, works without"
+            f"config.json): {_NEVER}: methods without data, such as --method rtn, work all the same"
         )
     for kernel in _kernels(config):
         raise FewbitError(f"{folder}: config.json asks for code of the hub ({kernel}): {_NEVER}: remove that line")
