@@ -160,14 +160,14 @@ def test_quantized_model_is_not_quantized_again(tiny: Path, tmp_path: Path) -> N
 
 
 def test_evaluation(tiny: Path, tmp_path: Path) -> None:
-    assert "no such text file" in refused("eval", tiny, "--data", tmp_path / "no.txt")
+    assert "no such file or folder" in refused("eval", tiny, "--data", tmp_path / "no.txt")
     (tmp_path / "empty.txt").write_text("  \n")
     assert "the text is empty" in refused("eval", tiny, "--data", tmp_path / "empty.txt")
     (tmp_path / "a.txt").write_text("a few words " * 4)
     line = refused("eval", tiny, "--data", tmp_path / "a.txt", "--seq-len", 20, "--windows", 9)
     assert "the text has 48 tokens, 2 windows of 20; asked for 9" in line
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"no": 1}\n')
-    assert 'a.jsonl:2: not a JSON object with a "text" field' in refused("eval", tiny, "--data", tmp_path / "a.jsonl")
+    assert "a.jsonl:2: no column 'text': it has no" in refused("eval", tiny, "--data", tmp_path / "a.jsonl")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8 text" in refused("eval", tiny, "--data", tmp_path / "b.txt")
     assert "bos must be auto" in refused("eval", tiny, "--data", tmp_path / "a.txt", "--bos", "perhaps")

@@ -146,7 +146,10 @@ def test_the_same_documents_whatever_the_number_of_workers(tmp_path: Path) -> No
 
 def test_progress_is_told(tiny: Path, text: Path) -> None:
     told: list[Any] = []
-    read_windows(tiny, read_text(text), Protocol(32, 2), lambda *words: told.append(words))
+    text.write_text(TEXT * 400)
+    read = read_text(text, lambda *words: told.append(words))
+    assert told[0] == (1 << 20, len(TEXT) * 400, "checking text.txt")
+    read_windows(tiny, read, Protocol(32, 2), lambda *words: told.append(words))
     assert told[-1][2] == "reading text.txt"
     make_set(CalibrationChoice(str(text), 2, 16), byte_tokenizer(), 256, None, lambda *words: told.append(words))
     assert told[-1] == (32, 32, f"reading {text}")

@@ -59,7 +59,7 @@ def evaluate(
     if rounded is not None and not originals:
         raise FewbitError("--w8a8 rounds an original's weights and inputs: name one, these are quantized already")
     protocol = protocol or Protocol()
-    text = read_text(data) if data is not None else None
+    text = read_text(data, progress) if data is not None else None
     opened = open_tasks(tasks) if tasks is not None else None
     first = locate(reference if reference is not None else names[0])
     windows, bos = read_windows(first, text, protocol, progress) if text is not None else (None, False)

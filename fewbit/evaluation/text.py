@@ -8,11 +8,14 @@ from pathlib import Path
 from fewbit.errors import FewbitError
 from fewbit.text.chat import Chat
 from fewbit.text.documents import Document, Render, file_documents, pieces_of, place_of
-from fewbit.text.files import ACCEPTED, TextFile
+from fewbit.text.files import ACCEPTED, TextFile, text_files
 from fewbit.text.hub import hub_documents
 
 DOCUMENT_BREAK = "\n\n"
 _HUB_CHARACTERS = 20_000_000
+_TOLD_EVERY = 1_000_000
+
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,13 @@ class Text:
         return "".join(self.pieces())
 
 
-def read_text(source: str | Path) -> Text:
+def read_text(source: str | Path, progress: Progress | None = None) -> Text:
     """Check a text from end to end and hash it; its documents stay where they are.
 
     source: a `.txt` file (taken as it is), a `.jsonl`, `.json`, `.csv` or `.parquet` file or ``FILE:COLUMN`` (its
     documents joined by blank lines), a folder of such files, `topics` (the help text that every CPython ships, for
     demonstrations), or a hub data set: wikitext2, c4 or NAME[:COLUMN]. The column is "text"; else one of chat messages;
-    else the only one of strings.
+    else the only one of strings. progress: called with characters, bytes and what is read.
     Raises FewbitError when there is nothing to read, or something in it that cannot be read.
     """
     words = str(source)
@@ -56,30 +59,52 @@ def read_text(source: str | Path) -> Text:
     if place.path is None:
         return _kept(words, _head(hub_documents(place.name, place.column, True, f"{ACCEPTED}, or topics")))
     path, column = place.path, place.column
-    return _checked(path.name, words, lambda: file_documents(path, column))
+    size = sum(file.stat().st_size for file in text_files(path)) if progress else 0
+    found, told = _Check(), 0
+    for characters in found.steps(file_documents(path, column)):
+        if progress and characters - told >= _TOLD_EVERY:
+            told = characters
+            # Packed files have more characters than bytes, others fewer.
+            progress(told, max(size, told), f"checking {path.name}")
+    return found.text(path.name, words, lambda: file_documents(path, column))
 
 
 def _kept(name: str, documents: Iterator[Document]) -> Text:
-    kept = list(documents)
-    return _checked(name, name, lambda: kept)
+    kept, found = list(documents), _Check()
+    for _ in found.steps(kept):
+        pass
+    return found.text(name, name, lambda: kept)
 
 
-def _checked(name: str, words: str, documents: Callable[[], Iterable[Document]]) -> Text:
-    digest, blank = hashlib.sha256(), True
-    for index, document in enumerate(documents()):
-        if index:
-            digest.update(DOCUMENT_BREAK.encode())
-        if isinstance(document, TextFile):
-            # Also finds what is not UTF-8.
-            blank = document.size == 0 and blank
-            document.hash_into(digest)
-        else:
-            text = document.as_json() if isinstance(document, Chat) else document
-            blank = blank and not text.strip()
-            digest.update(text.encode("utf-8"))
-    if blank:
-        raise FewbitError(f"{words}: the text is empty")
-    return Text(name, digest.hexdigest(), documents)
+class _Check:
+    """The hash of documents as they are joined, and whether there is anything in them but white space."""
+
+    def __init__(self) -> None:
+        self._digest, self._blank = hashlib.sha256(), True
+
+    def steps(self, documents: Iterable[Document]) -> Iterator[int]:
+        """Take the documents in; how many characters have been, again and again."""
+        characters = 0
+        for index, document in enumerate(documents):
+            if index:
+                self._digest.update(DOCUMENT_BREAK.encode())
+            if isinstance(document, TextFile):
+                document.hash_into(self._digest)
+                pieces = document.pieces()
+            else:
+                pieces = iter([document.as_json() if isinstance(document, Chat) else document])
+            for piece in pieces:
+                if not isinstance(document, TextFile):
+                    self._digest.update(piece.encode("utf-8"))
+                self._blank = self._blank and not piece.strip()
+                characters += len(piece)
+                yield characters
+
+    def text(self, name: str, words: str, documents: Callable[[], Iterable[Document]]) -> Text:
+        """What was taken in, as a text; FewbitError when it is empty."""
+        if self._blank:
+            raise FewbitError(f"{words}: the text is empty")
+        return Text(name, self._digest.hexdigest(), documents)
 
 
 def _topics() -> Iterator[str]:

@@ -27,15 +27,23 @@ class Place:
 
 def place_of(words: str, option: str) -> Place:
     """``PATH``, ``PATH:COLUMN`` or ``NAME[:COLUMN]``; FewbitError for what looks like a path and is not there."""
-    path = Path(words).expanduser()
+    path = _path(words)
     if _exists(path):
         return Place(str(path), path, None)
     head, _, column = words.rpartition(":")
-    if head and _exists(Path(head).expanduser()):
-        return Place(str(Path(head).expanduser()), Path(head).expanduser(), column)
+    if head and _exists(_path(head)):
+        return Place(str(_path(head)), _path(head), column)
     if is_text_name(path) or is_text_name(Path(head)) or words.startswith((".", "/", "~")):
         raise FewbitError(f"{option} {words}: no such file or folder")
     return Place(head or words, None, column if head else None)
+
+
+def _path(words: str) -> Path:
+    try:
+        return Path(words).expanduser()
+    except RuntimeError:
+        # A home of nobody here.
+        return Path(words)
 
 
 def _exists(path: Path) -> bool:
