@@ -10,7 +10,8 @@ from torch import nn
 
 from fewbit.checkpoints.safetensors_io import TensorEntry
 from fewbit.errors import FewbitError
-from fewbit.formats.scheme import StoredWeight, part_layout
+from fewbit.formats.native import part_layout
+from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import Linear
 from fewbit.runtime.packed_linear import PackedLinear, buffer_name
 from fewbit.runtime.packed_parameter import KeptWeight, Merge, PackedParameter, PackedWeight, checkpoint_shape, hold

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fewbit.formats import native
-from fewbit.formats.scheme import StoredWeight
+from fewbit.grids.scheme import StoredWeight
 from fewbit.runtime.decoded import to_look_at
 from fewbit.runtime.packed_linear import add_parts, parts_of, remember_dtype
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fewbit.formats.scheme import StoredWeight
+from fewbit.grids.scheme import StoredWeight
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from fewbit.checkpoints.safetensors_io import TensorEntry, read_header
 from fewbit.checkpoints.source import INDEX_NAME, Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
-from fewbit.formats.scheme import StoredWeight, part_layout
+from fewbit.formats.native import part_layout
+from fewbit.grids.scheme import StoredWeight
 
 
 def check_all_parts(checkpoint: Checkpoint) -> None:
