@@ -1,36 +1,46 @@
-# make demo   fetch a small model, quantize it, measure it, write demo-out/report.html
-# make test   lint, format, types, tests (FAST=1 leaves out the tests on a real model)
-# make check  lint, format and types only
+# make demo    fetch a small model, quantize it, measure it, write demo-out/report.html
+# make test    lint, format, types, tests; QUICK=1 leaves out the tests that take long
+# make check   lint, format and types only
+# make dist    build the wheel and the source package into dist/
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
-TASKS := $(VENV)/.ready-tasks
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Each command installs what it needs and no more: the demo no tools for tests.
+FOR_DEMO := $(VENV)/.ready-demo
+FOR_TESTS := $(VENV)/.ready-tests
+NEEDS := pyproject.toml constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test check dist clean
 
-demo: $(READY)
+demo: $(FOR_DEMO)
 	$(BIN)/fewbit demo demo-out
 
-test: check $(TASKS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 15 $(if $(FAST),-m "not real_model")
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	    --durations 15 $(if $(QUICK),-m "not slow and not real_model")
 
-check: $(READY)
+check: $(FOR_TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("fewbit needs Python 3.10 or newer") if sys.version_info < (3, 10) else None'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[hf,report,dev]'
+dist: $(FOR_TESTS)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+$(FOR_DEMO): $(NEEDS) | $(BIN)/python
+	$(PIP) --editable '.[hf,report]'
 	touch $@
 
-# lm-eval with what it brings, 600 MB, and ray, 240 MB; only the tests want them.
-$(TASKS): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tasks,ray]'
+$(FOR_TESTS): $(NEEDS) | $(BIN)/python
+	$(PIP) --editable '.[hf,report,tasks,ray,dev]'
 	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("fewbit needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) demo-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-out dist build .pytest_cache .mypy_cache .ruff_cache

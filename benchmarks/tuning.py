@@ -95,7 +95,9 @@ def main() -> None:
             figures.write_text(json.dumps({"perplexity": before}))
         out = arguments.folder / f"tuned-{os.getpid()}"
         with progress_line(f"{start} {choice.loss} {choice.train}") as progress:
-            report = tune(begin, out, choice, TuneOptions(arguments.model, text, device="cpu"), progress)
+            report = tune(
+                begin, out, choice, TuneOptions(reference=arguments.model, calibration=text, device="cpu"), progress
+            )
         found = fewbit.evaluate(out, TEXT, Protocol(1024, 24))["models"][0]
         if arguments.keep:
             shutil.rmtree(begin.with_name(begin.name.replace("start-", "tuned-")), ignore_errors=True)

@@ -10,8 +10,15 @@ from fewbit.version import __version__
 
 __all__ = [
     "PRESETS",
+    "CalibrationChoice",
+    "CalibrationOptions",
     "FewbitError",
+    "Protocol",
     "Recipe",
+    "RunOptions",
+    "TaskChoice",
+    "TuneOptions",
+    "TuningChoice",
     "__version__",
     "evaluate",
     "inspect",
@@ -19,29 +26,43 @@ __all__ = [
     "preset",
     "quantize",
     "tune",
+    "unpack",
 ]
 
 _WHERE = {
+    "CalibrationChoice": "fewbit.calibration.choice",
+    "CalibrationOptions": "fewbit.pipeline.calibration_options",
     "FewbitError": "fewbit.errors",
     "PRESETS": "fewbit.presets",
+    "Protocol": "fewbit.evaluation.perplexity",
     "Recipe": "fewbit.recipe",
-    "preset": "fewbit.recipe",
-    "quantize": "fewbit.pipeline.run",
-    "load": "fewbit.runtime.load",
-    "evaluate": "fewbit.evaluation.evaluate",
+    "RunOptions": "fewbit.pipeline.run",
+    "TaskChoice": "fewbit.evaluation.tasks",
+    "TuneOptions": "fewbit.tuning.run",
+    "TuningChoice": "fewbit.tuning.choice",
+    "evaluate": "fewbit.api",
     "inspect": "fewbit.inspection.inspect",
-    "tune": "fewbit.tuning.run",
+    "load": "fewbit.runtime.load",
+    "preset": "fewbit.recipe",
+    "quantize": "fewbit.api",
+    "tune": "fewbit.api",
+    "unpack": "fewbit.api",
 }
 
 if TYPE_CHECKING:
+    from fewbit.api import evaluate, quantize, tune, unpack
+    from fewbit.calibration.choice import CalibrationChoice
     from fewbit.errors import FewbitError
-    from fewbit.evaluation.evaluate import evaluate
+    from fewbit.evaluation.perplexity import Protocol
+    from fewbit.evaluation.tasks import TaskChoice
     from fewbit.inspection.inspect import inspect
-    from fewbit.pipeline.run import quantize
+    from fewbit.pipeline.calibration_options import CalibrationOptions
+    from fewbit.pipeline.run import RunOptions
     from fewbit.presets import PRESETS
     from fewbit.recipe import Recipe, preset
     from fewbit.runtime.load import load
-    from fewbit.tuning.run import tune
+    from fewbit.tuning.choice import TuningChoice
+    from fewbit.tuning.run import TuneOptions
 
 
 def __getattr__(name: str) -> Any:

@@ -4,26 +4,19 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fewbit.cli_plan import plan
 from fewbit.cli_quantize import curvature, quantize
-from fewbit.cli_shared import (
-    CalibrationOption,
-    HtmlFlag,
-    JsonFlag,
-    LengthOption,
-    SamplesOption,
-    SeedOption,
-    announce,
-    print_json,
-)
+from fewbit.cli_shared import HtmlFlag, JsonFlag, announce, print_json, with_options
 from fewbit.cli_study import study_app
 from fewbit.cli_tune import tune
 from fewbit.faults import fault_report, hidden_error, line_for
 from fewbit.memory import keep_freed_memory
+from fewbit.options import EVALUATE
+from fewbit.printable import check_name, printable
 from fewbit.progress import progress_line
 
 app = typer.Typer(
@@ -63,39 +56,12 @@ app.command()(tune)
 
 
 @app.command("eval")
+@with_options(EVALUATE)
 def evaluate_command(
     models: Annotated[list[str], typer.Argument(help="Originals and quantized folders.")],
-    data: Annotated[
-        str | None, typer.Option(help="A .txt or .jsonl file, wikitext2, c4, NAME[:COLUMN], or topics.")
-    ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
-    windows: Annotated[int, typer.Option(help="Windows from the start of the text; 0 for all.")] = 0,
-    bos: Annotated[
-        str, typer.Option(help="A BOS before each window: auto (as the tokenizer), always, never.")
-    ] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(help="What models run in: auto (their own), float32 for small differences, bfloat16, float16."),
-    ] = "auto",
-    reference: Annotated[str | None, typer.Option(help="The original, to measure the distance from.")] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="With commas: piqa, arc_easy, arc_challenge, winogrande, hellaswag, lambada_openai."),
-    ] = None,
-    task_data: Annotated[
-        Path | None, typer.Option(help="A folder with the questions as TASK*.jsonl; default: the hub.")
-    ] = None,
-    task_limit: Annotated[int, typer.Option(help="The first so many questions of each task; 0 for all.")] = 0,
-    w8a8: Annotated[
-        str | None, typer.Option(help="Also originals with 8-bit weights and inputs: w8a8,smoothquant,w8a8-dynamic.")
-    ] = None,
-    calibration: CalibrationOption = None,
-    samples: SamplesOption = None,
-    sequence_length: LengthOption = None,
-    seed: SeedOption = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: CUDA if there is one.")] = None,
     as_json: JsonFlag = False,
     html: HtmlFlag = None,
+    **choices: Any,
 ) -> None:
     """Perplexity of models, with --reference how far they are from the original, with --tasks how much they get right.
 
@@ -107,22 +73,14 @@ def evaluate_command(
 
       fewbit eval smollm2-135m --data wiki.txt --w8a8 w8a8,smoothquant --calibration my-texts.jsonl
     """
-    from fewbit.evaluation.evaluate import evaluate
-    from fewbit.evaluation.perplexity import Protocol
-    from fewbit.evaluation.rounded import choose_rounded
-    from fewbit.evaluation.tasks import choose_tasks
+    from fewbit.api import evaluate
     from fewbit.report.html import check_page, write_evaluation_page
     from fewbit.report.text import evaluation_table
 
     check_page(html)
-    chosen = choose_tasks(tasks, task_data, task_limit)
-    text = {"sources": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
-    rounded = choose_rounded(w8a8, text)
-    announce(*models, reference)
+    announce(*models, choices["reference"])
     with progress_line("evaluating") as progress:
-        result = evaluate(
-            list(models), data, Protocol(seq_len, windows, bos, dtype), reference, device, progress, chosen, rounded
-        )
+        result = evaluate(list(models), progress=progress, **choices)
     if as_json:
         print_json(result)
     else:
@@ -173,8 +131,8 @@ def unpack(
     as_json: JsonFlag = False,
 ) -> None:
     """Write a quantized folder as plain 16-bit weights, for tools that do not know the format."""
+    from fewbit.api import unpack as run
     from fewbit.checkpoints.source import open_checkpoint
-    from fewbit.runtime.unpack import unpack as run
     from fewbit.versions import versions
 
     written = run(folder, out, overwrite)
@@ -182,15 +140,26 @@ def unpack(
         row = {"name": str(written), "method": "unpacked", "bytes": open_checkpoint(written).bytes}
         print_json({"models": [row], "protocol": None, "versions": versions()})
     else:
-        print(f"wrote {written}")
+        print(printable(f"wrote {written}"))
+
+
+@app.command()
+def axes(as_json: JsonFlag = False) -> None:
+    """List what a recipe can choose on each axis, and the methods with what they choose."""
+    from fewbit.report.axes import axes_json, axes_text
+
+    if as_json:
+        print_json(axes_json())
+    else:
+        print(axes_text())
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Where the models and the report go.")] = Path("demo-out"),
-    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to evaluate.")] = 24,
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to evaluate.")] = 4,
 ) -> None:
-    """Fetch a small model, quantize it six ways, measure all, let two of them speak; writes a report."""
+    """Fetch a small model, quantize it four ways, measure all, ask two of them a question; writes a report."""
     from fewbit.demo import demo as run
 
     run(out, windows)
@@ -232,6 +201,8 @@ def run(arguments: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else arguments
     try:
+        for word in words:
+            check_name(word)
         app(words)
     except SystemExit as end:
         hidden = hidden_error(end)
@@ -247,7 +218,7 @@ def run(arguments: list[str] | None = None) -> int:
         line = line_for(error, words)
         if line is None:
             raise
-        print(f"fewbit: {line}", file=sys.stderr)
+        print(f"fewbit: {printable(line)}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,6 +1,6 @@
 """The command that looks before it leaps: plan."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,12 +14,13 @@ from fewbit.cli_shared import (
     calibration_choice,
     print_json,
 )
+from fewbit.options import BITS
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a name from `fewbit models`, or a hub name.")],
     method: Annotated[str, typer.Option(help="As for quantize.")] = "adpq+",
-    bits: Annotated[int | None, typer.Option(help="Bits of a code, 1 to 8; default 4 (billm: 1).")] = None,
+    bits: Annotated[float | None, typer.Option(help=BITS.help)] = None,
     group_size: Annotated[str | None, typer.Option(help="N, auto, row, or a list: 64,auto.")] = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
@@ -28,6 +29,9 @@ def plan(
     memory: MemoryOption = None,
     include: Annotated[list[str] | None, typer.Option(help="Also quantize tensors of this pattern.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Keep tensors of this pattern.")] = None,
+    tensor_choices: Annotated[
+        list[str] | None, typer.Option("--set", help="PATTERN:NAME=VALUE: other choices for some tensors.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """What `quantize` would do: weights, bits, size, and about how much time, memory and disk. Writes nothing.
@@ -44,7 +48,8 @@ def plan(
     from fewbit.report.text import plan_text
     from fewbit.sizes import parse_size
 
-    choices = {"bits": bits, "group_size": group_size}
+    choices: dict[str, Any] = {"bits": bits, "group_size": group_size}
+    choices["sets"] = tuple(tensor_choices or ())
     lists = {"include": tuple(include or ()), "exclude": tuple(exclude or ())}
     recipe = recipe_from_choices(method, {**choices, **lists})
     options = CalibrationOptions(

@@ -1,32 +1,34 @@
 """What the commands share: option types, JSON output, announcements."""
 
+import inspect
 import json
+import re
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fewbit.options import CALIBRATION, SAMPLES, TEXT, Option
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
 HtmlFlag = Annotated[Path | None, typer.Option("--html", help="Write a self-contained HTML page here.")]
 DeviceOption = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, ….")]
-CalibrationOption = Annotated[
-    str | None,
-    typer.Option(
-        help="SRC[:COUNT][,SRC...]: a .txt, .jsonl, .parquet or folder, self (the model's own text), nonsense, "
-        "random-tokens, or a hub data set (c4, wikitext2, redpajama, NAME:COLUMN). Default: self."
-    ),
-]
-SamplesOption = Annotated[int | None, typer.Option(help="Calibration sequences in all; default 128.")]
-LengthOption = Annotated[int | None, typer.Option(help="Tokens of a calibration sequence; default 512.")]
-SeedOption = Annotated[int | None, typer.Option(help="Which sequences are drawn; default 0.")]
-ChatOption = Annotated[bool | None, typer.Option("--chat-template", help="Wrap every document as a user's turn.")]
+CalibrationOption = Annotated[str | None, typer.Option(help=CALIBRATION.help)]
+SamplesOption = Annotated[int | None, typer.Option(help=SAMPLES.help)]
+LengthOption = Annotated[int | None, typer.Option(help=TEXT[0].help)]
+SeedOption = Annotated[int | None, typer.Option(help=TEXT[1].help)]
+ChatOption = Annotated[bool | None, typer.Option("--chat-template", help=TEXT[2].help)]
 TemperingOption = Annotated[
     float | None, typer.Option(help="0 to 1: how far every token counts alike, whatever the size of its inputs.")
 ]
 MemoryOption = Annotated[
     str | None, typer.Option(help="For curvature and hidden states, e.g. 4GB; default: half of what is free.")
 ]
+
+_NOT_SHOWN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def calibration_choice(**given: Any) -> Any:
@@ -38,7 +40,9 @@ def calibration_choice(**given: Any) -> Any:
 
 def print_json(data: Any) -> None:
     """Print one JSON object on standard output."""
-    print(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    # Names may hold what a terminal obeys or no encoding has; as escapes they are the same JSON.
+    print(_NOT_SHOWN.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def announce(*models: str | None) -> None:
@@ -50,3 +54,47 @@ def announce(*models: str | None) -> None:
         if name in NAMED_MODELS and not Path(name).exists() and not named_folder(NAMED_MODELS[name]).is_dir():
             size = show_size(NAMED_MODELS[name].download_bytes)
             print(f"fetching {name} ({size}) and converting it, once: about a minute …", file=sys.stderr)
+
+
+def with_options(options: Sequence[Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a command of a function that takes ``**choices``: each option of the table becomes one of the command's."""
+
+    def make(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function)
+        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        # Help shows panels in the order of their first option: what is common stands first.
+        ahead = [p for p in named if p.name not in ("as_json", "html")]
+        behind = [p for p in named if p.name in ("as_json", "html")]
+        common = sum(option.panel == options[0].panel for option in options)
+        made = [_parameter(option) for option in options]
+        parameters = [*ahead, *made[:common], *behind, *made[common:]]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters = [p.replace(kind=kind) for p in parameters]
+
+        def command(**given: Any) -> None:
+            function(**given)
+
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return make
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    flag = option.flag or f"--{option.name.replace('_', '-')}"
+    panel = None if option.panel == "Options" else option.panel
+    declared = typer.Option(flag, help=option.help, rich_help_panel=panel)
+    annotation = Annotated[option.kind | None, declared]  # type: ignore[name-defined]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Says, when the user stops the work inside, that it can be taken up again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("fewbit: interrupted: the same command goes on where this one stopped", file=sys.stderr)
+        raise typer.Exit(130) from None

@@ -15,6 +15,7 @@ from fewbit.cli_shared import (
     announce,
     print_json,
 )
+from fewbit.printable import printable
 from fewbit.progress import progress_line
 
 study_app = typer.Typer(
@@ -234,8 +235,8 @@ def run_named(
         print_json(result)
         return
     for line in result["conclusion"]:
-        print(line)
-    print(f"wrote {out / 'study.json'} and {out / 'study.html'}")
+        print(printable(line))
+    print(printable(f"wrote {out / 'study.json'} and {out / 'study.html'}"))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

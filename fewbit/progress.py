@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from fewbit.printable import printable
+
 Progress = Callable[[int, int, str], None]
 """What is called as work goes on: how much is done, of how much, and what is going on."""
 
@@ -45,19 +47,19 @@ def progress_line(what: str, unit: float = 1.0) -> Iterator[Progress]:
 
     Counts that fall begin a new part of the work: the end time is then that of this part.
     """
-    before = 0
+    before, what = 0, printable(what)
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[current]}", style="dim"),
+            TextColumn("{task.fields[current]}", style="dim", markup=False),
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(what, total=None, current="")
@@ -67,7 +69,7 @@ def progress_line(what: str, unit: float = 1.0) -> Iterator[Progress]:
                 if done < before:
                     bar.reset(task)
                 before = done
-                bar.update(task, completed=done / unit, total=total / unit, current=current[-60:])
+                bar.update(task, completed=done / unit, total=total / unit, current=printable(current)[-60:])
 
             yield show
         return
@@ -88,6 +90,6 @@ def progress_line(what: str, unit: float = 1.0) -> Iterator[Progress]:
             return
         last = now
         left = (now - began) * (total - done) / max(1, done - first)
-        print(f"{what}: {100 * done // total}%  {left:.0f} s left  {current}", file=sys.stderr, flush=True)
+        print(f"{what}: {100 * done // total}%  {left:.0f} s left  {printable(current)}", file=sys.stderr, flush=True)
 
     yield plain

@@ -96,7 +96,7 @@ class Recipe:
         """The recipe of the tensor `name`."""
         if not self.sets:
             return self
-        choices = {key: v for pattern, found in self.sets if fnmatchcase(name, pattern) for key, v in found}
+        choices = {key: v for pattern, found in self.sets if matches(name, pattern) for key, v in found}
         return revised(replace(self, sets=()), choices)
 
     def scheme(self, group_size: int) -> Scheme:
@@ -147,6 +147,11 @@ class Recipe:
         data["include"], data["exclude"] = tuple(data.get("include", ())), tuple(data.get("exclude", ()))
         data["sets"] = sets_of(data.get("sets", ()))
         return with_choices(cls(), data)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a tensor's name is the pattern, or fits it as in a shell."""
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def with_choices(recipe: Recipe, choices: Mapping[str, Any]) -> Recipe:

@@ -1,7 +1,8 @@
-"""Tiny models built on the spot, and the shared text."""
+"""Tiny models built on the spot, and text: what every Python has, and files beside the checkout where there are any."""
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Text and questions that are not part of the project; tests that need them skip without, and others run on
+# `pydoc_data.topics`, which changes with the version of Python: they compare, and know no figures.
 SHARED = Path(__file__).parent / "../../shared/data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the texts and questions in ../shared/data")
 
 
 def build_tiny(folder: Path, dtype: str = "bfloat16", shard_size: str = "60KB", **changes: Any) -> Path:
@@ -55,6 +59,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny(tmp_path_factory.mktemp("tiny") / "model")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on real models first: they take longest, and no core should wait for the other at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("real_model") is None)
+
+
 def run_cli(*arguments: Any, env: dict[str, str] | None = None, code: int | None = 0) -> subprocess.CompletedProcess:
     """Run the command line; fails unless it ends with `code` (None: any). With `env`, in a process of its own.
 
@@ -80,3 +89,8 @@ def run_cli(*arguments: Any, env: dict[str, str] | None = None, code: int | None
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file of an output but the one that holds times and memory."""
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "fewbit_run.json"}
+
+
+def copy_folder(source: Path, target: Path) -> Path:
+    """A copy of a model's folder that a test may change."""
+    return Path(shutil.copytree(source, target))

@@ -174,6 +174,7 @@ def test_evaluation(tiny: Path, tmp_path: Path) -> None:
     assert "dtype must be auto, float32" in refused("eval", tiny, "--data", tmp_path / "a.txt", "--dtype", "int8")
 
 
+@pytest.mark.slow
 def test_named_model_without_network_or_cache(tmp_path: Path) -> None:
     env = {
         "FEWBIT_CACHE": str(tmp_path / "cache"),
@@ -194,6 +195,7 @@ def test_named_model_without_network_or_cache(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").rglob("*.gguf"))
 
 
+@pytest.mark.slow
 def test_hub_name_without_network(tmp_path: Path) -> None:
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     line = refused("quantize", "someone/some-model", tmp_path / "out", env=env)

@@ -49,6 +49,7 @@ fewbit.quantize(sys.argv[1], sys.argv[2], recipe, options(refresh=int(sys.argv[4
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "refresh"), [("gptq", 0), ("awq", 0), ("precal+oac", 0), ("oac+spqr", 1), ("oac", 3)]
 )
@@ -78,6 +79,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(deep: Path, tmp_path: Pat
     assert not list(out.glob("*.solved"))
 
 
+@pytest.mark.slow
 def test_refresh_sees_the_blocks_before_it_quantized(deep: Path, tmp_path: Path) -> None:
     recipe = fewbit.preset("oac", bits=2, group_size="32")
     found = {}
@@ -97,6 +99,7 @@ def test_refresh_sees_the_blocks_before_it_quantized(deep: Path, tmp_path: Path)
         parse_refresh("never")
 
 
+@pytest.mark.slow
 def test_little_memory_gives_the_same_weights(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Enough for the matrices of one block: the Fisher takes four passes, the Gram's hidden states go to the disk.
     allocated: list[bool] = []

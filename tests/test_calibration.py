@@ -99,7 +99,8 @@ def test_parquet_and_columns(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"body": ["some words " * 30] * 10}), path)
     assert make_set(CalibrationChoice(f"{path}:body:2", 2, 32), tokenizer, 256).ids.shape == (2, 32)
-    with pytest.raises(FewbitError, match="no column 'text': it has body"):
+    parquet.write_table(pyarrow.table({"body": ["some words"], "title": ["a title"]}), path)
+    with pytest.raises(FewbitError, match="no column 'text': it has body, title"):
         make_set(CalibrationChoice(str(path), 2, 32), tokenizer, 256)
 
 
@@ -168,7 +169,7 @@ def test_a_hub_data_set(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: s
     assert "None" not in text
     [((path, configuration), options)] = asked
     files = options.pop("data_files")
-    assert options == {"split": "train", "streaming": True}
+    assert options == {"split": "train", "streaming": True, "trust_remote_code": False}
     assert (path, configuration) == {
         "c4": ("allenai/c4", "en"),
         "redpajama": ("json", None),

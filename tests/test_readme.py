@@ -15,7 +15,7 @@ import typer
 from fewbit.cli import app
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands(beginning: str = "fewbit ") -> list[tuple[str, str]]:
@@ -66,10 +66,24 @@ def test_every_benchmark_command_parses(document: str, line: str, monkeypatch: p
         assert not words
 
 
-def test_make_targets_in_the_readme_exist() -> None:
+def test_make_targets_and_variables_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for path in DOCUMENTS:
+        # A changelog names what is gone, too.
+        text = path.read_text(encoding="utf-8") if path.name != "CHANGELOG.md" else ""
+        for target, variable in re.findall(r"(?:^|`)make (\w+)(?: (\w+)=)?", text, re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), (path.name, target)
+            assert not variable or f"$({variable})" in makefile, (path.name, variable)
+
+
+def test_the_readme_shows_what_the_demo_prints() -> None:
+    from fewbit import demo
+
+    table = re.search(r"```text\n(model .*?)\n\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert table is not None
+    names = [line.split()[0] for line in table[1].splitlines()]
+    made = [f"{demo.MODEL}-{method}-{bits}bit" for method, bits in demo.RUNS]
+    assert names == ["model", demo.MODEL, *made]
 
 
 def test_python_in_the_documents_compiles() -> None:
@@ -83,3 +97,11 @@ def test_linked_files_exist() -> None:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_names_in_contributing_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:fewbit|tests|docs)/[\w/.]*)`", text):
+        assert (ROOT / path).exists(), path
+    for table, path in re.findall(r"`([A-Z_]+)`(?: in|,) `(fewbit/[\w/]+\.py)`", text):
+        assert re.search(rf"^{table}\b", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), (table, path)

@@ -110,6 +110,7 @@ fewbit.quantize(sys.argv[1], sys.argv[2], fewbit.preset("adpq+", bits=3), RunOpt
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(tiny: Path, tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "out"
@@ -163,6 +164,7 @@ class _Free:
     free = 10
 
 
+@pytest.mark.slow
 def test_a_local_folder_needs_neither_transformers_nor_a_network(tiny: Path, tmp_path: Path) -> None:
     program = """
 import socket, sys
@@ -211,6 +213,7 @@ def test_json_of_a_run_has_the_stable_keys(tiny: Path, tmp_path: Path) -> None:
     assert 50e6 < row["peak_rss_bytes"] < 1.5e9
 
 
+@pytest.mark.slow
 def test_a_second_run_on_the_same_output_is_refused(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", SLOW, str(tiny), str(out)], stderr=subprocess.DEVNULL)

@@ -55,6 +55,7 @@ def test_generates_and_keeps_tied_weights(tiny: Path, tmp_path: Path) -> None:
     assert out.shape[1] == ids.shape[1] + 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["import fewbit, transformers", "import transformers, fewbit"])
 def test_registration_in_either_order_of_imports(tiny: Path, tmp_path: Path, order: str) -> None:
     fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("rtn", bits=4))

@@ -138,7 +138,7 @@ def test_quantized_packed_unpacked(grid: Grid, tiny: Path, tmp_path: Path, solve
 def test_tuned(grid: Grid, tiny: Path, tmp_path: Path, train: str) -> None:
     fewbit.quantize(tiny, tmp_path / "start", recipe_of(grid, "round", **SPARSE))
     choice = TuningChoice(train=train, epochs=1, batch_size=2, held_out=1, lr=0.01)
-    fewbit.tune(tmp_path / "start", tmp_path / "tuned", choice, TuneOptions(str(tiny), TEXT))
+    fewbit.tune(tmp_path / "start", tmp_path / "tuned", choice, TuneOptions(reference=str(tiny), calibration=TEXT))
     ids = torch.arange(24).unsqueeze(0) + 3
     assert bool(torch.isfinite(fewbit.load(tmp_path / "tuned", device="cpu")(ids).logits).all())
 

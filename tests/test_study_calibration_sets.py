@@ -52,6 +52,7 @@ def choice_of(model: Path, out: Path, text: Path, **given: Any) -> Any:
     return make_choice(STUDY, str(model), out, str(text), {**GIVEN, "sources": str(text), **given})
 
 
+@pytest.mark.slow
 def test_the_study_end_to_end(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choice = choice_of(model, tmp_path / "out", text, options={"seeds": [2, 1]})
 
@@ -99,6 +100,7 @@ def test_the_study_end_to_end(model: Path, text: Path, tmp_path: Path, monkeypat
     check_page(tmp_path / "out" / "study.html")
 
 
+@pytest.mark.slow
 def test_tasks_are_asked_as_the_evaluation_asks_them(model: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'fewbit[tasks]'")
     for task in ("piqa", "winogrande"):
@@ -191,6 +193,7 @@ def test_a_set_that_a_method_cannot_take_is_a_result(model: Path, text: Path, tm
     assert "oac 3 bits failed on quality/nonsense: its gradients are all 0." in result["conclusion"]
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_rows(model: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
     few: dict[str, Any] = {"methods": ("gptq", "w8a8"), "options": {"seeds": [1, 1]}}
@@ -239,6 +242,7 @@ def test_methods_are_measured_together_where_they_see_the_same(model: Path, text
         run_study(STUDY, choice)
 
 
+@pytest.mark.slow
 def test_the_commands(model: Path, text: Path, tmp_path: Path) -> None:
     shared = ["--size", "quick", "--data", text, "--calibration", text, "--samples", 2, "--sequence-length", 24]
     shared += ["--windows", 2, "--seq-len", 24]

@@ -61,6 +61,7 @@ def test_a_move_is_what_it_says_and_is_undone_bit_for_bit(tiny: Path, folder: Pa
     assert sum(part.numel() for part in movable.originals) == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
 
 
+@pytest.mark.slow
 def test_rays_lead_from_the_original_to_the_quantized_weights(tiny: Path, folder: Path, result: Any) -> None:
     windows, _ = read_windows(tiny, read_text(result[0].parent / "text.txt"), Protocol(48, 3))
     rays = rows_of(result, "ray")
@@ -122,6 +123,7 @@ def test_the_page_shows_it_and_fetches_nothing(result: Any, tmp_path: Path) -> N
     assert "A slice" in dom
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_gives_the_same_result(tiny: Path, tmp_path: Path) -> None:
     out, straight = tmp_path / "out", tmp_path / "straight"
     kill_half_way("landscape", tiny, out, "loss", 3, **FEW)
@@ -138,6 +140,7 @@ def test_a_killed_study_goes_on_and_gives_the_same_result(tiny: Path, tmp_path: 
     assert not (out / "work").exists()
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_rows(tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
     few = {**FEW, "methods": ("rtn",)}

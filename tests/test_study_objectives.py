@@ -43,6 +43,7 @@ def result(tiny: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return out, run_study(STUDY, study_choice("objectives", tiny, out, folders=(str(folder),), **FEW))
 
 
+@pytest.mark.slow
 def test_rows_are_tidy_and_truths_are_those_of_eval(tiny: Path, folder: Path, result: Any) -> None:
     out, data = result
     models = {row["name"]: row for row in data["rows"] if row["table"] == "model"}
@@ -86,6 +87,7 @@ def test_layer_errors_are_those_of_running_the_layer(tiny: Path, folder: Path, r
     assert model["predicted"] == pytest.approx(sum(r["predicted"] for r in rows.values()))
 
 
+@pytest.mark.slow
 def test_a_prediction_is_near_the_divergence_for_small_errors(tmp_path: Path) -> None:
     """For errors of 8 bits, and labels from the model itself, KL is the second-order term that the Fisher predicts."""
     model = build_tiny(tmp_path / "model", dtype="float32", initializer_range=0.3)
@@ -109,6 +111,7 @@ def test_the_page_shows_it_and_fetches_nothing(result: Any, tmp_path: Path) -> N
     assert "Rank correlations" in dom
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_gives_the_same_result(tiny: Path, tmp_path: Path) -> None:
     out, straight = tmp_path / "out", tmp_path / "straight"
     few = {**FEW, "methods": ("rtn", "precal+oac")}
@@ -178,7 +181,7 @@ def test_bad_input(tiny: Path, folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(FewbitError, match=message):
             run_study(STUDY, study_choice("objectives", tiny, tmp_path / "out", **given))
-    with pytest.raises(FewbitError, match="already quantized: give the 16-bit original"):
+    with pytest.raises(FewbitError, match=r"already quantized \(fewbit\): give the 16-bit original"):
         run_study(STUDY, study_choice("objectives", folder, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     other = build_tiny(tmp_path / "other", intermediate_size=192)

@@ -80,7 +80,9 @@ def test_tuning(tiny: Path, tmp_path: Path, train: str) -> None:
     )
     fewbit.quantize(tiny, tmp_path / "start", recipe)
     choice = TuningChoice(train=train, epochs=1, batch_size=2, held_out=1)
-    report = fewbit.tune(tmp_path / "start", tmp_path / "tuned", choice, TuneOptions(str(tiny), TEXT))
+    report = fewbit.tune(
+        tmp_path / "start", tmp_path / "tuned", choice, TuneOptions(reference=str(tiny), calibration=TEXT)
+    )
     assert report["output"]["bits_per_weight"] == pytest.approx(
         fewbit.inspect(tmp_path / "start")["models"][0]["bits_per_weight"]
     )

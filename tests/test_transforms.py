@@ -89,7 +89,7 @@ def test_quantized_packed_unpacked_tuned(tiny: Path, tmp_path: Path, method: str
     # The unpacked weights are rounded to the model's 16 bits.
     assert float((packed - plain).norm() / plain.norm()) < 0.02
     choice = TuningChoice(epochs=1, batch_size=2, held_out=1)
-    fewbit.tune(tmp_path / "out", tmp_path / "tuned", choice, TuneOptions(str(tiny), TEXT))
+    fewbit.tune(tmp_path / "out", tmp_path / "tuned", choice, TuneOptions(reference=str(tiny), calibration=TEXT))
     tuned = fewbit.load(tmp_path / "tuned", dtype=torch.float32, device="cpu")(ids).logits
     assert float((tuned - original).norm() / original.norm()) < 0.05
 

@@ -149,6 +149,7 @@ run.tune(sys.argv[1], sys.argv[2], CHOICE, run.TuneOptions(calibration=TEXT, dev
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     out, state = tmp_path / "out", tmp_path / ".out.fewbit-partial" / DESCRIBED
     process = subprocess.Popen([sys.executable, "-c", SLOW, str(folder), str(out)], cwd=Path(__file__).parent)
@@ -178,6 +179,7 @@ def launch(processes: int, *arguments: Any) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(folder: Path, tmp_path: Path) -> None:
     choices = ["--calibration", "random-tokens", "--samples", 36, "--sequence-length", 32, "--epochs", 2, "--top", 16]
     choices += ["--held-out", 4, "--lr", 0.02, "--scale-lr", 0.01, "--device", "cpu"]
@@ -209,6 +211,7 @@ for name, choice in (("gentle", GENTLE), ("harsh", HARSH)):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_the_parameters(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "sharded.py").write_text(SHARDED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -269,6 +272,7 @@ def test_the_first_step_is_made_again_for_another_job(model: Path, tmp_path: Pat
     assert "--epochs must be at least 1" in run_cli(*quantize[:-2], 0, "--overwrite", code=2).stderr
 
 
+@pytest.mark.slow
 def test_quantize_and_tune_killed_at_its_very_end(model: Path, tmp_path: Path) -> None:
     out, choices = tmp_path / "out", ["--method", "rtn", "--bits", 2, "--group-size", 32, "--tune", "--tune-epochs", 1]
     command = ["quantize", model, out, *choices, "--sequence-length", 16, "--calibration"]

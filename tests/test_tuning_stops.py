@@ -90,7 +90,9 @@ def test_it_ends_when_nothing_gets_better(folder: Path, tmp_path: Path) -> None:
 
 
 def test_without_held_out_sequences_there_is_no_such_loss(folder: Path, tmp_path: Path) -> None:
-    report = tune(folder, tmp_path / "out", replace(CHOICE, held_out=0, epochs=2), TuneOptions(None, TEXT, None, "cpu"))
+    report = tune(
+        folder, tmp_path / "out", replace(CHOICE, held_out=0, epochs=2), TuneOptions(calibration=TEXT, device="cpu")
+    )
     assert report["tuning"]["history"]["held_out"] == []
     assert report["tuning"]["history"]["best_epoch"] == 2
     assert "held-out" not in tuning_summary(report, tmp_path / "out")

@@ -1,37 +1,54 @@
-"""What every tensor of a checkpoint is, told from names, shapes and their neighbours; no network is built.
+"""What every tensor of a checkpoint is, told from names, shapes, their neighbours and the configuration.
 
-Decoder blocks are what repeats under a number (``model.layers.7.…``, ``transformer.h.7.…``). Inside them every
-matrix is a linear layer (three dimensions: fused experts) unless it routes tokens; everything else is kept.
+No network is built. The decoder is the largest list of numbered blocks (see :mod:`fewbit.architecture.block_lists`);
+inside it matrices and stacks of experts are quantized, but for those that :mod:`fewbit.architecture.kinds` knows to be
+something else. Everything else is kept for a reason, or unknown, which is an error.
 """
 
-import fnmatch
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from fewbit.architecture import kinds
+from fewbit.architecture.block_lists import (
+    DRAFT,
+    HEAD,
+    TOWER,
+    BlockList,
+    Place,
+    find_lists,
+    is_draft,
+    is_head,
+    is_tower,
+    place_of,
+)
+from fewbit.architecture.facts import Facts, gather_facts
+from fewbit.architecture.orientation import experts_in_out, hidden_widths, matrices_in_out
+from fewbit.architecture.patterns import matching
 from fewbit.checkpoints.safetensors_io import TensorEntry
 from fewbit.errors import FewbitError
 
-_BLOCK = re.compile(r"^(?P<prefix>(?:[^.]+\.)*?)(?P<list>layers|h|blocks|layer|block)\.(?P<number>\d+)\.(?P<rest>.+)$")
-_OUTSIDE = re.compile(
-    r"(^|\.)(embed_tokens(_per_layer)?|embed_in|embed_out|wte|wpe|word_embeddings|embed_positions|lm_head|output"
-    r"|project_in|project_out|embeddings|per_layer_model_projection)\.weight$"
-)
-_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.(weight|wg|linear)(\.weight)?)?$")
-_MINOR = re.compile(r"(^|[._])(conv1d|A_log|rotary_emb|inv_freq|masked_bias)($|[._])")
+_OUTSIDE_WORDS = re.compile("project_in|project_out|per_layer_model_projection|w|output|shared|unembed")
 
 
 @dataclass(frozen=True)
 class WeightTensor:
-    """One tensor and what becomes of it: `action` is quantize, keep or unknown, with the reason."""
+    """One tensor and what becomes of it: `action` is quantize, keep or unknown, with the reason.
+
+    block: its number in the decoder; None for what is in no block, or in one of another list. place: where its name
+    says it is, in whatever list. transposed: it is stored (in, out), or (experts, in, out).
+    """
 
     entry: TensorEntry
     action: str
     reason: str
     block: int | None = None
     transposed: bool = False
+    place: Place | None = None
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -42,8 +59,17 @@ class WeightTensor:
 
     @property
     def module(self) -> str:
-        """Name under which the parts are stored: the tensor's, without `.weight`."""
-        return self.entry.name.removesuffix(".weight")
+        """Name under which the parts are stored: a layer's, or where there is no layer the tensor's own.
+
+        What has no `original_shape` is the `.weight` of that layer.
+        """
+        return self.entry.name if self.original_shape is not None else self.entry.name.removesuffix(".weight")
+
+    @property
+    def original_shape(self) -> tuple[int, ...] | None:
+        """The tensor's own shape where it is not the 2-D `.weight` of a layer."""
+        plain = len(self.entry.shape) == 2 and self.entry.name.endswith(".weight")
+        return None if plain else self.entry.shape
 
 
 @dataclass(frozen=True)
@@ -63,25 +89,32 @@ def cover(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
 ) -> Coverage:
-    """Decide for every tensor. Patterns are shell-style (``*.down_proj.weight``) and match whole names.
+    """Decide for every tensor. Patterns are as in :mod:`fewbit.architecture.patterns`.
 
-    include: matrices outside the blocks to quantize as well. exclude: tensors to keep as they are; wins.
+    include: matrices that would be kept, or are unknown, to quantize as well. exclude: tensors to keep as they are;
+    wins. Raises FewbitError for a pattern that matches nothing, or an included tensor that is no matrix.
     """
-    include, exclude = list(include), list(exclude)
-    entries = list(entries)
-    transposed = _stores_in_out(entries)
-    names = {entry.name for entry in entries}
-    for pattern in include + exclude:
-        if not fnmatch.filter(names, pattern):
-            raise FewbitError(f"pattern {pattern!r} matches no tensor: see the names with  fewbit inspect")
-    return Coverage([_decide(entry, transposed, include, exclude, config) for entry in entries])
+    survey = _Survey({entry.name: entry for entry in entries}, gather_facts(config))
+    included, excluded = matching(include, survey.entries), matching(exclude, survey.entries)
+    found = []
+    for entry in survey.entries.values():
+        if entry.name in excluded:
+            action, reason = "keep", "excluded"
+        elif entry.name in included:
+            _check_included(entry)
+            action, reason = "quantize", "included"
+        else:
+            action, reason = survey.decide(entry)
+        turned = action == "quantize" and survey.is_transposed(entry)
+        found.append(WeightTensor(entry, action, reason, survey.block(entry), turned, place_of(entry.name)))
+    return Coverage(found)
 
 
 def require_recognised(coverage: Coverage, model: str) -> None:
     """FewbitError naming the tensors that nothing is known about."""
     unknown = coverage.of("unknown")
     if unknown:
-        listed = ", ".join(f"{t.entry.name} {list(t.entry.shape)}" for t in unknown[:5])
+        listed = ", ".join(f"{t.entry.name} {list(t.entry.shape)} ({t.reason})" for t in unknown[:5])
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise FewbitError(
             f"{model}: {len(unknown)} weights are not recognised: {listed}{more}: say what to do with "
@@ -89,70 +122,154 @@ def require_recognised(coverage: Coverage, model: str) -> None:
         )
 
 
-def _decide(
-    entry: TensorEntry, transposed: bool, include: list[str], exclude: list[str], config: dict[str, Any]
-) -> WeightTensor:
-    name, dimensions = entry.name, len(entry.shape)
-    match = _BLOCK.match(name)
-    block = int(match["number"]) if match else None
-    is_float = entry.dtype.is_floating_point and entry.dtype.itemsize in (2, 4)
-
-    def decision(action: str, reason: str) -> WeightTensor:
-        turned = transposed and action == "quantize" and dimensions == 2
-        return WeightTensor(entry, action, reason, block, turned)
-
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
-        return decision("keep", "excluded")
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
-        if dimensions < 2 or not is_float:
-            raise FewbitError(f"{name}: --include needs a 16 or 32-bit matrix, this is {list(entry.shape)}")
-        return decision("quantize", "included")
-    if not is_float:
-        return decision("keep", "not a 16 or 32-bit float")
-    if dimensions < 2 or (dimensions == 2 and 1 in entry.shape):
-        return decision("keep", "vector (norm, bias or scale)")
-    if _MINOR.search(name) or (dimensions == 4 and name.endswith((".attn.bias", ".attention.bias"))):
-        return decision("keep", "not a linear layer")
-    if match:
-        rest = match["rest"]
-        if _is_other_tower(match["prefix"], match["list"]):
-            return decision("unknown", "a block outside the text decoder")
-        if _ROUTER.search(rest):
-            return decision("keep", "router")
-        if dimensions == 2 and rest.endswith("weight"):
-            return decision("quantize", "linear layer in a block")
-        if dimensions == 3:
-            return decision("quantize", "fused experts in a block")
-        return decision("unknown", "in a block, but no linear layer")
-    if dimensions == 2 and _OUTSIDE.search(name):
-        return decision("keep", "embedding or head")
-    return decision("unknown", "outside the blocks")
+def _check_included(entry: TensorEntry) -> None:
+    if len(entry.shape) < 2 or not _is_float(entry) or not entry.numel:
+        raise FewbitError(f"{entry.name}: --include needs a 16 or 32-bit matrix, this is {list(entry.shape)}")
 
 
-def _is_other_tower(prefix: str, list_name: str) -> bool:
-    return any(word in prefix for word in ("vision", "visual", "audio", "encoder.")) and "decoder" not in prefix
+def _is_float(entry: TensorEntry) -> bool:
+    return entry.dtype.is_floating_point and entry.dtype.itemsize in (2, 4)
 
 
-def _stores_in_out(entries: list[TensorEntry]) -> bool:
-    """Whether matrices are stored (in, out), as GPT-2's are: the biases of the oblong ones fit their columns."""
-    shapes = {entry.name: entry.shape for entry in entries}
-    votes = 0
-    for name, shape in shapes.items():
-        bias = shapes.get(name.removesuffix(".weight") + ".bias")
-        if name.endswith(".weight") and _BLOCK.match(name) and len(shape) == 2 and bias and shape[0] != shape[1]:
-            votes += (bias[0] == shape[1]) - (bias[0] == shape[0])
-    return votes > 0
+@dataclass(frozen=True)
+class _Survey:
+    """A checkpoint's tensors with what they tell about each other."""
+
+    entries: dict[str, TensorEntry]
+    facts: Facts
+
+    @cached_property
+    def lists(self) -> dict[str, BlockList]:
+        return find_lists(self.entries.values(), self.facts)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    @cached_property
+    def blocks(self) -> dict[tuple[str, int], list[TensorEntry]]:
+        """The tensors of every block."""
+        found = defaultdict(list)
+        for entry in self.entries.values():
+            place = place_of(entry.name)
+            if place is not None:
+                found[place.prefix, place.number].append(entry)
+        return dict(found)
+
+    @cached_property
+    def sizes(self) -> dict[tuple[str, int], Counter[int]]:
+        """For every block, how many of its tensors have an axis of a length."""
+        return {key: Counter(n for entry in found for n in set(entry.shape)) for key, found in self.blocks.items()}
+
+    @cached_property
+    def routers(self) -> dict[tuple[str, int], list[TensorEntry]]:
+        """The matrices of every block whose names are those of routers."""
+        return {
+            key: [e for e in found if len(e.shape) == 2 and kinds.ROUTERS.search(e.name) and e.shape[0] < e.shape[1]]
+            for key, found in self.blocks.items()
+        }
+
+    @cached_property
+    def stacks(self) -> dict[str, list[TensorEntry]]:
+        """The 3-D tensors by the module that they are in; that of one which is a `weight` is one level up."""
+        found = defaultdict(list)
+        for entry in self.entries.values():
+            if len(entry.shape) == 3:
+                found[_owner(entry.name)].append(entry)
+        return dict(found)
+
+    @cached_property
+    def turned(self) -> dict[str | None, bool]:
+        """For every list of blocks, whether its matrices are stored (in, out)."""
+        by_list: dict[str | None, list[TensorEntry]] = defaultdict(list)
+        for entry in self.entries.values():
+            place = place_of(entry.name)
+            by_list[place.prefix if place else None].append(entry)
+        return {prefix: matrices_in_out(found, self.shapes) for prefix, found in by_list.items() if prefix is not None}
+
+    def block(self, entry: TensorEntry) -> int | None:
+        place = place_of(entry.name)
+        if place is None or self.lists[place.prefix].role != "main":
+            return None
+        limit = self.lists[place.prefix].limit
+        return place.number if limit is None or place.number < limit else None
+
+    def decide(self, entry: TensorEntry) -> tuple[str, str]:
+        if not entry.numel:
+            return "unknown", "no elements"
+        place = place_of(entry.name)
+        found = self.lists[place.prefix] if place is not None else None
+        if len(entry.shape) < 2 and entry.dtype.itemsize != 1:
+            return "keep", "vector (norm, bias or scale)"
+        if not _is_float(entry):
+            known = kinds.is_known_buffer(entry.name)
+            dtype = str(entry.dtype).removeprefix("torch.")
+            return ("keep", f"{dtype} buffer") if known else ("unknown", f"{dtype}, not a 16 or 32-bit float")
+        if found is None or place is None:
+            return self._outside(entry)
+        if found.role == "keep":
+            return "keep", found.reason
+        if found.limit is not None and place.number >= found.limit:
+            return "keep", f"{DRAFT}: config.json has {found.limit} blocks"
+        subject = self._subject(entry, place)
+        reason = kinds.kept_as(subject)
+        if reason:
+            return "keep", reason
+        return kinds.matrix_in_block(subject) if found.is_text else ("unknown", found.reason)
+
+    def is_transposed(self, entry: TensorEntry) -> bool:
+        place = place_of(entry.name)
+        if len(entry.shape) == 2:
+            if place is None:
+                return matrices_in_out([entry], self.shapes)
+            return self.turned[place.prefix]
+        if len(entry.shape) != 3 or place is None:
+            return False
+        key = (place.prefix, place.number)
+        default = [e.shape[0] for e in self.blocks[key] if len(e.shape) == 1 and kinds.is_norm(e.name)]
+        hidden = hidden_widths(self.routers[key], self.facts, default)
+        return experts_in_out(self.stacks[_owner(entry.name)], self.shapes, hidden)
+
+    def _subject(self, entry: TensorEntry, place: Place) -> kinds.Subject:
+        key = (place.prefix, place.number)
+        alike = [e for e in self.stacks.get(_owner(entry.name), []) if e.shape[0] == entry.shape[0]]
+        routed = frozenset(router.shape[0] for router in self.routers[key])
+        share = entry.numel / sum(e.numel for e in self.blocks[key])
+        return kinds.Subject(place.rest, entry.shape, self.facts, self.sizes[key], routed, len(alike), share)
+
+    def _outside(self, entry: TensorEntry) -> tuple[str, str]:
+        subject = kinds.Subject(entry.name, entry.shape, self.facts, {})
+        if is_draft(entry.name):
+            return "keep", DRAFT
+        if len(subject.wide) < 2:
+            return "keep", "vector (norm, bias or scale)"
+        if is_tower(entry.name) and self.facts.multimodal:
+            return "keep", TOWER
+        if is_head(entry.name):
+            return "keep", HEAD
+        if entry.shape[0] in self.facts.vocabularies or _OUTSIDE_WORDS.fullmatch(subject.leaf) or "embed" in entry.name:
+            return "keep", "embedding or head"
+        reason = kinds.kept_as(subject)
+        if reason:
+            return "keep", "embedding or head" if reason == "embedding" else reason
+        if self.facts.multimodal:
+            return "keep", TOWER
+        return "unknown", "outside the blocks"
+
+
+def _owner(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[0]
 
 
 def prefix_of_block(name: str) -> str:
     """What stands before a block's number in a tensor's name."""
-    match = _BLOCK.match(name)
-    assert match is not None
-    return f"{match['prefix']}{match['list']}"
+    place = place_of(name)
+    assert place is not None
+    return place.prefix
 
 
 def name_in_block(name: str) -> str:
     """What follows a block's number in a tensor's name."""
-    match = _BLOCK.match(name)
-    assert match is not None
-    return match["rest"]
+    place = place_of(name)
+    assert place is not None
+    return place.rest

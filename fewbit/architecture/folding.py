@@ -32,8 +32,7 @@ class Feeder:
         """Divide its output channels by `factors` `(channels,)`; returns the factors that rounding left, float32."""
         with torch.no_grad():
             if self.site is not None:
-                rows = self.site.read()
-                rows.copy_(rows.float() / factors.unsqueeze(1))
+                self.site.write(self.site.read().float() / factors.unsqueeze(1))
                 left = factors
             else:
                 weight = self.module.weight

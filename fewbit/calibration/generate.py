@@ -8,8 +8,13 @@ from torch import Tensor
 
 from fewbit.attention import SharedKeys
 from fewbit.calibration.growing_cache import grow_in_place
+from fewbit.errors import FewbitError
 
 BATCH = 32
+NOT_FINITE_ADVICE = (
+    "save the model in bfloat16 or float32 first (float16 overflows in many that were trained in bfloat16), or its "
+    "weights are damaged"
+)
 Progress = Callable[[int, int, str], None]
 
 
@@ -21,6 +26,7 @@ def generate_sequences(
 
     Each begins with the BOS, or where there is none with a random token; the end of a text does not end a sequence, a
     new text follows. Deterministic for a machine type: the random numbers come from a generator of its own.
+    Raises FewbitError when logits are NaN or infinite.
     """
     if model is None:
         raise ValueError("the source 'self' needs the model")
@@ -46,6 +52,11 @@ def generate_sequences(
                 cache = out.past_key_values
                 grow_in_place(cache, length)
             probabilities = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
+            if not bool(torch.isfinite(probabilities).all()):
+                raise FewbitError(
+                    f"the model's logits are not finite (NaN or infinity, after {place} tokens of its own text, in "
+                    f"{str(model.dtype).removeprefix('torch.')}): {NOT_FINITE_ADVICE}"
+                )
             pieces.append(torch.multinomial(probabilities, 1, generator=generator))
         parts.append(torch.cat(pieces, dim=1))
     return torch.cat(parts)

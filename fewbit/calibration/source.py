@@ -1,9 +1,10 @@
 """Where calibration text comes from: one syntax, ``SRC[:COUNT][,SRC...]``, for files, hub data sets and made text."""
 
+import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from fewbit.errors import FewbitError
+from fewbit.text.documents import place_of
 
 MADE = ("self", "nonsense", "random-tokens")
 """Sources that need no outside data."""
@@ -11,36 +12,15 @@ MADE = ("self", "nonsense", "random-tokens")
 DOCUMENTS = ("file", "hub", "nonsense")
 """Kinds of sources whose text comes in documents."""
 
-
-@dataclass(frozen=True)
-class HubSet:
-    """A data set of the hub, as `datasets.load_dataset` takes it; files: some of its files, where it has a script."""
-
-    path: str
-    configuration: str | None = None
-    column: str = "text"
-    files: str | None = None
-
-
-HUB = {
-    "c4": HubSet("allenai/c4", "en"),
-    "wikitext2": HubSet("Salesforce/wikitext", "wikitext-2-raw-v1"),
-    # Its script no longer runs, and its files are in order of their origin: this is its largest part.
-    "redpajama": HubSet(
-        "json", files="hf://datasets/togethercomputer/RedPajama-Data-1T-Sample/cc_2023-06_sample.jsonl"
-    ),
-}
-"""Short names of hub data sets, of which the split `train` is taken."""
-
-_FILES = (".txt", ".jsonl", ".parquet")
+_LONGEST_COUNT = 16
 
 
 @dataclass(frozen=True)
 class Source:
     """One part of a calibration set.
 
-    kind: file, hub, self, nonsense or random-tokens. name: the path or the data set. column: of a hub data set, or of
-    a parquet or jsonl file. count: sequences from here; None for an equal share of what is left.
+    kind: file, hub, self, nonsense or random-tokens. name: the path or the data set. column: of a data set or file
+    with columns; None for the usual one. count: sequences from here; None for an equal share of what is left.
     """
 
     kind: str
@@ -66,23 +46,20 @@ def parse_sources(text: str) -> list[Source]:
 def _parse_one(part: str) -> Source:
     head, _, tail = part.rpartition(":")
     count = None
-    if head and tail.isdecimal():
-        part, count = head, int(tail)
+    if head and re.fullmatch(r"[+-]?\d+", tail, re.ASCII):
+        part, count = head, int(tail) if len(tail) < _LONGEST_COUNT else 0
         if count < 1:
-            raise FewbitError(f"--calibration {part}:{count}: a source needs at least one sequence")
+            raise FewbitError(
+                f"--calibration {part}:{tail}: a source needs at least one sequence, and a number of them"
+            )
     if part in MADE:
         return Source(part, part, None, count)
     if part == "none":
         raise FewbitError("--calibration none cannot be combined with other sources")
-    path = Path(part).expanduser()
-    if path.exists():
-        return Source("file", str(path), None, count)
-    name, _, column = part.rpartition(":")
-    if name and Path(name).expanduser().exists():
-        return Source("file", str(Path(name).expanduser()), column, count)
-    if path.suffix in _FILES or part.startswith((".", "/", "~")):
-        raise FewbitError(f"--calibration {part}: no such file or folder")
-    return Source("hub", name or part, column if name else None, count)
+    if part.partition(":")[0] in MADE:
+        raise FewbitError(f"--calibration {part}: {part.partition(':')[0]} takes a number of sequences, nothing else")
+    place = place_of(part, "--calibration")
+    return Source("file" if place.path is not None else "hub", place.name, place.column, count)
 
 
 def shares(sources: list[Source], samples: int) -> list[int]:

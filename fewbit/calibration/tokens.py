@@ -2,17 +2,27 @@
 
 import hashlib
 import random
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbit.calibration.choice import CalibrationChoice
-from fewbit.calibration.documents import documents
-from fewbit.calibration.source import Source, parse_sources, shares
+from fewbit.calibration.documents import unread_documents
+from fewbit.calibration.source import DOCUMENTS, Source, parse_sources, shares
 from fewbit.errors import FewbitError
+from fewbit.text.chat import Chat, check_template
+from fewbit.text.chat import render as render_chat
+from fewbit.text.documents import Document, pieces_of
+from fewbit.text.files import TextFile
+from fewbit.text.tokenizer import bos_id, check_ids, check_tokenizer
+from fewbit.text.tokens import first_tokens
+
+Progress = Callable[[int, int, str], None]
 
 # Documents are drawn from the head of a source that may have no end (a hub data set that is streamed).
 _HEAD_DOCUMENTS = 20_000
@@ -41,47 +51,49 @@ def make_set(
     tokenizer: Any,
     vocabulary: int,
     model: Any = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> CalibrationSet:
     """Draw the sequences of a calibration set.
 
     tokenizer: transformers' tokenizer of the model, or None where it has none, which is enough for `random-tokens` and
     `self`. vocabulary: number of token ids. model: the original, for the source `self`. A BOS begins each sequence
     where the tokenizer begins texts with one.
-    Raises FewbitError when a source has too few tokens, saying how many there are.
+    Raises FewbitError when a source has too few tokens, saying how many there are; when the tokenizer is not the
+    model's; and when its chat template is missing or refuses a conversation.
     """
     sources = parse_sources(choice.sources)
     if not sources:
         raise FewbitError("this method needs calibration text: give --calibration, e.g. self, c4 or a file")
-    parts = []
-    for index, (source, count) in enumerate(zip(sources, shares(sources, choice.samples), strict=True)):
-        if not count:
-            continue
-        seed = choice.seed * 1000 + index
+    documents = any(source.kind in DOCUMENTS for source in sources)
+    if tokenizer is not None and documents:
+        check_tokenizer(tokenizer, vocabulary, "the model")
+        if choice.chat_template:
+            check_template(tokenizer, "--chat-template")
+    first = bos_id(tokenizer)
+    if first is not None and first >= vocabulary:
+        check_ids(torch.tensor([first]), tokenizer, vocabulary, "the model")
+    parts: dict[int, Tensor] = {}
+    counts = shares(sources, choice.samples)
+    # What the model writes itself takes minutes: last, so that text which cannot be read ends the run before.
+    for index in sorted((i for i, count in enumerate(counts) if count), key=lambda i: sources[i].kind == "self"):
+        source, count, seed = sources[index], counts[index], choice.seed * 1000 + index
         if source.kind == "random-tokens":
             generator = torch.Generator().manual_seed(seed)
             ids = torch.randint(0, vocabulary, (count, choice.sequence_length), generator=generator)
-            parts.append(_begin(ids, tokenizer))
+            parts[index] = _begin(ids, tokenizer)
         elif source.kind == "self":
             from fewbit.calibration.generate import generate_sequences
 
-            parts.append(generate_sequences(model, bos_id(tokenizer), (count, choice.sequence_length), seed, progress))
+            parts[index] = generate_sequences(model, first, (count, choice.sequence_length), seed, progress)
         elif tokenizer is None:
             raise FewbitError(
                 f"--calibration {source}: the model's folder has no tokenizer that transformers can read: add it, or "
                 "take random-tokens"
             )
         else:
-            parts.append(_from_documents(source, count, choice, tokenizer, seed))
-    return CalibrationSet(torch.cat(parts), choice)
-
-
-def bos_id(tokenizer: Any) -> int | None:
-    """The BOS with which the tokenizer begins every text; None where it does not."""
-    if tokenizer is None:
-        return None
-    begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None
-    return int(tokenizer.bos_token_id) if begins else None
+            parts[index] = _from_documents(source, count, choice, tokenizer, seed, progress)
+            check_ids(parts[index], tokenizer, vocabulary, "the model")
+    return CalibrationSet(torch.cat([parts[index] for index in sorted(parts)]), choice)
 
 
 def _begin(ids: Tensor, tokenizer: Any) -> Tensor:
@@ -91,17 +103,27 @@ def _begin(ids: Tensor, tokenizer: Any) -> Tensor:
     return ids
 
 
-def _from_documents(source: Source, count: int, choice: CalibrationChoice, tokenizer: Any, seed: int) -> Tensor:
-    """Documents in random order, joined by the end-of-text token, cut into sequences: nothing is ever padded."""
+def _from_documents(
+    source: Source, count: int, choice: CalibrationChoice, tokenizer: Any, seed: int, progress: Progress | None
+) -> Tensor:
+    """Documents in random order, joined by the end-of-text token, cut into sequences: nothing is ever padded.
+
+    Each begins with the BOS where the tokenizer begins texts with one; the one that a document or a chat template
+    writes itself is left out then.
+    """
     first = bos_id(tokenizer)
     body = choice.sequence_length - (first is not None)
     end = tokenizer.eos_token_id
     wanted = count * body
-    stream: list[int] = []
-    for document in _shuffled(documents(source, seed), source.kind, seed):
-        if choice.chat_template:
-            document = _as_turn(document, tokenizer)
-        stream.extend(tokenizer(document, add_special_tokens=False, verbose=False).input_ids)
+    stream = array("q")
+
+    def counted(tokens: int) -> None:
+        if progress:
+            progress(min(len(stream) + tokens, wanted), wanted, f"reading {source.name}")
+
+    for document in _shuffled(unread_documents(source, seed), source.kind, seed):
+        pieces = partial(_text, document, choice.chat_template, tokenizer, first)
+        stream.extend(first_tokens(tokenizer, pieces, wanted - len(stream), first, counted))
         if len(stream) >= wanted:
             break
         if end is not None:
@@ -118,25 +140,41 @@ def _from_documents(source: Source, count: int, choice: CalibrationChoice, token
     return ids
 
 
-def _shuffled(texts: Iterator[str], kind: str, seed: int) -> Iterator[str]:
+def _shuffled(documents: Iterator[Document], kind: str, seed: int) -> Iterator[Document]:
     if kind == "nonsense":
-        return texts
-    head, size = [], 0
-    for text in texts:
-        if text.strip():
-            head.append(text)
-            size += len(text)
+        return documents
+    head: list[Document] = []
+    size = 0
+    for document in documents:
+        characters = _characters(document)
+        if characters:
+            head.append(document)
+            size += characters
         if len(head) >= _HEAD_DOCUMENTS or size >= _HEAD_CHARACTERS:
             break
-    if len(head) == 1:
+    if len(head) == 1 and not isinstance(head[0], Chat):
         # One long text: begin at a random place and go round, so that seeds differ.
-        start = random.Random(seed).randrange(len(head[0]))
-        return iter([head[0][start:], head[0][:start]])
+        only, start = head[0], random.Random(seed).randrange(size)
+        if isinstance(only, TextFile):
+            return iter([only.part(start, None), only.part(0, start)])
+        return iter([only[start:], only[:start]])
     random.Random(seed).shuffle(head)
     return iter(head)
 
 
-def _as_turn(document: str, tokenizer: Any) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise FewbitError("--chat-template: the model's tokenizer has none")
-    return str(tokenizer.apply_chat_template([{"role": "user", "content": document}], tokenize=False))
+def _characters(document: Document) -> int:
+    """How many there are; 0 for white space alone."""
+    if isinstance(document, TextFile):
+        return document.size
+    if isinstance(document, Chat):
+        return sum(len(message["content"]) for message in document.messages)
+    return len(document) if document.strip() else 0
+
+
+def _text(document: Document, chat_template: bool, tokenizer: Any, bos: int | None) -> Iterator[str]:
+    """A document's text in pieces; with a chat template, that of a user's turn which it becomes."""
+    render = partial(render_chat, tokenizer=tokenizer, bos=bos)
+    if chat_template and not isinstance(document, Chat):
+        turn = {"role": "user", "content": "".join(pieces_of(document, None))}
+        document = Chat("--chat-template", (turn,))
+    return pieces_of(document, render)

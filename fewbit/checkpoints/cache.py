@@ -1,5 +1,6 @@
 """Where fetched and converted models are kept, and how a folder comes to be there in one step."""
 
+import glob
 import os
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,10 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     if target.is_dir():
         return target
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    for left in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
+        # A process that was killed could not remove its own, which may be many gigabytes.
+        if not _is_running(left.name.rpartition("-")[2]):
+            shutil.rmtree(left, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -28,3 +33,16 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _is_running(process: str) -> bool:
+    """Whether a process may still be there; where that cannot be asked without harm, yes."""
+    if os.name != "posix" or not process.isdecimal():
+        return True
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,12 +1,17 @@
 """GGUF in: a `.gguf` file becomes a Hugging Face folder of bfloat16 safetensors, by way of transformers."""
 
 import hashlib
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoints.cache import build_once, cache_folder
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.quiet import quiet_transformers
+
+_ALONE = "model.gguf"
 
 
 def folder_of_gguf(path: Path) -> Path:
@@ -28,16 +33,29 @@ def convert_gguf(path: Path, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise missing_extra(error.name or "transformers", "hf") from error
-    source: dict[str, Any] = {"gguf_file": path.name}
-    with quiet_transformers():
+    # Alone in a folder: transformers would also read what lies beside it, another model's config or an adapter.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as alone, quiet_transformers():
+        _link(path, Path(alone) / _ALONE)
+        source: dict[str, Any] = {"gguf_file": _ALONE, "trust_remote_code": False}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
-            model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **source, **_dequantized())
+            tokenizer = AutoTokenizer.from_pretrained(alone, **source)
+            model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.bfloat16, **source, **_dequantized())
         except (ValueError, KeyError, OSError, NotImplementedError) as error:
-            first = str(error).strip().splitlines()[0]
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FewbitError(f"{path}: transformers cannot read this GGUF file ({first})") from error
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _link(path: Path, place: Path) -> None:
+    """Another name for a file, without copying its gigabytes where links can be made."""
+    for make in (os.symlink, os.link, shutil.copyfile):
+        try:
+            make(path.resolve(), place)
+            return
+        except (OSError, NotImplementedError):
+            continue
+    raise FewbitError(f"{path}: cannot be copied to {place.parent}")
 
 
 def _dequantized() -> dict[str, Any]:

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.json_in import parse_json
+
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON by write-then-rename, indented, ending in a newline."""
@@ -26,6 +28,6 @@ def drop(path: Path) -> None:
 def read_json(path: Path) -> Any:
     """The JSON of a file; None where there is none that is whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        return parse_json(path.read_bytes())
+    except (FileNotFoundError, ValueError):
         return None

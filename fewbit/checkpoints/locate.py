@@ -5,8 +5,14 @@ from pathlib import Path
 from fewbit.checkpoints.gguf import folder_of_gguf
 from fewbit.checkpoints.named import NAMED_MODELS, fetch_named
 from fewbit.errors import FewbitError, missing_extra
+from fewbit.printable import check_name
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "*.tiktoken"]
+_HUB_FILES = [
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.tiktoken", "*.bpe", "*.spm", "*.yaml"),
+    *("LICENSE*", "NOTICE*", "tokenizer*", "vocab*", "merges*"),
+]
+_HUB_LEFT = ["*.py", "*.bin", "*.pt", "*.pth", "original/*", "onnx/*", "openvino/*"]
+"""What those patterns match and nothing reads: code, pickles, the same model in other forms."""
 
 
 def locate(model: str | Path) -> Path:
@@ -15,6 +21,7 @@ def locate(model: str | Path) -> Path:
     A path that exists always wins, so a local model never touches the network.
     """
     path = Path(model).expanduser()
+    check_name(str(path))
     if path.is_file():
         if path.suffix == ".gguf":
             return folder_of_gguf(path)
@@ -43,7 +50,7 @@ def _from_hub(name: str) -> Path:
         raise missing_extra("huggingface_hub", "hf") from error
     known = ", ".join(NAMED_MODELS)
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT))
     except GatedRepoError as error:
         raise FewbitError(f"{name}: gated: accept its licence on the hub, then run  hf auth login") from error
     except (RepositoryNotFoundError, HFValidationError) as error:

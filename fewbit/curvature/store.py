@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fewbit.checkpoints.json_file import drop, read_json, write_json
+from fewbit.checkpoints.json_in import parse_json
 from fewbit.checkpoints.output import check_place, is_of_the_system
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
@@ -48,8 +49,8 @@ def _sample(checkpoint: Checkpoint) -> str:
     with FileReader() as reader:
         for name in sorted(checkpoint.entries):
             entry = checkpoint.entries[name]
-            length = min(entry.bytes, _SAMPLE_BYTES)
-            first = entry.start + (entry.bytes - length) // 2
+            length = min(entry.bytes_on_disk, _SAMPLE_BYTES)
+            first = entry.start + (entry.bytes_on_disk - length) // 2
             digest.update(os.pread(reader.descriptor(entry.file), length, first))
     return digest.hexdigest()
 
@@ -70,7 +71,7 @@ class StoredCurvature:
     def layers(self, index: int) -> set[str]:
         """Keys of the layers of one block that were measured."""
         with safe_open(_block_path(self.folder, index), framework="pt") as file:
-            return {*file.keys(), *json.loads(file.metadata()["shared"])}
+            return {*file.keys(), *parse_json(file.metadata()["shared"])}
 
     def block(self, index: int) -> dict[str, Tensor]:
         """Layer key -> float32 `(in, in)` of one block's layers."""
@@ -82,7 +83,7 @@ class StoredCurvature:
             for name in file.keys():  # noqa: SIM118
                 matrix = file.get_tensor(name)
                 found[name] = torch.diag(matrix) if matrix.dim() == 1 else matrix
-            shared = json.loads(file.metadata()["shared"])
+            shared = parse_json(file.metadata()["shared"])
         for name, owner in shared.items():
             found[name] = found[owner]
         return found

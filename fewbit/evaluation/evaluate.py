@@ -62,7 +62,7 @@ def evaluate(
     text = read_text(data) if data is not None else None
     opened = open_tasks(tasks) if tasks is not None else None
     first = locate(reference if reference is not None else names[0])
-    windows, bos = read_windows(first, text, protocol) if text is not None else (None, False)
+    windows, bos = read_windows(first, text, protocol, progress) if text is not None else (None, False)
     scored = windows.shape[0] if windows is not None else 0
     more = len(originals) * len(rounded.names) * scored if rounded is not None else 0
     total = more + len(names) * (scored + (opened.requests if opened is not None else 0))

@@ -3,6 +3,7 @@
 All sums are in float32 or wider, whatever the model's dtype.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,10 +85,23 @@ class Totals:
             self.nll -= float(log_q.gather(1, targets[part, None]).double().sum())
             if reference is not None:
                 log_p = torch.log_softmax(reference[part].to(log_q.device).float(), dim=-1)
-                divergence = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+                terms = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True)
+                divergence = terms.sum(dim=-1)
+                if bool(torch.isnan(divergence).any()):
+                    # A token that both rule out (a logit of -inf) costs nothing: 0 times the logarithm of 0 / 0.
+                    divergence = terms.masked_fill(log_p == float("-inf"), 0.0).sum(dim=-1)
                 self.divergences.append(divergence.cpu())
                 self.same_top += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
         self.tokens += targets.numel()
+
+
+def check_finite(value: float, name: str, what: str = "loss") -> None:
+    """FewbitError, naming the model, for a figure that is NaN or infinite."""
+    if not math.isfinite(value):
+        raise FewbitError(
+            f"{name}: its {what} is {value}, not a number to report: its logits overflow, or its weights are damaged: "
+            "try --dtype float32 (float16 overflows in many models that were trained in bfloat16)"
+        )
 
 
 def quantile(values: Iterable[Tensor], share: float) -> float:

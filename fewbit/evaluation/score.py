@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import FewbitError
-from fewbit.evaluation.perplexity import Totals, quantile
+from fewbit.evaluation.perplexity import Totals, check_finite, quantile
 from fewbit.memory import available_bytes
 from fewbit.runtime.load import load
 
@@ -24,7 +24,7 @@ class Original:
     ) -> None:
         """Load the model; where its logits fit, run it on `windows` `(windows, length)`, calling `step` after each."""
         self._model = load(name, dtype, device)
-        self._windows, self._step = windows, step
+        self._windows, self._step, self.name = windows, step, str(name)
         vocabulary = self._model.get_output_embeddings().weight.shape[0]
         size = windows.numel() * vocabulary * self._model.dtype.itemsize
         self._kept: list[Tensor] | None = [] if size < available_bytes() // 2 else None
@@ -67,8 +67,7 @@ def window_losses(model: Any, windows: Tensor, name: str, step: Step | None = No
         totals = Totals()
         totals.add(window_logits(model, window), window[1:].to(model.device), None)
         loss = totals.nll / totals.tokens
-        if not math.isfinite(loss):
-            raise FewbitError(f"{name}: its loss is {loss}, not a number to report: are the weights damaged?")
+        check_finite(loss, name)
         found.append(loss)
         if step:
             step(name)
@@ -96,11 +95,15 @@ def score(
         if step:
             step(name)
     nll = totals.nll / totals.tokens
-    if not math.isfinite(nll) or nll > 700:
+    check_finite(nll, name)
+    if nll > 700:
         raise FewbitError(f"{name}: its loss is {nll}, not a number to report: are the weights damaged?")
+    if original is not None:
+        check_finite(baseline.nll, original.name)
     row: dict[str, float] = {"perplexity": math.exp(nll), "nll": nll}
     if original is not None:
         row["kl_mean"] = float(torch.cat(totals.divergences).double().mean())
+        check_finite(row["kl_mean"], name, "divergence from the reference")
         row["kl_p99"] = quantile(totals.divergences, 0.99)
         row["top1_agreement"] = totals.same_top / totals.tokens
         row["perplexity_ratio"] = math.exp(nll - baseline.nll / baseline.tokens)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.errors import FewbitError
+from fewbit.text.files import TextFile
 
 Row = dict[str, Any]
 
@@ -43,13 +44,10 @@ def read_questions(folder: Path, task: str) -> Questions:
     """
     path = _find(folder, task)
     source = TASKS[task]
-    content = path.read_bytes()
-    try:
-        lines = content.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise FewbitError(f"{path}: not UTF-8 text") from error
+    text, digest = TextFile(path), hashlib.sha256()
+    text.hash_into(digest)
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.read().split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -61,7 +59,7 @@ def read_questions(folder: Path, task: str) -> Questions:
             ) from error
     if not rows:
         raise FewbitError(f"{path}: no questions in it")
-    return Questions(path, hashlib.sha256(content).hexdigest(), rows)
+    return Questions(path, digest.hexdigest(), rows)
 
 
 def _find(folder: Path, task: str) -> Path:
@@ -81,7 +79,11 @@ def _find(folder: Path, task: str) -> Path:
 def _json_object(line: str) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a surrogate pair in it") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError("not JSON") from error
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")

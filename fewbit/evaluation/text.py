@@ -1,100 +1,98 @@
-"""Evaluation text: a local file or a hub data set, joined into one string."""
+"""Evaluation text: files, folders or a hub data set, joined into one text that is read in pieces."""
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fewbit.errors import FewbitError, missing_extra
+from fewbit.errors import FewbitError
+from fewbit.text.chat import Chat
+from fewbit.text.documents import Document, Render, file_documents, pieces_of, place_of
+from fewbit.text.files import ACCEPTED, TextFile
+from fewbit.text.hub import hub_documents
 
-_HUB = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
-    "c4": ("allenai/c4", "en", "validation", "text"),
-}
-_DOCUMENT_BREAK = "\n\n"
+DOCUMENT_BREAK = "\n\n"
 _HUB_CHARACTERS = 20_000_000
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text, where it is from, and its SHA-256."""
+    """A text, where it is from, and its SHA-256.
+
+    sha256: of the bytes of a plain text; else of the documents as they are joined, with the messages of conversations
+    as JSON, which is the same for every model. documents: reads them anew, each time it is called.
+    """
 
     name: str
-    content: str
+    sha256: str
+    documents: Callable[[], Iterable[Document]]
+
+    def pieces(self, render: Render | None = None) -> Iterator[str]:
+        """The text in pieces, documents joined by blank lines; FewbitError for conversations without `render`."""
+        for index, document in enumerate(self.documents()):
+            if index:
+                yield DOCUMENT_BREAK
+            yield from pieces_of(document, render)
 
     @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.content.encode("utf-8")).hexdigest()
+    def content(self) -> str:
+        """The whole text at once."""
+        return "".join(self.pieces())
 
 
 def read_text(source: str | Path) -> Text:
-    """Read a text.
+    """Check a text from end to end and hash it; its documents stay where they are.
 
-    source: a `.txt` file (taken as it is), a `.jsonl` file (its "text" fields joined by blank lines), `topics` (the
-    help text that every CPython ships, for demonstrations), or a hub data set: wikitext2, c4 or NAME[:COLUMN].
-    Raises FewbitError when there is nothing to read.
+    source: a `.txt` file (taken as it is), a `.jsonl`, `.json`, `.csv` or `.parquet` file or ``FILE:COLUMN`` (its
+    documents joined by blank lines), a folder of such files, `topics` (the help text that every CPython ships, for
+    demonstrations), or a hub data set: wikitext2, c4 or NAME[:COLUMN]. The column is "text"; else one of chat messages;
+    else the only one of strings.
+    Raises FewbitError when there is nothing to read, or something in it that cannot be read.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        content = _read_file(path)
-        name = path.name
-    elif str(source) == "topics":
-        content, name = _topics(), "pydoc_data.topics"
-    elif path.suffix in (".txt", ".jsonl") or path.exists():
-        raise FewbitError(f"{source}: no such text file (.txt or .jsonl)")
-    else:
-        content, name = _from_hub(str(source)), str(source)
-    if not content.strip():
-        raise FewbitError(f"{source}: the text is empty")
-    return Text(name, content)
+    words = str(source)
+    if words == "topics" and not Path(words).exists():
+        return _kept("pydoc_data.topics", _topics())
+    place = place_of(words, "--data")
+    if place.path is None:
+        return _kept(words, _head(hub_documents(place.name, place.column, True, f"{ACCEPTED}, or topics")))
+    path, column = place.path, place.column
+    return _checked(path.name, words, lambda: file_documents(path, column))
 
 
-def _read_file(path: Path) -> str:
-    try:
-        if path.suffix == ".jsonl":
-            return _DOCUMENT_BREAK.join(_documents(path))
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FewbitError(f"{path}: not UTF-8 text") from error
+def _kept(name: str, documents: Iterator[Document]) -> Text:
+    kept = list(documents)
+    return _checked(name, name, lambda: kept)
 
 
-def _documents(path: Path) -> Iterator[str]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise FewbitError(f'{path}:{number}: not a JSON object with a "text" field') from error
-        yield str(document)
+def _checked(name: str, words: str, documents: Callable[[], Iterable[Document]]) -> Text:
+    digest, blank = hashlib.sha256(), True
+    for index, document in enumerate(documents()):
+        if index:
+            digest.update(DOCUMENT_BREAK.encode())
+        if isinstance(document, TextFile):
+            # Also finds what is not UTF-8.
+            blank = document.size == 0 and blank
+            document.hash_into(digest)
+        else:
+            text = document.as_json() if isinstance(document, Chat) else document
+            blank = blank and not text.strip()
+            digest.update(text.encode("utf-8"))
+    if blank:
+        raise FewbitError(f"{words}: the text is empty")
+    return Text(name, digest.hexdigest(), documents)
 
 
-def _topics() -> str:
+def _topics() -> Iterator[str]:
     from pydoc_data.topics import topics
 
-    return _DOCUMENT_BREAK.join(topics[key] for key in sorted(topics))
+    return (topics[key] for key in sorted(topics))
 
 
-def _from_hub(source: str) -> str:
-    name, _, column = source.partition(":")
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise missing_extra("datasets", "data") from error
-    path, config, split, default = _HUB.get(name, (name, None, "test", "text"))
-    try:
-        rows = load_dataset(path, config, split=split, streaming=True)
-        pieces, size = [], 0
-        for row in rows:
-            pieces.append(str(row[column or default]))
-            size += len(pieces[-1])
-            if size > _HUB_CHARACTERS:
-                break
-    except KeyError as error:
-        raise FewbitError(f"{source}: it has no column {error}: name one as {name}:COLUMN") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FewbitError(
-            f"{source}: no such file here, and the data set cannot be fetched: give a .txt or .jsonl file"
-        ) from error
-    return _DOCUMENT_BREAK.join(pieces)
+def _head(documents: Iterator[Document]) -> Iterator[Document]:
+    """The first documents of a data set that may have no end."""
+    size = 0
+    for document in documents:
+        yield document
+        size += len(document) if isinstance(document, str) else 0
+        if size > _HUB_CHARACTERS:
+            return

@@ -1,40 +1,63 @@
 """The windows of an evaluation text, in a model's own tokenizer."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fewbit.checkpoints.source import open_checkpoint
-from fewbit.errors import FewbitError, missing_extra
+from fewbit.checkpoints.own_code import open_tokenizer
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.errors import FewbitError
 from fewbit.evaluation.perplexity import Protocol, cut_windows
 from fewbit.evaluation.text import Text
+from fewbit.text.chat import render
+from fewbit.text.tokenizer import bos_id, check_ids, check_tokenizer
+from fewbit.text.tokens import first_tokens
+
+Progress = Callable[[int, int, str], None]
 
 
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model's folder; FewbitError when there is none that transformers can read."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise missing_extra("transformers", "hf") from error
     open_checkpoint(folder)
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise FewbitError(f"{folder}: no tokenizer that transformers can read") from error
+    return open_tokenizer(folder)
 
 
-def read_windows(folder: Path, text: Text, protocol: Protocol) -> tuple[Tensor, bool]:
+def read_windows(folder: Path, text: Text, protocol: Protocol, progress: Progress | None = None) -> tuple[Tensor, bool]:
     """Windows `(windows, sequence_length)` of token ids, and whether each begins with a BOS.
 
+    Only as much of the text is tokenized as the windows take; conversations become text by the tokenizer's template.
     Raises FewbitError when the folder has no usable tokenizer or the text is too short.
     """
     tokenizer = read_tokenizer(folder)
-    bos = None
-    if protocol.bos != "never":
-        adds = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None
-        if protocol.bos == "always" and tokenizer.bos_token_id is None:
+    rows = vocabulary_rows(open_checkpoint(folder))
+    if rows:
+        check_tokenizer(tokenizer, rows, str(folder))
+    bos = bos_id(tokenizer) if protocol.bos == "auto" else None
+    if protocol.bos == "always":
+        bos = tokenizer.bos_token_id
+        if bos is None:
             raise FewbitError(f"{folder}: its tokenizer has no BOS: use --bos never")
-        bos = tokenizer.bos_token_id if adds or protocol.bos == "always" else None
-    ids = tokenizer(text.content, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+    wanted = protocol.windows * protocol.sequence_length or None
+
+    def counted(tokens: int) -> None:
+        if progress:
+            progress(tokens, max(wanted or 0, tokens), f"reading {text.name}")
+
+    rendered = partial(render, tokenizer=tokenizer, bos=bos)
+    found = first_tokens(tokenizer, lambda: text.pieces(rendered), wanted, bos, counted)
+    ids = torch.tensor(found, dtype=torch.int64)
+    if rows:
+        check_ids(ids if bos is None else torch.cat([ids, torch.tensor([bos])]), tokenizer, rows, str(folder))
     return cut_windows(ids, protocol, bos), bos is not None
+
+
+def vocabulary_rows(checkpoint: Checkpoint) -> int:
+    """Rows of a model's embedding by its config; 0 where that does not say."""
+    config = checkpoint.config
+    inner = config.get("text_config")
+    found = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else 0)
+    return found if isinstance(found, int) else 0

@@ -28,7 +28,8 @@ def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: b
         check_original(quantized, original)
         return original
     report = _read(quantized.folder / REPORT)
-    name, size = report.get("model"), (report.get("source") or {}).get("bytes")
+    name, source = report.get("model"), report.get("source")
+    name, size = name if isinstance(name, str) else None, source.get("bytes") if isinstance(source, dict) else None
     for place in _places(quantized, name):
         try:
             original = open_checkpoint(locate(place) if fetch else _here(place))
@@ -77,7 +78,7 @@ def shape_of(stored: Any) -> tuple[int, ...]:
 
 def _places(quantized: Checkpoint, name: str | None) -> Iterator[str]:
     where = _read(quantized.folder / RUN).get(MODEL_FOLDER)
-    if where is not None and Path(where).is_dir():
+    if isinstance(where, str) and Path(where).is_dir():
         yield where
     if name is not None:
         yield name

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from fewbit.architecture.coverage import cover
+from fewbit.architecture.orientation import tensor_name, tensor_shape, to_matrix
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader, TensorEntry
-from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint, refuse_quantized
 from fewbit.errors import FewbitError
 from fewbit.formats.config import describe, read_weights
 from fewbit.formats.native import part_layout, stored_bytes
@@ -33,6 +34,8 @@ def inspect(model: str | Path, reference: str | Path | None = None, progress: Pr
     Raises FewbitError for bad input.
     """
     checkpoint = open_checkpoint(locate(model))
+    if not checkpoint.is_native:
+        refuse_quantized(checkpoint)
     with FileReader() as reader:
         if checkpoint.quantization is None:
             if reference is not None:
@@ -99,10 +102,10 @@ def _compare(
     checkpoint: Checkpoint, original: Checkpoint | None, reader: FileReader, module: str, stored: StoredWeight
 ) -> dict[str, Any]:
     weight = read_weight(checkpoint, reader, module, stored)
-    name = module if stored.original_shape else f"{module}.weight"
+    name = tensor_name(module, stored.original_shape)
     row: dict[str, Any] = {
         "name": name,
-        "shape": list(stored.original_shape or stored.shape),
+        "shape": list(tensor_shape(stored.shape, stored.transposed, stored.original_shape)),
         "action": "quantized",
         "bits": 8 * stored_bytes(stored) / stored.weights,
         **_describe([lambda: weight.view(-1)]),
@@ -112,8 +115,7 @@ def _compare(
     entry = original.entries[name]
     if checkpoint.has_scaled_channels:
         return row
-    before = reader.tensor(entry).float()
-    before = (before.t() if stored.transposed else before).reshape(stored.shape)
+    before = to_matrix(reader.tensor(entry).float(), stored.transposed)
     squared = float(before.double().square().sum())
     row["relative_squared_error"] = float((weight - before).double().square().sum()) / squared if squared else 0.0
     span = statistics.measure_range([lambda: before.view(-1)])

@@ -47,8 +47,9 @@ def solve_model(
     items = {item.tensor.entry.name: item for item in plan.quantized}
     run = BlockSolver(recipe, items, store, network, Counter(progress))
     run.begin()
+    placed = {site.tensor.entry.name for sites in network.sites for site in sites}
     for item in plan.quantized:
-        if item.tensor.block is None:
+        if item.tensor.entry.name not in placed:
             run.round_outside(item, checkpoint)
     for block in _blocks(run, options, calibration):
         run.solve_block(block)

@@ -1,6 +1,6 @@
 """What a calibrated run needs beside its recipe."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
 
 from fewbit.calibration.choice import CalibrationChoice
@@ -22,6 +22,7 @@ class CalibrationOptions:
     """
 
     choice: CalibrationChoice = field(default_factory=CalibrationChoice)
+    _: KW_ONLY
     stored: StoredCurvature | None = None
     refresh: int = 0
     original_inputs: bool = False

@@ -4,8 +4,9 @@ from typing import Any
 
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.calibration.tokens import CalibrationSet, make_set
+from fewbit.checkpoints.own_code import open_tokenizer
 from fewbit.checkpoints.source import Checkpoint
-from fewbit.errors import missing_extra
+from fewbit.errors import FewbitError
 from fewbit.pipeline.stages import check_length
 from fewbit.progress import Progress
 
@@ -15,12 +16,9 @@ def calibration_set(
 ) -> CalibrationSet:
     """The tokens to calibrate on, in the model's own tokenizer."""
     try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise missing_extra("transformers", "hf") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError, TypeError):
+        tokenizer = open_tokenizer(checkpoint.folder)
+    except FewbitError:
+        # Said where one is needed: not every calibration set does.
         tokenizer = None
     check_length(model.config, choice.sequence_length)
     return make_set(choice, tokenizer, model.get_input_embeddings().weight.shape[0], model, progress)

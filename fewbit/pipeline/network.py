@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.architecture.coverage import Coverage, name_in_block, prefix_of_block
-from fewbit.architecture.network import Site, find_blocks, find_sites
+from fewbit.architecture.coverage import Coverage
+from fewbit.architecture.names import names_in_network
+from fewbit.architecture.network import Site, find_blocks, find_sites, names_by_parameter
+from fewbit.architecture.orientation import to_matrix
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
@@ -68,18 +70,13 @@ def open_network(
         # One linear layer for each expert, which can be watched, in place of one fused product for all.
         model.set_experts_implementation("eager")
     blocks = list(find_blocks(model))
-    tensors = coverage.of("quantize")
     with FileReader() as reader:
 
         def read(tensor: Any) -> Tensor:
-            whole = reader.tensor(tensor.entry)
-            return (whole.t() if tensor.transposed else whole).to(model.device)
+            return to_matrix(reader.tensor(tensor.entry), tensor.transposed).to(model.device)
 
-        sites = find_sites(blocks, tensors, read)
-    kept: list[dict[str, str]] = [{} for _ in blocks]
-    # Other towers number their blocks too: only what stands beside quantized weights is in these blocks.
-    inside = {prefix_of_block(tensor.entry.name) for tensor in tensors if tensor.block is not None}
-    for tensor in coverage.of("keep"):
-        if tensor.block is not None and prefix_of_block(tensor.entry.name) in inside:
-            kept[tensor.block][name_in_block(tensor.entry.name)] = tensor.entry.name
+        names = names_in_network(model, checkpoint.entries)
+        sites = find_sites(blocks, coverage.of("quantize"), read, model, names)
+    kept_names = {tensor.entry.name: names[tensor.entry.name] for tensor in coverage.of("keep")}
+    kept = names_by_parameter(model, blocks, kept_names)
     return Network(model, blocks, sites, kept, torch.device(device) if device else model.device)

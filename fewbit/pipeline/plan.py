@@ -1,12 +1,12 @@
 """Before any work: what becomes of every tensor, how it will be stored, which file it goes to, what it will take."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from fewbit.architecture.coverage import Coverage, WeightTensor, cover, require_recognised
-from fewbit.checkpoints.source import Checkpoint
+from fewbit.checkpoints.source import Checkpoint, refuse_quantized
 from fewbit.errors import FewbitError
 from fewbit.formats.native import check_scheme, part_layout, stored_bytes
 from fewbit.grids import positions
@@ -14,7 +14,7 @@ from fewbit.grids.choice import group_size_for
 from fewbit.grids.scheme import Scheme, StoredWeight
 from fewbit.grids.table import grid_of, row_block
 from fewbit.outliers.rules import OUTLIER_RULES
-from fewbit.recipe import Recipe
+from fewbit.recipe import Recipe, matches
 from fewbit.solvers.settled import WeightChoices
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -93,9 +93,7 @@ class Plan:
 
 def cover_original(checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Coverage:
     """What every tensor of an original is; FewbitError when one is not recognised, or nothing is to be quantized."""
-    if checkpoint.quantization is not None:
-        method = checkpoint.quantization.get("quant_method", "an unknown method")
-        raise FewbitError(f"{checkpoint.folder}: already quantized ({method}): give the 16-bit original")
+    refuse_quantized(checkpoint)
     coverage = cover(checkpoint.entries.values(), checkpoint.config, include, exclude)
     require_recognised(coverage, str(checkpoint.folder))
     if not coverage.of("quantize"):
@@ -125,7 +123,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int = DEFAULT_
 def _check_patterns(coverage: Coverage, recipe: Recipe) -> None:
     names = [tensor.entry.name for tensor in coverage.of("quantize")]
     for pattern, _ in recipe.sets:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             raise FewbitError(f"--set {pattern}: matches no tensor to quantize: see the names with  fewbit plan")
 
 
@@ -153,10 +151,9 @@ def _plan_tensor(tensor: WeightTensor, recipe: Recipe) -> PlannedTensor | KeptTe
     rows, columns = tensor.matrix_shape
     scheme = scheme_for(columns, recipe)
     outliers = OUTLIER_RULES[recipe.outliers.rule].expected(rows * columns, scheme.group_size, recipe.outliers)
-    original = tensor.entry.shape if len(tensor.entry.shape) != 2 else None
-    _check_rows(tensor, rows if original is None else tensor.entry.shape[-2], scheme, original is not None)
+    _check_rows(tensor, scheme)
     placed = place_outliers((rows, columns), recipe.for_weight(scheme), outliers)
-    stored = StoredWeight(scheme, (rows, columns), outliers, placed, tensor.transposed, original)
+    stored = StoredWeight(scheme, (rows, columns), outliers, placed, tensor.transposed, tensor.original_shape)
     try:
         check_scheme(scheme)
     except ValueError as error:
@@ -164,15 +161,17 @@ def _plan_tensor(tensor: WeightTensor, recipe: Recipe) -> PlannedTensor | KeptTe
     return PlannedTensor(tensor, recipe, stored)
 
 
-def _check_rows(tensor: WeightTensor, rows: int, scheme: Scheme, fused: bool) -> None:
+def _check_rows(tensor: WeightTensor, scheme: Scheme) -> None:
     """FewbitError for rows that cannot be rounded together, or experts that cannot stand one below the other."""
+    experts = math.prod(tensor.entry.shape[:-2])
+    rows = tensor.matrix_shape[0] // experts
     span, block = grid_of(scheme).span.rows, row_block(scheme)
     if rows % span:
         raise FewbitError(
             f"{tensor.entry.name}: the {scheme.grid} grid rounds {span} rows together, this has {rows}: take another "
             "grid, or keep it with --exclude"
         )
-    if fused and (block == 0 or rows % block):
+    if len(tensor.entry.shape) > 2 and (block == 0 or rows % block):
         raise FewbitError(
             f"{tensor.entry.name}: experts fused in one tensor cannot be stored with this grid: take another method, "
             "or keep them with --exclude"

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +16,15 @@ from fewbit.errors import FewbitError
 from fewbit.formats import native
 from fewbit.formats.native import stored_bytes
 from fewbit.grids.scheme import StoredWeight
-from fewbit.grids.table import grid_of, row_block
+from fewbit.grids.table import grid_of
 from fewbit.outliers.grids import pack_outliers
 from fewbit.outliers.rules import OUTLIER_RULES
 from fewbit.pipeline.plan import PlannedTensor, place_outliers
+from fewbit.pipeline.records import LayerRecord
+from fewbit.pipeline.tensor_rows import TensorRows
 from fewbit.solvers.settled import Encoded, NotFiniteError, round_rows
 from fewbit.transforms.table import TRANSFORMS
 
-# Few enough that passes over them stay in a core's cache, many enough that Python's lock is rarely waited for.
-_CHUNK_WEIGHTS = 1 << 19
 _SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 
 
@@ -35,7 +34,7 @@ class SolvedWeight:
 
     stored: StoredWeight
     parts: dict[str, Tensor]
-    record: dict[str, Any]
+    record: LayerRecord
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def quantize_tensor(
     Returns a function that puts the rows together (another thread can call it while the next tensor is quantized).
     Raises FewbitError naming the tensor when a weight is NaN or infinite or a scale cannot be stored.
     """
-    source, stored, choices = _Rows(item, reader), item.stored, item.choices
+    source, stored, choices = TensorRows(item, reader), item.stored, item.choices
     rule, transform = OUTLIER_RULES[choices.outliers.rule], TRANSFORMS[stored.scheme.transform]
     mapped = transform.fixed(stored.shape[1])
 
@@ -83,26 +82,6 @@ def quantize_tensor(
     except FewbitError as error:
         raise FewbitError(f"{item.tensor.entry.name}: {error}") from error
     return partial(assemble, item, results, source.spans)
-
-
-class _Rows:
-    """Rows of a weight as a matrix (out, in), read on demand; one stored (in, out) is read whole and turned."""
-
-    def __init__(self, item: PlannedTensor, reader: FileReader) -> None:
-        self._entry, self._reader = item.tensor.entry, reader
-        self.rows, self.columns = item.stored.shape
-        self._whole = reader.tensor(self._entry).t().contiguous() if item.stored.transposed else None
-        reader.descriptor(self._entry.file)
-        # What some rows share is stored once for them: they stay together.
-        block = row_block(item.stored.scheme) or self.rows
-        step = max(1, _CHUNK_WEIGHTS // self.columns // block) * block
-        self.spans = [(first, min(step, self.rows - first)) for first in range(0, self.rows, step)]
-
-    def read(self, first: int, count: int) -> Tensor:
-        if self._whole is not None:
-            return self._whole[first : first + count]
-        flat = self._reader.read(self._entry, first * self.columns, count * self.columns)
-        return flat.view(count, self.columns)
 
 
 def _too_small(parts: dict[str, Tensor], stored: StoredWeight) -> bool:
@@ -147,16 +126,18 @@ def assemble(item: PlannedTensor, results: list[Encoded], spans: list[tuple[int,
         raise FewbitError(
             f"{item.tensor.entry.name}: its weights are too small for float16 scales: use --scale-format float32"
         )
-    record = {
-        "name": item.tensor.entry.name,
-        "shape": list(item.tensor.entry.shape),
-        "weights": stored.weights,
-        "group_size": stored.scheme.group_size,
-        "outliers": stored.outliers,
-        "bytes": stored_bytes(stored),
-        "bits_per_weight": 8 * stored_bytes(stored) / stored.weights,
-        "relative_squared_error": error / norm if norm else 0.0,
-        "mean_group_error": sum(r.group_errors[0] for r in results) / max(1, sum(r.group_errors[2] for r in results)),
-        "worst_group_error": max(r.group_errors[1] for r in results),
-    }
+    size, groups = stored_bytes(stored), max(1, sum(r.group_errors[2] for r in results))
+    record = LayerRecord(
+        name=item.tensor.entry.name,
+        shape=list(item.tensor.entry.shape),
+        weights=stored.weights,
+        bits=stored.scheme.bits,
+        group_size=stored.scheme.group_size,
+        outliers=stored.outliers,
+        bytes=size,
+        bits_per_weight=8 * size / stored.weights,
+        relative_squared_error=error / norm if norm else 0.0,
+        mean_group_error=sum(r.group_errors[0] for r in results) / groups,
+        worst_group_error=max(r.group_errors[1] for r in results),
+    )
     return SolvedWeight(stored, parts, record)

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,14 @@ from fewbit.memory import peak_rss_bytes
 from fewbit.pipeline.calibration_options import CalibrationOptions, check_fit
 from fewbit.pipeline.plan import DEFAULT_SHARD_SIZE, KeptTensor, Plan, PlannedTensor, make_plan, stored_to_dict
 from fewbit.pipeline.quantize_tensor import SolvedWeight, Workers, available_cores, quantize_tensor
+from fewbit.pipeline.records import KeptRecord, Output, Report, WrittenTensor
 from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.progress import Progress
 from fewbit.recipe import Recipe
 from fewbit.version import __version__
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What does not change the weights: file sizes, workers, where rows are computed, what may be replaced.
 
@@ -92,13 +93,11 @@ def quantize(
                 workers = scratch.enter_context(_workers(options))
                 reader = scratch.enter_context(FileReader())
                 results = _stream(plan, checkpoint, _Run(workers, reader, work, options.progress, solved))
-            report = _report(str(model), checkpoint, recipe, plan, results)
-            if calibration is not None:
-                report["calibration"] = calibration
+            report = replace(_report(str(model), checkpoint, recipe, plan, results), calibration=calibration)
             if work is not None:
                 _write_companions(work, checkpoint, recipe, plan, results)
-                report["output"]["file_bytes"] = work.shard_bytes
-                write_json(work.file(REPORT), report)
+                report = replace(report, output=replace(report.output, file_bytes=work.shard_bytes))
+                write_json(work.file(REPORT), report.to_dict())
                 write_json(work.file(RUN), {**_run_facts(started, options), MODEL_FOLDER: str(folder.resolve())})
                 work.publish()
     except BaseException as error:
@@ -108,7 +107,7 @@ def quantize(
     finally:
         if work is not None:
             work.release()
-    return {**report, "run": _run_facts(started, options)}
+    return {**report.to_dict(), "run": _run_facts(started, options)}
 
 
 @dataclass(frozen=True)
@@ -128,14 +127,15 @@ def _calibrate(
     return solve_model(checkpoint, plan, recipe, options.calibration, solved, options.device, options.progress)
 
 
-def _stream(plan: Plan, checkpoint: Checkpoint, run: _Run) -> list[list[dict[str, Any]]]:
+def _stream(plan: Plan, checkpoint: Checkpoint, run: _Run) -> list[list[WrittenTensor]]:
     """Per shard, the records of its tensors; finished shards of an interrupted run are not done again."""
     total = sum(item.tensor.entry.bytes for shard in plan.shards for item in shard)
     done = 0
     results = []
     for index, shard in enumerate(plan.shards):
         name = plan.shard_name(index)
-        records = run.work.finished(name) if run.work else None
+        before = run.work.finished(name) if run.work else None
+        records = None if before is None else [WrittenTensor.from_dict(one) for one in before]
         size = sum(item.tensor.entry.bytes for item in shard)
         if records is None:
             records = _write_shard(name, shard, checkpoint, run, (done, total))
@@ -152,13 +152,13 @@ def _write_shard(
     checkpoint: Checkpoint,
     run: _Run,
     position: tuple[int, int],
-) -> list[dict[str, Any]]:
+) -> list[WrittenTensor]:
     done, total = position
     writer = None
     if run.work:
         room = header_room([tensor for item in shard for tensor in item.output])
         writer = ShardWriter(run.work.shard(name), room)
-    pending: list[Future[dict[str, Any]]] = []
+    pending: list[Future[WrittenTensor]] = []
     try:
         with ThreadPoolExecutor(1) as behind:
             for item in shard:
@@ -178,13 +178,13 @@ def _write_shard(
             writer.abandon()
         raise
     if run.work:
-        run.work.finish(name, records)
+        run.work.finish(name, [record.to_dict() for record in records])
     return records
 
 
 def _quantize_then_write(
     item: PlannedTensor | KeptTensor, checkpoint: Checkpoint, run: _Run, writer: ShardWriter | None
-) -> Callable[[], dict[str, Any]]:
+) -> Callable[[], WrittenTensor]:
     """Quantize a tensor now; the function that is returned writes it, or copies one that is kept, and describes it."""
     run.reader.descriptor(item.tensor.entry.file)
     if isinstance(item, KeptTensor):
@@ -194,28 +194,28 @@ def _quantize_then_write(
     return partial(_write, item, partial(run.solved.take, item.tensor.entry.name), writer)
 
 
-def _copy(item: KeptTensor, run: _Run, writer: ShardWriter | None) -> dict[str, Any]:
+def _copy(item: KeptTensor, run: _Run, writer: ShardWriter | None) -> WrittenTensor:
     entry = item.tensor.entry
     changed = run.solved.kept(entry.name) if run.solved else None
     if writer and changed is not None:
         writer.add(entry.name, changed)
     elif writer:
         writer.copy(entry, run.reader)
-    return {"kept": {"name": entry.name, "shape": list(entry.shape), "reason": item.tensor.reason}}
+    return WrittenTensor(kept=KeptRecord(entry.name, list(entry.shape), item.tensor.reason))
 
 
-def _write(item: PlannedTensor, assemble: Callable[[], SolvedWeight], writer: ShardWriter | None) -> dict[str, Any]:
+def _write(item: PlannedTensor, assemble: Callable[[], SolvedWeight], writer: ShardWriter | None) -> WrittenTensor:
     found = assemble()
     if writer:
         for part, tensor in found.parts.items():
             writer.add(f"{item.tensor.module}.{part}", tensor)
-    return {
-        "layer": found.record,
-        "module": item.tensor.module,
-        "stored": stored_to_dict(found.stored, 0),
-        "scheme": found.stored.scheme.to_dict(),
-        "parts": list(found.parts),
-    }
+    return WrittenTensor(
+        layer=found.record,
+        module=item.tensor.module,
+        stored=stored_to_dict(found.stored, 0),
+        scheme=found.stored.scheme.to_dict(),
+        parts=tuple(found.parts),
+    )
 
 
 @contextlib.contextmanager
@@ -242,7 +242,7 @@ def _job(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> dict[st
     stored = calibration.stored if recipe.curvature is not None else None
     return {
         "model": str(checkpoint.folder.resolve()),
-        "files": file_stamps(entry.file for entry in checkpoint.entries.values()),
+        "files": file_stamps(checkpoint.files),
         "config": checkpoint.config,
         "recipe": recipe.to_dict(),
         **({"calibration": calibration.describe()} if recipe.curvature is not None else {}),
@@ -262,32 +262,25 @@ def _check_space(plan: Plan, folder: Path, twice: bool) -> None:
 
 
 def _write_companions(
-    work: WorkFolder, checkpoint: Checkpoint, recipe: Recipe, plan: Plan, results: list[list[dict[str, Any]]]
+    work: WorkFolder, checkpoint: Checkpoint, recipe: Recipe, plan: Plan, results: list[list[WrittenTensor]]
 ) -> None:
     copy_companions(checkpoint.companions, work)
-    quantization = quantization_config(recipe, [r for shard in results for r in shard if "layer" in r])
+    quantization = quantization_config(recipe, [one for shard in results for one in shard if one.layer])
     write_json(work.file(CONFIG), {**checkpoint.config, "quantization_config": quantization})
-    write_index(work, {plan.shard_name(i): _tensor_names(records) for i, records in enumerate(results)})
+    names = [[name for record in records for name in record.tensors] for records in results]
+    write_index(work, {plan.shard_name(i): shard for i, shard in enumerate(names)})
 
 
-def _tensor_names(records: list[dict[str, Any]]) -> list[str]:
-    names: list[str] = []
-    for record in records:
-        if "kept" in record:
-            names.append(record["kept"]["name"])
-        else:
-            names.extend(f"{record['module']}.{part}" for part in record["parts"])
-    return names
-
-
-def quantization_config(recipe: Recipe, records: list[dict[str, Any]]) -> dict[str, Any]:
+def quantization_config(recipe: Recipe, layers: list[WrittenTensor]) -> dict[str, Any]:
     """The `quantization_config` of config.json: everything that a reader needs beside the tensors."""
     schemes: list[dict[str, Any]] = []
     weights: dict[str, Any] = {}
-    for record in records:
-        if record["scheme"] not in schemes:
-            schemes.append(record["scheme"])
-        weights[record["module"]] = {**record["stored"], "scheme": schemes.index(record["scheme"])}
+    for one in layers:
+        assert one.scheme is not None
+        assert one.stored is not None
+        if one.scheme not in schemes:
+            schemes.append(one.scheme)
+        weights[one.module] = {**one.stored, "scheme": schemes.index(one.scheme)}
     for scheme in schemes:
         check_scheme(Scheme.from_dict(scheme))
     return {
@@ -301,30 +294,23 @@ def quantization_config(recipe: Recipe, records: list[dict[str, Any]]) -> dict[s
 
 
 def _report(
-    model: str, checkpoint: Checkpoint, recipe: Recipe, plan: Plan, results: list[list[dict[str, Any]]]
-) -> dict[str, Any]:
+    model: str, checkpoint: Checkpoint, recipe: Recipe, plan: Plan, results: list[list[WrittenTensor]]
+) -> Report:
     records = [record for shard in results for record in shard]
-    layers = [record["layer"] for record in records if "layer" in record]
-    weights, size = sum(r["weights"] for r in layers), sum(r["bytes"] for r in layers)
-    kept = [record["kept"] for record in records if "kept" in record]
-    kept_bytes = sum(item.bytes for item in plan.kept)
-    return {
-        "model": model,
-        "method": recipe.method,
-        "recipe": recipe.to_dict(),
-        "source": {"bytes": checkpoint.bytes, "tensors": len(checkpoint.entries)},
-        "output": {
-            "weights_quantized": weights,
-            "bytes": size,
-            "bits_per_weight": 8 * size / weights,
-            "kept_bytes": kept_bytes,
-            "file_bytes": size + kept_bytes,
-            "outliers": sum(r["outliers"] for r in layers),
-        },
-        "layers": layers,
-        "kept": kept,
-        "fewbit_version": __version__,
-    }
+    layers = [record.layer for record in records if record.layer]
+    size, kept_bytes = sum(layer.bytes for layer in layers), sum(item.bytes for item in plan.kept)
+    weights, outliers = sum(layer.weights for layer in layers), sum(layer.outliers for layer in layers)
+    return Report(
+        model=model,
+        method=recipe.method,
+        recipe=recipe.to_dict(),
+        source={"bytes": checkpoint.bytes, "tensors": len(checkpoint.entries)},
+        output=Output(weights, size, kept_bytes, size + kept_bytes, outliers),
+        layers=layers,
+        kept=[record.kept for record in records if record.kept],
+        fewbit_version=__version__,
+        left=list(checkpoint.left),
+    )
 
 
 def _run_facts(started: float, options: RunOptions) -> dict[str, Any]:

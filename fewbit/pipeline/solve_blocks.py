@@ -1,7 +1,7 @@
 """Solve the weights of one block after another, keep each at once, and put them into the network that runs on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbit.architecture.network import Site
+from fewbit.architecture.orientation import to_matrix
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
@@ -84,7 +85,7 @@ class BlockSolver:
         return list(groups.values())
 
     def _take(self, name: str, found: SolvedWeight, sites: list[Site], install: bool) -> None:
-        self.paths[name] = found.record["path"]
+        self.paths[name] = found.record.path or ""
         if install:
             decoded = native.decode(found.parts, found.stored)
             first = 0
@@ -128,10 +129,14 @@ class BlockSolver:
 
     def round_outside(self, item: PlannedTensor, checkpoint: Checkpoint) -> None:
         """A weight outside the blocks has no curvature: it is rounded."""
-        if self.store.find(item.tensor.entry.name) is None:
+        found = self.store.find(item.tensor.entry.name)
+        if found is None:
             with FileReader() as reader:
                 whole = reader.tensor(item.tensor.entry)
-            self._solve(item, [(whole.t() if item.tensor.transposed else whole, None)])
+            # Only what was asked for by name goes without a word.
+            idle = item.tensor.reason != "included"
+            found = self._solve(item, [(to_matrix(whole, item.tensor.transposed), None)], idle)
+        self.paths[item.tensor.entry.name] = found.record.path or ""
 
     def _solve_together(
         self, by_tensor: dict[str, list[Site]], curvature: Callable[[Site], Tensor | None]
@@ -151,6 +156,8 @@ class BlockSolver:
         for name, found in by_tensor.items():
             matrices = [(site.read(), curvature(site)) for site in found]
             idle = any(_idle(site, matrix) for site, (_, matrix) in zip(found, matrices, strict=True))
+            # One expert may go without tokens, not all of them.
+            idle = idle or (len(matrices) > 1 and all(matrix is None for _, matrix in matrices))
             kept.append(self._solve(self.items[name], matrices, idle))
         return kept
 
@@ -174,18 +181,17 @@ class BlockSolver:
             first = spans[-1][0] + spans[-1][1] if spans else 0
             spans.append((first, one.decoded.shape[0]))
         whole = assemble(item, [one.rows for one in solved], spans)
-        record = whole.record
         paths = sorted({one.path for one in solved})
-        record["path"] = next((path for path in paths if path.startswith("fallback")), "; ".join(paths))
-        if idle:
-            record["path"] = "fallback: it never ran on the calibration text, or no gradient reached it"
+        path = next((path for path in paths if path.startswith("fallback")), "; ".join(paths))
         unseen = [index for index, one in enumerate(solved) if one.path == NO_INPUT]
-        if unseen and len(solved) > 1:
-            record["experts_without_input"] = unseen
         predicted = [one.predicted for one in solved if one.predicted is not None]
-        if predicted:
-            record["relative_curvature_error"] = sum(predicted) / len(predicted)
-        return self.store.put(item.tensor.entry.name, whole)
+        record = replace(
+            whole.record,
+            path="fallback: it never ran on the calibration text, or no gradient reached it" if idle else path,
+            experts_without_input=unseen if unseen and len(solved) > 1 else None,
+            relative_curvature_error=sum(predicted) / len(predicted) if predicted else None,
+        )
+        return self.store.put(item.tensor.entry.name, replace(whole, record=record))
 
 
 def _solve_alike(weights: list[Tensor], curvature: Tensor | None, item: PlannedTensor) -> list[Solved]:
@@ -199,7 +205,7 @@ def _solve_alike(weights: list[Tensor], curvature: Tensor | None, item: PlannedT
 
 
 def _error(found: SolvedWeight | None) -> float:
-    return float(found.record["relative_squared_error"]) if found is not None else 0.0
+    return found.record.relative_squared_error if found is not None else 0.0
 
 
 def _idle(site: Site, matrix: Tensor | None) -> bool:

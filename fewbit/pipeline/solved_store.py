@@ -1,6 +1,8 @@
 """Solved weights on disk, each written when it is found, until the shards are put together from them."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,22 @@ from fewbit.formats.config import read_stored
 from fewbit.grids.scheme import Scheme
 from fewbit.pipeline.plan import stored_to_dict
 from fewbit.pipeline.quantize_tensor import SolvedWeight
+from fewbit.pipeline.records import LayerRecord
+
+_PLAIN = re.compile(r"[a-z0-9_]{1,60}(\.[a-z0-9_]{1,60}){1,9}")
+_NOT_PLAIN = re.compile(r"[^a-z0-9_]")
+
+
+def file_name(name: str) -> str:
+    """A file's name for a tensor: its own where that is plain, else what is plain in it and a hash.
+
+    Names come from strangers, and one may be a path, longer than a file's name may be, or another's in capitals. Names
+    without a dot are those of the other files that stand here.
+    """
+    if _PLAIN.fullmatch(name):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+    return f"{_NOT_PLAIN.sub('_', name)[-60:]}-{digest}"
 
 
 class SolvedStore:
@@ -29,7 +47,7 @@ class SolvedStore:
             "name": name,
             "scheme": solved.stored.scheme.to_dict(),
             "stored": stored_to_dict(solved.stored, 0),
-            "record": solved.record,
+            "record": solved.record.to_dict(),
         }
         path = self._path(name)
         save_whole(solved.parts, path, {"solved": json.dumps(described)})
@@ -44,7 +62,7 @@ class SolvedStore:
             described = json.loads(file.metadata()["solved"])
             stored = read_stored(described["stored"], Scheme.from_dict(described["scheme"]))
             parts = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
-        return SolvedWeight(stored, parts, described["record"])
+        return SolvedWeight(stored, parts, LayerRecord(**described["record"]))
 
     def put_kept(self, name: str, tensor: Tensor) -> None:
         """Keep a tensor that is not quantized but changed."""
@@ -57,7 +75,7 @@ class SolvedStore:
 
     def same_tokens(self, sha256: str) -> None:
         """FewbitError when an interrupted run here was calibrated on other tokens: its text has changed since."""
-        path = self._path(TOKENS)
+        path = self._own(TOKENS)
         if path.is_file() and path.read_text(encoding="ascii") != sha256:
             raise FewbitError(
                 f"{self.folder}: the calibration text has changed since this run was interrupted: put the old text "
@@ -67,14 +85,14 @@ class SolvedStore:
 
     def put_notes(self, block: int, notes: list[dict[str, Any]]) -> None:
         """Keep what the report will say of a block."""
-        path = self._path(f"notes-{block}")
+        path = self._own(f"notes-{block}")
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(notes), encoding="utf-8")
         partial.replace(path)
 
     def notes(self, block: int) -> list[dict[str, Any]]:
         """What was kept for a block."""
-        path = self._path(f"notes-{block}")
+        path = self._own(f"notes-{block}")
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
     def take(self, name: str) -> SolvedWeight:
@@ -84,4 +102,7 @@ class SolvedStore:
         return found
 
     def _path(self, name: str) -> Path:
+        return self.folder / f"{file_name(name)}{SOLVED}"
+
+    def _own(self, name: str) -> Path:
         return self.folder / f"{name}{SOLVED}"

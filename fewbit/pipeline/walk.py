@@ -5,6 +5,7 @@ called with (masks, position embeddings) is the same for all sequences of one le
 """
 
 import math
+import operator
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -55,20 +56,35 @@ class Walk:
     def _record(self, model: Any, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """The states that enter the first block, and what every block is called with beside them."""
         entering: list[Tensor] = []
+        leaving: list[Tensor] = []
         calls: list[Call] = []
+        order: list[nn.Module] = []
         handles = []
 
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entering.append(args[0])
-            calls.append((args[1:], kwargs))
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states, call = _split(args, kwargs)
+            entering.append(states)
+            calls.append(call)
+            order.append(module)
+
+        def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            leaving.append(_states(out))
 
         try:
-            handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self._blocks]
+            for block in self._blocks:
+                handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+                handles.append(block.register_forward_hook(leave))
             with torch.no_grad():
                 model(ids.to(model.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
+        in_order = len(order) == len(self._blocks) and all(map(operator.is_, order, self._blocks))
+        if not in_order or not all(map(torch.equal, leaving[:-1], entering[1:])):
+            raise FewbitError(
+                f"{type(model).__name__}: its blocks do not run once each with the outputs of the one before, which a "
+                "walk block by block needs: take a method with a Fisher, such as precal+oac"
+            )
         return entering[0], calls
 
     def observe(self, index: int, layers: list[Watched], observer: Observing, step: Step) -> None:
@@ -94,7 +110,7 @@ class Walk:
         """Block `index` on any states `(1, length, hidden)` of its device, with gradients where they are wanted."""
         args, kwargs = _converted(self._calls[index], states.device)
         out = self._blocks[index](states, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return _states(out)
 
     def change(self, index: int) -> Tensor:
         """What block `index`, its parameters in float32, adds to the first sequence; the states stay."""
@@ -103,13 +119,13 @@ class Walk:
         states = self._states[:1].to(device, torch.float32)
         with torch.inference_mode():
             out = self._blocks[index](states, *args, **kwargs)
-        return (out[0] if isinstance(out, tuple) else out) - states
+        return _states(out) - states
 
     def _device(self, index: int) -> torch.device:
         return next(self._blocks[index].parameters()).device
 
     def _watched(self, index: int, layers: list[Watched], observer: Observing, step: Step, keep: bool) -> None:
-        size = max(1, 4 * sum(layer.weight.shape[-1] ** 2 for layer in layers))
+        size = max(1, 4 * sum(layer.inputs**2 for layer in layers))
         workers = min(self._workers(index), max(1, self._memory // size)) if isinstance(observer, Divisible) else 1
         parts: list[Any] = [observer, *(observer.another() for _ in range(workers - 1))]  # type: ignore[attr-defined]
         shown = [UntilLast(part, layers) for part in parts] if not keep else parts
@@ -139,7 +155,7 @@ class Walk:
                 try:
                     out = self._blocks[index](states.to(device), *args, **kwargs)
                     if keep:
-                        states.copy_(out[0] if isinstance(out, tuple) else out)
+                        states.copy_(_states(out))
                 except EnoughSeenError:
                     pass
             if ended is not None:
@@ -148,6 +164,18 @@ class Walk:
                 step()
 
         over_cores(one, self._states.shape[0], workers)
+
+
+def _states(out: Any) -> Tensor:
+    """The states among what a block returns."""
+    return out[0] if isinstance(out, tuple | list) else out
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """The states that a block is called with, and the rest of the call."""
+    if args:
+        return args[0], (args[1:], kwargs)
+    return kwargs["hidden_states"], ((), {key: value for key, value in kwargs.items() if key != "hidden_states"})
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -169,7 +197,7 @@ def _until_first_block(model: Any, block: nn.Module, ids: Tensor) -> Tensor:
     found: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0])
+        found.append(_split(args, kwargs)[0])
         raise _StopError
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)

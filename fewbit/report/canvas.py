@@ -31,7 +31,22 @@ def to_svg(figure: Any) -> str:
     """The figure as an `<svg>` element; the same figure gives the same text."""
     from matplotlib import rc_context
 
+    _as_it_stands(figure)
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": "fewbit"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return re.sub(r"\A.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
+
+
+def _as_it_stands(figure: Any) -> None:
+    """Names of models and sets are no mathematics, whatever dollars they hold; powers of ten on an axis are."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
+
+    numbers: set[int] = set()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(axis.get_major_formatter(), LogFormatter | ScalarFormatter):
+            numbers.update(id(text) for text in (*axis.get_ticklabels(which="both"), axis.get_offset_text()))
+    for text in figure.findobj(Text):
+        if id(text) not in numbers:
+            text.set_parse_math(False)

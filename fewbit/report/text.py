@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fewbit.checkpoints.named import NAMED_MODELS, named_folder
+from fewbit.printable import markup_free, printable
 from fewbit.report.tasks import measured_tasks, task_cells, task_notes
 from fewbit.sizes import show_size
 from fewbit.versions import versions
@@ -46,7 +47,7 @@ def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
     lines.append(f"wrote {out}" if out is not None else "nothing written (--report-only)")
     if out is not None:
         lines.append(f"measure it:  fewbit eval {out} --data FILE --reference {report['model']}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def tuning_summary(report: dict[str, Any], out: Path) -> str:
@@ -64,7 +65,7 @@ def tuning_summary(report: dict[str, Any], out: Path) -> str:
         lines.append("no epoch was better than the start, whose weights were kept: lower --lr or give more text")
     lines.append(f"wrote {out}")
     lines.append(f"measure it:  fewbit eval {out} --data FILE --reference {report['model']}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def evaluation_table(result: dict[str, Any]) -> None:
@@ -86,13 +87,13 @@ def evaluation_table(result: dict[str, Any]) -> None:
     for title, _, _ in used:
         table.add_column(title, justify="left" if title in ("model", "method") else "right")
     for row in result["models"]:
-        table.add_row(*(show(row[key]) if key in row else "" for _, key, show in used))
+        table.add_row(*(markup_free(show(row[key])) if key in row else "" for _, key, show in used))
     console = _console()
     console.print(table)
     protocol = result["protocol"]
     if "windows" in protocol:
         console.print(
-            f"{protocol['windows']} windows of {protocol['sequence_length']} tokens of {protocol['data']} "
+            f"{protocol['windows']} windows of {protocol['sequence_length']} tokens of {markup_free(protocol['data'])} "
             f"(sha256 {protocol['data_sha256'][:12]}), BOS {protocol['bos']}, {protocol['loss']}",
             highlight=False,
         )
@@ -106,9 +107,9 @@ def _task_table(result: dict[str, Any], console: Console) -> None:
     for title in columns:
         table.add_column(title, justify="left" if title in ("model", "metric") else "right")
     for name, *cells in rows:
-        table.add_row(_short(name), *cells)
+        table.add_row(*map(markup_free, (_short(name), *cells)))
     console.print(table)
-    console.print(task_notes(result), highlight=False)
+    console.print(markup_free(task_notes(result)), highlight=False)
 
 
 def inspection_table(result: dict[str, Any]) -> None:
@@ -142,7 +143,7 @@ def inspection_table(result: dict[str, Any]) -> None:
         )
     for row in result["tensors"]:
         if len(row["shape"]) >= 2:
-            table.add_row(*(show(row[key]) if key in row else "" for _, key, show in columns))
+            table.add_row(*(markup_free(show(row[key])) if key in row else "" for _, key, show in columns))
     console = _console()
     console.print(table)
     if result["models"][0]["method"] != "original" and result["reference"] is None:
@@ -182,7 +183,8 @@ def models_table() -> None:
         table.add_column(title)
     for row in models_json()["models"]:
         cached = row["folder"] if row["cached"] else "no"
-        table.add_row(row["name"], show_size(row["download_bytes"]), row["licence"], cached, row["description"])
+        cells = (row["name"], show_size(row["download_bytes"]), row["licence"], cached, row["description"])
+        table.add_row(*map(markup_free, cells))
     _console().print(table)
 
 
@@ -232,4 +234,4 @@ def plan_text(result: dict[str, Any]) -> str:
     lines += [f"problem: {problem}" for problem in result["problems"]]
     held = [name for name, reason in result["exports"].items() if reason is None]
     lines.append(f"can be written as: {', '.join(held)}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.own_code import check_loadable
+from fewbit.checkpoints.plain_copy import folder_to_load
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.device import check_device
 from fewbit.errors import FewbitError, missing_extra
@@ -30,10 +32,14 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
     checkpoint = open_checkpoint(folder)
     if checkpoint.is_native:
         check_all_parts(checkpoint)
+    check_loadable(checkpoint)
     target = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = folder_to_load(checkpoint)
     try:
         with quiet_transformers():
-            loaded, keys = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            loaded, keys = AutoModelForCausalLM.from_pretrained(
+                place, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+            )
     except Exception as error:
         cause = known_cause(error, checkpoint.config)
         if cause is None:

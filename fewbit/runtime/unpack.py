@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbit.architecture.orientation import from_matrix, tensor_name, tensor_shape
 from fewbit.checkpoints.json_file import write_json
 from fewbit.checkpoints.output import CONFIG, REPORT
 from fewbit.checkpoints.safetensors_io import DTYPES, FileReader, ShardWriter, TensorEntry, header_room
@@ -166,10 +167,7 @@ def _write(
         writer.copy(item, reader)
         return name
     weight = read_weight(checkpoint, reader, name, item).to(dtype)
-    if item.transposed:
-        weight = weight.t().contiguous()
-    if item.original_shape is not None:
-        writer.add(name, weight.view(item.original_shape))
-        return name
-    writer.add(f"{name}.weight", weight)
-    return f"{name}.weight"
+    own = tensor_name(name, item.original_shape)
+    shape = tensor_shape(item.shape, item.transposed, item.original_shape)
+    writer.add(own, from_matrix(weight, shape, item.transposed))
+    return own

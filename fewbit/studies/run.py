@@ -9,7 +9,7 @@ from fewbit.calibration.source import parse_sources
 from fewbit.checkpoints.json_file import read_json
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.output import check_place
-from fewbit.checkpoints.source import open_checkpoint
+from fewbit.checkpoints.source import open_checkpoint, refuse_quantized
 from fewbit.checkpoints.stamps import file_stamps
 from fewbit.device import check_device
 from fewbit.errors import FewbitError
@@ -40,8 +40,7 @@ def run_study(study: Study, choice: StudyChoice, progress: Progress | None = Non
         raise FewbitError(f"{choice.out}: is a file: name a folder for the study")
     model = locate(choice.model)
     checkpoint = open_checkpoint(model)
-    if checkpoint.quantization is not None:
-        raise FewbitError(f"{choice.model}: already quantized: give the 16-bit original")
+    refuse_quantized(checkpoint)
     check_place(choice.out, model)
     check_page(choice.out / PAGE)
     cells = study.cells(choice)

@@ -1,6 +1,5 @@
 """Named calibration sets: a default, sets made from nothing, and those that the user gives, each on an axis."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from fewbit.calibration.choice import CalibrationChoice, choice_from
 from fewbit.calibration.source import parse_sources
 from fewbit.calibration.tokens import CalibrationSet
+from fewbit.checkpoints.json_in import parse_json
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
 from fewbit.pipeline.calibration_tokens import calibration_set
@@ -49,7 +49,7 @@ def parse_set(text: str) -> NamedSet:
 def read_sets(path: Path) -> list[NamedSet]:
     """Sets of a JSON file ``{"AXIS": {"NAME": "SRC", ...}, ...}``; paths in it are from the current folder."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_bytes())
         return [NamedSet(str(axis), str(name), str(src)) for axis, sets in data.items() for name, src in sets.items()]
     except (OSError, ValueError, AttributeError) as error:
         raise FewbitError(f'{path}: no JSON file of the form {{"AXIS": {{"NAME": "SRC"}}}} ({error})') from error

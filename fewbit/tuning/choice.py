@@ -8,7 +8,7 @@ LOSSES = ("nll", "kd", "nll+kd")
 TRAINED = ("weights", "scales", "codes", "all")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TuningChoice:
     """Quantization-aware fine-tuning of a quantized folder.
 

@@ -41,7 +41,7 @@ from fewbit.version import __version__
 _TEACHER = f"tuning-teacher{SOLVED}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TuneOptions:
     """What a run needs beside its choice.
 

@@ -1,0 +1,194 @@
+"""What a run written in Python needs: the same choices as the command line, by the same names."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewbit.calibration.choice import CalibrationChoice, choice_from
+from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.source import open_checkpoint
+from fewbit.curvature.store import open_curvature
+from fewbit.errors import FewbitError
+from fewbit.options import EVALUATE, QUANTIZE, TUNE, check_names, described_by, given_of
+from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh, refuse_unused, share_of_stored
+from fewbit.pipeline.run import RunOptions
+from fewbit.pipeline.run import quantize as run_quantize
+from fewbit.progress import Progress
+from fewbit.recipe import Recipe
+from fewbit.recipe_choices import recipe_from_choices
+from fewbit.sizes import parse_size
+from fewbit.tuning.choice import TuningChoice, tuning_choice
+
+
+@described_by(QUANTIZE)
+def quantize(
+    model: str | Path,
+    out: str | Path | None = None,
+    method: str | Recipe = "adpq+",
+    options: RunOptions | None = None,
+    progress: Progress | None = None,
+    **choices: Any,
+) -> dict[str, Any]:
+    """Quantize a model and write it in the native format, without data or with a little text.
+
+    model: a folder, a `.gguf` file, a named model or a hub name. out: the folder to make (None with `report_only`).
+    method: a name of `fewbit.PRESETS`, with the options below, or a `fewbit.Recipe`, with `options` as it is.
+    Returns the report, also written as `fewbit_report.json`, with a `run` entry (seconds, peak memory).
+    Raises FewbitError for bad input; then nothing is left at `out`.
+    """
+    if isinstance(method, Recipe) or options is not None:
+        if choices:
+            raise FewbitError("give a Recipe and RunOptions, or a method's name and choices, not both")
+        recipe = method if isinstance(method, Recipe) else recipe_from_choices(method, {})
+        return run_quantize(model, out, recipe, options)
+    request = quantize_request(model, method, choices, progress)
+    if request.tuning is None or out is None:
+        return run_quantize(model, out, request.recipe, request.options)
+    # Not at the top: a run without data starts in half the time without what training imports.
+    from fewbit.tuning.in_one_go import quantize_and_tune
+    from fewbit.tuning.run import TuneOptions
+
+    trained = TuneOptions(
+        reference=locate(model),
+        calibration=request.options.calibration.choice,
+        device=choices.get("device"),
+        overwrite=request.options.overwrite,
+    )
+    return quantize_and_tune(model, Path(out), request.recipe, request.options, request.tuning, trained)
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """What a call of :func:`quantize` asks for."""
+
+    recipe: Recipe
+    options: RunOptions
+    tuning: TuningChoice | None
+
+
+def quantize_request(
+    model: str | Path, method: str, choices: dict[str, Any], progress: Progress | None = None
+) -> QuantizeRequest:
+    """The recipe, the options and the training behind flat choices; FewbitError for what does not go together."""
+    check_names("quantize", QUANTIZE, choices)
+    flat = given_of(QUANTIZE, choices, "recipe")
+    flat["sets"] = tuple(flat.pop("set", ()))
+    for name in ("include", "exclude"):
+        flat[name] = (flat[name],) if isinstance(flat.get(name), str) else tuple(flat.get(name, ()))
+    recipe = recipe_from_choices(method, flat)
+    text, others = _text(QUANTIZE, choices), given_of(QUANTIZE, choices, "curvature")
+    run, tune = given_of(QUANTIZE, choices, "run"), given_of(QUANTIZE, choices, "tune")
+    refuse_unused(recipe, text, others, bool(tune.get("tune")))
+    report_only = bool(run.get("report_only"))
+    tuning = tuning_choice(bool(tune.get("tune")), tune.get("tune_epochs"), text.get("seed"), report_only)
+    stored = others.get("curvature")
+    calibration = CalibrationOptions(
+        choice=choice_from(text),
+        stored=open_curvature(Path(stored), open_checkpoint(locate(model))) if stored else None,
+        refresh=parse_refresh(str(others.get("refresh", "once"))),
+        original_inputs=bool(others.get("original_inputs")),
+        memory_bytes=parse_size(others["memory"]) if "memory" in others else 0,
+        max_fallback=others.get("max_fallback", 0),
+    )
+    if calibration.stored is not None and "gram_share" not in flat:
+        recipe = share_of_stored(recipe, calibration.stored)
+    options = RunOptions(
+        shard_size=parse_size(run.get("shard_size", "5GB")),
+        overwrite=bool(run.get("overwrite")),
+        report_only=report_only,
+        workers=run.get("workers", 0),
+        device=run.get("device", "cpu"),
+        progress=progress,
+        calibration=calibration,
+    )
+    return QuantizeRequest(recipe, options, tuning)
+
+
+@described_by(TUNE)
+def tune(
+    folder: str | Path,
+    out: str | Path,
+    choice: TuningChoice | None = None,
+    options: Any = None,
+    progress: Progress | None = None,
+    **choices: Any,
+) -> dict[str, Any]:
+    """Fine-tune a quantized folder under its own rounding and write the result in the same form, with the same bits.
+
+    choice, options: a `fewbit.TuningChoice` and `fewbit.TuneOptions`, in place of the options below.
+    Returns the new report, whose `tuning` entry has the losses. Raises FewbitError for bad input, or when the loss is
+    no number; a run that was killed goes on where it was. Every process of a launch calls this with the same arguments.
+    """
+    from fewbit.tuning.run import TuneOptions
+    from fewbit.tuning.run import tune as run
+
+    if choice is not None or options is not None:
+        if choices:
+            raise FewbitError("give a TuningChoice and TuneOptions, or single choices, not both")
+        return run(folder, out, choice, options, progress)
+    check_names("tune", TUNE, choices)
+    text, chosen = _text(TUNE, choices), given_of(TUNE, choices, "choice")
+    if text.get("seed") is not None:
+        chosen["seed"] = text["seed"]
+    trained = TuneOptions(calibration=choice_from(text), **given_of(TUNE, choices, "run"))
+    return run(folder, out, TuningChoice(**chosen), trained, progress)
+
+
+@described_by([option for option in EVALUATE if option.name not in ("data", "reference", "device", "tasks")])
+def evaluate(
+    models: str | Path | Sequence[str | Path],
+    data: str | Path | None = None,
+    protocol: Any = None,
+    reference: str | Path | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+    tasks: Any = None,
+    rounded: Any = None,
+    **choices: Any,
+) -> dict[str, Any]:
+    """Evaluate models on a text, on tasks, or on both.
+
+    models: one or several, as for `fewbit.load`. data: a text. reference: the original, for the distance of each model
+    from it on the text. tasks: names with commas, or a `fewbit.TaskChoice`. protocol, rounded: a `fewbit.Protocol` and
+    a `RoundedChoice`, in place of the options below.
+    Returns ``{"models": [...], "protocol": {...}, "versions": {...}}`` with the stable keys of `docs/guide.md`.
+    Raises FewbitError for bad input.
+    """
+    from fewbit.evaluation.evaluate import evaluate as run
+    from fewbit.evaluation.perplexity import Protocol
+    from fewbit.evaluation.rounded import choose_rounded
+    from fewbit.evaluation.tasks import choose_tasks
+
+    check_names("evaluate", EVALUATE, choices)
+    windows = given_of(EVALUATE, choices, "protocol")
+    if windows:
+        if protocol is not None:
+            raise FewbitError("give a Protocol, or single choices, not both")
+        protocol = Protocol(**{"sequence_length" if k == "seq_len" else k: v for k, v in windows.items()})
+    given = given_of(EVALUATE, choices, "tasks")
+    if tasks is None or isinstance(tasks, str):
+        place = given.get("task_data")
+        tasks = choose_tasks(tasks, None if place is None else Path(place), given.get("task_limit", 0))
+    if rounded is None:
+        rounded = choose_rounded(choices.get("w8a8"), _text(EVALUATE, choices))
+    return run(models, data, protocol, reference, device, progress, tasks, rounded)
+
+
+def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_size: str | int = "5GB") -> Path:
+    """Write a quantized folder as an ordinary 16-bit one that any tool loads, one tensor in memory at a time.
+
+    Returns `out`. Raises FewbitError when `folder` is not a whole native folder or `out` cannot be written.
+    """
+    from fewbit.runtime.unpack import unpack as run
+
+    return run(folder, out, overwrite, parse_size(shard_size) if isinstance(shard_size, str) else shard_size)
+
+
+def _text(options: Any, choices: dict[str, Any]) -> dict[str, Any]:
+    """What was said of the calibration set, by the fields of a CalibrationChoice."""
+    given = given_of(options, choices, "text")
+    calibration = given.pop("calibration", None)
+    if isinstance(calibration, CalibrationChoice):
+        raise FewbitError("calibration is a text like my.jsonl or c4:64,self:64: a CalibrationChoice goes into options")
+    return {"sources": str(calibration), **given} if calibration is not None else given

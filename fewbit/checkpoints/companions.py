@@ -1,0 +1,107 @@
+"""What travels with the weights, and where links in a model's folder may lead."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fewbit.errors import FewbitError
+from fewbit.printable import printable
+
+TEMPLATES = "additional_chat_templates"
+"""The one sub-folder that transformers reads with a language model."""
+
+_WEIGHTS = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx"),
+    *(".onnx_data", ".npz", ".npy", ".ot", ".tflite", ".mlmodel", ".mlpackage", ".nemo", ".llamafile", ".engine"),
+    *(".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
+}
+"""Weights in some form, pickles of anything, and archives that may hold either."""
+_CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".ipynb", ".exe", ".bat", ".cu", ".cpp"}
+_OURS = ("fewbit_", ".fewbit")
+_SCRATCH = (".safetensors.json", ".index.json", ".solved", ".states", ".partial")
+_UNTOLD = {".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store", "__pycache__"}
+_SAID = 8
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A file that is copied: where it lies, and its name below the folder, with `/` between the parts."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Files that travel with the weights, and the names of what stays behind."""
+
+    carried: tuple[Companion, ...]
+    left: tuple[str, ...]
+
+
+def find_companions(folder: Path, read: Iterable[Path]) -> Companions:
+    """Sort what lies in a model's folder, beside the files in `read`, into what is carried and what is left.
+
+    Carried is everything but weights, code, what fewbit wrote itself, and sub-folders that transformers does not read.
+    Raises FewbitError naming a link that leads out of the folder.
+    """
+    read = set(read)
+    carried, left = [], []
+    for path in sorted(folder.iterdir()):
+        if path in read or path.name in _UNTOLD or path.name.startswith(_OURS):
+            continue
+        if path.is_dir():
+            if path.name != TEMPLATES:
+                left.append(f"{printable(path.name)}/")
+                continue
+            check_link(folder, path)
+            for inner in sorted(path.iterdir()):
+                name = f"{TEMPLATES}/{inner.name}"
+                if inner.is_file() and inner.suffix == ".jinja" and printable(name) == name:
+                    check_link(folder, inner)
+                    carried.append(Companion(inner, name))
+                else:
+                    left.append(printable(name))
+        elif path.is_file() and _is_carried(path):
+            check_link(folder, path)
+            carried.append(Companion(path, path.name))
+        else:
+            left.append(printable(path.name))
+    return Companions(tuple(carried), tuple(left))
+
+
+def check_link(folder: Path, path: Path) -> None:
+    """FewbitError when a file of a model's folder is a link to a place outside.
+
+    Links of the hub's cache lead from `snapshots/REVISION` to the `blobs` of the same repository; these are followed.
+    """
+    if not path.is_symlink():
+        return
+    here, there = folder.resolve(), path.resolve()
+    if not any(there.is_relative_to(place) for place in _allowed(here)):
+        raise FewbitError(
+            f"{folder}: {printable(str(path.relative_to(folder)))} is a link out of the model's folder: put the file "
+            "itself there"
+        )
+
+
+def _allowed(folder: Path) -> Iterator[Path]:
+    yield folder
+    if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
+        yield folder.parent.parent / "blobs"
+
+
+def _is_carried(path: Path) -> bool:
+    name = path.name
+    if name.startswith(".") or name.endswith(_SCRATCH) or printable(name) != name:
+        return False
+    return path.suffix.lower() not in _WEIGHTS | _CODE
+
+
+def say_left(left: Iterable[str]) -> str | None:
+    """One line about what is not carried, or None when there is nothing."""
+    names = list(left)
+    if not names:
+        return None
+    more = f" and {len(names) - _SAID} more" if len(names) > _SAID else ""
+    return f"not carried from the model's folder: {', '.join(names[:_SAID])}{more}"

@@ -1,0 +1,101 @@
+"""JSON that others wrote: one reader for all of it, so that no file can end a run in anything but one line."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fewbit.errors import FewbitError
+
+MOST_BYTES = 256 << 20
+_DEEPEST = 100
+_LONGEST_NUMBER = 400
+
+
+def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+    """The object in a JSON file; FewbitError when it is not there, too large, or not an object in clean JSON."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(most_bytes + 1)
+    except OSError as error:
+        raise FewbitError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if len(text) > most_bytes:
+        raise FewbitError(f"{path}: larger than {most_bytes >> 20} MB, which no file of this kind is")
+    try:
+        data = parse_json(text)
+    except ValueError as error:
+        raise FewbitError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise FewbitError(f"{path}: not a JSON object")
+    return data
+
+
+def parse_json(text: bytes | str, strict: bool = False) -> Any:
+    """The value of a JSON text.
+
+    Raises ValueError for what is not UTF-8 or not JSON, is nested more than 100 deep, holds numbers of hundreds of
+    digits, or names one key twice with different values. strict: also for any key that stands twice, and for NaN and
+    Infinity, which JSON does not have; some configs hold them, and transformers reads those.
+    """
+    try:
+        data = json.loads(
+            text.decode("utf-8") if isinstance(text, bytes) else text,
+            object_pairs_hook=_unique if strict else _unambiguous,
+            parse_int=_whole_number,
+            parse_constant=_refuse_constant if strict else float,
+        )
+    except RecursionError:
+        raise ValueError(f"nested more than {_DEEPEST} deep") from None
+    _check_values(data, strict)
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands twice in it")
+    return result
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        for name, value in pairs:
+            if result[name] != value:
+                raise ValueError(f"{name!r} stands twice, with different values")
+    return result
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_values(data: Any, strict: bool) -> None:
+    """ValueError for values nested too deep and for strings that no UTF-8 file can hold; without recursion."""
+    level = [data]
+    for _ in range(_DEEPEST):
+        level = [inner for value in level for inner in _inside(value, strict)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {_DEEPEST} deep")
+
+
+def _inside(value: Any, strict: bool) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
+    elif isinstance(value, str):
+        # An escape such as \ud800 alone: it can be read, and then nothing can write it.
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError("a string with half a character in it")
+    elif strict and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number beyond what a float holds")

@@ -1,0 +1,90 @@
+"""A model's folder brings data and never code: what runs is fewbit, transformers, and what the user installed."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fewbit.checkpoints.companions import check_link
+from fewbit.checkpoints.json_in import read_json_object
+from fewbit.checkpoints.source import Checkpoint, refuse_quantized
+from fewbit.errors import FewbitError, missing_extra
+
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
+_NEVER = "fewbit never runs code of a model"
+
+
+def check_loadable(checkpoint: Checkpoint) -> None:
+    """FewbitError, before transformers is asked, for a model that it could build only with code from its folder or
+    from the hub, or whose codes it would take for weights because it does not know the tool that made them.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    folder, config = checkpoint.folder, checkpoint.config
+    kind = config.get("model_type")
+    if _named_code(config) and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        raise FewbitError(
+            f"{folder}: {kind!r} is no architecture of transformers but code in the model's folder (auto_map of "
+            f"config.json): {_NEVER}: what needs no network, such as --method rtn, works without"
+        )
+    for kernel in _kernels(config):
+        raise FewbitError(f"{folder}: config.json asks for code of the hub ({kernel}): {_NEVER}: remove that line")
+    foreign = checkpoint.foreign
+    if foreign is not None:
+        known = [name for name in AUTO_QUANTIZATION_CONFIG_MAPPING if name.split("_")[0] == foreign.method]
+        at_top = foreign.sign.startswith(("quantization_config", "compression_config"))
+        if not at_top or not (known or foreign.method in AUTO_QUANTIZATION_CONFIG_MAPPING):
+            refuse_quantized(checkpoint)
+    _check_json(folder, "generation_config.json")
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model's folder.
+
+    Raises FewbitError when there is none that transformers can read without running code of the folder.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise missing_extra("transformers", "hf") from error
+    for name in _TOKENIZER_FILES:
+        _check_json(folder, name)
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            check_link(folder, path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except RecursionError as error:
+        raise FewbitError(f"{folder}: tokenizer.json is nested too deep to be one") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        for name in ("tokenizer_config.json", "config.json"):
+            if (folder / name).is_file() and "AutoTokenizer" in _named_code(read_json_object(folder / name)):
+                raise FewbitError(
+                    f"{folder}: its tokenizer is code in the model's folder (auto_map of {name}): {_NEVER}"
+                ) from error
+        raise FewbitError(f"{folder}: no tokenizer that transformers can read") from error
+
+
+def _named_code(config: Mapping[str, Any]) -> Any:
+    """Classes of transformers that a config would have replaced by code; in older ones a list of the tokenizer's."""
+    named = config.get("auto_map")
+    if isinstance(named, list):
+        return ("AutoTokenizer",)
+    return named if isinstance(named, dict) else ()
+
+
+def _kernels(config: Mapping[str, Any]) -> Iterator[str]:
+    """Values of a config, or of its parts, that name code on the hub by its repository."""
+    for key, value in config.items():
+        if key in _KERNELS:
+            named = value.values() if isinstance(value, dict) else [value]
+            yield from (name for name in named if isinstance(name, str) and "/" in name)
+        elif isinstance(value, dict):
+            yield from _kernels(value)
+
+
+def _check_json(folder: Path, name: str) -> None:
+    if (folder / name).is_file():
+        check_link(folder, folder / name)
+        read_json_object(folder / name)

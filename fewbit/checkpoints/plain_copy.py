@@ -1,0 +1,65 @@
+"""A 16-bit copy of a checkpoint that is stored as codes and scales, for what reads weights from files by itself."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from fewbit.checkpoints.cache import build_once, cache_folder
+from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, TensorEntry, header_room
+from fewbit.checkpoints.source import Checkpoint
+from fewbit.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME
+from fewbit.errors import FewbitError
+
+_SHARD = 5_000_000_000
+
+
+def folder_to_load(checkpoint: Checkpoint) -> Path:
+    """The folder in which other programs find the weights that fewbit reads: the model's own, or a copy in the cache.
+
+    A copy is written once for these very files, a tensor at a time. Raises FewbitError when the disk has no room.
+    """
+    if not checkpoint.is_products:
+        return checkpoint.folder
+    target = cache_folder() / "plain" / f"{checkpoint.folder.resolve().name}-{_key(checkpoint)}"
+    return build_once(target, lambda out: write_plain(checkpoint, out))
+
+
+def write_plain(checkpoint: Checkpoint, out: Path, shard_size: int = _SHARD) -> None:
+    """Write the tensors of a checkpoint as they are read, its config and its companions into the folder `out`."""
+    shards: list[list[TensorEntry]] = [[]]
+    for entry in checkpoint.entries.values():
+        if shards[-1] and sum(other.bytes for other in shards[-1]) + entry.bytes > shard_size:
+            shards.append([])
+        shards[-1].append(entry)
+    needed, free = sum(entry.bytes for entry in checkpoint.entries.values()), shutil.disk_usage(out).free
+    if needed > free:
+        raise FewbitError(
+            f"{out.parent}: the 16-bit copy of {checkpoint.folder} needs {needed / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free: name another place with FEWBIT_CACHE"
+        )
+    placed: dict[str, str] = {}
+    with FileReader() as reader:
+        for number, shard in enumerate(shards, 1):
+            name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            writer = ShardWriter(out / name, header_room([entry.name for entry in shard]))
+            for entry in shard:
+                writer.copy(entry, reader)
+                placed[entry.name] = name
+            writer.close()
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": needed}, "weight_map": placed}
+        (out / INDEX_NAME).write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+    for companion in checkpoint.companions:
+        (out / companion.name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(companion.path, out / companion.name)
+    (out / "config.json").write_text(json.dumps(checkpoint.config, ensure_ascii=False), encoding="utf-8")
+
+
+def _key(checkpoint: Checkpoint) -> str:
+    """Changes with the config, and with any weight file: its size, time of change or place on the disk."""
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for path in checkpoint.files:
+        found = path.stat()
+        digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}".encode())
+    return digest.hexdigest()[:16]

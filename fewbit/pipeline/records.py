@@ -1,0 +1,130 @@
+"""What a run says of each tensor and of itself: typed here, plain JSON in `fewbit_report.json`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One quantized tensor.
+
+    bytes: on disk, of everything that replaces it. relative_squared_error: of all its weights. mean_group_error,
+    worst_group_error: the same for single groups, where a large one hides no small ones. path: how a calibrated run
+    found it. relative_curvature_error: ``tr(dW H dW^T) / tr(W H W^T)``. experts_without_input: that no token reached.
+    """
+
+    name: str
+    shape: list[int]
+    weights: int
+    bits: float
+    group_size: int
+    outliers: int
+    bytes: int
+    bits_per_weight: float
+    relative_squared_error: float
+    mean_group_error: float
+    worst_group_error: float
+    path: str | None = None
+    experts_without_input: list[int] | None = None
+    relative_curvature_error: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; what is not known is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class KeptRecord:
+    """One tensor that stayed as it was, and why."""
+
+    name: str
+    shape: list[int]
+    reason: str
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """What a finished shard holds of one tensor: either it was kept, or it is a layer with its stored form.
+
+    module, parts: its tensors are ``module.part``. stored, scheme: as `config.json` has them.
+    """
+
+    kept: KeptRecord | None = None
+    layer: LayerRecord | None = None
+    module: str = ""
+    stored: dict[str, Any] | None = None
+    scheme: dict[str, Any] | None = None
+    parts: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of its tensors in the shard."""
+        return [self.kept.name] if self.kept else [f"{self.module}.{part}" for part in self.parts]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; :meth:`from_dict` is the inverse."""
+        if self.kept is not None:
+            return {"kept": asdict(self.kept)}
+        assert self.layer is not None
+        rest = {"module": self.module, "stored": self.stored, "scheme": self.scheme, "parts": list(self.parts)}
+        return {"layer": self.layer.to_dict(), **rest}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "WrittenTensor":
+        """What an interrupted run had written."""
+        if "kept" in data:
+            return cls(kept=KeptRecord(**data["kept"]))
+        layer = LayerRecord(**data["layer"])
+        return cls(None, layer, data["module"], data["stored"], data["scheme"], tuple(data["parts"]))
+
+
+@dataclass(frozen=True)
+class Output:
+    """What was written: weights in quantized tensors, their bytes, those of the kept ones and of all files."""
+
+    weights_quantized: int
+    bytes: int
+    kept_bytes: int
+    file_bytes: int
+    outliers: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, with the bits per weight."""
+        data = asdict(self)
+        bits = {"bits_per_weight": 8 * self.bytes / self.weights_quantized}
+        return {"weights_quantized": data.pop("weights_quantized"), "bytes": data.pop("bytes"), **bits, **data}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `fewbit_report.json` holds; the same for the same input, however interrupted.
+
+    left: files of the original that were not carried along.
+    """
+
+    model: str
+    method: str
+    recipe: dict[str, Any]
+    source: dict[str, int]
+    output: Output
+    layers: Sequence[LayerRecord]
+    kept: Sequence[KeptRecord]
+    fewbit_version: str
+    left: Sequence[str] = ()
+    calibration: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        data: dict[str, Any] = {
+            "model": self.model,
+            "method": self.method,
+            "recipe": self.recipe,
+            "source": self.source,
+            "output": self.output.to_dict(),
+            "layers": [layer.to_dict() for layer in self.layers],
+            "kept": [asdict(kept) for kept in self.kept],
+            "left": list(self.left),
+            "fewbit_version": self.fewbit_version,
+        }
+        return data if self.calibration is None else {**data, "calibration": self.calibration}

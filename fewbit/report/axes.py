@@ -1,0 +1,51 @@
+"""What there is to choose on each axis of a recipe, for people and as JSON."""
+
+from typing import Any
+
+from fewbit.grids.scale_formats import SCALE_FORMATS
+from fewbit.grids.table import GRIDS
+from fewbit.outliers.grids import OUTLIER_GRIDS
+from fewbit.outliers.rules import OUTLIER_RULES
+from fewbit.presets import PRESETS
+from fewbit.recipe import preset
+from fewbit.transforms.table import TRANSFORMS
+
+_SOLVERS = {"round": "every weight to its nearest level", "column": "later columns make up for errors (GPTQ)"}
+
+
+def axes_json() -> dict[str, Any]:
+    """For every axis its choices with what they are; ``methods``: what each preset chooses at its default bits."""
+    return {
+        "transform": {one.name: one.summary for one in TRANSFORMS.values()},
+        "outliers": {one.name: one.summary for one in OUTLIER_RULES.values()},
+        "outlier_grid": {one.name: one.summary for one in OUTLIER_GRIDS.values()},
+        "grid": {one.choice: one.summary for one in GRIDS.values()},
+        "scale_format": {one.name: one.summary for one in SCALE_FORMATS.values()},
+        "solver": _SOLVERS,
+        "methods": {name: _method(name) for name in PRESETS},
+    }
+
+
+def _method(name: str) -> dict[str, Any]:
+    recipe = preset(name)
+    return {
+        "transform": recipe.transform.name,
+        "outliers": recipe.outliers.rule,
+        "curvature": recipe.curvature.kind if recipe.curvature else "none",
+        "grid": recipe.grid.name,
+        "scale_format": recipe.scales.format,
+        "solver": recipe.solver.kind,
+    }
+
+
+def axes_text() -> str:
+    """The same as lines."""
+    found = axes_json()
+    lines: list[str] = []
+    for axis, choices in found.items():
+        lines.append(f"{axis}:")
+        for name, said in choices.items():
+            text = said if isinstance(said, str) else ", ".join(f"{k} {v}" for k, v in said.items() if v != "none")
+            lines.append(f"  {name:15} {text}")
+        lines.append("")
+    return "\n".join(lines).rstrip()

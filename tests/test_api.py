@@ -1,0 +1,122 @@
+"""The public surface: what the command line can do, in Python with names from `fewbit` alone; choices of tensors."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from conftest import run_cli
+
+import fewbit
+from fewbit.cli import app
+from fewbit.errors import FewbitError
+from fewbit.options import EVALUATE, QUANTIZE, TUNE, Option
+from fewbit.recipe import Recipe, sets_of
+
+TEXT: dict[str, Any] = {"calibration": "random-tokens", "samples": 4, "sequence_length": 32}
+
+
+def test_all_that_a_run_needs_is_there() -> None:
+    for name in fewbit.__all__:
+        assert getattr(fewbit, name) is not None
+    assert {"quantize", "tune", "evaluate", "unpack", "inspect", "load"} <= set(dir(fewbit))
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        fewbit.quantise  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize(("command", "options"), [("quantize", QUANTIZE), ("tune", TUNE), ("eval", EVALUATE)])
+def test_python_and_the_command_line_have_one_description(command: str, options: tuple[Option, ...]) -> None:
+    known = {p.name for p in typer.main.get_command(app).commands[command].params}  # type: ignore[attr-defined]
+    names = {option.name for option in options}
+    assert names <= known
+    function = {"eval": "evaluate"}.get(command, command)
+    assert names <= set(inspect.signature(getattr(fewbit, function)).parameters)
+    said = getattr(fewbit, function).__doc__ or ""
+    assert all(option.help in said for option in options if option.part != "data" and option.name != "tasks")
+
+
+def test_a_whole_run_in_python(tiny: Path, tmp_path: Path) -> None:
+    report = fewbit.quantize(tiny, tmp_path / "small", "precal+oac", bits=2, max_fallback=99, **TEXT)
+    assert report["recipe"]["bits"] == 2
+    assert report["calibration"]["calibration"]["sources"] == "random-tokens"
+    same = run_cli("quantize", tiny, tmp_path / "cli", "--method", "precal+oac", "--bits", "2", *flags(TEXT), "--json")
+    assert json.loads(same.stdout)["report"]["layers"] == report["layers"]
+    tuned = fewbit.tune(
+        tmp_path / "small", tmp_path / "tuned", epochs=1, held_out=1, batch_size=1, reference=tiny, **TEXT
+    )
+    assert tuned["tuning"]["choice"]["epochs"] == 1
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g " * 200)
+    found = fewbit.evaluate([tiny, tmp_path / "tuned"], text, windows=2, seq_len=16, reference=tiny)
+    assert [row["method"] for row in found["models"]] == ["original", "precal+oac + qaft"]
+    assert fewbit.unpack(tmp_path / "tuned", tmp_path / "plain") == tmp_path / "plain"
+
+
+def flags(choices: dict[str, Any]) -> list[str]:
+    return [text for name, value in choices.items() for text in (f"--{name.replace('_', '-')}", str(value))] + [
+        "--max-fallback",
+        "99",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, o: fewbit.quantize(m, o, bts=3), "quantize has no option 'bts': did you mean bits?"),
+        (lambda m, o: fewbit.quantize(m, o, "adpq++"), "unknown method 'adpq.*did you mean adpq"),
+        (lambda m, o: fewbit.quantize(m, o, grid="ternery"), "did you mean ternary?"),
+        (lambda m, o: fewbit.quantize(m, o, fewbit.Recipe(), bits=3), "a Recipe and RunOptions, or a method's name"),
+        (lambda m, o: fewbit.quantize(m, o, set=["*:bit=3"]), "unknown choices of tensors: bit: did you mean bits?"),
+        (lambda m, o: fewbit.quantize(m, o, set=["*.down_proj.weight"]), "--set is written as PATTERN:NAME=VALUE"),
+        (lambda m, o: fewbit.quantize(m, o, set=["nothing:bits=3"]), "--set nothing: matches no tensor to quantize"),
+        (lambda m, o: fewbit.quantize(m, o, set=["*:bits=many"]), "--set: bits is a number, not 'many'"),
+        (lambda m, o: fewbit.quantize(m, o, set=["*:bits=9"]), r"--set \*: bits must be a whole number from 1 to 8"),
+        (lambda m, o: fewbit.tune(m, o, epoch=3), "tune has no option 'epoch': did you mean epochs?"),
+        (lambda m, o: fewbit.evaluate(m, "topics", window=3), "evaluate has no option 'window': did you mean windows?"),
+    ],
+)
+def test_errors_suggest_the_nearest_name(tiny: Path, tmp_path: Path, call: Any, message: str) -> None:
+    with pytest.raises(FewbitError, match=message):
+        call(tiny, tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["adpq+", "precal+oac", "rtn"])
+def test_tensors_with_choices_of_their_own(tiny: Path, tmp_path: Path, method: str) -> None:
+    text = {} if method != "precal+oac" else {**TEXT, "max_fallback": 99}
+    sets = ["*.mlp.*:bits=5", "*.down_proj.weight:bits=8,group_size=32", "*.layers.0.*.down_proj.weight:bits=2"]
+    report = fewbit.quantize(tiny, tmp_path / "out", method, bits=3, set=sets, **text)
+    bits = {row["name"]: row["bits"] for row in report["layers"]}
+    assert {b for name, b in bits.items() if "self_attn" in name} == {3}
+    assert {b for name, b in bits.items() if "up_proj" in name} == {5}
+    assert bits["model.layers.0.mlp.down_proj.weight"] == 2
+    assert bits["model.layers.1.mlp.down_proj.weight"] == 8
+    assert {row["group_size"] for row in report["layers"] if "down_proj" in row["name"]} == {32}
+    ids = torch.arange(24).unsqueeze(0) + 3
+    packed = fewbit.load(tmp_path / "out", device="cpu")(ids).logits
+    plain = fewbit.load(fewbit.unpack(tmp_path / "out", tmp_path / "plain"), device="cpu")(ids).logits
+    assert torch.equal(packed, plain)
+    assert Recipe.from_dict(report["recipe"]).to_dict() == report["recipe"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert {scheme["bits"] for scheme in config["schemes"]} == {2, 3, 5, 8}
+    fewbit.tune(tmp_path / "out", tmp_path / "tuned", epochs=1, held_out=1, batch_size=1, reference=tiny, **TEXT)
+    again = fewbit.inspect(tmp_path / "tuned")["models"][0]
+    assert again["bits_per_weight"] == pytest.approx(report["output"]["bits_per_weight"])
+
+
+def test_what_a_preset_chooses_by_width_follows_a_tensor_s_own() -> None:
+    recipe = fewbit.preset("adpq+", bits=3, sets={"*.wide": {"bits": 6}, "*.mine": {"bits": 6, "grid": "normal-float"}})
+    assert recipe.at("a.narrow").grid.name == "normal-float"
+    assert recipe.at("a.wide").grid.name == "symmetric"
+    assert recipe.at("a.mine").grid.name == "normal-float"
+    assert sets_of(["model:a.*:bits=4,group_size=64,auto"]) == (
+        ("model:a.*", (("bits", 4), ("group_size", "64,auto"))),
+    )
+
+
+def test_the_plan_says_it_before(tiny: Path) -> None:
+    found = json.loads(run_cli("plan", tiny, "--bits", "3", "--set", "*.down_proj.weight:bits=8", "--json").stdout)
+    widths = {row["name"]: row["bits_per_weight"] for row in found["tensors"]["quantize"]}
+    assert widths["model.layers.0.mlp.down_proj.weight"] > 8 > 5 > widths["model.layers.0.mlp.up_proj.weight"]
