@@ -11,10 +11,13 @@ import torch
 from conftest import build_tiny, run_cli
 from dying import dies_before, needs_fork
 
+from fewbit.calibration.choice import CalibrationChoice
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.store import CurvatureWriter, check_curvature_place, open_curvature
 from fewbit.errors import FewbitError
+from fewbit.pipeline.calibration_options import CalibrationOptions
+from fewbit.pipeline.measure_curvature import measure
 
 GRAM = CurvatureChoice("gram")
 TEXT: dict[str, Any] = {"sources": "random-tokens", "blocks": 2}
@@ -166,3 +169,31 @@ def test_a_run_notices_that_its_curvature_was_measured_anew(tiny: Path, tmp_path
     run_cli(*measure)
     assert "curvature: block-00000.safetensors has been" in run_cli(*quantize, code=2).stderr
     run_cli(*quantize, "--overwrite")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a fault"), FewbitError("bad input"), KeyboardInterrupt()])
+def test_a_measurement_that_holds_nothing_goes_whatever_ended_it(
+    tiny: Path, tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = CalibrationOptions(CalibrationChoice("random-tokens", 4, 16))
+    put = CurvatureWriter.put
+
+    def fail(writer: CurvatureWriter, index: int, *more: Any) -> None:
+        if index == fails_at:
+            raise error
+        put(writer, index, *more)
+
+    monkeypatch.setattr(CurvatureWriter, "put", fail)
+    fails_at = 0
+    for there in (False, True):
+        if there:
+            (tmp_path / "curv").mkdir()
+        with pytest.raises(type(error)):
+            measure(tiny, tmp_path / "curv", GRAM, text)
+        assert sorted(tmp_path.rglob("*")) == ([tmp_path / "curv"] if there else [])
+    fails_at = 1
+    with pytest.raises(type(error)):
+        measure(tiny, tmp_path / "curv", GRAM, text)
+    assert "block-00000.safetensors" in read(tmp_path / "curv")
+    fails_at = 2
+    measure(tiny, tmp_path / "curv", GRAM, text)

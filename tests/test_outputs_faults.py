@@ -24,7 +24,7 @@ def raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr("fewbit.pipeline.run.quantize", run)
+    monkeypatch.setattr("fewbit.pipeline.run.make_plan", run)
 
 
 def guarded(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
@@ -45,7 +45,7 @@ def test_a_fault_is_reported_and_is_not_bad_input(
     assert code == 1
     lines = said[said.index("fewbit: a fault in fewbit") :].splitlines()
     assert lines[0].startswith(f"fewbit: a fault in fewbit: {type(error).__name__}: ")
-    assert re.match(r"  where: fewbit/cli_quantize\.py:\d+ quantize", lines[1])
+    assert re.match(r"  where: fewbit/pipeline/run\.py:\d+ quantize", lines[1])
     assert "test_outputs_faults.py" in lines[2]
     assert any(line.startswith("  versions: fewbit ") and "torch" in line and "python" in line for line in lines)
     assert "report these lines" in lines[-2] and len(lines) < 12

@@ -285,7 +285,9 @@ class WorkFolder:
 
 def _refuse_place(path: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise FewbitError(f"{path}: is no folder of fewbit's, which would work there: move it elsewhere first")
+        raise FewbitError(
+            f"{path}: fewbit needs this name for its work, and what has it is not fewbit's: move it elsewhere first"
+        )
 
 
 def _work_in(path: Path) -> set[str]:

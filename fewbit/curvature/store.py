@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -107,12 +108,26 @@ class CurvatureWriter:
         }
         measuring = {"files": file_stamps(entry.file for entry in checkpoint.entries.values())}
         check_curvature_place(folder, checkpoint)
+        self._new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         if any(_BLOCK.fullmatch(path.name) for path in folder.iterdir()):
             self._refuse_other(header, measuring)
         if not self._is_whole():
             write_json(folder / _MEASURING, measuring)
         write_json(folder / _DESCRIPTION, header)
+
+    def __enter__(self) -> "CurvatureWriter":
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        """A measurement that an exception ended before its first block leaves nothing."""
+        if kind is None or any(_BLOCK.fullmatch(path.name) for path in self.folder.iterdir()):
+            return
+        for path in list(self.folder.iterdir()):
+            if path.name in (_DESCRIPTION, _MEASURING) or _SCRATCH.fullmatch(path.name):
+                drop(path)
+        if self._new and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def _refuse_other(self, header: dict[str, Any], measuring: dict[str, Any]) -> None:
         before = read_json(self.folder / _DESCRIPTION)

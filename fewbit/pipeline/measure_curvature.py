@@ -73,17 +73,17 @@ def measure_tokens(
 
     network: opened for walking where the kind is gram; its blocks are empty afterwards then.
     """
-    writer = CurvatureWriter(out, checkpoint, choice, {**calibration.describe(), "blocks": len(network.blocks)})
-    counter = Counter(progress)
-    source = Source(network, calibration.ids, choice, options.memory, writer.folder, writer.has, counter)
-    if choice.kind == "gram":
-        blocks = gram_blocks(source, original_inputs=True)
-    else:
-        blocks = fisher_blocks(source, stages_of(matrix_bytes(network.sites), 0, options.memory), refreshed=False)
-    for block in blocks:
-        counter.show(f"block {block.index + 1} of {len(network.blocks)}")
-        if not writer.has(block.index) and block.measured is not None:
-            _put(network, block.index, block.measured, writer)
+    with CurvatureWriter(out, checkpoint, choice, {**calibration.describe(), "blocks": len(network.blocks)}) as writer:
+        counter = Counter(progress)
+        source = Source(network, calibration.ids, choice, options.memory, writer.folder, writer.has, counter)
+        if choice.kind == "gram":
+            blocks = gram_blocks(source, original_inputs=True)
+        else:
+            blocks = fisher_blocks(source, stages_of(matrix_bytes(network.sites), 0, options.memory), refreshed=False)
+        for block in blocks:
+            counter.show(f"block {block.index + 1} of {len(network.blocks)}")
+            if not writer.has(block.index) and block.measured is not None:
+                _put(network, block.index, block.measured, writer)
 
 
 def _put(network: Network, index: int, found: Accumulator, writer: CurvatureWriter) -> None:

@@ -17,6 +17,7 @@ from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.run import TuneOptions, check_enough, tune
 
 _MARK = "fewbit_untuned"
+_NOT_OURS = "fewbit needs this name for its work, and what has it is not fewbit's: move it elsewhere first"
 
 
 def quantize_and_tune(
@@ -63,9 +64,9 @@ def quantize_and_tune(
 def _refuse_foreign(between: Path, record: Path) -> None:
     """FewbitError when what stands at the first step's place, or at that of its record, is not fewbit's."""
     if os.path.lexists(between) and not made_by_fewbit(between):
-        raise FewbitError(f"{between}: is no folder that fewbit made, which would work there: move it elsewhere first")
+        raise FewbitError(f"{between}: {_NOT_OURS}")
     if os.path.lexists(record) and (record.is_symlink() or _job_in(record) is None):
-        raise FewbitError(f"{record}: is no file that fewbit made, which would work there: move it elsewhere first")
+        raise FewbitError(f"{record}: {_NOT_OURS}")
 
 
 def _job_in(record: Path) -> dict[str, Any] | None:
