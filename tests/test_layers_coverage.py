@@ -256,6 +256,16 @@ def test_which_axis_of_experts_holds_the_inputs(
         assert tensor.module == tensor.entry.name
 
 
+def test_experts_one_below_the_other() -> None:
+    base = "transformer.blocks.0.ffn.experts.mlp"
+    shapes = {**decoder("transformer.blocks"), **{f"{base}.{name}": (8 * INNER, HIDDEN) for name in ("w1", "v1", "w2")}}
+    found = decided(shapes, {**CONFIG, "ffn_config": {"moe_num_experts": 8, "ffn_hidden_size": INNER}})
+    tensors = [found[f"{base}.{name}"] for name in ("w1", "v1", "w2")]
+    assert {t.action for t in tensors} == {"quantize"}
+    assert [t.matrix_shape for t in tensors] == [(8 * INNER, HIDDEN)] * 2 + [(HIDDEN, 8 * INNER)]
+    assert [t.module for t in tensors] == [t.entry.name for t in tensors]
+
+
 def test_matrices_that_are_stored_in_out_are_told_by_their_biases_list_by_list() -> None:
     shapes: Shapes = {"transformer.wte.weight": (512, HIDDEN), "score.weight": (8, HIDDEN)}
     for number in range(2):

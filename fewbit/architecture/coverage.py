@@ -222,6 +222,8 @@ class _Survey:
         if len(entry.shape) == 2:
             if place is None:
                 return matrices_in_out([entry], self.shapes)
+            if kinds.is_row_stack(entry.name, entry.shape, self.facts):
+                return experts_in_out([entry], self.shapes, set(self.facts.widths))
             return self.turned[place.prefix]
         if len(entry.shape) != 3 or place is None:
             return False

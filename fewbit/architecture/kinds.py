@@ -160,6 +160,13 @@ def is_experts(subject: Subject) -> bool:
     return known or (subject.grouped > 1 and not _is_per_head(subject))
 
 
+def is_row_stack(name: str, shape: tuple[int, ...], facts: Facts) -> bool:
+    """Whether a parameter holds the experts' matrices one below the other in two dimensions, as DBRX' do."""
+    if len(shape) != 2 or name.endswith("weight") or shape[1] not in facts.widths:
+        return False
+    return any(shape[0] % count == 0 and shape[0] // count in facts.inner for count in facts.experts if count > 1)
+
+
 def matrix_in_block(subject: Subject) -> tuple[str, str]:
     """Action and reason for a matrix, or a stack of them, in a block, that no rule keeps."""
     if len(subject.shape) == 3:
@@ -168,6 +175,8 @@ def matrix_in_block(subject: Subject) -> tuple[str, str]:
         if _is_per_head(subject):
             return "keep", "one small matrix a head"
         return "unknown", "three dimensions, but no experts"
+    if is_row_stack(subject.rest, subject.shape, subject.facts):
+        return "quantize", "experts one below the other in a block"
     if len(subject.shape) != 2 or not subject.rest.endswith("weight"):
         if subject.share < _SMALL_SHARE:
             return "keep", "parameter that is no layer's weight"
