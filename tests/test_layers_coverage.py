@@ -157,7 +157,15 @@ def test_nothing_is_kept_for_its_dtype_or_its_emptiness(
 
 
 @pytest.mark.parametrize(
-    "prefix", ["mtp.layers", "model.mtp_layers", "draft.layers", "eagle.model.layers", "talker.layers"]
+    "prefix",
+    [
+        "mtp.layers",
+        "model.mtp_layers",
+        "draft.layers",
+        "model.layers.1.mtp_block",
+        "eagle.model.layers",
+        "talker.layers",
+    ],
 )
 def test_a_second_list_of_blocks_is_not_the_decoder(prefix: str) -> None:
     found = decided({**decoder(), **decoder(prefix, 1)})

@@ -189,7 +189,7 @@ class _Survey:
 
     def block(self, entry: TensorEntry) -> int | None:
         place = place_of(entry.name)
-        if place is None or self.lists[place.prefix].role != "main":
+        if place is None or self.lists[place.prefix].role != "main" or is_draft(place.rest):
             return None
         limit = self.lists[place.prefix].limit
         return place.number if limit is None or place.number < limit else None
@@ -209,6 +209,8 @@ class _Survey:
             return self._outside(entry)
         if found.role == "keep":
             return "keep", found.reason
+        if is_draft(place.rest):
+            return "keep", DRAFT
         if found.limit is not None and place.number >= found.limit:
             return "keep", f"{DRAFT}: config.json has {found.limit} blocks"
         subject = self._subject(entry, place)

@@ -23,6 +23,7 @@ from fewbit.curvature.accumulate import Accumulator
 from fewbit.curvature.fisher import measure_fisher
 from fewbit.curvature.store import StoredCurvature
 from fewbit.errors import FewbitError, missing_extra
+from fewbit.paging import page_out
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.solve_blocks import BlockSolver, Network, Progress
@@ -111,7 +112,9 @@ def open_network(
             return to_matrix(reader.tensor(tensor.entry), tensor.transposed).to(model.device)
 
         names = names_in_network(model, checkpoint.entries)
-        sites = find_sites(blocks, [item.tensor for item in items.values()], read, model, names)
+        sites = find_sites(
+            blocks, [item.tensor for item in items.values()], read, model, names, page_out if walking else None
+        )
     kept_names = {tensor.entry.name: names[tensor.entry.name] for tensor in plan.coverage.of("keep")}
     kept = names_by_parameter(model, blocks, kept_names)
     return Network(model, blocks, sites, items, kept, torch.device(device) if device else model.device)
