@@ -18,6 +18,7 @@ _KERNEL = 16
 _TABLE = 64
 """Fewer rows or columns than this, and no size in common with anything, make a table rather than a layer."""
 _SMALL_SHARE = 0.02
+_FEW = 4
 
 _ROUTER = re.compile(
     r"router|(^|[._])(moe_gate|gating|gate_network|shared_experts?_gate|e_score_correction_bias)([._]|$)"
@@ -189,4 +190,7 @@ def matrix_in_block(subject: Subject) -> tuple[str, str]:
 
 
 def _fits(subject: Subject, size: int) -> bool:
+    if not subject.facts.widths and sum(subject.sizes.values()) <= _FEW:
+        # Nothing to compare with.
+        return True
     return size in subject.facts.widths or subject.sizes.get(size, 0) > 1

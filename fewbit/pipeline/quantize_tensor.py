@@ -22,6 +22,8 @@ from fewbit.pipeline.quantize_weight import NotFiniteError, QuantizedRows, RowsC
 from fewbit.pipeline.tensor_rows import TensorRows
 from fewbit.recipe import Recipe
 
+# Few enough that passes over them stay in a core's cache, many enough that Python's lock is rarely waited for.
+_CHUNK_WEIGHTS = 1 << 19
 _SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 
 
@@ -49,7 +51,7 @@ def quantize_tensor(
     """
     stored = item.stored
     assert stored is not None
-    source = TensorRows(item, reader)
+    source = TensorRows(item, reader, _CHUNK_WEIGHTS)
     context = RowsContext(
         recipe=recipe,
         scheme=stored.scheme,

@@ -8,18 +8,15 @@ from torch import Tensor
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.pipeline.plan import PlannedTensor
 
-# Few enough that passes over them stay in a core's cache, many enough that Python's lock is rarely waited for.
-_CHUNK_WEIGHTS = 1 << 19
-
 
 class TensorRows:
     """Rows of a planned tensor; several threads may read.
 
     One that is stored (in, out) is read a matrix at a time and turned: the whole of it, or one expert.
-    spans: first rows and numbers of rows, in pieces that a worker takes.
+    spans: first rows and numbers of rows, in pieces of about `at_once` weights that a worker takes.
     """
 
-    def __init__(self, item: PlannedTensor, reader: FileReader) -> None:
+    def __init__(self, item: PlannedTensor, reader: FileReader, at_once: int) -> None:
         assert item.stored is not None
         self._entry, self._reader = item.tensor.entry, reader
         self.rows, self.columns = item.stored.shape
@@ -28,7 +25,7 @@ class TensorRows:
         self._height = self.rows // math.prod(self._entry.shape[:-2]) if self._turned else self.rows
         self._expert, self._lock = -1, threading.Lock()
         self._matrix: Tensor | None = None
-        step = max(1, _CHUNK_WEIGHTS // self.columns)
+        step = max(1, at_once // self.columns)
         self.spans = [
             (first, min(step, start + self._height - first))
             for start in range(0, self.rows, self._height)
