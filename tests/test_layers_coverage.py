@@ -157,13 +157,21 @@ def test_nothing_is_kept_for_its_dtype_or_its_emptiness(
 
 
 @pytest.mark.parametrize(
-    "prefix", ["mtp.layers", "model.mtp_layers", "draft.layers", "eagle.model.layers", "talker.layers"]
+    "prefix",
+    [
+        "mtp.layers",
+        "model.mtp_layers",
+        "draft.layers",
+        "model.layers.1.mtp_block",
+        "eagle.model.layers",
+        "talker.layers",
+    ],
 )
 def test_a_second_list_of_blocks_is_not_the_decoder(prefix: str) -> None:
     found = decided({**decoder(), **decoder(prefix, 1)})
     ours = [t for name, t in found.items() if name.startswith(f"{prefix}.")]
     assert ours and all(t.action == "keep" and t.block is None for t in ours)
-    assert {t.block for t in found.values() if t.entry.name.startswith("model.layers.")} == {0, 1}
+    assert {t.block for t in found.values() if t.entry.name.startswith("model.layers.") and t not in ours} == {0, 1}
 
 
 def test_a_list_that_the_config_does_not_describe_is_unknown() -> None:
@@ -254,6 +262,16 @@ def test_which_axis_of_experts_holds_the_inputs(
         assert tensor.matrix_shape == (8 * rows, columns)
         assert tensor.original_shape == (8, *shape)
         assert tensor.module == tensor.entry.name
+
+
+def test_experts_one_below_the_other() -> None:
+    base = "transformer.blocks.0.ffn.experts.mlp"
+    shapes = {**decoder("transformer.blocks"), **{f"{base}.{name}": (8 * INNER, HIDDEN) for name in ("w1", "v1", "w2")}}
+    found = decided(shapes, {**CONFIG, "ffn_config": {"moe_num_experts": 8, "ffn_hidden_size": INNER}})
+    tensors = [found[f"{base}.{name}"] for name in ("w1", "v1", "w2")]
+    assert {t.action for t in tensors} == {"quantize"}
+    assert [t.matrix_shape for t in tensors] == [(8 * INNER, HIDDEN)] * 2 + [(HIDDEN, 8 * INNER)]
+    assert [t.module for t in tensors] == [t.entry.name for t in tensors]
 
 
 def test_matrices_that_are_stored_in_out_are_told_by_their_biases_list_by_list() -> None:

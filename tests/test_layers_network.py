@@ -241,3 +241,25 @@ def test_a_weight_that_is_used_by_the_module_around_it_is_seen_once() -> None:
     with watching(layers, lambda key, inputs, gradient: seen.append(key), backward=False):
         outer(torch.randn(2, 3, 6))
     assert seen == ["inner", "other"]
+
+
+def test_memory_that_is_given_back_keeps_its_numbers(tmp_path: Path) -> None:
+    from fewbit.paging import page_out
+
+    folder = build_tiny(tmp_path / "model", shard_size="1GB")
+    checkpoint, model = open_checkpoint(folder), fewbit.load(folder, device="cpu")
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    seen: list[Tensor] = []
+
+    def look(tensor: Tensor) -> None:
+        seen.append(tensor)
+        page_out(tensor)
+
+    tensors = cover(checkpoint.entries.values(), checkpoint.config).of("quantize")
+    find_sites(list(find_blocks(model)), tensors, None, model, names_in_network(model, checkpoint.entries), look)
+    page_out(model.model.norm.weight.detach())
+    page_out(torch.empty(0))
+    assert len(seen) == 14
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

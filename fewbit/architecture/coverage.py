@@ -189,7 +189,7 @@ class _Survey:
 
     def block(self, entry: TensorEntry) -> int | None:
         place = place_of(entry.name)
-        if place is None or self.lists[place.prefix].role != "main":
+        if place is None or self.lists[place.prefix].role != "main" or is_draft(place.rest):
             return None
         limit = self.lists[place.prefix].limit
         return place.number if limit is None or place.number < limit else None
@@ -209,6 +209,8 @@ class _Survey:
             return self._outside(entry)
         if found.role == "keep":
             return "keep", found.reason
+        if is_draft(place.rest):
+            return "keep", DRAFT
         if found.limit is not None and place.number >= found.limit:
             return "keep", f"{DRAFT}: config.json has {found.limit} blocks"
         subject = self._subject(entry, place)
@@ -222,6 +224,8 @@ class _Survey:
         if len(entry.shape) == 2:
             if place is None:
                 return matrices_in_out([entry], self.shapes)
+            if kinds.is_row_stack(entry.name, entry.shape, self.facts):
+                return experts_in_out([entry], self.shapes, set(self.facts.widths))
             return self.turned[place.prefix]
         if len(entry.shape) != 3 or place is None:
             return False

@@ -18,6 +18,7 @@ _KERNEL = 16
 _TABLE = 64
 """Fewer rows or columns than this, and no size in common with anything, make a table rather than a layer."""
 _SMALL_SHARE = 0.02
+_FEW = 4
 
 _ROUTER = re.compile(
     r"router|(^|[._])(moe_gate|gating|gate_network|shared_experts?_gate|e_score_correction_bias)([._]|$)"
@@ -160,6 +161,13 @@ def is_experts(subject: Subject) -> bool:
     return known or (subject.grouped > 1 and not _is_per_head(subject))
 
 
+def is_row_stack(name: str, shape: tuple[int, ...], facts: Facts) -> bool:
+    """Whether a parameter holds the experts' matrices one below the other in two dimensions, as DBRX' do."""
+    if len(shape) != 2 or name.endswith("weight") or shape[1] not in facts.widths:
+        return False
+    return any(shape[0] % count == 0 and shape[0] // count in facts.inner for count in facts.experts if count > 1)
+
+
 def matrix_in_block(subject: Subject) -> tuple[str, str]:
     """Action and reason for a matrix, or a stack of them, in a block, that no rule keeps."""
     if len(subject.shape) == 3:
@@ -168,6 +176,8 @@ def matrix_in_block(subject: Subject) -> tuple[str, str]:
         if _is_per_head(subject):
             return "keep", "one small matrix a head"
         return "unknown", "three dimensions, but no experts"
+    if is_row_stack(subject.rest, subject.shape, subject.facts):
+        return "quantize", "experts one below the other in a block"
     if len(subject.shape) != 2 or not subject.rest.endswith("weight"):
         if subject.share < _SMALL_SHARE:
             return "keep", "parameter that is no layer's weight"
@@ -180,4 +190,7 @@ def matrix_in_block(subject: Subject) -> tuple[str, str]:
 
 
 def _fits(subject: Subject, size: int) -> bool:
+    if not subject.facts.widths and sum(subject.sizes.values()) <= _FEW:
+        # Nothing to compare with.
+        return True
     return size in subject.facts.widths or subject.sizes.get(size, 0) > 1

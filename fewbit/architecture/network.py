@@ -91,12 +91,13 @@ def find_sites(
     weights: Weights | None,
     model: nn.Module | None = None,
     names: Mapping[str, Target] | None = None,
+    seen: Callable[[Tensor], None] | None = None,
 ) -> list[list[Site]]:
     """Sites of the quantized tensors of every block; a tensor fused over experts has one for each expert.
 
     weights: reads a tensor, to check what the network holds (None: nothing is checked, and only names lead anywhere).
     model, names: the whole network and where its checkpoint's tensors are in it; without, the names are taken to be
-    the blocks' own. Tensors in no block have no site.
+    the blocks' own. seen: called with every parameter that has been read. Tensors in no block have no site.
     Raises FewbitError naming a tensor that is nowhere in the network, or is another one there.
     """
     finder = _Finder(blocks, weights, model, names)
@@ -104,6 +105,9 @@ def find_sites(
     # Experts that are alike are told apart by their order.
     for tensor in sorted(tensors, key=lambda tensor: _natural(tensor.entry.name)):
         found[tensor.entry.name] = finder.find(tensor)
+        if seen is not None:
+            for _, site in found[tensor.entry.name]:
+                seen(site.watched.weight.detach())
     sites: list[list[Site]] = [[] for _ in blocks]
     for tensor in tensors:
         for index, site in found[tensor.entry.name]:

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from fewbit.architecture.block_lists import place_of
 from fewbit.checkpoints.safetensors_io import TensorEntry
 
 _ATTENTION_INPUT = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|W_pack)\.weight$")
@@ -15,13 +16,13 @@ _MLP_NORMS: tuple[str, ...] = (
     "ln_2",
     "ffn_norm",
 )
-_BLOCK_PREFIX = re.compile(r"^(?:[^.]+\.)*?(?:layers|h|blocks|layer|block)\.\d+\.")
+_CENTRED = re.compile(r"gemma|recurrent_gemma|t5gemma|vaultgemma|qwen3_next|qwen3_5|qwen4_exp|minimax_m3|muse_|step3p7")
 
 
 def gain_before(name: str, entries: dict[str, TensorEntry]) -> TensorEntry | None:
     """The gain of the norm whose output is the input of linear layer `name`; None where it is no norm's output."""
-    block = _BLOCK_PREFIX.match(name)
-    if not block:
+    place = place_of(name)
+    if place is None:
         return None
     if _ATTENTION_INPUT.search(name):
         candidates = _ATTENTION_NORMS
@@ -30,12 +31,12 @@ def gain_before(name: str, entries: dict[str, TensorEntry]) -> TensorEntry | Non
     else:
         return None
     for norm in candidates:
-        entry = entries.get(f"{block[0]}{norm}.weight")
+        entry = entries.get(f"{place.prefix}.{place.number}.{norm}.weight")
         if entry is not None and len(entry.shape) == 1:
             return entry
     return None
 
 
 def gain_offset(config: dict[str, Any]) -> float:
-    """What the architecture adds to a stored gain: Gemma stores gain - 1."""
-    return 1.0 if str(config.get("model_type", "")).startswith("gemma") else 0.0
+    """What the architecture adds to a stored gain: Gemma stores gain - 1, and so do some others."""
+    return 1.0 if _CENTRED.match(str(config.get("model_type", ""))) else 0.0

@@ -14,6 +14,7 @@ from fewbit.architecture.orientation import to_matrix
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.paging import page_out
 from fewbit.pipeline.plan import cover_original
 from fewbit.runtime.load import load_decoder
 
@@ -76,7 +77,7 @@ def open_network(
             return to_matrix(reader.tensor(tensor.entry), tensor.transposed).to(model.device)
 
         names = names_in_network(model, checkpoint.entries)
-        sites = find_sites(blocks, coverage.of("quantize"), read, model, names)
+        sites = find_sites(blocks, coverage.of("quantize"), read, model, names, page_out if walking else None)
     kept_names = {tensor.entry.name: names[tensor.entry.name] for tensor in coverage.of("keep")}
     kept = names_by_parameter(model, blocks, kept_names)
     return Network(model, blocks, sites, kept, torch.device(device) if device else model.device)

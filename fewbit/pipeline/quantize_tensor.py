@@ -25,6 +25,8 @@ from fewbit.pipeline.tensor_rows import TensorRows
 from fewbit.solvers.settled import Encoded, NotFiniteError, round_rows
 from fewbit.transforms.table import TRANSFORMS
 
+# Few enough that passes over them stay in a core's cache, many enough that Python's lock is rarely waited for.
+_CHUNK_WEIGHTS = 1 << 19
 _SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 
 
@@ -58,7 +60,8 @@ def quantize_tensor(
     Returns a function that puts the rows together (another thread can call it while the next tensor is quantized).
     Raises FewbitError naming the tensor when a weight is NaN or infinite or a scale cannot be stored.
     """
-    source, stored, choices = TensorRows(item, reader), item.stored, item.choices
+    stored, choices = item.stored, item.choices
+    source = TensorRows(item, reader, _CHUNK_WEIGHTS)
     rule, transform = OUTLIER_RULES[choices.outliers.rule], TRANSFORMS[stored.scheme.transform]
     mapped = transform.fixed(stored.shape[1])
 

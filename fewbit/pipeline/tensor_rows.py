@@ -9,18 +9,15 @@ from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.grids.table import row_block
 from fewbit.pipeline.plan import PlannedTensor
 
-# Few enough that passes over them stay in a core's cache, many enough that Python's lock is rarely waited for.
-_CHUNK_WEIGHTS = 1 << 19
-
 
 class TensorRows:
     """Rows of a planned tensor; several threads may read.
 
     One that is stored (in, out) is read a matrix at a time and turned: the whole of it, or one expert.
-    spans: first rows and numbers of rows, in pieces that a worker takes.
+    spans: first rows and numbers of rows, in pieces of about `at_once` weights that a worker takes.
     """
 
-    def __init__(self, item: PlannedTensor, reader: FileReader) -> None:
+    def __init__(self, item: PlannedTensor, reader: FileReader, at_once: int) -> None:
         self._entry, self._reader = item.tensor.entry, reader
         self.rows, self.columns = item.stored.shape
         self._turned = item.stored.transposed
@@ -30,7 +27,7 @@ class TensorRows:
         self._matrix: Tensor | None = None
         # What some rows share is stored once for them: they stay together.
         block = row_block(item.stored.scheme) or self._height
-        step = max(1, _CHUNK_WEIGHTS // self.columns // block) * block
+        step = max(1, at_once // self.columns // block) * block
         self.spans = [
             (first, min(step, start + self._height - first))
             for start in range(0, self.rows, self._height)
