@@ -18,10 +18,10 @@ from fewbit.checkpoints.source import open_checkpoint
 
 PACKAGE = Path(fewbit.__file__).parent
 UNIX_ONLY = ("fcntl", "resource", "pwd", "grp", "termios", "pty", "tty", "readline", "curses", "syslog")
-# Of the module os: what Windows, or Windows and macOS, do not have.
+# Of the module os: what Windows, or Windows and macOS, do not have and this package could be tempted by.
 ABSENT = """
-    sched_getaffinity posix_fallocate posix_fadvise preadv pwritev pread pwrite sendfile getuid geteuid fork statvfs
-    sysconf O_DIRECTORY O_DIRECT O_NOFOLLOW O_CLOEXEC mkfifo killpg getpgid setsid wait4 uname
+    sched_getaffinity posix_fallocate posix_fadvise preadv pwritev pread pwrite getuid geteuid sysconf O_DIRECTORY
+    O_DIRECT O_NOFOLLOW mkfifo killpg setsid
 """
 ELSEWHERE = f"""
 import os, pathlib, sys
@@ -32,6 +32,9 @@ class Hidden:
             raise ModuleNotFoundError("No module named " + repr(name), name=name)
 
 def hide():
+    # The standard library found out at its import what there is.
+    import shutil
+    shutil._use_fd_functions = shutil._USE_CP_SENDFILE = False
     for name in {UNIX_ONLY}:
         sys.modules.pop(name, None)
     sys.meta_path.insert(0, Hidden())

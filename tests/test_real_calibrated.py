@@ -44,11 +44,11 @@ def kept(halves: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 # Solving takes longest: of the 30 blocks the first ten.
-FIRST_BLOCKS = ("model.layers.1[0-9].*", "model.layers.2[0-9].*")
+BEHIND_THE_TENTH = ("model.layers.1[0-9].*", "model.layers.2[0-9].*")
 
 
 def quantized(kept: dict[str, Path], out: Path, method: str) -> Path:
-    recipe = fewbit.preset(method, bits=2, group_size="64", exclude=FIRST_BLOCKS)
+    recipe = fewbit.preset(method, bits=2, group_size="64", exclude=BEHIND_THE_TENTH)
     stored = None
     if recipe.curvature is not None:
         stored = open_curvature(kept[recipe.curvature.kind], open_checkpoint(locate(MODEL)))

@@ -52,8 +52,8 @@ def test_what_bits_cost_on_smollm2(folders: dict[str, Path]) -> None:
 
 
 def test_gemma3_and_adpq_plus_against_rounding_at_equal_bytes(tmp_path: Path) -> None:
-    ours = quantized("gemma3-270m", tmp_path / "ours", "adpq+", bits=3, exclude=BEHIND_THE_TENTH)
-    rounding = {"bits": 3, "group_size": "32", "exclude": BEHIND_THE_TENTH}
+    ours = quantized("gemma3-270m", tmp_path / "ours", "adpq+", bits=3, exclude=BEHIND_THE_TENTH[:1])
+    rounding = {"bits": 3, "group_size": "32", "exclude": BEHIND_THE_TENTH[:1]}
     rounded = quantized("gemma3-270m", tmp_path / "rounded", "rtn", **rounding)
     one, other = fewbit.evaluate([ours, rounded], "topics", Protocol(256, 2))["models"]
     assert one["bits_per_weight"] < other["bits_per_weight"]

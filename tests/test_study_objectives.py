@@ -128,6 +128,7 @@ def test_a_killed_study_goes_on_and_gives_the_same_result(tiny: Path, tmp_path: 
     assert all((out / "cells" / name).stat().st_mtime_ns == time for name, time in finished.items())
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_rows(tiny: Path, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
     few = {"methods": ("rtn", "oac"), "bits": (3,)}

@@ -57,6 +57,7 @@ def choice_of(model: Path, out: Path, texts: Path, **given: Any) -> Any:
     return make_choice(STUDY, str(model), out, str(texts / "words.txt"), {**GIVEN, "size": "quick", **given})
 
 
+@pytest.mark.slow
 def test_the_study_end_to_end(planted: Path, texts: Path, tmp_path: Path) -> None:
     sets = [parse_set(f"content/code={texts / 'code.txt'}"), parse_set(f"language/hindi={texts / 'hindi.txt'}")]
     sets.append(parse_set(f"language/english={texts / 'words.txt'}"))
@@ -105,6 +106,7 @@ def test_the_study_end_to_end(planted: Path, texts: Path, tmp_path: Path) -> Non
     check_page(tmp_path / "out" / "study.html")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt2"])
 def test_experts_that_see_few_tokens_and_weights_that_are_transposed(name: str, texts: Path, tmp_path: Path) -> None:
     model = build(name, tmp_path / name)
@@ -124,6 +126,7 @@ def test_experts_that_see_few_tokens_and_weights_that_are_transposed(name: str, 
     assert summarize(rows, choice).conclusion
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_rows(planted: Path, texts: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
     few: dict[str, Any] = {"bits": (4,), "methods": ("awq",)}

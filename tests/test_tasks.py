@@ -182,6 +182,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_lm_evals_own_loop(
     tiny32: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +272,7 @@ def test_one_question_has_no_standard_error(tiny32: Path, folder: Path) -> None:
     assert "standard_error" not in row
 
 
+@pytest.mark.slow
 def test_the_command_with_text_and_tasks(tiny32: Path, folder: Path, tmp_path: Path) -> None:
     fewbit.quantize(tiny32, tmp_path / "small", fewbit.preset("rtn", bits=4))
     text = ["--data", "topics", "--seq-len", 32, "--windows", 2, "--reference", tiny32]

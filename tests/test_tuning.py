@@ -69,6 +69,7 @@ def test_rate_and_order() -> None:
     assert {number for batch in first for number in batch} == set(range(10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["all", "weights", "scales", "codes"])
 def test_tuning_brings_a_model_nearer_to_the_original(folder: Path, model: Path, tmp_path: Path, train: str) -> None:
     choice = TuningChoice(**{**vars(CHOICE), "train": train})
@@ -237,6 +238,7 @@ def test_the_first_version_of_sharding_is_refused(monkeypatch: pytest.MonkeyPatc
         tuning_run._accelerator("cpu")
 
 
+@pytest.mark.slow
 def test_quantize_and_tune_in_one_go(folder: Path, model: Path, tmp_path: Path) -> None:
     text = ["--calibration", "random-tokens", "--samples", 36, "--sequence-length", 32]
     quantize = ["quantize", model, tmp_path / "out", "--method", "rtn", "--bits", 2, "--group-size", 32, *text]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from fewbit.checkpoints.json_file import drop, read_json, write_json
 from fewbit.checkpoints.json_in import parse_json
 from fewbit.checkpoints.output import check_place, is_of_the_system
+from fewbit.checkpoints.read_at import bytes_at
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.checkpoints.stamps import differences, file_stamps
@@ -51,7 +51,7 @@ def _sample(checkpoint: Checkpoint) -> str:
             entry = checkpoint.entries[name]
             length = min(entry.bytes_on_disk, _SAMPLE_BYTES)
             first = entry.start + (entry.bytes_on_disk - length) // 2
-            digest.update(os.pread(reader.descriptor(entry.file), length, first))
+            digest.update(bytes_at(reader.descriptor(entry.file), length, first))
     return digest.hexdigest()
 
 
