@@ -7,7 +7,7 @@ from fewbit.architecture.coverage import Coverage, cover, require_recognised
 from fewbit.architecture.norms import gain_before
 from fewbit.checkpoints.safetensors_io import TensorEntry
 from fewbit.errors import FewbitError
-from fewbit.recipe import group_size_for
+from fewbit.grids.choice import group_size_for
 
 
 def entries(shapes: dict[str, tuple[int, ...]]) -> list[TensorEntry]:

@@ -15,7 +15,6 @@ from dying import dies_before, needs_fork
 import fewbit
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.checkpoints.json_file import write_json
-from fewbit.checkpoints.source import open_checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, check_output
 from fewbit.errors import FewbitError, WorkKeptError
 from fewbit.pipeline.run import RunOptions
@@ -23,7 +22,6 @@ from fewbit.report.text import quantize_json, tuning_summary
 from fewbit.tuning import in_one_go, loop
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.run import TuneOptions, tune
-from fewbit.tuning.write import network_names
 
 CHOICE = TuningChoice(epochs=1, held_out=2, batch_size=2)
 OPTIONS = TuneOptions(calibration=CalibrationChoice("random-tokens", 8, 16), device="cpu")
@@ -75,15 +73,6 @@ def test_what_the_end_needs_is_checked_before_training(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop.Trainer, "run", lambda *arguments: pytest.fail("it was trained"))
-    checkpoint = open_checkpoint(folder)
-    modules = [name.removesuffix(".codes") for name in checkpoint.entries if name.endswith(".codes")]
-    assert network_names(checkpoint, [f"base.{name}" for name in modules]) == {n: f"base.{n}" for n in modules}
-    with pytest.raises(FewbitError, match="is packed but no plain linear layer that could be trained"):
-        network_names(checkpoint, modules[1:])
-    with monkeypatch.context() as patch:
-        patch.setattr("fewbit.tuning.run.network_names", lambda *arguments: network_names(checkpoint, modules[1:]))
-        with pytest.raises(FewbitError, match="no plain linear layer"):
-            tune(folder, tmp_path / "out", CHOICE, OPTIONS)
     with monkeypatch.context() as patch:
         patch.setattr("fewbit.tuning.run.shutil.disk_usage", lambda path: type("Free", (), {"free": 10}))
         with pytest.raises(WorkKeptError, match=r"the output needs 0\.0 GB, 0\.0 GB are free"):
