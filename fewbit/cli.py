@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Turn the 16-bit weights of a language model into 8 to 1 bits, and see what it costs.\n\n"
-    "Begin with:  fewbit quantize smollm2-135m small --method adpq+ --bits 3",
+    "Begin with:  fewbit quantize smollm2-135m small",
 )
 models_app = typer.Typer(help="List and fetch the models that need no hub.", invoke_without_command=True)
 app.add_typer(models_app, name="models")

@@ -125,7 +125,7 @@ def _understood(
 ) -> tuple[dict[str, Any], dict[str, TensorEntry], Foreign | None]:
     """Config and tensors as 16-bit ones where they can be read so, and otherwise what they are."""
     if _is_native(config):
-        return config, entries, None
+        return config, _without_guards(config, entries), None
     described = described_in(config, folder)
     fp8 = described_fp8(config, folder) if described is not None else None
     if fp8 is None:
@@ -135,6 +135,17 @@ def _understood(
     if rest is not None:
         return config, entries, rest
     return _without_quantization(config), products, None
+
+
+def _without_guards(config: dict[str, Any], entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The tensors of a native folder without those that only stand in the way of loaders that do not know it."""
+    weights = config["quantization_config"].get("weights")
+    packed = weights if isinstance(weights, dict) else {}
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if entry.shape != (0,) or not {name, name.removesuffix(".weight")} & packed.keys()
+    }
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,10 @@ from fewbit.transforms.transform import Values
 
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)
-"""Versions that this code reads. 2 has rows of logarithmic scales, which 1 never has."""
+"""Versions that this code reads. 2 has guards, and rows of logarithmic scales, which 1 never has."""
+GUARD = (torch.uint8, (0,))
+"""Dtype and shape of the tensor that stands under the name of the original one: it fits no network, so that a loader
+that does not know the format fails instead of filling the layer with random numbers."""
 
 
 def check_scheme(scheme: Scheme) -> Scheme:
@@ -41,6 +44,11 @@ def part_layout(stored: StoredWeight) -> Layout:
         **outlier_layout(stored),
         **TRANSFORMS[scheme.transform].layout(columns),
     }
+
+
+def original_name(module: str, stored: StoredWeight) -> str:
+    """The name of the tensor that a packed weight was made from: that of its guard."""
+    return module if stored.original_shape is not None else f"{module}.weight"
 
 
 def stored_bytes(stored: StoredWeight) -> int:

@@ -37,7 +37,7 @@ class PlannedTensor:
     @property
     def output(self) -> list[str]:
         """Names of the tensors that it becomes."""
-        return [f"{self.tensor.module}.{part}" for part in part_layout(self.stored)]
+        return [self.tensor.entry.name, *(f"{self.tensor.module}.{part}" for part in part_layout(self.stored))]
 
     @property
     def choices(self) -> WeightChoices:

@@ -47,7 +47,8 @@ class KeptRecord:
 class WrittenTensor:
     """What a finished shard holds of one tensor: either it was kept, or it is a layer with its stored form.
 
-    module, parts: its tensors are ``module.part``. stored, scheme: as `config.json` has them.
+    module, parts: its tensors are ``module.part``, and a guard under the original's name. stored, scheme: as
+    `config.json` has them.
     """
 
     kept: KeptRecord | None = None
@@ -60,7 +61,10 @@ class WrittenTensor:
     @property
     def tensors(self) -> list[str]:
         """Names of its tensors in the shard."""
-        return [self.kept.name] if self.kept else [f"{self.module}.{part}" for part in self.parts]
+        if self.kept is not None:
+            return [self.kept.name]
+        guard = [self.layer.name] if self.layer else []
+        return [*guard, *(f"{self.module}.{part}" for part in self.parts)]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; :meth:`from_dict` is the inverse."""

@@ -24,7 +24,7 @@ from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.checkpoints.workdir import SOLVED, WorkFolder, check_output, copy_companions, write_index
 from fewbit.device import check_device
 from fewbit.errors import FewbitError, WorkKeptError
-from fewbit.formats.native import FORMAT_VERSION, check_scheme
+from fewbit.formats.native import FORMAT_VERSION, GUARD, check_scheme
 from fewbit.formats.original import MODEL_FOLDER
 from fewbit.grids.scheme import Scheme
 from fewbit.memory import peak_rss_bytes
@@ -207,6 +207,8 @@ def _copy(item: KeptTensor, run: _Run, writer: ShardWriter | None) -> WrittenTen
 def _write(item: PlannedTensor, assemble: Callable[[], SolvedWeight], writer: ShardWriter | None) -> WrittenTensor:
     found = assemble()
     if writer:
+        dtype, shape = GUARD
+        writer.add(item.tensor.entry.name, torch.zeros(shape, dtype=dtype))
         for part, tensor in found.parts.items():
             writer.add(f"{item.tensor.module}.{part}", tensor)
     return WrittenTensor(

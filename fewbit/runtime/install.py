@@ -10,10 +10,10 @@ from torch import nn
 
 from fewbit.checkpoints.safetensors_io import TensorEntry
 from fewbit.errors import FewbitError
-from fewbit.formats.native import part_layout
+from fewbit.formats.native import original_name, part_layout
 from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import Linear
-from fewbit.runtime.packed_linear import PackedLinear, buffer_name
+from fewbit.runtime.packed_linear import GUARD_BUFFER, PackedLinear, buffer_name
 from fewbit.runtime.packed_parameter import KeptWeight, Merge, PackedParameter, PackedWeight, checkpoint_shape, hold
 from fewbit.runtime.part_names import PartNames
 from fewbit.runtime.places import Place, is_ignored, is_inside, place_weights
@@ -58,6 +58,8 @@ def install(
     Raises FewbitError when a weight does not fit, or has no place where something else is left without weights.
     """
     parts = [f"{name}.{part}" for name, stored in weights.items() for part in part_layout(stored)]
+    guards = {original_name(name, stored) for name, stored in weights.items()}
+    entries = {name: entry for name, entry in entries.items() if name not in guards}
     places = place_weights(model, weights, entries.keys() - set(parts))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     network = _Network(model, shapes, dtype, weights, entries, places)
@@ -78,7 +80,7 @@ def install(
         hold(module, parameter, values[source], borrowed=True)
     checkpoint = list(dict.fromkeys([*parts, *network.names]))
     tensors = [places[name].name for name in weights]
-    return PartNames(checkpoint, [network.names.get(name, "") for name in checkpoint], tensors)
+    return PartNames(checkpoint, [network.names.get(name, "") for name in checkpoint], tensors, guards)
 
 
 def _is_packed(network: _Network, members: list[str]) -> bool:
@@ -188,7 +190,7 @@ def _pack_one(network: _Network, target: str, name: str, is_shared: bool) -> dic
         path = target.removesuffix(".weight")
         parent, _, child = path.rpartition(".")
         setattr(network.model.get_submodule(parent), child, packed)
-        network.names |= {f"{name}.{part}": f"{path}.{buffer_name(part)}" for part in part_layout(stored)}
+        _note_parts(network, name, stored, path)
         return {}
     value = PackedParameter(target, [PackedWeight(name, stored)], None, network.dtype_of(target))
     _hold(network, target, value)
@@ -218,9 +220,14 @@ def _source(network: _Network, name: str) -> nn.Module:
 def _note(network: _Network, name: str, source: nn.Module, path: str) -> None:
     """Where the parts of a source go, or the plain tensor that it is."""
     if isinstance(source, PackedWeight):
-        network.names |= {f"{name}.{part}": f"{path}.{buffer_name(part)}" for part in part_layout(source.stored)}
+        _note_parts(network, name, source.stored, path)
     else:
         network.names[name] = f"{path}.value"
+
+
+def _note_parts(network: _Network, name: str, stored: StoredWeight, path: str) -> None:
+    network.names |= {f"{name}.{part}": f"{path}.{buffer_name(part)}" for part in part_layout(stored)}
+    network.names[original_name(name, stored)] = f"{path}.{GUARD_BUFFER}"
 
 
 def _shape_of(source: nn.Module) -> tuple[int, ...]:

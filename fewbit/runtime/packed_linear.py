@@ -7,19 +7,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fewbit.formats import native
-from fewbit.formats.native import part_layout
+from fewbit.formats.native import GUARD, part_layout
 from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import linear
 from fewbit.runtime.decoded import to_look_at
 
 _BUFFER = "packed_"
 """Before a part's name: parts may be called what a module already has, such as `weight`."""
+GUARD_BUFFER = "guard"
+"""The buffer that a saved model's guard (:data:`fewbit.formats.native.GUARD`) comes from."""
 
 
 def add_parts(module: nn.Module, stored: StoredWeight, device: torch.device | str) -> None:
     """Give `module` a buffer for every part, so that `.to(device)`, device maps and offloading move them."""
     for name, (dtype, shape) in part_layout(stored).items():
         module.register_buffer(buffer_name(name), torch.empty(shape, dtype=dtype, device=device))
+    module.register_buffer(GUARD_BUFFER, torch.empty(GUARD[1], dtype=GUARD[0], device=device))
 
 
 def buffer_name(part: str) -> str:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewbit.checkpoints.json_file import read_json, write_json
@@ -13,7 +14,7 @@ from fewbit.checkpoints.source import Checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, copy_companions, write_index
 from fewbit.formats import native
 from fewbit.formats.config import describe, read_weights, tuned_name
-from fewbit.formats.native import stored_bytes
+from fewbit.formats.native import GUARD, original_name, part_layout, stored_bytes
 from fewbit.formats.original import shape_of
 from fewbit.grids.scheme import StoredWeight
 
@@ -39,8 +40,13 @@ def write_tuned(
     with FileReader() as reader:
         for file in files:
             names = [name for name, entry in checkpoint.entries.items() if entry.file == file]
-            writer = ShardWriter(work.shard(file.name), header_room(names))
+            writer = ShardWriter(work.shard(file.name), header_room([*names, *names]))
+            guards = [
+                original_name(m, stored[m]) for m in stored if f"{m}.{next(iter(part_layout(stored[m])))}" in names
+            ]
             try:
+                for guard in guards:
+                    writer.add(guard, torch.zeros(GUARD[1], dtype=GUARD[0]))
                 for name in names:
                     if name in replaced:
                         writer.add(name, replaced[name])
@@ -50,7 +56,7 @@ def write_tuned(
             except BaseException:
                 writer.abandon()
                 raise
-            written[file.name] = names
+            written[file.name] = [*guards, *names]
     report = copy.deepcopy(facts["report"])
     report["output"]["file_bytes"] = work.shard_bytes
     for layer in report["layers"]:
