@@ -75,6 +75,30 @@ def test_experts_that_the_checkpoint_stores_fused_run_in_a_network_that_merges_o
     assert torch.equal(logits(one), logits(other))
 
 
+@pytest.mark.parametrize(
+    ("kind", "needs"),
+    [
+        # Experts as a 3-D `.weight`, and stored (experts, in, out).
+        ("jetmoe", {"kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("llama4_text", {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}),
+    ],
+)
+def test_other_layouts_of_experts(kind: str, needs: dict[str, Any], tmp_path: Path) -> None:
+    build(tmp_path / "model", kind, **needs)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    stacks = tuple(name for name, tensor in tensors.items() if tensor.dim() == 3)
+    quantized(
+        tmp_path / "model", tmp_path / "packed", include=stacks, exclude=tuple(n for n in tensors if n not in stacks)
+    )
+    packed, plain = (fewbit.load(tmp_path / "packed", device="cpu") for _ in range(2))
+    assert packed_weights(packed) == len(stacks) > 0
+    plain.dequantize().save_pretrained(tmp_path / "plain")
+    assert torch.equal(logits(packed), logits(plain))
+    after = load_file(tmp_path / "plain" / "model.safetensors")
+    assert {n: t.shape for n, t in after.items()} == {n: t.shape for n, t in tensors.items()}
+    assert all(float((after[n].float() - tensors[n].float()).abs().max()) < 0.01 for n in stacks)
+
+
 def test_some_experts_may_be_kept(tmp_path: Path) -> None:
     needs, _, _ = MIXTURES["mixtral"]
     build(tmp_path / "model", "mixtral", **needs)

@@ -39,6 +39,8 @@ class FewbitQuantizer(HfQuantizer):
     requires_parameters_quantization = False
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if not hasattr(HfQuantizer, "update_weight_conversions"):
+            raise FewbitError("this transformers is too old for packed weights: install 5.9 or newer")
         weights = read_weights(self.quantization_config.to_dict())
         entries = read_entries(kwargs.get("checkpoint_files"))
         if entries:
