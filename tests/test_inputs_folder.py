@@ -99,14 +99,11 @@ def test_weights_that_the_config_names(single: Path, tmp_path: Path) -> None:
         refused(model, "transformers_weights of config.json")
 
 
-def test_another_config_and_an_adapter(single: Path, tmp_path: Path) -> None:
+def test_another_config(single: Path, tmp_path: Path) -> None:
     model = copy_folder(single, tmp_path / "m")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "configuration_files": ["config.4.0.0.json"]}))
     refused(model, "configuration_files")
-    (model / "config.json").write_text(json.dumps(config))
-    (model / "adapter_config.json").write_text("{}")
-    refused(model, "carries an adapter")
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="no links here")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fewbit.checkpoints.adapter import is_adapter_file
 from fewbit.errors import FewbitError
 from fewbit.printable import printable
 
@@ -93,7 +94,7 @@ def _allowed(folder: Path) -> Iterator[Path]:
 
 def _is_carried(path: Path) -> bool:
     name = path.name
-    if name.startswith(".") or name.endswith(_SCRATCH) or printable(name) != name:
+    if is_adapter_file(name) or name.startswith(".") or name.endswith(_SCRATCH) or printable(name) != name:
         return False
     return path.suffix.lower() not in _WEIGHTS | _CODE
 

@@ -17,8 +17,6 @@ from fewbit.printable import check_name
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "open_checkpoint", "refuse_quantized"]
 
-ADAPTER = "adapter_config.json"
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -98,11 +96,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         check_tensors(file, expected, set(header))
     config.pop(NAMED_IN_CONFIG, None)
     read = {config_path, *found.files, *([found.index] if found.index else [])}
-    if (folder / ADAPTER).is_file() and not _is_native(config):
-        raise FewbitError(
-            f"{folder}: carries an adapter ({ADAPTER}), which transformers puts on top of the weights where PEFT is "
-            "installed: merge it into them, or move it to a folder of its own"
-        )
     config, entries, foreign = _understood(folder, config, entries)
     if (folder / MODELOPT_FILE).is_file():
         check_link(folder, folder / MODELOPT_FILE)
