@@ -33,7 +33,8 @@ class ScaleFormat:
     read(parts, name, scheme, groups): the inverse. layout(name, scheme, rows, groups): names, dtypes, shapes.
     floats: the number format of minima and of outlier grids beside it. row_block(scheme): rows that share something.
     joins_groups: all groups of a row share something, so they cannot be stored one by one. offsets: which offsets of
-    a grid (see :class:`fewbit.grids.grid.Grid`) can stand beside it; "" is none.
+    a grid (see :class:`fewbit.grids.grid.Grid`) can stand beside it; "" is none. has_statistics: schemes say how many
+    bits and rows its statistics have. smallest: scales below this have few digits left.
     """
 
     name: str
@@ -46,6 +47,8 @@ class ScaleFormat:
     floats: str = "float16"
     row_block: Callable[[Scheme], int] = lambda _: 1
     joins_groups: bool = False
+    has_statistics: bool = False
+    smallest: float = 0.0
 
     def pack_floats(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Minima or outlier scales as bit patterns, and what a reader sees."""
@@ -77,6 +80,7 @@ def _plain(name: str) -> ScaleFormat:
         read=lambda parts, quantity, scheme, groups: from_pattern(parts[f"{quantity}s"], name),
         layout=lambda quantity, scheme, rows, groups: {f"{quantity}s": (word, (rows, groups))},
         floats=name,
+        smallest=2.0**-14 if name == "float16" else 0.0,
     )
 
 
@@ -126,6 +130,7 @@ SCALE_FORMATS: dict[str, ScaleFormat] = {
             },
             offsets=("real",),
             row_block=lambda scheme: scheme.statistic_rows,
+            has_statistics=True,
         ),
     )
 }

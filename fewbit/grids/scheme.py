@@ -49,7 +49,7 @@ class Scheme:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; what only some formats have is left out of the others."""
         data = {**asdict(self), "levels": list(self.levels)}
-        if self.scale_format != "statistics":
+        if not self.statistic_bits:
             del data["statistic_bits"], data["statistic_rows"]
         if self.transform == "none":
             del data["transform"]

@@ -52,8 +52,8 @@ def check_core(scheme: Scheme) -> None:
         (grid.offset not in form.offsets, f"scale format {form.name} with the grid {grid.name}"),
         (scheme.group_size % grid.span.columns != 0, f"group size {scheme.group_size}"),
         (bool(scheme.levels) != bool(grid.levels(scheme.bits)), "number of levels"),
-        (form.name == "statistics" and not 1 <= scheme.statistic_bits <= 8, "statistics"),
-        (form.name == "statistics" and scheme.statistic_rows < 1, "statistics"),
+        (form.has_statistics and not 1 <= scheme.statistic_bits <= 8, "statistics"),
+        (form.has_statistics and scheme.statistic_rows < 1, "statistics"),
     ]
     wrong = next((what for bad, what in problems if bad), None) or grid.refuses(scheme)
     if wrong:

@@ -76,7 +76,7 @@ def _lasso_refuses(recipe: Choices) -> str | None:
 
 
 def _sensitivity_refuses(recipe: Choices) -> str | None:
-    if recipe.solver.kind != "column" or recipe.outliers.grid != "float16":
+    if recipe.solver.kind != "column" or not recipe.outliers.kind.apart:
         return "outliers by sensitivity are found by the column solver and kept in float16"
     if recipe.solver.act_order:
         return "outliers by sensitivity shape the grid of a group when it is entered: no act-order"

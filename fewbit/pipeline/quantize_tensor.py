@@ -15,6 +15,7 @@ from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats import native
 from fewbit.formats.native import stored_bytes
+from fewbit.grids.scale_formats import SCALE_FORMATS
 from fewbit.grids.scheme import StoredWeight
 from fewbit.grids.table import grid_of
 from fewbit.outliers.grids import pack_outliers
@@ -27,7 +28,6 @@ from fewbit.transforms.table import TRANSFORMS
 
 # Few enough that passes over them stay in a core's cache, many enough that Python's lock is rarely waited for.
 _CHUNK_WEIGHTS = 1 << 19
-_SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,12 @@ def quantize_tensor(
 
 
 def _too_small(parts: dict[str, Tensor], stored: StoredWeight) -> bool:
+    """Whether all scales lie where their format has few digits left."""
+    smallest = SCALE_FORMATS[stored.scheme.scale_format].smallest
+    if not smallest:
+        return False
     values = grid_of(stored.scheme).read(parts, stored.scheme, stored.groups)
-    return float(values["scale"].abs().max()) < _SMALLEST_NORMAL_FLOAT16
+    return float(values["scale"].abs().max()) < smallest
 
 
 def _importance(item: PlannedTensor, checkpoint: Checkpoint, reader: FileReader, device: torch.device) -> Tensor | None:
@@ -125,7 +129,7 @@ def assemble(item: PlannedTensor, results: list[Encoded], spans: list[tuple[int,
     native.check_parts(parts, stored)
     parts = {name: parts[name] for name in native.part_layout(stored)}
     norm, error = sum(r.squared_norm for r in results), sum(r.squared_error for r in results)
-    if stored.scheme.scale_format == "float16" and error > 0.1 * norm and _too_small(parts, stored):
+    if error > 0.1 * norm and _too_small(parts, stored):
         raise FewbitError(
             f"{item.tensor.entry.name}: its weights are too small for float16 scales: use --scale-format float32"
         )
