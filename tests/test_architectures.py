@@ -43,11 +43,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 CHOICE = CalibrationOptions(CalibrationChoice("random-tokens", samples=4, sequence_length=32))
 
 
-def build(name: str, folder: Path) -> Path:
+def build(name: str, folder: Path, **more: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    values = dict(ARCHITECTURES[name])
+    # As many rows as the byte tokenizer of some tests has tokens.
+    values = {**ARCHITECTURES[name], **more}
     config = AutoConfig.for_model(name, **values)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     with torch.no_grad():

@@ -140,7 +140,9 @@ def test_loaded_as_the_products_are(model: tuple[Path, Path], tmp_path: Path, mo
     fewbit.load(model[0], device="cpu")
     assert list((tmp_path / "plain").iterdir()) == copies
     # Kept tensors are copied as they are read, too.
-    fewbit.quantize(model[0], tmp_path / "q", fewbit.Recipe(bits=8, group_size="row", exclude=("*.down_proj.weight",)))
+    fewbit.quantize(
+        model[0], tmp_path / "q", fewbit.preset("rtn", bits=8, group_size="row", exclude=("*.down_proj.weight",))
+    )
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(
         load_file(tmp_path / "q/model.safetensors")[name], load_file(model[1] / "model.safetensors")[name]

@@ -147,7 +147,7 @@ def test_faults_inside_transformers_are_not_refusals(tiny: Path, monkeypatch: py
     def fail(*arguments: Any, **more: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", fail)
     with pytest.raises(RuntimeError, match="allocate"):
         fewbit.load(tiny)
     assert "not enough memory" in run_cli("eval", tiny, "--data", "topics", code=2).stderr

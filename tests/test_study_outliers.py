@@ -19,7 +19,7 @@ from fewbit.errors import FewbitError
 from fewbit.pipeline.layer_fixes import FIXES, apply_fix, fixed_error, inverse_diagonal, keep_sensitive, w8a8_error
 from fewbit.pipeline.network import open_network
 from fewbit.pipeline.plan import cover_original, scheme_for
-from fewbit.recipe import Recipe
+from fewbit.recipe import preset
 from fewbit.studies.outliers import STUDY, chosen_blocks
 from fewbit.studies.outliers_measure import profile
 from fewbit.studies.outliers_summary import summarize
@@ -109,7 +109,7 @@ def test_the_study_end_to_end(planted: Path, texts: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt2"])
 def test_experts_that_see_few_tokens_and_weights_that_are_transposed(name: str, texts: Path, tmp_path: Path) -> None:
-    model = build(name, tmp_path / name)
+    model = build(name, tmp_path / name, vocab_size=260)
     byte_tokenizer().save_pretrained(model)
     text = texts / "low.txt"
     text.write_text("".join(chr(33 + i % 60) for i in range(600)))
@@ -185,8 +185,9 @@ def test_fixes_against_direct_computation(tiny: Path) -> None:
     damped = damped / damped.diagonal().mean()
     damped.diagonal().add_(1.0)
     assert torch.allclose(inverse.double(), torch.linalg.inv(damped).diagonal(), rtol=1e-3)
-    scheme = scheme_for(site.columns, Recipe(bits=3))
-    kept, mask = keep_sensitive(weight, inverse, 0.02, scheme)
+    recipe = preset("rtn", bits=3)
+    choices = recipe.for_weight(scheme_for(site.columns, recipe))
+    kept, mask = keep_sensitive(weight, inverse, 0.02, choices)
     assert int(mask.sum()) == int(0.02 * weight.numel()) and torch.equal(kept[mask], weight[mask].half().float())
     dearest = ((apply_fix("none", [site], record, 3).weights[0] - weight).square() / inverse).flatten()
     assert float(dearest[mask.flatten()].min()) >= float(dearest[~mask.flatten()].max())

@@ -80,7 +80,7 @@ class Walk:
             for handle in handles:
                 handle.remove()
         in_order = len(order) == len(self._blocks) and all(map(operator.is_, order, self._blocks))
-        if not in_order or not all(map(torch.equal, leaving[:-1], entering[1:])):
+        if not in_order or not all(map(_are_same, leaving[:-1], entering[1:])):
             raise FewbitError(
                 f"{type(model).__name__}: its blocks do not run once each with the outputs of the one before, which a "
                 "walk block by block needs: take a method with a Fisher, such as precal+oac"
@@ -164,6 +164,11 @@ class Walk:
                 step()
 
         over_cores(one, self._states.shape[0], workers)
+
+
+def _are_same(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; NaN, which is told of elsewhere, is the same as itself."""
+    return torch.equal(left.nan_to_num(), right.nan_to_num())
 
 
 def _states(out: Any) -> Tensor:

@@ -26,7 +26,6 @@ from fewbit.studies.choice import StudyChoice
 from fewbit.studies.opened import cover_model
 from fewbit.studies.sets import NamedSet, all_sets
 from fewbit.studies.study import Cell, Progress, Row, Size, Study, Tell
-from fewbit.studies.variants import refuse_fused_experts
 
 ALL_METHODS = ("gptq", "awq", "spqr", "oac", "smoothquant", "w8a8")
 _BITS = 4
@@ -98,7 +97,6 @@ def run_cell(cell: Cell, opened: OpenedSets, tell: Tell) -> list[Row]:
 
 def prepare(choice: StudyChoice, progress: Progress | None) -> None:
     """Draw all sets first, so that one with too little text is found before hours of work."""
-    refuse_fused_experts(choice)
     wanted = [
         (NamedSet(cell["axis"], cell["set"], cell["sources"]), cell["seed"])
         for cell in cells(choice)

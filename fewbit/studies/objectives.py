@@ -42,7 +42,6 @@ from fewbit.studies.variants import (
     is_measured,
     make_variant,
     measure_once,
-    refuse_fused_experts,
     variants,
 )
 
@@ -87,7 +86,6 @@ def _variants(choice: StudyChoice) -> list[Variant]:
 
 def prepare(choice: StudyChoice, progress: Progress | None) -> None:
     """Curvature of the calibration set for the methods, and of the evaluation text for the measures."""
-    refuse_fused_experts(choice)
     measure_once(choice, _variants(choice), progress, also=(FISHER,))
     checkpoint = open_checkpoint(locate(choice.model))
     windows = _windows(choice)

@@ -14,7 +14,6 @@ from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.measure_curvature import measure
-from fewbit.pipeline.network import open_original
 from fewbit.pipeline.run import RunOptions, quantize
 from fewbit.presets import PRESETS
 from fewbit.recipe import Recipe, preset
@@ -25,16 +24,6 @@ GRAM, FISHER = CurvatureChoice("gram"), CurvatureChoice("fisher", terms="token")
 """Inputs of the original, and its output Fisher without terms between tokens."""
 
 _ONE_BIT = ("billm", "oac+billm")
-
-
-def refuse_fused_experts(choice: StudyChoice) -> None:
-    """FewbitError, before hours of work, for a model whose quantized forms cannot run packed."""
-    _, network = open_original(choice.model, "cpu", walking=True)
-    if any(site.watched.expert is not None for block in network.sites for site in block):
-        raise FewbitError(
-            f"{choice.model}: its experts are fused, and such models do not run quantized yet, as this study needs: "
-            "fewbit study outliers and landscape take them"
-        )
 
 
 @dataclass(frozen=True)

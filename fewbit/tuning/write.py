@@ -40,10 +40,10 @@ def write_tuned(
     with FileReader() as reader:
         for file in files:
             names = [name for name, entry in checkpoint.entries.items() if entry.file == file]
-            writer = ShardWriter(work.shard(file.name), header_room([*names, *names]))
             guards = [
                 original_name(m, stored[m]) for m in stored if f"{m}.{next(iter(part_layout(stored[m])))}" in names
             ]
+            writer = ShardWriter(work.shard(file.name), header_room([*guards, *names]))
             try:
                 for guard in guards:
                     writer.add(guard, torch.zeros(GUARD[1], dtype=GUARD[0]))
