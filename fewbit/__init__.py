@@ -23,6 +23,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "load",
+    "plan",
     "preset",
     "quantize",
     "tune",
@@ -43,6 +44,7 @@ _WHERE = {
     "evaluate": "fewbit.api",
     "inspect": "fewbit.inspection.inspect",
     "load": "fewbit.runtime.load",
+    "plan": "fewbit.api",
     "preset": "fewbit.recipe",
     "quantize": "fewbit.api",
     "tune": "fewbit.api",
@@ -50,7 +52,7 @@ _WHERE = {
 }
 
 if TYPE_CHECKING:
-    from fewbit.api import evaluate, quantize, tune, unpack
+    from fewbit.api import evaluate, plan, quantize, tune, unpack
     from fewbit.calibration.choice import CalibrationChoice
     from fewbit.errors import FewbitError
     from fewbit.evaluation.perplexity import Protocol

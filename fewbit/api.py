@@ -10,7 +10,7 @@ from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
-from fewbit.options import EVALUATE, QUANTIZE, TUNE, check_names, described_by, given_of
+from fewbit.options import EVALUATE, PLAN, QUANTIZE, TUNE, check_names, described_by, given_of
 from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh, refuse_unused, share_of_stored
 from fewbit.pipeline.run import RunOptions
 from fewbit.pipeline.run import quantize as run_quantize
@@ -103,6 +103,20 @@ def quantize_request(
         calibration=calibration,
     )
     return QuantizeRequest(recipe, options, tuning)
+
+
+@described_by(PLAN)
+def plan(model: str | Path, method: str = "adpq+", **choices: Any) -> dict[str, Any]:
+    """What :func:`quantize` would do with these choices, and about what it would take; nothing is written.
+
+    Returns ``tensors`` (by action), ``output`` (weights, bits per weight, bytes), ``needs`` (seconds, memory_bytes,
+    disk_bytes), ``problems`` and ``exports``. Raises FewbitError for a model that cannot be read.
+    """
+    from fewbit.pipeline.forecast import forecast
+
+    check_names("plan", PLAN, choices)
+    request = quantize_request(model, method, choices)
+    return forecast(model, request.recipe, request.options.calibration)
 
 
 @described_by(TUNE)

@@ -1,39 +1,13 @@
 """The command that looks before it leaps: plan."""
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from fewbit.cli_shared import (
-    CalibrationOption,
-    JsonFlag,
-    LengthOption,
-    MemoryOption,
-    SamplesOption,
-    announce,
-    calibration_choice,
-    print_json,
-)
-from fewbit.options import BITS
+from fewbit.cli_shared import JsonFlag, MethodOption, ModelArgument, announce, print_json, with_options
+from fewbit.options import PLAN
 
 
-def plan(
-    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a name from `fewbit models`, or a hub name.")],
-    method: Annotated[str, typer.Option(help="As for quantize.")] = "adpq+",
-    bits: Annotated[float | None, typer.Option(help=BITS.help)] = None,
-    group_size: Annotated[str | None, typer.Option(help="N, auto, row, or a list: 64,auto.")] = None,
-    calibration: CalibrationOption = None,
-    samples: SamplesOption = None,
-    sequence_length: LengthOption = None,
-    refresh: Annotated[str, typer.Option(help="once, block or a number of blocks.")] = "once",
-    memory: MemoryOption = None,
-    include: Annotated[list[str] | None, typer.Option(help="Also quantize tensors of this pattern.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Keep tensors of this pattern.")] = None,
-    tensor_choices: Annotated[
-        list[str] | None, typer.Option("--set", help="PATTERN:NAME=VALUE: other choices for some tensors.")
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
+@with_options(PLAN)
+def plan(model: ModelArgument, method: MethodOption = "adpq+", as_json: JsonFlag = False, **choices: Any) -> None:
     """What `quantize` would do: weights, bits, size, and about how much time, memory and disk. Writes nothing.
 
     Examples:
@@ -42,23 +16,11 @@ def plan(
 
       fewbit plan ./llama --method rtn --bits 4 --group-size 96
     """
-    from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh
-    from fewbit.pipeline.forecast import forecast
-    from fewbit.recipe_choices import recipe_from_choices
+    from fewbit.api import plan as run
     from fewbit.report.text import plan_text
-    from fewbit.sizes import parse_size
 
-    choices: dict[str, Any] = {"bits": bits, "group_size": group_size}
-    choices["sets"] = tuple(tensor_choices or ())
-    lists = {"include": tuple(include or ()), "exclude": tuple(exclude or ())}
-    recipe = recipe_from_choices(method, {**choices, **lists})
-    options = CalibrationOptions(
-        calibration_choice(sources=calibration, samples=samples, sequence_length=sequence_length),
-        refresh=parse_refresh(refresh),
-        memory_bytes=parse_size(memory) if memory else 0,
-    )
     announce(model)
-    result = forecast(model, recipe, options)
+    result = run(model, method, **choices)
     if as_json:
         print_json(result)
     else:

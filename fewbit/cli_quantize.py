@@ -14,6 +14,8 @@ from fewbit.cli_shared import (
     JsonFlag,
     LengthOption,
     MemoryOption,
+    MethodOption,
+    ModelArgument,
     SamplesOption,
     SeedOption,
     TemperingOption,
@@ -26,13 +28,6 @@ from fewbit.cli_shared import (
 from fewbit.options import QUANTIZE
 from fewbit.printable import printable
 from fewbit.progress import progress_line
-
-ModelArgument = Annotated[
-    str, typer.Argument(help="A folder, a .gguf file, a name from `fewbit models`, or a hub name.")
-]
-MethodOption = Annotated[
-    str, typer.Option(help="Without data: rtn, adpq, adpq+. With a little text: gptq, oac, precal+oac (`fewbit axes`).")
-]
 
 
 @with_options(QUANTIZE)

@@ -15,6 +15,12 @@ from fewbit.options import CALIBRATION, SAMPLES, TEXT, Option
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
 HtmlFlag = Annotated[Path | None, typer.Option("--html", help="Write a self-contained HTML page here.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="A folder, a .gguf file, a name from `fewbit models`, or a hub name.")
+]
+MethodOption = Annotated[
+    str, typer.Option(help="Without data: rtn, adpq, adpq+. With a little text: gptq, oac, precal+oac (`fewbit axes`).")
+]
 DeviceOption = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, ….")]
 CalibrationOption = Annotated[str | None, typer.Option(help=CALIBRATION.help)]
 SamplesOption = Annotated[int | None, typer.Option(help=SAMPLES.help)]

@@ -146,6 +146,10 @@ QUANTIZE: tuple[Option, ...] = (
     Option("device", str, "cpu (default), cuda, …; --tune takes CUDA by itself where there is one.", "run", _RUN),
 )
 
+PLAN: tuple[Option, ...] = tuple(
+    option for option in QUANTIZE if option.part in ("recipe", "text", "curvature") and option.name != "max_fallback"
+)
+
 _HOW, _WHERE = "Training", "Run"
 TUNE: tuple[Option, ...] = (
     CALIBRATION,

@@ -13,7 +13,7 @@ from conftest import run_cli
 import fewbit
 from fewbit.cli import app
 from fewbit.errors import FewbitError
-from fewbit.options import EVALUATE, QUANTIZE, TUNE, Option
+from fewbit.options import EVALUATE, PLAN, QUANTIZE, TUNE, Option
 from fewbit.recipe import Recipe, sets_of
 
 TEXT: dict[str, Any] = {"calibration": "random-tokens", "samples": 4, "sequence_length": 32}
@@ -27,7 +27,9 @@ def test_all_that_a_run_needs_is_there() -> None:
         fewbit.quantise  # type: ignore[attr-defined]  # noqa: B018
 
 
-@pytest.mark.parametrize(("command", "options"), [("quantize", QUANTIZE), ("tune", TUNE), ("eval", EVALUATE)])
+@pytest.mark.parametrize(
+    ("command", "options"), [("quantize", QUANTIZE), ("plan", PLAN), ("tune", TUNE), ("eval", EVALUATE)]
+)
 def test_python_and_the_command_line_have_one_description(command: str, options: tuple[Option, ...]) -> None:
     known = {p.name for p in typer.main.get_command(app).commands[command].params}  # type: ignore[attr-defined]
     names = {option.name for option in options}
