@@ -39,11 +39,11 @@ SLOW = """
 import sys, time
 import fewbit, fewbit.pipeline.solve_blocks as blocks
 from test_calibrated_run import options
-original = blocks.solve_weights
+original = blocks.solve_alike
 def slow(*arguments):
     time.sleep(0.1)
     return original(*arguments)
-blocks.solve_weights = slow
+blocks.solve_alike = slow
 recipe = fewbit.preset(sys.argv[3], bits=3, group_size="32")
 fewbit.quantize(sys.argv[1], sys.argv[2], recipe, options(refresh=int(sys.argv[4])))
 """

@@ -15,9 +15,9 @@ from fewbit.grids.scheme import Layout, StoredWeight
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import scheme_for
 from fewbit.pipeline.run import RunOptions
+from fewbit.pipeline.solve_weight import solve_weight
 from fewbit.recipe import preset
 from fewbit.runtime.unpack import unpack
-from fewbit.solvers.weight import solve_weight
 from fewbit.transforms.table import TRANSFORMS
 from fewbit.transforms.transform import Parts, Transform, Values
 from fewbit.tuning.choice import TuningChoice
@@ -98,8 +98,7 @@ def test_solved_weights_come_back(rotation: Transform) -> None:
     weight, curvature = random_problem(16, 64)
     recipe: Any = preset("oac", bits=4, group_size="16", transform=NAME)
     scheme, values = scheme_for(64, recipe), rotation.fixed(64)
-    mapped, turned = rotation.weight(weight, values), rotation.curvature(curvature, values)
-    solved = solve_weight(mapped, turned, recipe.for_weight(scheme))
+    solved = solve_weight(weight, curvature, recipe, scheme)
     stored = StoredWeight(scheme, (16, 64))
     parts = {**solved.rows.parts, **rotation.store(values)}
     native.check_parts(parts, stored)

@@ -19,14 +19,14 @@ from fewbit.pipeline.fold import Folding, fold_block
 from fewbit.pipeline.network import Network
 from fewbit.pipeline.plan import PlannedTensor
 from fewbit.pipeline.quantize_tensor import SolvedWeight, assemble
+from fewbit.pipeline.solve_weight import solve_alike, solve_weight
 from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.pipeline.walk import Walk
 from fewbit.progress import Counter
 from fewbit.recipe import Recipe
 from fewbit.solvers.settled import NotFiniteError
 from fewbit.solvers.solved import Solved
-from fewbit.solvers.weight import NO_INPUT, round_weight, solve_weights
-from fewbit.transforms.table import TRANSFORMS
+from fewbit.solvers.weight import NO_INPUT, round_weight
 
 _SAMPLE_TOKENS = 24
 
@@ -147,7 +147,7 @@ class BlockSolver:
             items = [self.items[name] for name in by_tensor]
             try:
                 weights = [site.read() for site in sites]
-                solved = _solve_alike(weights, curvature(sites[0]), items[0])
+                solved = solve_alike(weights, curvature(sites[0]), items[0].recipe, items[0].stored.scheme)
                 return [self._keep(item, [one]) for item, one in zip(items, solved, strict=True)]
             except (NotFiniteError, FewbitError):
                 # One by one the error says which of them it is.
@@ -167,7 +167,7 @@ class BlockSolver:
         name, solved = item.tensor.entry.name, []
         for weight, matrix in matrices:
             try:
-                solved += _solve_alike([weight], matrix, item)
+                solved.append(solve_weight(weight, matrix, item.recipe, item.stored.scheme))
             except NotFiniteError as error:
                 raise FewbitError(f"{name}: a weight is NaN or infinite: the checkpoint is damaged") from error
             except FewbitError as error:
@@ -192,16 +192,6 @@ class BlockSolver:
             relative_curvature_error=sum(predicted) / len(predicted) if predicted else None,
         )
         return self.store.put(item.tensor.entry.name, replace(whole, record=record))
-
-
-def _solve_alike(weights: list[Tensor], curvature: Tensor | None, item: PlannedTensor) -> list[Solved]:
-    """Solve weights that are planned alike, for inputs as their transform gives them."""
-    transform = TRANSFORMS[item.stored.scheme.transform]
-    mapped = transform.fixed(item.stored.shape[1])
-    if mapped:
-        weights = [transform.weight(weight.float(), mapped) for weight in weights]
-        curvature = None if curvature is None else transform.curvature(curvature, mapped)
-    return solve_weights(weights, curvature, item.choices)
 
 
 def _error(found: SolvedWeight | None) -> float:
