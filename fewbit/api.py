@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.calibration.choice import CalibrationChoice, choice_from
+from fewbit.checkpoints.json_in import read_json_object
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.curvature.store import open_curvature
@@ -76,7 +77,8 @@ def quantize_request(
     flat["sets"] = tuple(flat.pop("set", ()))
     for name in ("include", "exclude"):
         flat[name] = (flat[name],) if isinstance(flat.get(name), str) else tuple(flat.get(name, ()))
-    recipe = recipe_from_choices(method, flat)
+    file = flat.pop("recipe", None)
+    recipe = recipe_from_choices(method, flat) if file is None else _recipe_in(Path(file), flat)
     text, others = _text(QUANTIZE, choices), given_of(QUANTIZE, choices, "curvature")
     run, tune = given_of(QUANTIZE, choices, "run"), given_of(QUANTIZE, choices, "tune")
     refuse_unused(recipe, text, others, bool(tune.get("tune")))
@@ -103,6 +105,22 @@ def quantize_request(
         calibration=calibration,
     )
     return QuantizeRequest(recipe, options, tuning)
+
+
+def _recipe_in(path: Path, flat: dict[str, Any]) -> Recipe:
+    """The recipe of a JSON file: the object itself, or what it holds under ``recipe``."""
+    given = [name for name, value in flat.items() if value not in ((), None)]
+    if given:
+        raise FewbitError(f"--recipe {path}: holds all choices: leave out --{given[0].replace('_', '-')}")
+    data = read_json_object(path)
+    found = data.get("quantization_config", data)
+    found = found.get("recipe", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict):
+        raise FewbitError(f"{path}: holds no recipe")
+    try:
+        return Recipe.from_dict(found)
+    except (TypeError, ValueError) as error:
+        raise FewbitError(f"{path}: is no recipe ({error})") from error
 
 
 @described_by(PLAN)

@@ -85,6 +85,13 @@ QUANTIZE: tuple[Option, ...] = (
         _GRID,
         "--set",
     ),
+    Option(
+        "recipe",
+        Path,
+        "A JSON file with a whole recipe, as config.json and fewbit_report.json hold it, in place of --method.",
+        "recipe",
+        _GRID,
+    ),
     Option("outliers", str, f"Which weights get a grid of their own {_AXES}.", "recipe", _OUTLIERS),
     Option("outlier_fraction", float, "Share of weights split off; 0 for none.", "recipe", _OUTLIERS),
     Option("outlier_scope", str, "tensor or group.", "recipe", _OUTLIERS),

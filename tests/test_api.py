@@ -122,3 +122,26 @@ def test_the_plan_says_it_before(tiny: Path) -> None:
     found = json.loads(run_cli("plan", tiny, "--bits", "3", "--set", "*.down_proj.weight:bits=8", "--json").stdout)
     widths = {row["name"]: row["bits_per_weight"] for row in found["tensors"]["quantize"]}
     assert widths["model.layers.0.mlp.down_proj.weight"] > 8 > 5 > widths["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_a_recipe_from_a_file(tiny: Path, tmp_path: Path) -> None:
+    first = fewbit.quantize(tiny, tmp_path / "a", "adpq+", bits=3, set=["*.down_proj.weight:bits=5"])
+    (tmp_path / "recipe.json").write_text(json.dumps(first["recipe"]))
+    for number, file in enumerate((tmp_path / "recipe.json", tmp_path / "a" / "config.json")):
+        again = fewbit.quantize(tiny, tmp_path / f"b{number}", recipe=file)
+        assert again["layers"] == first["layers"]
+        assert again["recipe"] == first["recipe"]
+    with pytest.raises(FewbitError, match="holds all choices: leave out --bits"):
+        fewbit.quantize(tiny, tmp_path / "c", recipe=file, bits=3)
+    (tmp_path / "recipe.json").write_text(json.dumps({**first["recipe"], "bitz": 3}))
+    with pytest.raises(FewbitError, match=r"unknown recipe keys: bitz: did you mean bits\?"):
+        fewbit.quantize(tiny, tmp_path / "c", recipe=tmp_path / "recipe.json")
+    (tmp_path / "recipe.json").write_text(json.dumps({**first["recipe"], "solver": {"kind": "magic"}}))
+    with pytest.raises(FewbitError, match="solver must be one of round, column"):
+        fewbit.quantize(tiny, tmp_path / "c", recipe=tmp_path / "recipe.json")
+
+
+def test_recipes_of_earlier_folders_are_read() -> None:
+    flat = fewbit.preset("awq", bits=4).to_dict()
+    flat["channel_scales"] = flat.pop("transform")
+    assert Recipe.from_dict(flat) == fewbit.preset("awq", bits=4)

@@ -1,6 +1,7 @@
 """The format read by someone who knows docs/format.md and nothing of the package."""
 
 import json
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -260,3 +261,23 @@ def test_rows_with_groups_of_very_different_sizes(tmp_path: Path, method: str) -
     if method == "adpq+":
         # The column solver makes small weights pay for errors of large ones.
         assert max(row["mean_group_error"] for row in report["layers"]) < 0.02
+
+
+def test_folders_of_version_1_are_read(tiny: Path, tmp_path: Path) -> None:
+    fewbit.quantize(tiny, tmp_path / "new", "adpq+", bits=3)
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    for path in (tmp_path / "old").glob("*.safetensors"):
+        tensors = {name: tensor for name, tensor in load_file(path).items() if tuple(tensor.shape) != (0,)}
+        save_file(tensors, path, {"format": "pt"})
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 1
+    config["quantization_config"]["recipe"]["channel_scales"] = config["quantization_config"]["recipe"].pop("transform")
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    ids = torch.arange(24).unsqueeze(0) + 3
+    expected = fewbit.load(tmp_path / "new", device="cpu")(ids).logits
+    assert torch.equal(fewbit.load(tmp_path / "old", device="cpu")(ids).logits, expected)
+    fewbit.unpack(tmp_path / "old", tmp_path / "plain")
+    assert torch.equal(fewbit.load(tmp_path / "plain", device="cpu")(ids).logits, expected)
+    text = {"calibration": "random-tokens", "samples": 4, "sequence_length": 16}
+    fewbit.tune(tmp_path / "old", tmp_path / "tuned", epochs=1, held_out=1, batch_size=1, reference=tiny, **text)
+    assert fewbit.inspect(tmp_path / "tuned")["models"][0]["method"] == "adpq+ + qaft"

@@ -31,6 +31,7 @@ class _Network:
     weights: Mapping[str, StoredWeight]
     entries: Mapping[str, TensorEntry]
     places: Mapping[str, Place]
+    guards: frozenset[str]
     names: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -58,11 +59,11 @@ def install(
     Raises FewbitError when a weight does not fit, or has no place where something else is left without weights.
     """
     parts = [f"{name}.{part}" for name, stored in weights.items() for part in part_layout(stored)]
-    guards = {original_name(name, stored) for name, stored in weights.items()}
+    guards = {original_name(name, stored) for name, stored in weights.items()} & entries.keys()
     entries = {name: entry for name, entry in entries.items() if name not in guards}
     places = place_weights(model, weights, entries.keys() - set(parts))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    network = _Network(model, shapes, dtype, weights, entries, places)
+    network = _Network(model, shapes, dtype, weights, entries, places, frozenset(guards))
     groups: dict[str, list[str]] = {}
     for name, place in places.items():
         if place.target in shapes:
@@ -80,7 +81,7 @@ def install(
         hold(module, parameter, values[source], borrowed=True)
     checkpoint = list(dict.fromkeys([*parts, *network.names]))
     tensors = [places[name].name for name in weights]
-    return PartNames(checkpoint, [network.names.get(name, "") for name in checkpoint], tensors, guards)
+    return PartNames(checkpoint, [network.names.get(name, "") for name in checkpoint], tensors)
 
 
 def _is_packed(network: _Network, members: list[str]) -> bool:
@@ -190,7 +191,7 @@ def _pack_one(network: _Network, target: str, name: str, is_shared: bool) -> dic
         path = target.removesuffix(".weight")
         parent, _, child = path.rpartition(".")
         setattr(network.model.get_submodule(parent), child, packed)
-        _note_parts(network, name, stored, path)
+        _note_parts(network, name, packed, path)
         return {}
     value = PackedParameter(target, [PackedWeight(name, stored)], None, network.dtype_of(target))
     _hold(network, target, value)
@@ -220,14 +221,19 @@ def _source(network: _Network, name: str) -> nn.Module:
 def _note(network: _Network, name: str, source: nn.Module, path: str) -> None:
     """Where the parts of a source go, or the plain tensor that it is."""
     if isinstance(source, PackedWeight):
-        _note_parts(network, name, source.stored, path)
+        _note_parts(network, name, source, path)
     else:
         network.names[name] = f"{path}.value"
 
 
-def _note_parts(network: _Network, name: str, stored: StoredWeight, path: str) -> None:
-    network.names |= {f"{name}.{part}": f"{path}.{buffer_name(part)}" for part in part_layout(stored)}
-    network.names[original_name(name, stored)] = f"{path}.{GUARD_BUFFER}"
+def _note_parts(network: _Network, name: str, packed: PackedLinear | PackedWeight, path: str) -> None:
+    network.names |= {f"{name}.{part}": f"{path}.{buffer_name(part)}" for part in part_layout(packed.stored)}
+    guard = original_name(name, packed.stored)
+    if guard in network.guards:
+        network.names[guard] = f"{path}.{GUARD_BUFFER}"
+    else:
+        # Folders of version 1 have none.
+        delattr(packed, GUARD_BUFFER)
 
 
 def _shape_of(source: nn.Module) -> tuple[int, ...]:

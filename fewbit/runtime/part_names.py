@@ -20,14 +20,12 @@ _NUMBERED = re.compile(rf"{_NUMBER}(\d+)_")
 class PartNames:
     """Names of parts in the checkpoint, and in the network ("" where it has no place for one).
 
-    tensors: what the packed weights were made from. guards: names among those of the checkpoint that need not be there.
-    seen: the parts that were loaded.
+    tensors: what the packed weights were made from. seen: the parts that were loaded.
     """
 
     checkpoint: list[str] = field(default_factory=list)
     network: list[str] = field(default_factory=list)
     tensors: list[str] = field(default_factory=list)
-    guards: set[str] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -57,8 +55,7 @@ class PartNames:
 
     def missing(self) -> list[str]:
         """Parts that have a place in the network and were not loaded."""
-        known = self.seen | self.guards
-        return [name for name, to in zip(self.checkpoint, self.network, strict=True) if to and name not in known]
+        return [name for name, to in zip(self.checkpoint, self.network, strict=True) if to and name not in self.seen]
 
     def __deepcopy__(self, memo: Any) -> "PartNames":
         """Itself: transformers copies a converter for every tensor."""
