@@ -14,7 +14,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Text and questions that are not part of the project; tests that need them skip without, and others run on
 # `pydoc_data.topics`, which changes with the version of Python: they compare, and know no figures.
-SHARED = Path(__file__).parent / "../../shared/data"
+TESTS = Path(__file__).parent
+SHARED = TESTS / "../../shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the texts and questions in ../shared/data")
 
 
@@ -84,6 +85,13 @@ def run_cli(*arguments: Any, env: dict[str, str] | None = None, code: int | None
         )
     assert code is None or result.returncode == code, f"{result.returncode}: {result.stderr}{result.stdout}"
     return result
+
+
+def with_tests(**changes: str) -> dict[str, str]:
+    """The environment of a process that imports from the tests, wherever it starts."""
+    folders = sorted({str(path.parent) for path in TESTS.rglob("*.py")})
+    before = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*folders, *([before] if before else [])]), **changes}
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

@@ -98,7 +98,7 @@ def test_what_the_packages_hold(packages: tuple[Path, Path]) -> None:
     with tarfile.open(packages[1]) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md", "Makefile", "constraints.txt"} <= held
-    assert {"docs/format.md", "tests/conftest.py", "benchmarks/tables.py"} <= held
+    assert {"docs/format.md", "tests/conftest.py", "tests/grids/test_grids.py", "benchmarks/tables.py"} <= held
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Reading and writing safetensors by position: headers checked strictly, data streamed, nothing mapped.
 
 The safetensors library maps whole files, which counts them as resident memory, and writes only what it holds in
-memory; a stream needs neither. `tests/test_safetensors_io.py` checks files both ways against the library.
+memory; a stream needs neither. `tests/checkpoints/test_safetensors_io.py` checks files both ways against the library.
 """
 
 import json

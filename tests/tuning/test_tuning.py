@@ -1,7 +1,6 @@
 """Fine-tuning end to end on a tiny model: losses, the loop, interruption, several processes, bad input."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_tiny, folder_bytes, run_cli
+from conftest import build_tiny, folder_bytes, run_cli, with_tests
 
 import fewbit
 from fewbit.calibration.choice import CalibrationChoice
@@ -153,7 +152,7 @@ run.tune(sys.argv[1], sys.argv[2], CHOICE, run.TuneOptions(calibration=TEXT, dev
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     out, state = tmp_path / "out", tmp_path / ".out.fewbit-partial" / DESCRIBED
-    process = subprocess.Popen([sys.executable, "-c", SLOW, str(folder), str(out)], cwd=Path(__file__).parent)
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(folder), str(out)], env=with_tests())
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None
@@ -217,9 +216,8 @@ def test_two_processes_that_share_the_parameters(folder: Path, tmp_path: Path) -
     (tmp_path / "sharded.py").write_text(SHARDED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(tmp_path / "sharded.py"), str(folder), str(tmp_path / "two-")]
-    path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
-    path["ACCELERATE_USE_CPU"] = "true"
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **path})
+    environment = with_tests(ACCELERATE_USE_CPU="true")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     one = tune(folder, tmp_path / "one", GENTLE, TuneOptions(calibration=TEXT, device="cpu"))["tuning"]["history"]
     gentle, harsh = (

@@ -1,7 +1,6 @@
 """A tokenizer that is not the model's, logits that overflow, and the same documents whatever else runs."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_tiny, byte_tokenizer, run_cli
+from conftest import build_tiny, byte_tokenizer, run_cli, with_tests
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -127,7 +126,6 @@ DRAW = """
 import sys
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.calibration.tokens import make_set
-sys.path.insert(0, sys.argv[2])
 from conftest import byte_tokenizer
 print(make_set(CalibrationChoice(sys.argv[1], 20, 64, 3), byte_tokenizer(), 256).sha256)
 """
@@ -139,8 +137,8 @@ def test_the_same_documents_whatever_the_number_of_workers(tmp_path: Path) -> No
         (tmp_path / f"{part}.jsonl").write_text("".join(rows))
     here = make_set(CalibrationChoice(str(tmp_path), 20, 64, 3), byte_tokenizer(), 256).sha256
     limits = {"RAYON_NUM_THREADS": "3", "OMP_NUM_THREADS": "3", "PYTHONHASHSEED": "3", "TOKENIZERS_PARALLELISM": "true"}
-    command = [sys.executable, "-c", DRAW, str(tmp_path), str(Path(__file__).parent)]
-    found = subprocess.run(command, env={**os.environ, **limits}, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", DRAW, str(tmp_path)]
+    found = subprocess.run(command, env=with_tests(**limits), capture_output=True, text=True, check=True)
     assert found.stdout.strip() == here
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import with_tests
 
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.registry import find_study, make_choice
@@ -43,7 +44,7 @@ def kill_half_way(name: str, model: Path, out: Path, function: str, cells: int, 
     """Run a study in a process of its own, slowed down, and kill it after some cells."""
     code = SLOW.format(module=name, function=function, given=given)
     process = subprocess.Popen(
-        [sys.executable, "-c", code, name, str(model), str(out)], stderr=subprocess.PIPE, cwd=Path(__file__).parent
+        [sys.executable, "-c", code, name, str(model), str(out)], stderr=subprocess.PIPE, env=with_tests()
     )
     deadline = time.monotonic() + 120
     while len(list((out / "cells").glob("*.json"))) < cells and time.monotonic() < deadline:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_tiny, folder_bytes, run_cli
+from conftest import build_tiny, folder_bytes, run_cli, with_tests
 
 import fewbit
 from fewbit.calibration.choice import CalibrationChoice
@@ -58,7 +58,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(deep: Path, tmp_path: Pat
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, str(deep), str(out), method, str(refresh)],
         stderr=subprocess.PIPE,
-        cwd=Path(__file__).parent,
+        env=with_tests(),
     )
     deadline = time.monotonic() + 120
     while len(list(partial.glob("*_proj.weight.solved"))) < 10 and time.monotonic() < deadline:
