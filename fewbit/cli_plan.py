@@ -1,4 +1,4 @@
-"""The command that looks before it leaps: plan."""
+"""The command that forecasts a run: plan."""
 
 from typing import Annotated, Any
 
@@ -19,22 +19,24 @@ from fewbit.options import BITS
 
 def plan(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a name from `fewbit models`, or a hub name.")],
-    method: Annotated[str, typer.Option(help="As for quantize.")] = "adpq+",
+    method: Annotated[str, typer.Option(help="The method, as for `fewbit quantize`.")] = "adpq+",
     bits: Annotated[float | None, typer.Option(help=BITS.help)] = None,
-    group_size: Annotated[str | None, typer.Option(help="N, auto, row, or a list: 64,auto.")] = None,
+    group_size: Annotated[str | None, typer.Option(help="Group size: N, auto, row, or a list: 64,auto.")] = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
     sequence_length: LengthOption = None,
-    refresh: Annotated[str, typer.Option(help="once, block or a number of blocks.")] = "once",
+    refresh: Annotated[
+        str, typer.Option(help="When to measure the Fisher: once, block, or a number of blocks.")
+    ] = "once",
     memory: MemoryOption = None,
-    include: Annotated[list[str] | None, typer.Option(help="Also quantize tensors of this pattern.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Keep tensors of this pattern.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Also quantize tensors that match this pattern.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Do not quantize tensors that match this.")] = None,
     tensor_choices: Annotated[
-        list[str] | None, typer.Option("--set", help="PATTERN:NAME=VALUE: other choices for some tensors.")
+        list[str] | None, typer.Option("--set", help="PATTERN:NAME=VALUE: different choices for some tensors.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """What `quantize` would do: weights, bits, size, and about how much time, memory and disk. Writes nothing.
+    """Show what `quantize` would do: weights, bits, size, and estimated time, memory and disk space. Writes nothing.
 
     Examples:
 
