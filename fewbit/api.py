@@ -39,7 +39,7 @@ def quantize(
     """
     if isinstance(method, Recipe) or options is not None:
         if choices:
-            raise FewbitError("give a Recipe and RunOptions, or a method's name and choices, not both")
+            raise FewbitError("give either a Recipe and RunOptions, or a method name and single choices, not both")
         recipe = method if isinstance(method, Recipe) else recipe_from_choices(method, {})
         return run_quantize(model, out, recipe, options)
     request = quantize_request(model, method, choices, progress)
@@ -125,7 +125,7 @@ def tune(
 
     if choice is not None or options is not None:
         if choices:
-            raise FewbitError("give a TuningChoice and TuneOptions, or single choices, not both")
+            raise FewbitError("give either a TuningChoice and TuneOptions, or single choices, not both")
         return run(folder, out, choice, options, progress)
     check_names("tune", TUNE, choices)
     text, chosen = _text(TUNE, choices), given_of(TUNE, choices, "choice")
@@ -164,7 +164,7 @@ def evaluate(
     windows = given_of(EVALUATE, choices, "protocol")
     if windows:
         if protocol is not None:
-            raise FewbitError("give a Protocol, or single choices, not both")
+            raise FewbitError("give either a Protocol or single choices, not both")
         protocol = Protocol(**{"sequence_length" if k == "seq_len" else k: v for k, v in windows.items()})
     given = given_of(EVALUATE, choices, "tasks")
     if tasks is None or isinstance(tasks, str):
@@ -190,5 +190,8 @@ def _text(options: Any, choices: dict[str, Any]) -> dict[str, Any]:
     given = given_of(options, choices, "text")
     calibration = given.pop("calibration", None)
     if isinstance(calibration, CalibrationChoice):
-        raise FewbitError("calibration is a text like my.jsonl or c4:64,self:64: a CalibrationChoice goes into options")
+        raise FewbitError(
+            "calibration must be a string such as my.jsonl or c4:64,self:64; pass a CalibrationChoice in options "
+            "instead"
+        )
     return {"sources": str(calibration), **given} if calibration is not None else given

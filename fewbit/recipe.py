@@ -191,7 +191,7 @@ def check_method(method: str) -> None:
     """FewbitError unless there is a preset of that name."""
     if method not in PRESETS:
         hint = nearest(method, PRESETS)
-        raise FewbitError(f"unknown method {method!r}: there are {', '.join(PRESETS)}{hint}")
+        raise FewbitError(f"unknown method {method!r}: choose from {', '.join(PRESETS)}{hint}")
 
 
 def revised(recipe: Recipe, choices: Mapping[str, Any]) -> Recipe:
@@ -235,13 +235,15 @@ def _parse_set(text: str) -> tuple[str, dict[str, Any]]:
     before, equals, _ = text.partition("=")
     pattern, colon, _ = before.rpartition(":")
     if not (equals and colon and pattern):
-        raise FewbitError(f"--set is written as PATTERN:NAME=VALUE, e.g. '*.down_proj.weight:bits=4', not {text!r}")
+        raise FewbitError(
+            f"--set must have the form PATTERN:NAME=VALUE, e.g. '*.down_proj.weight:bits=4', not {text!r}"
+        )
     choices: dict[str, Any] = {}
     for part in _split(text[len(pattern) + 1 :]):
         name, equals, value = part.partition("=")
         name = name.strip().removeprefix("--").replace("-", "_")
         if not equals or not value:
-            raise FewbitError(f"--set {pattern}: {part!r} is no NAME=VALUE")
+            raise FewbitError(f"--set {pattern}: {part!r} is not of the form NAME=VALUE")
         choices[name] = _value(name, value.strip())
     return pattern, choices
 
@@ -263,7 +265,7 @@ def _value(name: str, text: str) -> Any:
     try:
         number = float(text)
     except ValueError as error:
-        raise FewbitError(f"--set: {name} is a number, not {text!r}") from error
+        raise FewbitError(f"--set: {name} must be a number, not {text!r}") from error
     return int(number) if number.is_integer() and name not in ("damping", "sensitivity", "outlier_fraction") else number
 
 

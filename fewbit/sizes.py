@@ -22,7 +22,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", text.upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1000:
-        raise FewbitError(f"a size is written like 500MB or 5GB (at least 1KB), not {text!r}")
+        raise FewbitError(f"a size must have a form such as 500MB or 5GB (at least 1KB), not {text!r}")
     return size
 
 

@@ -150,7 +150,7 @@ def test_a_fisher_that_underflowed_is_an_error(deep: Path, tmp_path: Path, monke
         return torch.zeros_like(logits), 0.0
 
     monkeypatch.setattr(fisher, "_loss_gradient", nothing)
-    with pytest.raises(FewbitError, match=r"model\.layers\..*: its gradients are all 0 though it had inputs"):
+    with pytest.raises(FewbitError, match=r"model\.layers\..*: its gradients are all 0 although it had inputs"):
         fewbit.quantize(deep, tmp_path / "out", fewbit.preset("oac", bits=4, group_size="32"), options())
 
 
@@ -165,7 +165,7 @@ def test_a_layer_whose_gradients_underflowed_is_an_error(deep: Path, monkeypatch
 
     monkeypatch.setattr(accumulate.Accumulator, "observe", lost)
     run = RunOptions(report_only=True, calibration=options().calibration)
-    with pytest.raises(FewbitError, match=r"q_proj.*: its gradients are all 0 though it had inputs"):
+    with pytest.raises(FewbitError, match=r"q_proj.*: its gradients are all 0 although it had inputs"):
         fewbit.quantize(deep, None, fewbit.preset("oac", bits=4, group_size="32"), run)
 
 
@@ -228,7 +228,7 @@ def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "rtn", "--damping", "0.1"], "--damping: belongs to methods with a curvature, rtn has none"),
+        (["--method", "rtn", "--damping", "0.1"], "--damping: applies only to methods with a curvature"),
         (["--method", "gptq", "--damping", "0"], "damping must be above 0"),
         (["--method", "gptq", "--tempering", "2"], "tempering must be from 0 to 1, not 2.0"),
         (["--method", "spqr", "--act-order"], "outliers by sensitivity shape the grid of a group when it is entered"),
@@ -236,11 +236,11 @@ def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> N
         (["--method", "gptq", "--fisher-terms", "token"], "--fisher-terms: gptq has no use for it"),
         (["--method", "billm", "--bits", "4"], "the binary grid has 1 bit, not 4: leave --bits out"),
         (["--method", "oac", "--refresh", "0"], "--refresh must be once, block or a number of blocks"),
-        (["--method", "gptq", "--refresh", "2"], "--refresh: only a Fisher that is measured in the run"),
-        (["--method", "oac", "--original-inputs"], "--original-inputs: only a Gram that is measured in the run"),
+        (["--method", "gptq", "--refresh", "2"], "--refresh: only a Fisher that is measured in this run"),
+        (["--method", "oac", "--original-inputs"], "--original-inputs: applies only to a Gram"),
         (
             ["--calibration", "self", "--samples", "3"],
-            "--calibration, --samples: adpq+ sees no data",
+            "--calibration, --samples: adpq+ uses no data",
         ),
         (["--method", "awq", "--damping", "0.1"], "--damping: awq has no use for it"),
         (["--method", "precal+spqr", "--outlier-bits", "8"], "--outlier-bits: precal+spqr has no use for it"),
@@ -252,7 +252,7 @@ def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> N
             "two-level scales join all groups of a row: grids cannot be refitted one by one",
         ),
         (["--method", "gptq", "--samples", "0"], "calibration needs at least 1 sample of at least 2 tokens"),
-        (["--method", "gptq", "--curvature", "nowhere"], "nowhere: no curvature here: make one with"),
+        (["--method", "gptq", "--curvature", "nowhere"], "nowhere: contains no curvature: make one with"),
     ],
 )
 def test_bad_choices(tiny: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -80,7 +80,7 @@ def test_a_nested_header(tiny: Path, tmp_path: Path) -> None:
     header = b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"
     (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     line = run_cli("inspect", model, code=2).stderr
-    assert "not a whole safetensors file (nested more than 100 deep)" in line
+    assert "not a complete safetensors file (nested more than 100 deep)" in line
 
 
 def test_a_report_of_a_quantized_folder(tiny: Path, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_two_numbers_in_a_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["F6_E2M3", "F6_E3M2", "Q9"])
 def test_a_dtype_that_torch_lacks_is_named(tmp_path: Path, dtype: str) -> None:
     path = raw(tmp_path / "m", {"counts": (dtype, [4], 3)})
-    with pytest.raises(FewbitError, match=f"tensor counts has the dtype {dtype}, which this PyTorch does not have"):
+    with pytest.raises(FewbitError, match=f"tensor counts has the dtype {dtype}, which this PyTorch does not support"):
         read_header(path)
 
 

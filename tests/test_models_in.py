@@ -117,4 +117,4 @@ def test_a_model_from_the_hub(hub: str, tiny: Path, tmp_path: Path) -> None:
         tmp_path / "local" / "model.safetensors"
     ).read_bytes()
     result = run_cli("quantize", "org/other", tmp_path / "x", env=env, code=2)
-    assert "org/other: no such folder here and no such model on the hub" in result.stderr
+    assert "org/other: no such folder, and no such model on the hub" in result.stderr

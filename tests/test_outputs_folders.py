@@ -78,7 +78,7 @@ def test_only_what_overwrite_allowed_at_the_start_is_replaced(tiny: Path, tmp_pa
     with pytest.raises(WorkKeptError, match=r"out: notes\.md was put there while this run worked"):
         fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True, progress=change))
     assert (out / "notes.md").read_text() == "precious"
-    with pytest.raises(FewbitError, match=r"out: holds notes\.md, which fewbit did not put there"):
+    with pytest.raises(FewbitError, match=r"out: contains notes\.md, which fewbit did not write"):
         fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True))
     (out / "notes.md").rename(tmp_path / "notes.md")
     fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True))
@@ -95,7 +95,7 @@ def test_a_name_alone_is_no_proof_that_fewbit_made_a_folder(tiny: Path, tmp_path
         folder.mkdir()
         (folder / name).write_text(text)
         (folder / "thesis.txt").write_text("precious")
-        with pytest.raises(FewbitError, match="not a folder that fewbit made"):
+        with pytest.raises(FewbitError, match="fewbit did not make this folder"):
             fewbit.quantize(tiny, folder, RTN, RunOptions(overwrite=True))
         assert siblings(folder) == sorted([name, "thesis.txt"])
     # What loads is proof enough: a report need not be there.
@@ -399,5 +399,5 @@ def test_the_demonstration_overwrites_no_report_of_others(tmp_path: Path) -> Non
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text(text)
-        assert "is there already, and no demonstration wrote it" in run_cli("demo", folder, code=2).stderr
+        assert "already exists and was not made by the demo" in run_cli("demo", folder, code=2).stderr
         assert (folder / name).read_text() == text and siblings(folder) == [name]

@@ -78,7 +78,7 @@ def test_the_original_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytes
     assert original_of(open_checkpoint(there / "tuned")).folder == here / "llama"
     (here / "llama").rename(here / "moved")
     line = run_cli("tune", here / "small", "again", *FEW, code=2).stderr
-    assert "its original, llama, is not to be found from here: give it with --reference" in line
+    assert "its original, llama, cannot be found: give the original with --reference" in line
     run_cli("tune", here / "small", "again", "--reference", here / "moved", *FEW)
     assert sorted(path.name for path in there.iterdir()) == ["again", "llama", "tuned"]
 

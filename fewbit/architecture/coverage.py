@@ -124,7 +124,7 @@ def require_recognised(coverage: Coverage, model: str) -> None:
 
 def _check_included(entry: TensorEntry) -> None:
     if len(entry.shape) < 2 or not _is_float(entry) or not entry.numel:
-        raise FewbitError(f"{entry.name}: --include needs a 16 or 32-bit matrix, this is {list(entry.shape)}")
+        raise FewbitError(f"{entry.name}: --include needs a 16 or 32-bit matrix, but its shape is {list(entry.shape)}")
 
 
 def _is_float(entry: TensorEntry) -> bool:

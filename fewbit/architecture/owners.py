@@ -18,12 +18,12 @@ def refuse_owner(name: str, module: Any, transposed: bool | None) -> None:
     kind = type(module).__name__
     if not isinstance(module, nn.Linear) and _NO_LAYER.search(kind):
         raise FewbitError(
-            f"{name}: in the network it is the weight of a {kind}, no linear layer: keep it with --exclude"
+            f"{name}: in the network this is the weight of a {kind}, not of a linear layer: keep it with --exclude"
         )
     stored = getattr(module, "is_transposed", None)
     if transposed is not None and isinstance(stored, bool) and stored != transposed:
         shape = "(experts, in, out)" if stored else "(experts, out, in)"
         raise FewbitError(
-            f"{name}: the network stores it as {shape}, the shapes of the checkpoint were read the other way: keep it "
-            "with --exclude"
+            f"{name}: its shape in the network is {shape}, which is the transpose of what the checkpoint's shapes "
+            "suggest: keep it with --exclude"
         )

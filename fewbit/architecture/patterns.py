@@ -17,6 +17,6 @@ def matching(patterns: Iterable[str], names: Collection[str]) -> set[str]:
     for pattern in patterns:
         hits = {pattern} if pattern in known else {name for name in known if fnmatch.fnmatchcase(name, pattern)}
         if not hits:
-            raise FewbitError(f"pattern {pattern!r} matches no tensor: see the names with  fewbit inspect")
+            raise FewbitError(f"pattern {pattern!r} matches no tensor: list the names with  fewbit inspect")
         found |= hits
     return found

@@ -28,7 +28,7 @@ class CalibrationChoice:
         if sources:
             shares(sources, self.samples)
         if self.chat_template and not any(source.kind in DOCUMENTS for source in sources):
-            raise FewbitError(f"--chat-template: {self.sources} has no documents to put into it: leave it out")
+            raise FewbitError(f"--chat-template: {self.sources} has no documents to apply it to: omit the option")
 
 
 def choice_from(given: dict[str, Any], samples: int = CalibrationChoice.samples) -> CalibrationChoice:

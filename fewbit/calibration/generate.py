@@ -54,7 +54,7 @@ def generate_sequences(
             probabilities = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
             if not bool(torch.isfinite(probabilities).all()):
                 raise FewbitError(
-                    f"the model's logits are not finite (NaN or infinity, after {place} tokens of its own text, in "
+                    f"the model's logits are NaN or infinite (after {place} tokens of its own text, in "
                     f"{str(model.dtype).removeprefix('torch.')}): {NOT_FINITE_ADVICE}"
                 )
             pieces.append(torch.multinomial(probabilities, 1, generator=generator))

@@ -81,8 +81,8 @@ def check_link(folder: Path, path: Path) -> None:
     here, there = folder.resolve(), path.resolve()
     if not any(there.is_relative_to(place) for place in _allowed(here)):
         raise FewbitError(
-            f"{folder}: {printable(str(path.relative_to(folder)))} is a link out of the model's folder: put the file "
-            "itself there"
+            f"{folder}: {printable(str(path.relative_to(folder)))} is a link to a place outside the model's folder: "
+            "replace it with the file itself"
         )
 
 

@@ -125,7 +125,7 @@ def read_as_products(entries: Mapping[str, TensorEntry], described: Fp8, where: 
         found = [name + ending for ending in _SCALES if name + ending in entries]
         if len(found) != 1:
             lack = "no scale" if not found else "two scales"
-            raise FewbitError(f"{where}: {name} is in FP8 and has {lack} beside it: the folder is not whole")
+            raise FewbitError(f"{where}: {name} is in FP8 but has {lack} beside it: the folder is damaged")
         result[name] = _scaled(entry, entries[found[0]], described, where)
         used.add(found[0])
     if not used:
@@ -139,7 +139,9 @@ def _is_of_activations(entry: TensorEntry) -> bool:
 
 def _scaled(entry: TensorEntry, scale: TensorEntry, described: Fp8, where: Path) -> TensorEntry:
     if not scale.dtype.is_floating_point or scale.dtype.itemsize > 4:
-        raise FewbitError(f"{where}: {scale.name} holds no scales: it is {str(scale.dtype).removeprefix('torch.')}")
+        raise FewbitError(
+            f"{where}: {scale.name} cannot contain scales: its dtype is {str(scale.dtype).removeprefix('torch.')}"
+        )
     shape = _aligned(scale.shape, entry.shape)
     block = _blocks(shape, entry.shape, described.block) if shape is not None else None
     if shape is None or block is None:

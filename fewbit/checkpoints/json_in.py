@@ -21,7 +21,7 @@ def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]
     except OSError as error:
         raise FewbitError(f"{path}: cannot be read ({error.strerror or error})") from error
     if len(text) > most_bytes:
-        raise FewbitError(f"{path}: larger than {most_bytes >> 20} MB, which no file of this kind is")
+        raise FewbitError(f"{path}: larger than {most_bytes >> 20} MB, which is too large for a file of this kind")
     try:
         data = parse_json(text)
     except ValueError as error:

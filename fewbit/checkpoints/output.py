@@ -53,12 +53,12 @@ def refuse_meanwhile(out: Path, allowed: Standing | None, moved: Path | None = N
 def check_place(out: Path, source: Path) -> None:
     """FewbitError when `out` is a link or the current folder, or when one of the two folders lies inside the other."""
     if out.is_symlink():
-        raise FewbitError(f"{out}: is a symbolic link: name the folder itself")
+        raise FewbitError(f"{out}: is a symbolic link: give the folder itself")
     there, model = out.resolve(), source.resolve()
     if there == Path.cwd():
-        raise FewbitError(f"{out}: is the folder you are in: name a new one")
+        raise FewbitError(f"{out}: is the current folder: choose a new one")
     if there == model or model in there.parents:
-        raise FewbitError(f"{out}: lies inside the model's own folder {source}: choose another place")
+        raise FewbitError(f"{out}: is inside the model's own folder {source}: choose another place")
     if there in model.parents:
         raise FewbitError(f"{out}: contains the model's folder {source}: choose another place")
 
@@ -71,11 +71,14 @@ def check_replaceable(out: Path, overwrite: bool) -> Standing | None:
     if not overwrite:
         raise FewbitError(f"{out}: already exists: choose another name or pass --overwrite")
     if not out.is_dir() or not made_by_fewbit(out):
-        raise FewbitError(f"{out}: is not a folder that fewbit made, so --overwrite does not touch it: remove it first")
+        raise FewbitError(
+            f"{out}: fewbit did not make this folder, so --overwrite does not replace it: remove it first"
+        )
     added = _added(out)
     if added:
         raise FewbitError(
-            f"{out}: holds {added[0]}, which fewbit did not put there, so --overwrite does not touch it: move it first"
+            f"{out}: contains {added[0]}, which fewbit did not write, so --overwrite does not replace it: move that "
+            "file first"
         )
     return found
 

@@ -25,11 +25,11 @@ def check_loadable(checkpoint: Checkpoint) -> None:
     kind = config.get("model_type")
     if _named_code(config) and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise FewbitError(
-            f"{folder}: {kind!r} is no architecture of transformers but code in the model's folder (auto_map of "
-            f"config.json): {_NEVER}: methods without data, such as --method rtn, work all the same"
+            f"{folder}: transformers does not know the architecture {kind!r}; it is code in the model's folder "
+            f"(auto_map of config.json): {_NEVER}: only data-free methods, such as --method rtn, work for this model"
         )
     for kernel in _kernels(config):
-        raise FewbitError(f"{folder}: config.json asks for code of the hub ({kernel}): {_NEVER}: remove that line")
+        raise FewbitError(f"{folder}: config.json requests code from the hub ({kernel}): {_NEVER}: remove that line")
     foreign = checkpoint.foreign
     if foreign is not None:
         known = [name for name in AUTO_QUANTIZATION_CONFIG_MAPPING if name.split("_")[0] == foreign.method]
@@ -56,7 +56,7 @@ def open_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except RecursionError as error:
-        raise FewbitError(f"{folder}: tokenizer.json is nested too deep to be one") from error
+        raise FewbitError(f"{folder}: tokenizer.json is nested too deeply") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         for name in ("tokenizer_config.json", "config.json"):
             if (folder / name).is_file() and "AutoTokenizer" in _named_code(read_json_object(folder / name)):

@@ -35,8 +35,8 @@ def write_plain(checkpoint: Checkpoint, out: Path, shard_size: int = _SHARD) -> 
     needed, free = sum(entry.bytes for entry in checkpoint.entries.values()), shutil.disk_usage(out).free
     if needed > free:
         raise FewbitError(
-            f"{out.parent}: the 16-bit copy of {checkpoint.folder} needs {needed / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB are free: name another place with FEWBIT_CACHE"
+            f"{out.parent}: the 16-bit copy of {checkpoint.folder} needs {needed / 1e9:.1f} GB, but only "
+            f"{free / 1e9:.1f} GB are free: set FEWBIT_CACHE to another folder"
         )
     placed: dict[str, str] = {}
     with FileReader() as reader:

@@ -117,7 +117,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
         _check_layout(entries, 8 + length, size)
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise FewbitError(f"{path}: not a whole safetensors file ({error}): fetch or copy it again") from error
+        raise FewbitError(f"{path}: not a complete safetensors file ({error}): fetch or copy it again") from error
     return entries, metadata
 
 
@@ -127,8 +127,8 @@ def _entry(path: Path, name: str, value: dict[str, Any], base: int) -> TensorEnt
     if value["dtype"] not in DTYPES:
         # Not damage: the format grows, and says how many bytes there are without a reader's knowing what they mean.
         raise FewbitError(
-            f"{path}: tensor {name} has the dtype {value['dtype']}, which this PyTorch does not have: if "
-            "the model is quantized, give the 16-bit original"
+            f"{path}: tensor {name} has the dtype {value['dtype']}, which this PyTorch does not support: if the model "
+            "is quantized, give the 16-bit original"
         )
     dtype = DTYPES[value["dtype"]]
     shape = tuple(value["shape"])
@@ -217,7 +217,7 @@ class FileReader:
         while len(view):
             got = read_at(descriptor, view, position)
             if got == 0:
-                raise FewbitError(f"{entry.file}: ends inside tensor {entry.name}: fetch or copy it again")
+                raise FewbitError(f"{entry.file}: the file ends inside tensor {entry.name}: fetch or copy it again")
             view, position = view[got:], position + got
         return data
 
@@ -285,7 +285,7 @@ class ShardWriter:
     def _describe(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], size: int) -> None:
         if name in self._header:
             # A kept tensor may have the name that a part of a packed weight gets.
-            raise FewbitError(f"{self._path}: two tensors would be called {name}: rename one in the model")
+            raise FewbitError(f"{self._path}: two tensors would have the name {name}: rename one in the model")
         offsets = [self._offset, self._offset + size]
         stored = _NAMES[dtype]
         if count := _PER_ELEMENT.get(stored):

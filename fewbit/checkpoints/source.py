@@ -91,7 +91,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         header, _ = read_header(file)
         for name, entry in header.items():
             if name in entries:
-                raise FewbitError(f"{folder}: tensor {name} stands in both {entries[name].file.name} and {file.name}")
+                raise FewbitError(f"{folder}: tensor {name} is in both {entries[name].file.name} and {file.name}")
             entries[name] = entry
         check_tensors(file, expected, set(header))
     config.pop(NAMED_IN_CONFIG, None)
@@ -162,5 +162,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise FewbitError(f"{path}: its quantization_config is not an object")
     if "configuration_files" in config:
         # transformers then reads another file in place of this one, which one depends on its version.
-        raise FewbitError(f"{path}: its configuration_files name other configs that transformers may take: remove them")
+        raise FewbitError(
+            f"{path}: its configuration_files lists other configs that transformers may load: remove that key"
+        )
     return config

@@ -114,7 +114,7 @@ class WorkFolder:
             if before is not None and _work_in(self.path) and not (restart or self._failed_before):
                 raise FewbitError(
                     f"{self._named}: a run with other arguments was interrupted here ({differences(before, job)}): "
-                    "repeat those arguments to go on, or pass --overwrite to begin again"
+                    "repeat those arguments to resume it, or pass --overwrite to start again"
                 )
             self._empty()
             self._failed_before = False
@@ -286,7 +286,7 @@ class WorkFolder:
 def _refuse_place(path: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise FewbitError(
-            f"{path}: fewbit needs this name for its work, and what has it is not fewbit's: move it elsewhere first"
+            f"{path}: fewbit needs this name for its work, but something else has it: move it elsewhere first"
         )
 
 
@@ -340,7 +340,9 @@ def lock_folder(folder: Path, out: Path) -> int | None:
         raise BlockingIOError
     except (BlockingIOError, FileNotFoundError) as error:
         os.close(descriptor)
-        raise FewbitError(f"{out}: another run is writing it: wait for that one or choose another name") from error
+        raise FewbitError(
+            f"{out}: another run is writing to it: wait until that run ends, or choose another name"
+        ) from error
     except OSError:
         # Some network file systems know no locks.
         return descriptor

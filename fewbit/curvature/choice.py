@@ -38,4 +38,4 @@ class CurvatureChoice:
         if not 0 <= self.gram_share < 1:
             raise FewbitError(f"gram share must be from 0 to below 1, not {self.gram_share}")
         if self.gram_share and self.kind != "fisher":
-            raise FewbitError("gram share: only a fisher can be mixed with a Gram")
+            raise FewbitError("gram share: only a Fisher can be mixed with a Gram")

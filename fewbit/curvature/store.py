@@ -77,7 +77,7 @@ class StoredCurvature:
         """Layer key -> float32 `(in, in)` of one block's layers."""
         path = _block_path(self.folder, index)
         if not path.is_file():
-            raise FewbitError(f"{path}: missing: the measurement was not finished; run fewbit curvature again")
+            raise FewbitError(f"{path}: missing, because the measurement did not finish: run fewbit curvature again")
         found: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
@@ -133,11 +133,11 @@ class CurvatureWriter:
         before = read_json(self.folder / _DESCRIPTION)
         if not isinstance(before, dict):
             raise FewbitError(
-                f"{self.folder}: holds blocks without a whole {_DESCRIPTION}: choose another name, or remove it"
+                f"{self.folder}: contains blocks but no complete {_DESCRIPTION}: choose another name, or remove it"
             )
         if before != header:
             what = differences(before, header)
-            raise FewbitError(f"{self.folder}: holds another curvature ({what}): choose another name, or remove it")
+            raise FewbitError(f"{self.folder}: contains another curvature ({what}): choose another name, or remove it")
         files = read_json(self.folder / _MEASURING)
         if isinstance(files, dict) and files != measuring:
             raise FewbitError(
@@ -168,41 +168,45 @@ def check_curvature_place(folder: Path, checkpoint: Checkpoint) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise FewbitError(f"{folder}: is a file: name a folder for the curvature")
+        raise FewbitError(f"{folder}: is a file: give a folder for the curvature")
     for path in folder.iterdir():
         name = path.name
         own = name in (_DESCRIPTION, _MEASURING) or _BLOCK.fullmatch(name) or _SCRATCH.fullmatch(name)
         if not is_of_the_system(name) and not (own and path.is_file() and not path.is_symlink()):
-            raise FewbitError(f"{folder}: holds {name}, which is no part of a curvature: choose another name")
+            raise FewbitError(f"{folder}: contains {name}, which is not part of a curvature: choose another name")
 
 
 def open_curvature(folder: Path, checkpoint: Checkpoint) -> StoredCurvature:
     """Open a stored curvature for a model; FewbitError when it is of another model, shape or version."""
     path = folder / _DESCRIPTION
     if not path.is_file():
-        raise FewbitError(f"{folder}: no curvature here: make one with  fewbit curvature MODEL {folder}")
+        raise FewbitError(f"{folder}: contains no curvature: make one with  fewbit curvature MODEL {folder}")
     data = read_json(path)
     if not isinstance(data, dict) or "version" not in data:
-        raise FewbitError(f"{path}: damaged (no description of a curvature): measure again")
+        raise FewbitError(f"{path}: damaged (no description of a curvature): measure it again")
     if data.get("version") != VERSION:
         raise FewbitError(
-            f"{folder}: curvature version {data.get('version')}, this fewbit reads {VERSION}: measure again"
+            f"{folder}: curvature version {data.get('version')}, but this fewbit reads {VERSION}: measure it again"
         )
     wanted, found = model_fingerprint(checkpoint), data.get("model")
     if wanted != found:
         kinds = ("model_type", "tensors", "bytes", "sample")
         differs = next((k for k in kinds if not isinstance(found, dict) or wanted[k] != found.get(k)), "tensors")
-        raise FewbitError(f"{folder}: was measured on another model (its {differs} differs): measure this one")
+        raise FewbitError(
+            f"{folder}: was measured on another model (its {differs} differs): measure the curvature of this model"
+        )
     try:
         choice, calibration = CurvatureChoice(**data["choice"]), dict(data["calibration"])
         blocks = int(calibration["blocks"])
     except (ValueError, KeyError, TypeError) as error:
-        raise FewbitError(f"{path}: damaged ({error}): measure again") from error
+        raise FewbitError(f"{path}: damaged ({error}): measure it again") from error
     # Counted from what is there: a number in a file may be any number.
     there = {entry.name for entry in folder.iterdir()}
     missing = next((i for i in range(min(blocks, len(there) + 1)) if _block_path(folder, i).name not in there), None)
     if missing is not None or blocks < 1:
-        raise FewbitError(f"{folder}: block {(missing or 0) + 1} is not measured: run the same fewbit curvature again")
+        raise FewbitError(
+            f"{folder}: block {(missing or 0) + 1} is not measured: run the same fewbit curvature command again"
+        )
     return StoredCurvature(folder, choice, calibration)
 
 

@@ -48,16 +48,16 @@ def evaluate(
     """
     names = [models] if isinstance(models, str | Path) else list(models)
     if not names:
-        raise FewbitError("name at least one model to evaluate")
+        raise FewbitError("give at least one model to evaluate")
     if data is None and tasks is None:
-        raise FewbitError("nothing to measure: give --data, --tasks or both")
+        raise FewbitError("nothing to evaluate: give --data, --tasks or both")
     if data is None and reference is not None:
-        raise FewbitError("the distance from --reference is measured on a text: give --data too")
+        raise FewbitError("--reference compares models on a text: give --data too")
     if data is None and rounded is not None:
-        raise FewbitError("--w8a8 is measured on a text: give --data too")
+        raise FewbitError("--w8a8 is evaluated on a text: give --data too")
     originals = [name for name in names if rounded is not None and is_original(name)]
     if rounded is not None and not originals:
-        raise FewbitError("--w8a8 rounds an original's weights and inputs: name one, these are quantized already")
+        raise FewbitError("--w8a8 needs an original model, but the given models are all quantized: add an original")
     protocol = protocol or Protocol()
     text = read_text(data, progress) if data is not None else None
     opened = open_tasks(tasks) if tasks is not None else None

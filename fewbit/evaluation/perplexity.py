@@ -58,8 +58,8 @@ def cut_windows(token_ids: Tensor, protocol: Protocol, bos_id: int | None) -> Te
     wanted = protocol.windows or available
     if wanted < 1 or wanted > available:
         raise FewbitError(
-            f"the text has {token_ids.numel():,} tokens, {available} windows of {length}; "
-            f"asked for {max(wanted, 1)}: take fewer or shorter windows, or more text"
+            f"the text has {token_ids.numel():,} tokens, which is {available} windows of {length}, but "
+            f"{max(wanted, 1)} were requested: use fewer or shorter windows, or more text"
         )
     windows = token_ids[: wanted * length].view(wanted, length)
     if bos_id is not None:
@@ -99,8 +99,8 @@ def check_finite(value: float, name: str, what: str = "loss") -> None:
     """FewbitError, naming the model, for a figure that is NaN or infinite."""
     if not math.isfinite(value):
         raise FewbitError(
-            f"{name}: its {what} is {value}, not a number to report: its logits overflow, or its weights are damaged: "
-            "try --dtype float32 (float16 overflows in many models that were trained in bfloat16)"
+            f"{name}: its {what} is {value}: its logits overflow, or its weights are damaged: try --dtype float32 "
+            "(float16 overflows in many models that were trained in bfloat16)"
         )
 
 

@@ -88,7 +88,7 @@ def score(
         expected = original.logits(index) if original is not None else None
         logits = window_logits(model, window)
         if expected is not None and expected.shape != logits.shape:
-            raise FewbitError(f"{name}: its vocabulary is not the reference's: is it the same model?")
+            raise FewbitError(f"{name}: its vocabulary differs from that of the reference: is it the same model?")
         totals.add(logits, targets, expected)
         if expected is not None:
             baseline.add(expected.to(model.device), targets, None)
@@ -97,7 +97,7 @@ def score(
     nll = totals.nll / totals.tokens
     check_finite(nll, name)
     if nll > 700:
-        raise FewbitError(f"{name}: its loss is {nll}, not a number to report: are the weights damaged?")
+        raise FewbitError(f"{name}: its loss is {nll}: are the weights damaged?")
     if original is not None:
         check_finite(baseline.nll, original.name)
     row: dict[str, float] = {"perplexity": math.exp(nll), "nll": nll}

@@ -87,7 +87,7 @@ def _answer(harness: Any, name: str, task: Any) -> TaskAnswers:
             raise
         raise FewbitError(f"the model cannot answer {name} ({first_line(error)})") from error
     if not all(math.isfinite(likelihood) for likelihood, _ in replies):
-        raise FewbitError(f"a log-likelihood of {name} is not a finite number: are the weights damaged?")
+        raise FewbitError(f"a log-likelihood of {name} is NaN or infinite: are the weights damaged?")
     for request, reply in zip(task.instances, replies, strict=True):
         request.resps = [reply]
     task.apply_filters()
@@ -127,7 +127,9 @@ def _count_truncated(harness: Any, name: str, task: Any) -> int:
             continue
         whole = len(harness.tok_encode(context + continuation))
         if whole - len(harness.tok_encode(context.rstrip())) > harness.max_length:
-            raise FewbitError(f"a choice of {name} has more tokens than the model has positions ({harness.max_length})")
+            raise FewbitError(
+                f"a choice of {name} is longer than the model's maximum length ({harness.max_length} tokens)"
+            )
         cut += whole > harness.max_length + 1
     return cut
 

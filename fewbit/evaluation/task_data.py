@@ -58,21 +58,25 @@ def read_questions(folder: Path, task: str) -> Questions:
                 f"{path}:{number}: not a question of {task} ({reason}): a line needs {source.needs}"
             ) from error
     if not rows:
-        raise FewbitError(f"{path}: no questions in it")
+        raise FewbitError(f"{path}: contains no questions")
     return Questions(path, digest.hexdigest(), rows)
 
 
 def _find(folder: Path, task: str) -> Path:
     if not folder.is_dir():
-        raise FewbitError(f"{folder}: no such folder: --task-data takes one that holds the questions as TASK*.jsonl")
+        raise FewbitError(
+            f"{folder}: no such folder: --task-data needs a folder with the questions in TASK*.jsonl files"
+        )
     if (exact := folder / f"{task}.jsonl").is_file():
         return exact
     found = sorted(folder.glob(f"{task}_*.jsonl"))
     if not found:
-        raise FewbitError(f"{folder}: no file {task}.jsonl or {task}_*.jsonl in it: put the questions of {task} there")
+        raise FewbitError(
+            f"{folder}: contains no file {task}.jsonl or {task}_*.jsonl: put the questions of {task} there"
+        )
     if len(found) > 1:
         names = " and ".join(path.name for path in found[:2])
-        raise FewbitError(f"{folder}: {names} could both be {task}: name the one to use {task}.jsonl")
+        raise FewbitError(f"{folder}: {names} could both be {task}: rename the one to use to {task}.jsonl")
     return found[0]
 
 

@@ -31,9 +31,9 @@ class TaskChoice:
     def __post_init__(self) -> None:
         for name in self.names:
             if name not in TASKS:
-                raise FewbitError(f"no task {name!r}: there are {', '.join(TASKS)}")
+                raise FewbitError(f"no task {name!r}: choose from {', '.join(TASKS)}")
         if not self.names or len(set(self.names)) < len(self.names):
-            raise FewbitError(f"tasks are named once each, from {', '.join(TASKS)}")
+            raise FewbitError(f"each task can be named only once; the tasks are {', '.join(TASKS)}")
         if self.limit < 0:
             raise FewbitError(f"the number of questions cannot be {self.limit}")
 
@@ -43,7 +43,7 @@ def choose_tasks(names: str | None, data: Path | None, limit: int) -> TaskChoice
     if names is not None:
         return TaskChoice(tuple(name.strip() for name in names.split(",")), data, limit)
     if data is not None or limit:
-        raise FewbitError("--task-data and --task-limit go with --tasks: name the tasks")
+        raise FewbitError("--task-data and --task-limit need --tasks: name the tasks")
     return None
 
 
@@ -112,8 +112,8 @@ def _load(manager: Any, name: str, questions: Questions | None) -> Any:
         if questions is not None or (isinstance(error, RuntimeError) and "script" not in str(error)):
             raise
         raise FewbitError(
-            f"{name}: its questions cannot be fetched from the hub ({first_line(error)}): give a folder that holds "
-            f"them with --task-data"
+            f"{name}: its questions cannot be fetched from the hub ({first_line(error)}): give a folder with the "
+            "questions (--task-data)"
         ) from error
 
 

@@ -92,7 +92,7 @@ def _refuses(scheme: Scheme) -> str | None:
 
 BINARY = Grid(
     "binary",
-    "a sign and one of two magnitudes, as BiLLM publishes it",
+    "a sign and one of two magnitudes, as in BiLLM",
     codes=lambda scheme: two_planes("second"),
     layout=_layout,
     fit=_fit,

@@ -44,7 +44,9 @@ class GridChoice:
         check_group_size(self.group_size)
         check_name("column_weights", self.column_weights, COLUMN_WEIGHTS)
         if self.column_weights != "none" and self.search is None:
-            raise FewbitError("column_weights weigh the errors of the range search: turn it on with --clip-search")
+            raise FewbitError(
+                "column_weights weight the errors of the range search: turn the search on with --clip-search"
+            )
 
     @property
     def grid(self) -> Grid:
@@ -109,7 +111,7 @@ def check_group_size(text: str) -> None:
     """FewbitError unless `text` is a comma-separated list of auto, row and positive numbers."""
     for choice in str(text).split(","):
         if choice not in ("auto", "row") and not (choice.isdecimal() and int(choice) > 0):
-            raise FewbitError(f"group size must be a number, auto, row, or several (64,auto), not {text!r}")
+            raise FewbitError(f"group size must be a number, auto, row, or a list such as 64,auto, not {text!r}")
 
 
 def group_size_for(columns: int, choices: str, multiple: int = 1) -> int | None:

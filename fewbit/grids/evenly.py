@@ -249,7 +249,7 @@ _TO_WHOLE = _Rounding(_codes_of_whole, _from_zero, _decode, partial(_through, Tr
 
 ZERO_POINT: Grid = _grid(
     "zero-point",
-    "evenly spaced, 0 always a level",
+    "evenly spaced with an integer zero-point, so 0 is a level",
     lambda low, high, bits: integer.zero_point_grid(low, high, bits)[0],
     _WHOLE,
     _TO_WHOLE,
@@ -260,7 +260,7 @@ SYMMETRIC: Grid = _grid(
 )
 MINIMUM: Grid = _grid(
     "minimum",
-    "evenly spaced from a real-valued minimum, as AdpQ publishes it",
+    "evenly spaced from a real-valued minimum, as in AdpQ",
     integer.minimum_grid,
     _MINIMUM,
     _Rounding(_codes_of_minimum, _from_minimum, _decode_minimum, _through_minimum),
@@ -268,7 +268,7 @@ MINIMUM: Grid = _grid(
 )
 REAL_ZERO: Grid = _grid(
     "real-zero",
-    "evenly spaced with a real-valued zero-point, as SpQR publishes it",
+    "evenly spaced with a real-valued zero-point, as in SpQR",
     integer.minimum_grid,
     _REAL,
     _Rounding(_codes_of_real, _from_zero, _decode, partial(_through, False)),

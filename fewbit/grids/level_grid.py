@@ -104,7 +104,7 @@ def _refuses(scheme: Scheme) -> str | None:
 
 CODEBOOK = level_grid(
     "codebook",
-    "normal quantiles, two signs with 1 bit",
+    "quantiles of a normal distribution, as in NF4; at 1 bit only the sign",
     _held,
     called="normal-float",
     widths=(1, 2, 3, 4, 5, 6, 7, 8),

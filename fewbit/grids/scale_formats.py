@@ -74,7 +74,7 @@ def _plain(name: str) -> ScaleFormat:
 
     return ScaleFormat(
         name,
-        f"{name} for each group",
+        f"{name} per group",
         pack=pack,
         see=lambda values, scheme: from_pattern(to_pattern(values, name), name),
         read=lambda parts, quantity, scheme, groups: from_pattern(parts[f"{quantity}s"], name),
@@ -107,7 +107,7 @@ SCALE_FORMATS: dict[str, ScaleFormat] = {
         _plain("float32"),
         ScaleFormat(
             "two-level",
-            "7 bits for each group, 16 for each row",
+            "7 bits per group and 16 bits per row",
             pack=_pack_two_level,
             see=lambda values, scheme: _pack_two_level(values, "scale", scheme)[1],
             read=lambda parts, name, scheme, groups: from_two_level(parts[f"{name}s"], parts[f"row_{name}s"], groups),
@@ -120,7 +120,7 @@ SCALE_FORMATS: dict[str, ScaleFormat] = {
         ),
         ScaleFormat(
             "statistics",
-            "a few bits for each group, with a second level for some rows (SpQR)",
+            "a few bits per group, and second-level scales for blocks of rows (SpQR)",
             pack=_pack_statistics,
             see=lambda values, scheme: as_statistics(values, scheme.statistic_bits, scheme.statistic_rows),
             read=_read_statistics,

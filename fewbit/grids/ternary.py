@@ -40,7 +40,7 @@ def _unpack(parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
 
 TERNARY = level_grid(
     "ternary",
-    "-1, 0 and 1 times a scale, five weights in a byte",
+    "-1, 0 and 1 times a scale, five weights per byte",
     lambda scheme: _LEVELS,
     widths=(1.6,),
     # A digit in base 3 has no room for the bits of an outlier's code.

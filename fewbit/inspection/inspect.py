@@ -39,7 +39,7 @@ def inspect(model: str | Path, reference: str | Path | None = None, progress: Pr
     with FileReader() as reader:
         if checkpoint.quantization is None:
             if reference is not None:
-                raise FewbitError(f"{model}: is no quantized folder, so there is nothing to compare with --reference")
+                raise FewbitError(f"{model}: is not a quantized folder, so --reference has nothing to compare: omit it")
             tensors = _original(checkpoint, reader, progress)
             made_from = None
         else:

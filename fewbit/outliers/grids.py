@@ -176,7 +176,7 @@ OUTLIER_GRIDS: dict[str, OutlierGrid] = {
     for one in (
         OutlierGrid(
             "minmax",
-            "a scale and a minimum for each group's outliers, as AdpQ publishes it",
+            "a scale and a minimum for the outliers of each group, as in AdpQ",
             fit=lambda *problem: _fit_groups(True, *problem),
             read=_read_groups,
             layout=_layout_groups,
@@ -185,7 +185,7 @@ OUTLIER_GRIDS: dict[str, OutlierGrid] = {
         ),
         OutlierGrid(
             "sign-magnitude",
-            "the same for magnitudes, with a sign",
+            "a sign, and a scale and a minimum for the magnitudes in each group",
             fit=lambda *problem: _fit_groups(False, *problem),
             read=_read_groups,
             layout=_layout_groups,
@@ -194,7 +194,7 @@ OUTLIER_GRIDS: dict[str, OutlierGrid] = {
         ),
         OutlierGrid(
             "row",
-            "one scale for each row's outliers",
+            "one scale for the outliers of each row",
             fit=_fit_row,
             read=lambda parts, stored: _row_values(parts["outlier_scales"]),
             layout=lambda stored: {"outlier_scales": (torch.int16, (stored.shape[0],))},
@@ -204,7 +204,7 @@ OUTLIER_GRIDS: dict[str, OutlierGrid] = {
         ),
         OutlierGrid(
             "float16",
-            "16 bits for each outlier, as SpQR publishes it",
+            "each outlier in 16 bits, as in SpQR",
             fit=lambda values, where, shape, scheme: Fitted(scheme, {}, _ones(shape[0], values)),
             read=lambda parts, stored: _ones(stored.shape[0], from_pattern(parts["outlier_values"], "float16")),
             layout=lambda stored: {},

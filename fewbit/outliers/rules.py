@@ -94,14 +94,14 @@ OUTLIER_RULES: dict[str, OutlierRule] = {
     for rule in (
         OutlierRule(
             "none",
-            "no weight has a grid of its own",
+            "no outliers",
             cut=lambda chunks, weights, choice, pool: None,
             divide=_none,
             expected=lambda weights, group_size, choice: 0,
         ),
         OutlierRule(
             "adaptive-lasso",
-            "the weights that an adaptive LASSO keeps (AdpQ)",
+            "weights that an adaptive LASSO keeps non-zero (AdpQ)",
             cut=_lasso_cut,
             divide=_lasso_divide,
             expected=_lasso_expected,
@@ -110,7 +110,7 @@ OUTLIER_RULES: dict[str, OutlierRule] = {
         ),
         OutlierRule(
             "sensitivity",
-            "what costs most to round, found by the column solver (SpQR)",
+            "weights with the largest rounding cost, found by the column solver (SpQR)",
             cut=lambda chunks, weights, choice, pool: None,
             divide=_found_later,
             expected=lambda weights, group_size, choice: outlier_count(weights, SENSITIVE_SHARE),

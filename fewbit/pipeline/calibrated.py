@@ -94,6 +94,7 @@ def _check_measured(run: BlockSolver, stored: StoredCurvature, max_fallback: int
         missing += [site.tensor.entry.name for site in lost]
     if len(missing) > max_fallback:
         raise FewbitError(
-            f"{stored.folder}: holds no curvature of {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} "
-            f"({len(missing)} weights): they were left out when it was measured: measure again, or --exclude them here"
+            f"{stored.folder}: has no curvature for {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} "
+            f"({len(missing)} weights), because they were left out of the measurement: measure again, or --exclude "
+            "them here"
         )

@@ -61,18 +61,20 @@ def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
     wanted = recipe.curvature
     assert wanted is not None
     if options.refresh and (wanted.kind != "fisher" or options.stored):
-        raise FewbitError("--refresh: only a Fisher that is measured in the run can be refreshed")
+        raise FewbitError("--refresh: only a Fisher that is measured in this run can be refreshed")
     if options.original_inputs and (wanted.kind != "gram" or options.stored):
-        raise FewbitError("--original-inputs: only a Gram that is measured in the run has a choice of inputs")
+        raise FewbitError("--original-inputs: applies only to a Gram that is measured in this run")
     if options.stored is None:
         return
     found = options.stored.choice
     if found.kind != wanted.kind:
-        raise FewbitError(f"{options.stored.folder}: holds a {found.kind}, {recipe.method} needs a {wanted.kind}")
+        raise FewbitError(
+            f"{options.stored.folder}: contains a {found.kind}, but {recipe.method} needs a {wanted.kind}"
+        )
     if found.diagonal and not wanted.diagonal and recipe.solver.kind != "round":
         raise FewbitError(
-            f"{options.stored.folder}: holds diagonals, by which {recipe.method} would only round: measure again "
-            "without --diagonal"
+            f"{options.stored.folder}: contains only diagonals, with which {recipe.method} would do no more than "
+            "rounding: measure again without --diagonal"
         )
     if found.tempering != wanted.tempering:
         raise FewbitError(
@@ -116,11 +118,11 @@ def refuse_unused(recipe: Recipe, text: dict[str, Any], others: dict[str, Any], 
     given = flags({**text, **others})
     if given and recipe.curvature is None:
         raise FewbitError(
-            f"{given}: {recipe.method} sees no data: choose a calibrated method, e.g. --method precal+oac"
+            f"{given}: {recipe.method} uses no data: choose a calibrated method, e.g. --method precal+oac"
         )
     drawn = flags({**text, "memory": others.get("memory")})
     if drawn and others.get("curvature") is not None:
-        raise FewbitError(f"{drawn}: with --curvature nothing is measured: leave it out")
+        raise FewbitError(f"{drawn}: with --curvature nothing is measured: omit it")
 
 
 def parse_refresh(text: str) -> int:

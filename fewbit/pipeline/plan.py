@@ -124,7 +124,7 @@ def _check_patterns(coverage: Coverage, recipe: Recipe) -> None:
     names = [tensor.entry.name for tensor in coverage.of("quantize")]
     for pattern, _ in recipe.sets:
         if not any(matches(name, pattern) for name in names):
-            raise FewbitError(f"--set {pattern}: matches no tensor to quantize: see the names with  fewbit plan")
+            raise FewbitError(f"--set {pattern}: matches no tensor to quantize: list the names with  fewbit plan")
 
 
 def scheme_for(columns: int, recipe: Recipe) -> Scheme:
@@ -168,12 +168,12 @@ def _check_rows(tensor: WeightTensor, scheme: Scheme) -> None:
     span, block = grid_of(scheme).span.rows, row_block(scheme)
     if rows % span:
         raise FewbitError(
-            f"{tensor.entry.name}: the {scheme.grid} grid rounds {span} rows together, this has {rows}: take another "
-            "grid, or keep it with --exclude"
+            f"{tensor.entry.name}: the {scheme.grid} grid rounds {span} rows together, but this tensor has {rows}: "
+            "choose another grid, or keep it with --exclude"
         )
     if len(tensor.entry.shape) > 2 and (block == 0 or rows % block):
         raise FewbitError(
-            f"{tensor.entry.name}: experts fused in one tensor cannot be stored with this grid: take another method, "
+            f"{tensor.entry.name}: experts fused in one tensor cannot be stored with this grid: choose another method, "
             "or keep them with --exclude"
         )
 
@@ -192,8 +192,8 @@ def _indivisible(coverage: Coverage, recipe: Recipe) -> str | None:
         size = group_size_for(columns, grid.group_size, grid.grid.span.columns)
         if size is not None and size < min(columns, _SMALLEST_AUTO) and not grid.group_size.isdecimal():
             raise FewbitError(
-                f"{tensor.entry.name}: {columns} columns have no divisor from {_SMALLEST_AUTO} to 128 for groups: "
-                "use --group-size row, or keep it with --exclude"
+                f"{tensor.entry.name}: {columns} columns have no divisor from {_SMALLEST_AUTO} to 128 to use as the "
+                "group size: use --group-size row, or keep it with --exclude"
             )
         if size is None:
             wrong.setdefault(columns, []).append(tensor.module)

@@ -77,7 +77,7 @@ def quantize(
         work = None
     else:
         if out is None:
-            raise FewbitError("name the folder to write, or pass --report-only")
+            raise FewbitError("give the output folder, or pass --report-only")
         replaces = check_output(Path(out), folder, options.overwrite)
         work = WorkFolder(Path(out), _job(checkpoint, recipe, options), options.overwrite, replaces)
     try:

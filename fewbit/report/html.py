@@ -72,25 +72,27 @@ def check_page(path: Path | None, out: Path | None = None, model: Path | None = 
         if importlib.util.find_spec(package) is None:
             raise missing_extra(package, "report")
     if path.is_dir():
-        raise FewbitError(f"{path}: is a folder: name the HTML file")
+        raise FewbitError(f"{path}: is a folder: give the name of an HTML file")
     if path.suffix.lower() not in (".html", ".htm"):
-        raise FewbitError(f"{path}: a page's name ends in .html")
+        raise FewbitError(f"{path}: the name of a page must end in .html")
     there = path.resolve()
     if model is not None and model.is_dir() and model.resolve() in there.parents:
-        raise FewbitError(f"{path}: lies inside the model's own folder {model}: choose another place")
+        raise FewbitError(f"{path}: is inside the model's own folder {model}: choose another place")
     if out is not None:
         folder = out.resolve()
         if there == folder or there in folder.parents:
-            raise FewbitError(f"{path}: the folder {out} is to be made there: give the page another name")
+            raise FewbitError(f"{path}: the output folder {out} will have this name: choose another name for the page")
         if folder in there.parents and there.parent != folder:
-            raise FewbitError(f"{path}: in {out}, a page lies beside the model: leave {path.parent.name} out")
+            raise FewbitError(f"{path}: a page in {out} must be directly in that folder: omit {path.parent.name}")
         if WorkFolder.place(out).resolve() in there.parents:
-            raise FewbitError(f"{path}: lies where the work on {out} is done: choose another place")
+            raise FewbitError(f"{path}: is inside the work folder of {out}: choose another place")
     above = next(parent for parent in there.parents if os.path.lexists(parent))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise FewbitError(f"{path}: cannot write there ({'no rights' if above.is_dir() else f'{above} is a file'})")
+        raise FewbitError(
+            f"{path}: cannot write there ({'permission denied' if above.is_dir() else f'{above} is a file'})"
+        )
     if path.exists() and not os.access(path, os.W_OK):
-        raise FewbitError(f"{path}: cannot write there (no rights)")
+        raise FewbitError(f"{path}: cannot write there (permission denied)")
 
 
 def write_quantize_page(report: dict[str, Any], path: Path) -> None:

@@ -32,15 +32,14 @@ def class_of(folder: Path, config: Any) -> Any:
                 return getattr(transformers, auto)
     kind = getattr(config, "model_type", "") or "?"
     what = f"no Auto class that has {named[0]} for it" if named else "no Auto class for it"
-    raise FewbitError(f"{folder}: a model of type {kind}, and transformers has {what}: it cannot be loaded as it is")
+    raise FewbitError(f"{folder}: is a model of type {kind}, and transformers has {what}: it cannot be loaded")
 
 
 def check_predicts_tokens(folder: Path, model: Any) -> None:
     """FewbitError unless the model gives the next token of a text, which perplexity and training need."""
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise FewbitError(
-            f"{folder}: a {type(model).__name__} does not predict the next token of a text: this needs a causal "
-            "language model"
+            f"{folder}: a {type(model).__name__} does not predict next tokens: a causal language model is needed"
         )
 
 

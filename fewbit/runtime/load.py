@@ -57,7 +57,9 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
     for kind in ("missing_keys", "mismatched_keys"):
         if keys.get(kind):
             names = ", ".join(sorted(str(key) for key in keys[kind])[:3])
-            raise FewbitError(f"{folder}: {kind.replace('_keys', '')} weights ({names}): the folder is not whole")
+            raise FewbitError(
+                f"{folder}: {kind.replace('_keys', '')} weights ({names}): the folder is incomplete or damaged"
+            )
     use_fast_products(loaded)
     return loaded.to(target).eval()
 

@@ -70,7 +70,7 @@ def read_parts(checkpoint: Checkpoint, reader: FileReader, module: str, stored: 
     for part in part_layout(stored):
         entry = checkpoint.entries.get(f"{module}.{part}")
         if entry is None:
-            raise FewbitError(f"{checkpoint.folder}: {module}.{part} is missing: the folder is not whole")
+            raise FewbitError(f"{checkpoint.folder}: {module}.{part} is missing: the folder is incomplete")
         parts[part] = reader.tensor(entry)
     try:
         native.check_parts(parts, stored)
@@ -91,7 +91,7 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
     """
     checkpoint = open_checkpoint(Path(folder))
     if not checkpoint.is_native:
-        raise FewbitError(f"{folder}: not quantized by fewbit, nothing to unpack")
+        raise FewbitError(f"{folder}: not quantized by fewbit, so there is nothing to unpack")
     check_all_parts(checkpoint)
     weights = read_weights(checkpoint.quantization or {})
     replaces = check_output(Path(out), checkpoint.folder, overwrite)

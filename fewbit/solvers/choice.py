@@ -31,7 +31,9 @@ class SolverChoice:
         if not 0 < self.damping <= 100:
             raise FewbitError(f"damping must be above 0 and at most 100 times the mean diagonal, not {self.damping}")
         if self.act_order and self.refit:
-            raise FewbitError("act-order takes columns out of their groups: grids cannot be refitted (--static-groups)")
+            raise FewbitError(
+                "act-order processes columns across groups, so grids cannot be refitted: use --static-groups"
+            )
 
     def refuses(self, recipe: Choices) -> str | None:
         """Why this solver cannot be with the other axes' choices, or None."""

@@ -57,8 +57,8 @@ def solve_weights(weights: Sequence[Tensor], curvature: Tensor | None, choices: 
         return rounded("fallback: the curvature is not finite")
     if curvature.shape[0] != weights[0].shape[1]:
         raise FewbitError(
-            f"its curvature has {curvature.shape[0]} columns, the weight {weights[0].shape[1]}: this layer is not one "
-            "that can be calibrated: keep it with --exclude"
+            f"its curvature has {curvature.shape[0]} columns, but the weight has {weights[0].shape[1]}: this layer "
+            "cannot be calibrated: keep it with --exclude"
         )
     prepared, dead = prepare(curvature.to(weights[0].device))
     if bool(dead.all()):

@@ -28,11 +28,13 @@ def cells(choice: StudyChoice) -> list[Cell]:
     sets = all_sets(choice.calibration, grid["made"], choice.options.get("sets", ()))
     factor = float(choice.options.get("factor", FACTOR))
     if factor <= 1:
-        raise FewbitError(f"--factor must be above 1, not {factor:g}: how many times the median channel an outlier is")
+        raise FewbitError(
+            f"--factor must be above 1, not {factor:g}: a channel is an outlier if it exceeds the median by this factor"
+        )
     fixes = choice.methods or FIXES
     unknown = [fix for fix in fixes if fix not in FIXES]
     if unknown:
-        raise FewbitError(f"--methods: no fix {unknown[0]!r}: there are {', '.join(FIXES)}")
+        raise FewbitError(f"--methods: no remedy {unknown[0]!r}: choose from {', '.join(FIXES)}")
     bits = list(choice.bits or grid["bits"])
     if not all(2 <= value <= 8 for value in bits):
         raise FewbitError(f"--bits must be from 2 to 8, not {', '.join(map(str, bits))}")

@@ -44,7 +44,9 @@ def _zstd(path: Path) -> BinaryIO:
     try:
         from compression import zstd  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
-        raise FewbitError(f"{path}: Python reads .zst from 3.14 on: unpack it first, or pack it as .gz") from error
+        raise FewbitError(
+            f"{path}: Python reads .zst only from 3.14 on: decompress it first, or compress it as .gz"
+        ) from error
     return zstd.open(path, "rb")  # type: ignore[no-any-return, unused-ignore]
 
 
@@ -75,10 +77,12 @@ def text_files(path: Path) -> list[Path]:
     if stat.S_ISREG(mode):
         return [path]
     if not stat.S_ISDIR(mode):
-        raise FewbitError(f"{path}: not a file or folder, and text is read more than once: write it to a file first")
+        raise FewbitError(
+            f"{path}: not a regular file or folder, and text is read more than once: write it to a file first"
+        )
     found = sorted((p for p in path.rglob("*") if is_text_name(p) and p.is_file()), key=lambda p: p.parts)
     if not found:
-        raise FewbitError(f"{path}: no text in this folder: it takes {ACCEPTED}")
+        raise FewbitError(f"{path}: contains no text file: supported are {ACCEPTED}")
     return found
 
 
@@ -90,17 +94,17 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """
     try:
         if not path.is_file():
-            raise FewbitError(f"{path}: not a file that can be read")
+            raise FewbitError(f"{path}: not a readable file")
         with _PACKED.get(path.suffix.lower(), lambda p: p.open("rb"))(path) as file:
             if file.read(len(_BOM)) != _BOM:
                 file.seek(0)
             yield file
     except (EOFError, zlib.error) as error:
-        raise FewbitError(f"{path}: its compressed data is damaged or cut off ({error})") from error
+        raise FewbitError(f"{path}: its compressed data is damaged or truncated ({error})") from error
     except OSError as error:
         raise FewbitError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ImportError as error:
-        raise FewbitError(f"{path}: this Python cannot unpack it ({error}): unpack it first") from error
+        raise FewbitError(f"{path}: this Python cannot decompress it ({error}): decompress it first") from error
     except Exception as error:
         # lzma and zstd have error classes of their own, in modules that may not be there.
         if type(error).__name__ in ("LZMAError", "ZstdError"):

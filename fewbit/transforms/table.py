@@ -6,7 +6,7 @@ from fewbit.transforms.transform import Transform
 TRANSFORMS: dict[str, Transform] = {
     one.name: one
     for one in (
-        Transform("none", "weights as they are"),
+        Transform("none", "no transform"),
         AWQ,
         SMOOTHQUANT,
     )

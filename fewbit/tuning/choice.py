@@ -60,7 +60,7 @@ class TuningChoice:
             if not getattr(self, name) > 0:
                 raise FewbitError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
-            raise FewbitError(f"--warmup is a share of all updates, from 0 to below 1, not {self.warmup}")
+            raise FewbitError(f"--warmup is a fraction of all updates, from 0 to below 1, not {self.warmup}")
         if self.held_out < 0 or self.top < 0 or self.reconstruction < 0:
             raise FewbitError("--held-out, --top and --reconstruction cannot be negative")
         if self.micro_batch == 0:
@@ -82,7 +82,7 @@ class TuningChoice:
 def tuning_choice(wanted: bool, epochs: int | None, seed: int | None, report_only: bool) -> TuningChoice | None:
     """The choice behind `fewbit quantize --tune`; FewbitError for options that go without it."""
     if not wanted and epochs is not None:
-        raise FewbitError("--tune-epochs: belongs to --tune")
+        raise FewbitError("--tune-epochs needs --tune")
     if wanted and report_only:
-        raise FewbitError("--tune trains what is written: leave --report-only out")
+        raise FewbitError("--tune needs an output folder: omit --report-only")
     return TuningChoice(epochs=TuningChoice.epochs if epochs is None else epochs, seed=seed or 0) if wanted else None

@@ -17,7 +17,7 @@ from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.run import TuneOptions, check_enough, tune
 
 _MARK = "fewbit_untuned"
-_NOT_OURS = "fewbit needs this name for its work, and what has it is not fewbit's: move it elsewhere first"
+_NOT_OURS = "fewbit needs this name for its work, but something else has it: move it elsewhere first"
 
 
 def quantize_and_tune(
@@ -102,7 +102,7 @@ def _begin(between: Path, record: Path, job: dict[str, Any], overwrite: bool) ->
     if before is not None and not overwrite and (between.exists() or holds_work(between)):
         raise FewbitError(
             f"{between.name}: a run with other arguments was interrupted here ({differences(before, job)}): repeat "
-            "those arguments to go on, or pass --overwrite to begin again"
+            "those arguments to resume it, or pass --overwrite to start again"
         )
     record.parent.mkdir(parents=True, exist_ok=True)
     # In this order: a folder never stands beside a record that it was not made by.

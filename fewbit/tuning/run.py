@@ -72,7 +72,8 @@ def tune(
     accelerator = _accelerator(options.device)
     if choice.batch_size % accelerator.num_processes:
         raise FewbitError(
-            f"--batch-size {choice.batch_size}: {accelerator.num_processes} processes share it: make it a multiple"
+            f"--batch-size {choice.batch_size}: it must be a multiple of the number of processes "
+            f"({accelerator.num_processes})"
         )
     started = time.perf_counter()
     checkpoint = open_checkpoint(Path(folder))
@@ -216,7 +217,7 @@ def check_enough(sequences: int, choice: TuningChoice) -> None:
     if training < choice.batch_size:
         raise FewbitError(
             f"{sequences} sequences with {choice.held_out} held out leave {training} for batches of "
-            f"{choice.batch_size}: give more text (--samples), or lower --held-out or --batch-size"
+            f"{choice.batch_size}: use more text (--samples), or lower --held-out or --batch-size"
         )
 
 
