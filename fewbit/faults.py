@@ -16,7 +16,7 @@ _ADVICE = {
     "eval": "lower --seq-len, or pass --dtype bfloat16",
     "study": "pass --size quick, or lower --seq-len, --samples or --sequence-length",
 }
-_ELSE = "take a smaller model"
+_ELSE = "use a smaller model"
 _OF_THE_SYSTEM = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY),
     *(errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
@@ -66,13 +66,13 @@ def fault_report(error: BaseException) -> str:
     found = {**versions(), "system": f"{platform.system()} {platform.machine()}"}
     return "\n".join(
         [
-            f"fewbit: a fault in fewbit: {type(error).__name__}: {_first_line(error)}",
+            f"fewbit: a bug in fewbit: {type(error).__name__}: {_first_line(error)}",
             f"  where: {where}",
-            f"  way: {way}",
+            f"  trace: {way}",
             *(f"  raised from: {type(one).__name__}: {_first_line(one)}" for one in _causes(error)),
             f"  versions: {', '.join(f'{name} {version}' for name, version in found.items())}",
-            "  Please report these lines together with the command. Nothing half-made is in its way: it can be given",
-            "  again, with these arguments or with others.",
+            "  Please report these lines together with the command. No partial output blocks it: you can run it again,",
+            "  with the same arguments or with others.",
         ]
     )
 

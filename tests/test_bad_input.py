@@ -105,13 +105,13 @@ def test_bits_out_of_range(tiny: Path, tmp_path: Path, bits: int) -> None:
 
 def test_one_bit_of_a_method_without_it(tiny: Path, tmp_path: Path) -> None:
     line = quantize_refused(tiny, tmp_path, "--method", "rtn", "--bits", 1)
-    assert line == "1 bit goes with the grids normal-float, binary, not with zero-point: see --method adpq+"
+    assert line == "1 bit needs one of the grids normal-float, binary, not zero-point: see --method adpq+"
     for other in (["--symmetric"], ["--asymmetric"], ["--grid", "minimum"]):
         line = quantize_refused(tiny, tmp_path, "--bits", 1, *other)
-        assert line.startswith("1 bit goes with the grids normal-float, binary, not with ")
+        assert line.startswith("1 bit needs one of the grids normal-float, binary, not ")
     for bits in (0, 1):
         line = quantize_refused(tiny, tmp_path, "--bits", 1, "--outlier-bits", bits)
-        assert line == "outliers on the grid row need 2 bits or more: --outlier-bits"
+        assert line == "the outlier grid row needs at least 2 bits: raise --outlier-bits"
 
 
 def test_other_choices(tiny: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_other_choices(tiny: Path, tmp_path: Path) -> None:
     assert "not both" in quantize_refused(tiny, tmp_path, "--grid", "minimum", "--symmetric")
     assert "a size must have a form such as" in quantize_refused(tiny, tmp_path, "--shard-size", "big")
     assert "matches no tensor" in quantize_refused(tiny, tmp_path, "--exclude", "*.nothing")
-    assert "two-level goes with the grids symmetric, normal-float" in quantize_refused(
+    assert "two-level needs one of the grids symmetric, normal-float" in quantize_refused(
         tiny, tmp_path, "--grid", "minimum", "--scale-format", "two-level"
     )
 

@@ -198,7 +198,7 @@ def test_a_full_disk_while_calibrating(deep: Path, tmp_path: Path, monkeypatch: 
         fewbit.quantize(deep, tmp_path / "out", recipe, little)
     text = ("--calibration", "random-tokens", "--samples", "4", "--sequence-length", "32")
     result = run_cli("curvature", deep, tmp_path / "fisher", *text, code=2)
-    assert "block-00000.safetensors: the disk is full: free some and run the same command again" in result.stderr
+    assert "block-00000.safetensors: the disk is full: free some space and run the same command again" in result.stderr
 
 
 def raise_full(*arguments: Any) -> None:
@@ -231,7 +231,7 @@ def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> N
         (["--method", "rtn", "--damping", "0.1"], "--damping: applies only to methods with a curvature"),
         (["--method", "gptq", "--damping", "0"], "damping must be above 0"),
         (["--method", "gptq", "--tempering", "2"], "tempering must be from 0 to 1, not 2.0"),
-        (["--method", "spqr", "--act-order"], "outliers by sensitivity shape the grid of a group when it is entered"),
+        (["--method", "spqr", "--act-order"], "sensitivity outliers are found when the solver reaches their group"),
         (["--method", "oac", "--fisher-terms", "some"], "curvature terms must be one of sequence, token, not 'some'"),
         (["--method", "gptq", "--fisher-terms", "token"], "--fisher-terms: gptq has no use for it"),
         (["--method", "billm", "--bits", "4"], "the binary grid has 1 bit, not 4: leave --bits out"),
@@ -245,11 +245,11 @@ def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> N
         (["--method", "awq", "--damping", "0.1"], "--damping: awq has no use for it"),
         (["--method", "precal+spqr", "--outlier-bits", "8"], "--outlier-bits: precal+spqr has no use for it"),
         (["--method", "spqr", "--outlier-fraction", "0.1"], "--outlier-fraction: spqr has no use for it"),
-        (["--method", "billm", "--act-order"], "the binary grid is fitted block by block: no act-order"),
+        (["--method", "billm", "--act-order"], "the binary grid is fitted block by block: omit --act-order"),
         (["--method", "billm", "--scale-format", "float32"], "--scale-format: billm has no use for it"),
         (
             ["--method", "precal+oac", "--no-act-order", "--refit-groups"],
-            "two-level scales join all groups of a row: grids cannot be refitted one by one",
+            "two-level scales share data among all groups of a row, so grids cannot be refitted",
         ),
         (["--method", "gptq", "--samples", "0"], "calibration needs at least 1 sample of at least 2 tokens"),
         (["--method", "gptq", "--curvature", "nowhere"], "nowhere: contains no curvature: make one with"),

@@ -62,7 +62,7 @@ def test_a_model_that_is_code(tiny: Path, tmp_path: Path, canary: Path) -> None:
         assert result.stderr.count("\n") == 1 and result.stdout == ""
     # What needs no network works, and says that the code stays behind.
     result = run_cli("quantize", model, tmp_path / "q", "--method", "rtn")
-    assert "not carried from the model's folder: other.py" in result.stderr
+    assert "not copied from the model's folder: other.py" in result.stderr
     assert not canary.exists() and sys.stdin.read() == "y\n" * 100
 
 

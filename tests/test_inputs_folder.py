@@ -169,7 +169,7 @@ def test_companions_travel_and_the_rest_is_named(single: Path, tmp_path: Path) -
     result = run_cli("quantize", model, tmp_path / "q", "--method", "rtn", "--json")
     report = json.loads(result.stdout)["report"]
     assert report["left"] == sorted("1_Pooling/" if name.startswith("1_") else name for name in left)
-    assert result.stderr.startswith("not carried from the model's folder: 1_Pooling/, additional_chat_templates/x.py")
+    assert result.stderr.startswith("not copied from the model's folder: 1_Pooling/, additional_chat_templates/x.py")
     assert result.stderr.count("\n") == 1
     out = {str(path.relative_to(tmp_path / "q")) for path in (tmp_path / "q").rglob("*") if path.is_file()}
     assert set(carried) <= out and not set(left) & out
@@ -180,4 +180,4 @@ def test_companions_travel_and_the_rest_is_named(single: Path, tmp_path: Path) -
 
 def test_what_is_said_stays_short() -> None:
     assert say_left([]) is None
-    assert say_left(map(str, range(20))) == "not carried from the model's folder: 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
+    assert say_left(map(str, range(20))) == "not copied from the model's folder: 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"

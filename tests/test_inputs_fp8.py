@@ -264,7 +264,7 @@ def test_fp8_that_nothing_describes_is_refused_everywhere(plain: Path, tmp_path:
     # Codes with no scales at all.
     tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if not n.endswith("_scale_inv")}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert "float8_e4m3fn codes, no scales known" in run_cli("quantize", folder, tmp_path / "q", code=2).stderr
+    assert "float8_e4m3fn codes without known scales" in run_cli("quantize", folder, tmp_path / "q", code=2).stderr
 
 
 def test_other_descriptions_of_fp8(plain: Path, tmp_path: Path) -> None:

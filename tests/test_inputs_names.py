@@ -125,7 +125,7 @@ def test_names_that_are_not_utf_8(tiny: Path, tmp_path: Path) -> None:
     (model / bad).write_text("x")
     model.rename(tmp_path / "m")
     result = run_cli("quantize", tmp_path / "m", tmp_path / "q", "--method", "rtn")
-    assert result.stderr == "not carried from the model's folder: mod\\udcff\n"
+    assert result.stderr == "not copied from the model's folder: mod\\udcff\n"
     (tmp_path / "m" / bad).rename(tmp_path / "m" / os.fsdecode(b"\xff.safetensors"))
     assert "\\udcff.safetensors" in open_checkpoint(tmp_path / "m").left
 

@@ -55,7 +55,7 @@ def test_what_appears_at_out_meanwhile_is_left_alone(tiny: Path, tmp_path: Path,
         else:
             other.rename(out)
 
-    with pytest.raises(WorkKeptError, match=r"made while this run worked; the finished work is kept: move out else"):
+    with pytest.raises(WorkKeptError, match=r"appeared during the run; the finished work is kept: move out else"):
         fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=overwrite, progress=appear))
     assert not other.exists() if made == "of fewbit" else other.is_dir()
     out.rename(tmp_path / "kept")
@@ -75,7 +75,7 @@ def test_only_what_overwrite_allowed_at_the_start_is_replaced(tiny: Path, tmp_pa
     def change(done: int, total: int, what: str) -> None:
         (out / "notes.md").write_text("precious")
 
-    with pytest.raises(WorkKeptError, match=r"out: notes\.md was put there while this run worked"):
+    with pytest.raises(WorkKeptError, match=r"out: notes\.md was added to it during the run"):
         fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True, progress=change))
     assert (out / "notes.md").read_text() == "precious"
     with pytest.raises(FewbitError, match=r"out: contains notes\.md, which fewbit did not write"):
@@ -146,7 +146,7 @@ def test_a_stranger_in_the_work_folder_outlives_the_run(tiny: Path, tmp_path: Pa
     def visit(done: int, total: int, what: str) -> None:
         (tmp_path / ".out.fewbit-partial" / "thesis.txt").write_text("precious")
 
-    with pytest.raises(WorkKeptError, match=r"thesis\.txt: fewbit did not put that into its own folder"):
+    with pytest.raises(WorkKeptError, match=r"thesis\.txt: fewbit did not write this file"):
         fewbit.quantize(tiny, tmp_path / "out", RTN, RunOptions(progress=visit))
     stranger = tmp_path / ".out.fewbit-partial" / "thesis.txt"
     assert stranger.read_text() == "precious"
@@ -330,7 +330,7 @@ def test_an_original_that_was_changed_or_replaced_is_noticed(tmp_path: Path) -> 
         fewbit.quantize(model, tmp_path / "out", RTN)
     interrupted()
     weights.touch()
-    with pytest.raises(FewbitError, match=r"model\.safetensors has been written since"):
+    with pytest.raises(FewbitError, match=r"model\.safetensors has been modified since"):
         fewbit.quantize(model, tmp_path / "out", RTN)
     interrupted()
     config.write_text(config.read_text().replace('"max_position_embeddings": 128', '"max_position_embeddings": 64'))

@@ -85,7 +85,7 @@ def test_the_unfinished_sentence_is_found_again(context: str, first: str, last: 
         ("arc_easy", {"answerKey": "C"}, "answerKey is 'C', not one of 1, 2"),
         ("arc_easy", {"question": "What?"}, "its choices are missing"),
         ("winogrande", {"sentence": "no gap"}, "sentence has no _"),
-        ("hellaswag", {"endings": ["only one"]}, "endings is no list of two or more"),
+        ("hellaswag", {"endings": ["only one"]}, "endings is not a list of at least two"),
         ("hellaswag", {"label": 2}, "label is '2', not one of 0, 1"),
         ("hellaswag", {"ctx": "no activity"}, 'ctx is not "activity: context"'),
         ("lambada_openai", {"text": "word"}, "text is not a passage, a space and its last word"),

@@ -41,10 +41,7 @@ def test_a_tokenizer_larger_than_the_embedding(tmp_path: Path, text: Path) -> No
         ("quantize", model, tmp_path / "out", "--method", "gptq", "--calibration", text, "--sequence-length", 32),
     ):
         line = run_cli(*words, code=2).stderr.strip().splitlines()[-1]
-        assert (
-            "its tokenizer has token ids up to 255, but its embedding has 200 rows"
-            in line
-        )
+        assert "its tokenizer has token ids up to 255, but its embedding has 200 rows" in line
 
 
 def test_added_tokens_beyond_the_embedding_matter_where_a_text_has_them(tmp_path: Path, text: Path) -> None:

@@ -19,8 +19,8 @@ _HEAD_WORDS = re.compile(
     "vocab|transform"
 )
 
-DRAFT = "predicts further tokens or another output, outside the decoder"
-TOWER = "vision, audio or a projector, beside the text decoder"
+DRAFT = "multi-token prediction or another output, outside the decoder"
+TOWER = "vision, audio or projector, outside the text decoder"
 HEAD = "a head"
 
 

@@ -35,4 +35,4 @@ def unread_documents(source: Source, seed: int) -> Iterator[Document]:
         while True:
             yield "".join(generator.choices(_NONSENSE, k=_NONSENSE_CHARACTERS))
     else:
-        raise ValueError(f"{source.kind} is no source of documents")
+        raise ValueError(f"{source.kind} is not a source of documents")

@@ -12,7 +12,7 @@ from fewbit.errors import FewbitError
 
 BATCH = 32
 NOT_FINITE_ADVICE = (
-    "save the model in bfloat16 or float32 first (float16 overflows in many that were trained in bfloat16), or its "
+    "save the model in bfloat16 or float32 first (float16 overflows in many models trained in bfloat16); otherwise its "
     "weights are damaged"
 )
 Progress = Callable[[int, int, str], None]
@@ -45,7 +45,7 @@ def generate_sequences(
         pieces = [ids]
         for place in range(1, length):
             if progress:
-                progress(first * length + rows * place, count * length, "the model writes calibration text")
+                progress(first * length + rows * place, count * length, "the model generates calibration text")
             with SharedKeys():
                 out = model(pieces[-1].to(device), past_key_values=cache, use_cache=True)
             if cache is None:

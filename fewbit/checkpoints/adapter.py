@@ -28,7 +28,7 @@ def base_of(folder: Path) -> str:
 def not_a_model(folder: Path) -> str:
     """What to do with a folder that holds an adapter and no model."""
     return (
-        f"{folder}: an adapter ({CONFIG}), not a model: quantize {base_of(folder)} and put the adapter on top with "
+        f"{folder}: is an adapter ({CONFIG}), not a model: quantize {base_of(folder)} and add the adapter with "
         "model.load_adapter(FOLDER), or merge the two with PEFT first (merge_and_unload, save_pretrained)"
     )
 

@@ -105,4 +105,4 @@ def say_left(left: Iterable[str]) -> str | None:
     if not names:
         return None
     more = f" and {len(names) - _SAID} more" if len(names) > _SAID else ""
-    return f"not carried from the model's folder: {', '.join(names[:_SAID])}{more}"
+    return f"not copied from the model's folder: {', '.join(names[:_SAID])}{more}"

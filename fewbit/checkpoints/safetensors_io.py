@@ -107,7 +107,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
                 raise ValueError("the file is shorter than 8 bytes")
             length = struct.unpack("<Q", prefix)[0]
             if length > min(_MAX_HEADER, size - 8):
-                raise ValueError(f"its header claims {length:,} bytes, the file has {size:,}")
+                raise ValueError(f"its header claims {length:,} bytes, but the file has {size:,}")
             header = parse_json(file.read(length), strict=True)
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
@@ -140,7 +140,7 @@ def _entry(path: Path, name: str, value: dict[str, Any], base: int) -> TensorEnt
     for size in shape:
         expected *= size
     if stop - start != expected:
-        raise ValueError(f"tensor {name} has {stop - start} bytes, its shape needs {expected}")
+        raise ValueError(f"tensor {name} has {stop - start} bytes, but its shape needs {expected}")
     return TensorEntry(name, path, dtype, shape, base + start, base + stop)
 
 
@@ -161,7 +161,7 @@ def _check_layout(entries: dict[str, TensorEntry], base: int, size: int) -> None
             raise ValueError(f"tensor {entry.name} starts at byte {entry.start}, not at {end}")
         end = entry.stop
     if end != size:
-        raise ValueError(f"its tensors end at byte {end:,}, the file at {size:,}")
+        raise ValueError(f"its tensors end at byte {end:,}, but the file ends at {size:,}")
 
 
 class FileReader:

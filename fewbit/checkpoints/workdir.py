@@ -174,7 +174,9 @@ class WorkFolder:
             if is_of_the_system(name) or (own and path.is_file() and not path.is_symlink()):
                 continue
             if not (begun and name == _OUTPUT and path.is_dir() and not path.is_symlink()):
-                raise WorkKeptError(f"{path}: fewbit did not put that into its own folder: move it elsewhere first")
+                raise WorkKeptError(
+                    f"{path}: fewbit did not write this file: move it out of fewbit's work folder first"
+                )
 
     def _empty(self) -> None:
         """Remove everything but the job.

@@ -86,7 +86,7 @@ def _json_object(line: str) -> Row:
         if "\\u" in line:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError("half of a surrogate pair in it") from error
+        raise ValueError("it contains half of a surrogate pair") from error
     except (ValueError, RecursionError) as error:
         raise ValueError("not JSON") from error
     if not isinstance(row, dict):
@@ -97,14 +97,14 @@ def _json_object(line: str) -> Row:
 def _text(row: Row, key: str) -> str:
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key} is {value!r}, not a text")
+        raise ValueError(f"{key} is {value!r}, not a string")
     return value
 
 
 def _choices(row: Row, key: str) -> list[str]:
     values = row[key]
     if not isinstance(values, list) or len(values) < 2:
-        raise ValueError(f"{key} is no list of two or more")
+        raise ValueError(f"{key} is not a list of at least two")
     return [_text({key: value}, key) for value in values]
 
 

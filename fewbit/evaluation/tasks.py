@@ -73,7 +73,7 @@ class OpenTasks:
             "shots": 0,
             "limit": self.choice.limit,
             "data": data,
-            "log_likelihood": "sum over the choice's tokens, float32; BOS as the tokenizer",
+            "log_likelihood": "sum over the tokens of the choice, float32; BOS if the tokenizer adds one",
         }
 
 

@@ -66,7 +66,7 @@ def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
             return f"has no {name} of that shape"
     packed = {name for module in weights for name in (module, f"{module}.weight")}
     more = [name for name in original.entries if name not in quantized.entries and name not in packed]
-    return f"has a {more[0]} more" if more else ""
+    return f"has an additional {more[0]}" if more else ""
 
 
 def shape_of(stored: Any) -> tuple[int, ...]:

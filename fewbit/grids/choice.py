@@ -65,13 +65,13 @@ class GridChoice:
         """Why this grid cannot be with the other axes' choices, or None."""
         if self.width not in self.grid.widths:
             fit = [grid.choice for grid in GRIDS.values() if self.width in grid.widths]
-            return f"{self.width:g} bit goes with the grids {', '.join(fit)}, not with {self.name}: see --method adpq+"
+            return f"{self.width:g} bit needs one of the grids {', '.join(fit)}, not {self.name}: see --method adpq+"
         if self.grid.block_by_block and not recipe.solver.refit:
-            return f"the {self.name} grid is fitted block by block: no act-order, no static groups"
+            return f"the {self.name} grid is fitted block by block: omit --act-order and --static-groups"
         if self.grid.block_by_block and (recipe.outliers.rule != "none" or recipe.solver.kind != "column"):
-            return f"the {self.name} grid goes with the column solver and has salient columns for outliers"
+            return f"the {self.name} grid needs the column solver, and its salient columns replace outliers"
         if self.column_weights != "none" and recipe.curvature is not None:
-            return "column_weights stand in for a curvature: this method measures one"
+            return "column_weights replace a curvature, but this method measures one"
         return None
 
 
@@ -101,9 +101,9 @@ class ScaleChoice:
         """Why these scales cannot be with the other axes' choices, or None."""
         if recipe.grid.grid.offset not in self.kind.offsets:
             fit = [grid.choice for grid in GRIDS.values() if grid.offset in self.kind.offsets]
-            return f"scale_format {self.format} goes with the grids {', '.join(fit)}, not with {recipe.grid.name}"
+            return f"scale_format {self.format} needs one of the grids {', '.join(fit)}, not {recipe.grid.name}"
         if self.kind.joins_groups and recipe.solver.refit:
-            return f"{self.format} scales join all groups of a row: grids cannot be refitted one by one"
+            return f"{self.format} scales share data among all groups of a row, so grids cannot be refitted one by one"
         return None
 
 

@@ -72,14 +72,14 @@ def _lasso_divide(
 
 
 def _lasso_refuses(recipe: Choices) -> str | None:
-    return None if recipe.outliers.fraction else "outlier_fraction 0 finds none: outliers none"
+    return None if recipe.outliers.fraction else "outlier_fraction is 0, so there are no outliers: choose outliers none"
 
 
 def _sensitivity_refuses(recipe: Choices) -> str | None:
     if recipe.solver.kind != "column" or not recipe.outliers.kind.apart:
-        return "outliers by sensitivity are found by the column solver and kept in float16"
+        return "sensitivity outliers need the column solver and the outlier grid float16"
     if recipe.solver.act_order:
-        return "outliers by sensitivity shape the grid of a group when it is entered: no act-order"
+        return "sensitivity outliers are found when the solver reaches their group: omit --act-order"
     return None
 
 
@@ -129,5 +129,5 @@ def check_outlier_choice(recipe: Choices) -> str | None:
         return f"outlier_bits must be 0 or from bits ({core.width:g}) to 8, not {choice.bits}"
     least = choice.kind.fewest_bits
     if choice.rule != "none" and choice.kind.bits(choice.bits, -int(-core.width // 1)) < least:
-        return f"outliers on the grid {choice.grid} need {least} bits or more: --outlier-bits"
+        return f"the outlier grid {choice.grid} needs at least {least} bits: raise --outlier-bits"
     return OUTLIER_RULES[choice.rule].refuses(recipe)

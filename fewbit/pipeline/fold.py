@@ -34,7 +34,7 @@ def fold_block(
 
     curvature: the input Gram of a layer. folding: how scales are chosen. run: what the block adds to a sample, to find
     out what feeds what. Returns for the report, for every set of layers that share their inputs: their names, the
-    exponent (0: not scaled), or that nothing foldable feeds them.
+    exponent (0: not scaled), or that no foldable module feeds them.
     """
     shared: dict[int, list[Site]] = {}
     for site in sites:
@@ -46,7 +46,7 @@ def fold_block(
         names = [site.tensor.entry.name for site in consumers]
         feeder = find_feeder(block, consumers, sites, run)
         if feeder is None:
-            notes.append({"layers": names, "exponent": None, "reason": "nothing foldable feeds them"})
+            notes.append({"layers": names, "exponent": None, "reason": "no foldable module feeds them"})
             continue
         gram = curvature(consumers[0])
         assert gram is not None

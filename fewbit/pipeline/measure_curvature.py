@@ -46,7 +46,7 @@ def measure(
     # Before the model writes its own text, which takes minutes.
     stages_of(matrix_bytes(network.sites), 0, options.memory)
     calibration = calibration_set(checkpoint, options.choice, network.model, progress)
-    with said_when_full("free some and run the same command again, finished blocks are kept"):
+    with said_when_full("free some space and run the same command again; finished blocks are kept"):
         measure_tokens(network, checkpoint, calibration, out, choice, options, progress)
     return {
         "folder": str(out),

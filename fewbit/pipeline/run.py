@@ -81,7 +81,7 @@ def quantize(
         replaces = check_output(Path(out), folder, options.overwrite)
         work = WorkFolder(Path(out), _job(checkpoint, recipe, options), options.overwrite, replaces)
     try:
-        with said_when_full(f"free {plan.bytes / 1e9:.1f} GB and run the same command again, what is finished is kept"):
+        with said_when_full(f"free {plan.bytes / 1e9:.1f} GB and run the same command again; finished work is kept"):
             if work is not None:
                 _check_space(plan, work.path, twice=recipe.curvature is not None)
             with contextlib.ExitStack() as scratch:
@@ -260,7 +260,9 @@ def _check_space(plan: Plan, folder: Path, twice: bool) -> None:
     free = shutil.disk_usage(folder).free
     needed = plan.bytes + (sum(item.bytes for item in plan.quantized) if twice else 0)
     if needed - done > free:
-        raise WorkKeptError(f"{folder.parent}: the output needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        raise WorkKeptError(
+            f"{folder.parent}: the output needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
+        )
 
 
 def _write_companions(

@@ -99,7 +99,7 @@ def write_quantize_page(report: dict[str, Any], path: Path) -> None:
     """The page of one run of `fewbit quantize`."""
     output = report["output"]
     lead = (
-        f"{output['weights_quantized']:,} weights at {output['bits_per_weight']:.3f} bits a weight on disk; "
+        f"{output['weights_quantized']:,} weights at {output['bits_per_weight']:.3f} bits per weight on disk; "
         f"{show_size(report['source']['bytes'])} became {show_size(output['file_bytes'])}."
     )
     rows = [
@@ -139,7 +139,7 @@ def evaluation_section(result: dict[str, Any], heading: str = "Models") -> Secti
             f"(sha256 {protocol['data_sha256'][:16]}), BOS {protocol['bos']}; loss: {protocol['loss']}."
         )
     if quantized:
-        figures.append(Figure(plots.divergence_bars(rows), "How far the predictions moved; lower is better."))
+        figures.append(Figure(plots.divergence_bars(rows), "How much the predictions changed; lower is better."))
     cells = [_evaluation_row(row) for row in rows]
     used = [i for i in range(len(_COLUMNS)) if any(row[i] for row in cells)]
     return Section(
@@ -180,7 +180,11 @@ def _evaluation_row(row: dict[str, Any]) -> list[str]:
 def write_evaluation_page(result: dict[str, Any], path: Path) -> None:
     """The page of `fewbit eval`."""
     reference = result["protocol"]["reference"]
-    lead = f"Distances are from {reference}." if reference else "No reference was given, so no distances."
+    lead = (
+        f"Divergences are measured from {reference}."
+        if reference
+        else "No reference was given, so divergences were not measured."
+    )
     sections = [evaluation_section(result)]
     if measured_tasks(result):
         sections.append(task_section(result))

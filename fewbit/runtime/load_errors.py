@@ -19,7 +19,7 @@ def known_cause(error: Exception, config: dict[str, Any]) -> str | None:
     if not lines:
         return type(error).__name__
     if "ignore_mismatched_sizes" in lines[0]:
-        return "weights have other shapes than config.json says"
+        return "the shapes of its weights differ from config.json"
     return f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 

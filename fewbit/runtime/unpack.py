@@ -108,7 +108,7 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
     job = {"unpack": str(checkpoint.folder.resolve()), "files": files}
     work = WorkFolder(Path(out), job, overwrite, replaces)
     try:
-        with said_when_full("free some and run the same command again"):
+        with said_when_full("free some space and run the same command again"):
             _write_plain(work, checkpoint, order, dtype, _split(order, dtype, shard_size))
             work.publish()
     except BaseException as error:

@@ -162,4 +162,4 @@ def _cut_short(error: Exception, text: str) -> bool:
 def _reason(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return error.msg[:1].lower() + error.msg[1:]
-    return "it is nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+    return "nested too deeply" if isinstance(error, RecursionError) else first_line(error)

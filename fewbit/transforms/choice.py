@@ -24,5 +24,5 @@ class TransformChoice:
     def refuses(self, recipe: Choices) -> str | None:
         """Why this transform cannot be with the other axes' choices, or None."""
         if self.kind.folded and (recipe.curvature is None or recipe.curvature.kind != "gram"):
-            return "channel scales are found with the input Gram: curvature gram"
+            return "channel scales need the input Gram: choose curvature gram"
         return None

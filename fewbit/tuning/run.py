@@ -87,7 +87,7 @@ def tune(
         work = WorkFolder(Path(out), job, options.overwrite, replaces)
     accelerator.wait_for_everyone()
     try:
-        with said_when_full("free some and run the same command again, training goes on from its last snapshot"):
+        with said_when_full("free some space and run the same command again; training resumes from its last snapshot"):
             run = _Run(checkpoint, original_checkpoint, choice, options, accelerator, work, WorkFolder.place(Path(out)))
             report = _train(run, started, progress if work is not None else None)
         accelerator.wait_for_everyone()
@@ -171,7 +171,7 @@ def _check_space(checkpoint: Checkpoint, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if checkpoint.bytes > free:
         needed = checkpoint.bytes / 1e9
-        raise WorkKeptError(f"{folder.parent}: the output needs {needed:.1f} GB, {free / 1e9:.1f} GB are free")
+        raise WorkKeptError(f"{folder.parent}: the output needs {needed:.1f} GB, but only {free / 1e9:.1f} GB are free")
 
 
 def _accelerator(device: str | None) -> Any:
