@@ -1,4 +1,4 @@
-"""`fewbit eval`: perplexity of models and their distance from the original, window by window; accuracy on tasks."""
+"""`fewbit eval`: perplexity of models, their divergence from the original, and accuracy on tasks."""
 
 import time
 from collections.abc import Sequence
@@ -41,10 +41,11 @@ def evaluate(
     """Evaluate models on a text, on tasks, or on both.
 
     models: one or several, as for :func:`fewbit.load`. data: as for :func:`fewbit.evaluation.text.read_text`.
-    reference: the original, for the distance of each model from it on the text. rounded: what rounding the weights and
-    inputs of the originals among the models to 8 bits does to their loss on the text, each in a row of its own.
-    Returns ``{"models": [...], "protocol": {...}, "versions": {...}}`` with the stable keys of `docs/guide.md`.
-    Raises FewbitError for bad input.
+    reference: the original, with which each model is compared on the text. rounded: also evaluate the originals among
+    the models with 8-bit weights and inputs, each in a separate row.
+
+    Returns ``{"models": [...], "protocol": {...}, "versions": {...}}`` with the stable keys of `docs/guide.md`. Raises
+    FewbitError for bad input.
     """
     names = [models] if isinstance(models, str | Path) else list(models)
     if not names:

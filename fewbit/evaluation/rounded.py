@@ -43,7 +43,7 @@ class RoundedChoice:
 
     @property
     def choices(self) -> dict[str, ActivationChoice]:
-        """What is asked for, by name."""
+        """The requested choices by name."""
         return {name: NAMED[name] for name in self.names}
 
 

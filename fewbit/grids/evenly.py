@@ -1,7 +1,7 @@
-"""Evenly spaced grids: one line a group, 2^b levels on it, with or without an offset.
+"""Evenly spaced grids: 2^b levels per group, with or without an offset.
 
-Values: ``scale`` and, where the grid has one, ``offset``, each `(rows, groups, 1)`. What is fitted are the ends of each
-group's range, ``low`` and ``high``.
+Values: ``scale`` and, if the grid has one, ``offset``, each `(rows, groups, 1)`. The ends of each group's range,
+``low`` and ``high``, are fitted.
 """
 
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def _fit(trial: Callable[[], Grid], groups: Groups, scheme: Scheme, search: Scal
 def _search_range(
     grid: Grid, groups: Groups, widest: tuple[Tensor, Tensor], scheme: Scheme, search: ScaleSearch
 ) -> tuple[Tensor, Tensor]:
-    """The range of each group, shrunk by the ratio with the least weighted error of the core."""
+    """The range of each group, shrunk by the ratio that gives the least weighted error of the core."""
     low, high = widest
     exact = _exact(grid, scheme)
     best_error = torch.full_like(low, float("inf"))

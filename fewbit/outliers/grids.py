@@ -1,4 +1,4 @@
-"""The grids of outliers: how those weights are stored that the core's grid does not hold.
+"""The grids on which outliers are stored.
 
 Outliers are `values`, 1-D float32, at ascending flat positions `where` of a matrix `(rows, columns)`. A grid has a
 scale and a minimum for each group of a row, or for each row: ``scale`` and ``minimum`` `(rows, groups or 1)`.
@@ -25,11 +25,11 @@ Shape = tuple[int, int]
 class OutlierGrid:
     """One kind of grid for outliers; an entry of :data:`OUTLIER_GRIDS`.
 
-    bits(asked, core): bits of a code when `asked` (0: not said) were asked for and the core's codes have `core`.
-    fit(values, where, shape, scheme): the grid, with the parts that store it. read(parts, stored): its values.
-    layout(stored): its parts. encode(values, scale, minimum, scheme): codes (int32) and decoded values.
-    decode(codes, scale, minimum, scheme): the inverse. apart: codes are bit patterns in a tensor of their own.
-    fewest_bits: of a code.
+    bits(asked, core): bits per code if `asked` bits were requested (0: none were) and the core's codes have `core`
+    bits. fit(values, where, shape, scheme): the grid, with the parts that store it. read(parts, stored): its values.
+    layout(stored): its parts. encode(values, scale, minimum, scheme): codes (int32) and decoded values. decode(codes,
+    scale, minimum, scheme): the inverse. apart: codes are bit patterns in a separate tensor. fewest_bits: the smallest
+    number of bits per code.
     """
 
     name: str

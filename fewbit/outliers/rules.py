@@ -1,4 +1,4 @@
-"""The rules that find outliers: a table."""
+"""The rules that find outliers."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -21,13 +21,15 @@ SENSITIVE_SHARE = 0.01
 
 @dataclass(frozen=True)
 class OutlierRule:
-    """One way to find outliers before codes are chosen; an entry of :data:`OUTLIER_RULES`.
+    """One rule that finds outliers before codes are chosen; an entry of :data:`OUTLIER_RULES`.
 
-    cut(chunks, weights, choice, pool): what all rows of a weight share, from parts of it that can be read again and
-    again (or of its magnitudes, weighed by what errors cost). divide(x, weighed, cut, choice): for weights `(..., g)`
-    those with 0 where an outlier was, and the mask of the outliers, None where there can be none; weighed: magnitudes
-    by which they are found, None for the weights' own. expected(weights, group_size, choice): about how many, at most.
-    evenly: equally many in each group. in_columns: found by the column solver as it goes.
+    cut(chunks, weights, choice, pool): the threshold that all rows of a weight share, computed from chunks of the
+    weight (or of its magnitudes, weighted by the cost of errors) that can be read repeatedly. divide(x, weighed, cut,
+    choice): for weights `(..., g)`, the weights with outliers set to 0, and the mask of the outliers, or None if there
+    can be none. weighed: the magnitudes that are compared with the threshold; None means those of the weights.
+    expected(weights, group_size, choice): estimated number of outliers, as an upper bound. evenly: every group has the
+    same number of outliers. in_columns: the column solver finds the outliers while it runs. refuses(recipe): why the
+    rule cannot be combined with the other choices, or None.
     """
 
     name: str
@@ -45,7 +47,7 @@ def _none(x: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _found_later(x: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
-    """Plain rounding, the solver's fallback, has none."""
+    """No outliers: they are found later by the solver, and plain rounding, its fallback, has none."""
     return x, torch.zeros(x.shape, dtype=torch.bool, device=x.device)
 
 
@@ -122,7 +124,10 @@ OUTLIER_RULES: dict[str, OutlierRule] = {
 
 
 def check_outlier_choice(recipe: Choices) -> str | None:
-    """Why a recipe's outliers cannot be with its other choices, or None. Raises FewbitError for an unknown rule."""
+    """Why a recipe's outliers cannot be combined with its other choices, or None.
+
+    Raises FewbitError for an unknown rule.
+    """
     choice, core = recipe.outliers, recipe.grid
     check_name("outliers", choice.rule, OUTLIER_RULES)
     if choice.bits and not core.width <= choice.bits <= MAX_BITS:

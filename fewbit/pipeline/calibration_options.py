@@ -1,4 +1,4 @@
-"""What a calibrated run needs beside its recipe."""
+"""Options of calibrated runs that are not part of the recipe."""
 
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
@@ -12,13 +12,13 @@ from fewbit.recipe import Recipe
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What a calibrated run needs beside its recipe.
+    """Options of a calibrated run that are not part of the recipe.
 
     choice: the calibration set. stored: a measured curvature to use instead. refresh: for the Fisher, 0 to measure all
-    blocks once, else how many blocks are measured at a time, with those before already quantized. original_inputs:
-    the Gram of a block is taken from the original's inputs, not from those that the quantized blocks give.
-    memory_bytes: for hidden states and curvature; 0 for half of what is free. max_fallback: weights that may fall
-    back to rounding.
+    blocks once, otherwise the number of blocks that are measured at a time with the preceding blocks already quantized.
+    original_inputs: compute the Gram of a block from the inputs in the original model instead of those in the quantized
+    one. memory_bytes: limit for hidden states and curvature; 0 for half of the free memory. max_fallback: how many
+    weights may fall back to rounding.
     """
 
     choice: CalibrationChoice = field(default_factory=CalibrationChoice)
@@ -39,7 +39,7 @@ class CalibrationOptions:
         return self.memory_bytes or available_bytes() // 2
 
     def describe(self) -> dict[str, Any]:
-        """What of this changes the weights."""
+        """The options that change the resulting weights."""
         if self.stored:
             return {"calibration": self.stored.description, "stored_curvature": asdict(self.stored.choice)}
         return {
@@ -50,14 +50,14 @@ class CalibrationOptions:
 
 
 def share_of_stored(recipe: Recipe, stored: StoredCurvature) -> Recipe:
-    """The recipe with the stored curvature's share of the Gram; a method that has no share of its own keeps to that."""
+    """The recipe with the Gram share of a stored curvature; a method without a share keeps its own setting."""
     if recipe.curvature is None or not recipe.curvature.gram_share or stored.choice.kind != "fisher":
         return recipe
     return replace(recipe, curvature=replace(recipe.curvature, gram_share=stored.choice.gram_share))
 
 
 def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
-    """FewbitError when a recipe cannot use an option, or a stored curvature is not the one it asks for."""
+    """Raises FewbitError if the recipe cannot use an option, or if a stored curvature is not the kind that it needs."""
     wanted = recipe.curvature
     assert wanted is not None
     if options.refresh and (wanted.kind != "fisher" or options.stored):
@@ -105,10 +105,10 @@ def flags(options: dict[str, Any]) -> str:
 
 
 def refuse_unused(recipe: Recipe, text: dict[str, Any], others: dict[str, Any], tuned: bool = False) -> None:
-    """FewbitError when options were given (not None) that the recipe would silently leave unused.
+    """Raises FewbitError if options were given (are not None) that the recipe would silently ignore.
 
     text: the fields of the calibration set. others: the remaining options of calibrated runs, by name. tuned: the text
-    is also for fine-tuning.
+    is also used for fine-tuning.
     """
     if tuned:
         text = {}

@@ -1,4 +1,4 @@
-"""A zero-shot run from end to end: plan, stream every tensor, write shards, publish the folder."""
+"""A data-free run from start to end: plan, stream every tensor, write shards, publish the folder."""
 
 import contextlib
 import json
@@ -40,9 +40,9 @@ from fewbit.version import __version__
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What does not change the weights: file sizes, workers, where rows are computed, what may be replaced.
+    """Options that do not change the weights: file sizes, workers, device, and whether a folder may be replaced.
 
-    calibration: for recipes with a curvature only; what it is measured on does change the weights.
+    calibration: only for recipes with a curvature; its calibration set does change the weights.
     """
 
     shard_size: int = DEFAULT_SHARD_SIZE
@@ -59,9 +59,9 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize a model and write it in the native format.
 
-    model: a folder, a `.gguf` file, a named model or a hub name. out: the folder to make (None with `report_only`).
-    Returns the report, also written as `fewbit_report.json`, with a `run` entry (seconds, peak memory).
-    Raises FewbitError for bad input; then nothing is left at `out`.
+    model: a folder, a `.gguf` file, a named model or a hub name. out: the output folder (None with `report_only`).
+    Returns the report that is also written to `fewbit_report.json`, with an additional `run` entry (seconds, peak
+    memory). Raises FewbitError for bad input; `out` is then not created.
     """
     options = options or RunOptions()
     if options.workers < 0:

@@ -1,7 +1,8 @@
-"""Run a network block by block: every sequence through one block, then the next, with what blocks see kept between.
+"""Run a network block by block: all sequences through one block, then through the next, with the hidden states stored
+in between.
 
-The hidden states of all sequences are one tensor, in memory up to a limit and on disk beyond it. What else a block is
-called with (masks, position embeddings) is the same for all sequences of one length, so it is taken from one run.
+The hidden states of all sequences are one tensor, in memory up to a limit and on disk beyond it. The other arguments of
+a block (masks, position embeddings) are the same for all sequences of one length, so they are recorded in one run.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages, drawn from the JSON of a result and from nothing else."""
+"""Self-contained HTML pages, made only from the JSON of a result."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ from fewbit.versions import versions
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing and what it shows; `wide` ones take the page's whole width."""
+    """A plot and its caption; `wide` ones take the full width of the page."""
 
     svg: str
     caption: str
@@ -28,7 +28,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: text, figures, a table, quotations, and the data behind it as JSON."""
+    """A section of a page: text, figures, a table, quotations, and the data behind it as JSON."""
 
     heading: str
     paragraphs: Sequence[str] = ()
@@ -41,7 +41,7 @@ class Section:
 
 
 def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -> None:
-    """Render a page; FewbitError when it cannot be written or jinja2 is not installed."""
+    """Render a page. Raises FewbitError if it cannot be written or jinja2 is not installed."""
     try:
         from jinja2 import Environment, PackageLoader
     except ImportError as error:
@@ -61,10 +61,10 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -
 
 
 def check_page(path: Path | None, out: Path | None = None, model: Path | None = None) -> None:
-    """FewbitError now, before long work, if a page could not be written to `path` later; None asks for no page.
+    """Raises FewbitError before the work starts if a page could not be written to `path` later; None means no page.
 
-    out: the folder that the run makes; the page may lie in it, beside the model. model: the folder that the run reads,
-    where it may not. Makes nothing.
+    out: the folder that the run writes; the page may be in it, beside the model. model: the folder that the run reads,
+    in which it may not be. Creates nothing.
     """
     if path is None:
         return
@@ -125,7 +125,7 @@ _COLUMNS = ("model", "method", "bits/weight", "size", "perplexity", "ratio", "KL
 
 
 def evaluation_section(result: dict[str, Any], heading: str = "Models") -> Section:
-    """The table and figures of an evaluation; the quantized model with the least divergence stands out."""
+    """The table and figures of an evaluation; the quantized model with the least divergence is highlighted."""
     rows = result["models"]
     quantized = [i for i, row in enumerate(rows) if row["method"] != "original" and "kl_mean" in row]
     best = min(quantized, key=lambda i: rows[i]["kl_mean"], default=-1)
@@ -154,7 +154,7 @@ def evaluation_section(result: dict[str, Any], heading: str = "Models") -> Secti
 
 
 def task_section(result: dict[str, Any]) -> Section:
-    """Accuracy on tasks, drawn and as a table."""
+    """Accuracy on tasks, as a plot and a table."""
     columns, rows = task_cells(result)
     figure = Figure(plots.task_accuracies(asked_models(result), measured_tasks(result)), "acc ± one standard error.")
     return Section("Tasks", [f"{task_notes(result)}."], [figure], columns, rows)

@@ -1,4 +1,4 @@
-"""Results as tables for the terminal and as the stable keys of `--json`."""
+"""Results as tables for the terminal, and as the stable keys of `--json`."""
 
 import math
 from collections import Counter
@@ -17,7 +17,7 @@ from fewbit.versions import versions
 
 
 def quantize_json(report: dict[str, Any]) -> dict[str, Any]:
-    """The report of a run under the stable keys, with the whole report beside them."""
+    """The report of a run under the stable keys, together with the complete report."""
     row = {
         "name": report["model"],
         "method": report["method"],
@@ -30,7 +30,7 @@ def quantize_json(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
-    """A few lines for people."""
+    """A summary of a few lines."""
     output, run = report["output"], report["run"]
     errors = sorted(report["layers"], key=lambda layer: -layer["relative_squared_error"])
     worst = errors[0]
@@ -51,7 +51,7 @@ def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
 
 
 def tuning_summary(report: dict[str, Any], out: Path) -> str:
-    """A few lines for people."""
+    """A summary of a few lines."""
     history, run = report["tuning"]["history"], report["run"]
     held, best = history["held_out"], history["best_epoch"]
     lines = [
@@ -208,7 +208,7 @@ def _short(name: str) -> str:
 
 
 def plan_text(result: dict[str, Any]) -> str:
-    """What a run would do, in a few lines."""
+    """A summary of what a run would do, in a few lines."""
     layers, kept = result["tensors"]["quantize"], result["tensors"]["keep"]
     output, needs = result["output"], result["needs"]
     kinds: dict[tuple[str, tuple[int, ...], int, float], int] = {}

@@ -22,7 +22,7 @@ from fewbit.solvers.choice import SolverChoice
 
 @dataclass(frozen=True)
 class WeightChoices:
-    """How one weight is quantized: how it is stored, how grids are fitted, who is an outlier, how codes are chosen."""
+    """How one weight is quantized: its stored form, the search for grids, the outliers, and the solver."""
 
     scheme: Scheme
     search: ScaleSearch | None = None

@@ -1,7 +1,8 @@
-"""One weight matrix with a curvature: choose outliers and grids, then let the column solver choose the codes.
+"""Quantize one weight matrix with a curvature: choose outliers and grids, then the column solver chooses the codes.
 
-Read it beside `docs/methods.md`. With static grids everything but the codes is fixed before the first column; with
-grids that are refitted a group's is chosen when the solver enters it, from weights that already make up for errors.
+`docs/methods.md` describes the method. With static grids, everything but the codes is fixed before the first column.
+With refitted grids, a group's grid is fitted when the solver reaches it, to weights that already compensate for earlier
+errors.
 """
 
 from collections.abc import Callable, Sequence

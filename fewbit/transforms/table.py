@@ -1,4 +1,4 @@
-"""The transforms there are."""
+"""The table of transforms."""
 
 from fewbit.transforms.channel_scales import AWQ, SMOOTHQUANT
 from fewbit.transforms.transform import Transform

@@ -1,4 +1,4 @@
-"""`fewbit quantize --tune`: quantize into a folder beside the output, train from there, leave the trained one."""
+"""`fewbit quantize --tune`: quantize into a folder beside the output, train it, and keep only the trained folder."""
 
 import importlib.util
 import os
@@ -25,7 +25,7 @@ def quantize_and_tune(
 ) -> dict[str, Any]:
     """Quantize `model` by `recipe` and fine-tune the result into `out`; returns the report of the trained folder.
 
-    Killed at any point, the same call goes on. Raises FewbitError as the two steps do.
+    If it is killed at any point, the same call resumes. Raises FewbitError as the two steps do.
     """
     between = out.absolute().with_name(f".{out.name}.fewbit-untuned")
     record = between.with_name(f"{between.name}.json")

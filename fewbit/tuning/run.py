@@ -1,4 +1,4 @@
-"""`fewbit tune`: from a quantized folder and some text to a quantized folder of the same form with better weights."""
+"""`fewbit tune`: trains the weights of a quantized folder on some text and writes a folder of the same format."""
 
 import shutil
 import time
@@ -43,10 +43,11 @@ _TEACHER = f"tuning-teacher{SOLVED}"
 
 @dataclass(frozen=True, kw_only=True)
 class TuneOptions:
-    """What a run needs beside its choice.
+    """Options of a run beside its choice.
 
-    reference: the original; None for the one the folder was made from. calibration: the training text.
-    checkpointing: keep only the blocks' inputs and run them again on the way back; None for where memory asks for it.
+    reference: the original; None for the one that the folder was made from. calibration: the training text.
+    checkpointing: store only the inputs of blocks and recompute activations in the backward pass; None to do so if
+    memory requires it.
     """
 
     reference: str | Path | None = None
@@ -63,10 +64,10 @@ def tune(
     options: TuneOptions | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune a quantized folder under its own rounding and write the result in the same form, with the same bits.
+    """Fine-tune a quantized folder under its own rounding and write the result in the same format and bit-width.
 
-    Returns the new report, whose `tuning` entry has the losses. Raises FewbitError for bad input, or when the loss is
-    no number; a run that was killed goes on where it was. Every process of a launch calls this with the same arguments.
+    Returns the new report, whose `tuning` entry has the losses. A run that was killed is resumed. Raises FewbitError
+    for bad input, or if the loss becomes NaN or infinite. All processes of a launch call this with the same arguments.
     """
     choice, options = choice or TuningChoice(), options or TuneOptions()
     accelerator = _accelerator(options.device)
