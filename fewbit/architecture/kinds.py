@@ -1,7 +1,7 @@
-"""What a tensor is, told from its shape, its neighbours in the block, and its name.
+"""Classifies a tensor by its shape, its neighbours in the block, and its name.
 
-A name may keep a tensor (a router, a norm, a convolution), it never makes a linear layer: that takes a matrix whose
-sizes fit the sizes around it.
+A name can be a reason to keep a tensor (a router, a norm, a convolution), but never to quantize it: a linear layer must
+be a matrix whose shape matches the shapes around it.
 """
 
 import re

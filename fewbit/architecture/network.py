@@ -1,7 +1,7 @@
-"""Where a checkpoint's tensors live in the running network: its decoder blocks, and a view of every weight.
+"""Locates a checkpoint's tensors in the running network: its decoder blocks, and a view of every weight.
 
-The place of a tensor is the one that transformers' own mapping of names gives (:mod:`fewbit.architecture.names`). What
-the network holds there must be what the file holds, number by number, or nothing is solved.
+The location of a tensor is given by transformers' own mapping of names (:mod:`fewbit.architecture.names`). The values
+in the network must equal those in the file, or nothing is solved.
 """
 
 from collections.abc import Callable, Mapping, Sequence

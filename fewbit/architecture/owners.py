@@ -11,9 +11,10 @@ _NO_LAYER = re.compile(r"Embedding|Conv\dd|Norm$|Norm\d?|Router|TopK|MoEGate")
 
 
 def refuse_owner(name: str, module: Any, transposed: bool | None) -> None:
-    """FewbitError for the weight `name` of a module that is no linear layer, or that stores its experts otherwise.
+    """Raises FewbitError if the weight `name` is not of a linear layer, or if its experts are stored the other way
+    round.
 
-    transposed: how a stack of experts was read (None: it is no stack).
+    transposed: how a stack of experts was read (None: it is not a stack).
     """
     kind = type(module).__name__
     if not isinstance(module, nn.Linear) and _NO_LAYER.search(kind):

@@ -7,10 +7,10 @@ from fewbit.errors import FewbitError
 
 
 def matching(patterns: Iterable[str], names: Collection[str]) -> set[str]:
-    """Names that one of the patterns matches as a whole.
+    """Names that match one of the patterns completely.
 
-    A pattern that is itself a name means that tensor and no other, whatever characters are in it.
-    Raises FewbitError for a pattern that matches nothing.
+    A pattern that is the name of a tensor matches only that tensor, whatever characters it contains. Raises FewbitError
+    for a pattern that matches nothing.
     """
     known = set(names)
     found: set[str] = set()

@@ -1,7 +1,7 @@
-"""FP8 in: weights that are stored as 8-bit floats with scales, read as their products.
+"""Reads FP8 weights: 8-bit floats with scales, read as their products.
 
-DeepSeek's and Qwen's blocks, FBGEMM's rows, one scale a tensor: what differs is the shape of the scales alone, and that
-says how they apply. A description, in config.json or ModelOpt's hf_quant_config.json, must say that it is FP8.
+Scales per block (DeepSeek, Qwen), per row (FBGEMM) or per tensor are supported; the shape of the scales shows which. A
+description in config.json or in ModelOpt's hf_quant_config.json must state that the model is FP8.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ class Fp8:
 
 
 def described_fp8(config: Mapping[str, Any], folder: Path) -> Fp8 | None:
-    """What a folder says of its FP8 weights; None where it says nothing, or describes anything but FP8."""
+    """A folder's description of its FP8 weights; None if it has none, or describes anything but FP8."""
     found = [value for _, value in quantization_configs(config)] or [modelopt_config(folder)]
     blocks = {_block_of(value) for value in found}
     if len(blocks) != 1 or None in blocks:

@@ -1,4 +1,4 @@
-"""JSON that others wrote: one reader for all of it, so that no file can end a run in anything but one line."""
+"""Reads JSON from untrusted sources. All of it is read here, so that any invalid file gives a one-line error."""
 
 import json
 import math
@@ -14,7 +14,7 @@ _LONGEST_NUMBER = 400
 
 
 def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """The object in a JSON file; FewbitError when it is not there, too large, or not an object in clean JSON."""
+    """The object in a JSON file. Raises FewbitError if the file is missing, too large, or not a valid JSON object."""
     try:
         with path.open("rb") as file:
             text = file.read(most_bytes + 1)
@@ -34,9 +34,9 @@ def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]
 def parse_json(text: bytes | str, strict: bool = False) -> Any:
     """The value of a JSON text.
 
-    Raises ValueError for what is not UTF-8 or not JSON, is nested more than 100 deep, holds numbers of hundreds of
-    digits, or names one key twice with different values. strict: also for any key that stands twice, and for NaN and
-    Infinity, which JSON does not have; some configs hold them, and transformers reads those.
+    Raises ValueError if the text is not UTF-8 or not JSON, is nested more than 100 deep, contains numbers of hundreds
+    of digits, or has one key twice with different values. strict: also for any duplicate key, and for NaN and Infinity,
+    which JSON does not have (some configs contain them, and transformers reads those).
     """
     try:
         data = json.loads(
@@ -78,7 +78,9 @@ def _refuse_constant(name: str) -> float:
 
 
 def _check_values(data: Any, strict: bool) -> None:
-    """ValueError for values nested too deep and for strings that no UTF-8 file can hold; without recursion."""
+    """Raises ValueError for values that are nested too deeply and for strings that cannot be encoded as UTF-8. Not
+    recursive.
+    """
     level = [data]
     for _ in range(_DEEPEST):
         level = [inner for value in level for inner in _inside(value, strict)]

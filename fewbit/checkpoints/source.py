@@ -68,7 +68,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the config and all headers of a folder; FewbitError says what is missing, broken, or not certain."""
+    """Read the config and all headers of a folder. Raises FewbitError for what is missing, invalid or ambiguous."""
     check_name(str(folder))
     if not folder.exists():
         raise FewbitError(f"{folder}: no such folder")

@@ -1,4 +1,4 @@
-"""What says that files are as they were, without reading them, and what differs between two jobs."""
+"""Detects changed files without reading them, and describes the differences between two jobs."""
 
 import json
 from collections.abc import Iterable, Iterator

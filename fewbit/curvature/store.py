@@ -1,4 +1,4 @@
-"""A measured curvature on disk: one file a block, written as it is measured, and a description that is checked."""
+"""A measured curvature on disk: one file per block, written as soon as it is measured, and a checked description."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ _SAMPLE_BYTES = 4096
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What says that a curvature belongs to a model: the shapes of all tensors, and a sample of the weights."""
+    """Identifies the model of a curvature: the shapes of all tensors, and a sample of the weights."""
     return {
         "model_type": checkpoint.config.get("model_type"),
         "bytes": checkpoint.bytes,
@@ -44,7 +44,7 @@ def model_fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _sample(checkpoint: Checkpoint) -> str:
-    """SHA-256 of a stretch from the middle of every tensor: fine-tunes differ in it, copies do not."""
+    """SHA-256 of a slice from the middle of every tensor; it differs between fine-tunes and agrees between copies."""
     digest = hashlib.sha256()
     with FileReader() as reader:
         for name in sorted(checkpoint.entries):
@@ -65,7 +65,7 @@ class StoredCurvature:
 
     @property
     def files(self) -> list[Path]:
-        """The files of the blocks that there are."""
+        """The existing block files."""
         return [path for path in self.folder.iterdir() if _BLOCK.fullmatch(path.name)]
 
     def layers(self, index: int) -> set[str]:
@@ -90,13 +90,13 @@ class StoredCurvature:
 
 
 class CurvatureWriter:
-    """A curvature folder that is being filled; a block that is there already is whole."""
+    """A curvature folder that is being written; every block file in it is complete."""
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, choice: CurvatureChoice, calibration: dict[str, Any]):
-        """Begin a folder or go on with one, whenever the process that filled it was killed.
+        """Start a folder or resume one, at whatever point the process that wrote it was killed.
 
-        calibration: what the measurement sees, with the number of `blocks`. Raises FewbitError when the folder holds
-        blocks of another measurement, or anything that no measurement puts there.
+        calibration: what is measured, with the number of `blocks`. Raises FewbitError if the folder contains blocks of
+        another measurement, or any other files.
         """
         self.folder = folder
         self._blocks = int(calibration["blocks"])
@@ -120,7 +120,7 @@ class CurvatureWriter:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        """A measurement that an exception ended before its first block leaves nothing."""
+        """If an exception ends the measurement before its first block, nothing is left behind."""
         if kind is None or any(_BLOCK.fullmatch(path.name) for path in self.folder.iterdir()):
             return
         for path in list(self.folder.iterdir()):
@@ -150,7 +150,9 @@ class CurvatureWriter:
         return _block_path(self.folder, index).is_file()
 
     def put(self, index: int, sums: dict[str, Tensor], shared: dict[str, str]) -> None:
-        """Write one block's matrices; after the last one nothing is left that is not part of the curvature."""
+        """Write the matrices of one block; after the last one, all files that are not part of the curvature are
+        removed.
+        """
         path = _block_path(self.folder, index)
         save_whole({name: tensor.cpu() for name, tensor in sums.items()}, path, {"shared": json.dumps(shared)})
         if self._is_whole():
@@ -163,7 +165,7 @@ class CurvatureWriter:
 
 
 def check_curvature_place(folder: Path, checkpoint: Checkpoint) -> None:
-    """FewbitError when a curvature cannot be kept in `folder`: a link, or one that holds anything else."""
+    """Raises FewbitError if a curvature cannot be stored in `folder`: a link, or a folder with other files."""
     check_place(folder, checkpoint.folder)
     if not folder.exists():
         return
@@ -177,7 +179,7 @@ def check_curvature_place(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def open_curvature(folder: Path, checkpoint: Checkpoint) -> StoredCurvature:
-    """Open a stored curvature for a model; FewbitError when it is of another model, shape or version."""
+    """Open a stored curvature for a model. Raises FewbitError if it has another model, shape or version."""
     path = folder / _DESCRIPTION
     if not path.is_file():
         raise FewbitError(f"{folder}: contains no curvature: make one with  fewbit curvature MODEL {folder}")

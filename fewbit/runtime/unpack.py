@@ -85,9 +85,9 @@ def read_weight(checkpoint: Checkpoint, reader: FileReader, module: str, stored:
 
 
 def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_size: int = 5_000_000_000) -> Path:
-    """Write a native folder as an ordinary 16-bit one that any tool loads, one tensor in memory at a time.
+    """Convert a native folder to an ordinary 16-bit one that any tool loads, with one tensor in memory at a time.
 
-    Returns `out`. Raises FewbitError when `folder` is not a whole native folder or `out` cannot be written.
+    Returns `out`. Raises FewbitError if `folder` is not a complete native folder or `out` cannot be written.
     """
     checkpoint = open_checkpoint(Path(folder))
     if not checkpoint.is_native:

@@ -1,7 +1,7 @@
-"""Between weights and their stored parts when grids and places of outliers are settled: the one place that rounds.
+"""Converts between weights and stored parts once grids and positions of outliers are fixed. Only this module rounds.
 
-Everything here takes whole rows of a matrix and returns what is stored for them, so rows can be done in any order and
-by any number of workers with the same result.
+All functions take complete rows of a matrix and return what is stored for them, so rows can be processed in any order
+and by any number of workers with the same result.
 """
 
 from collections.abc import Mapping
