@@ -115,7 +115,9 @@ def test_one_bit_of_a_method_without_it(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_other_choices(tiny: Path, tmp_path: Path) -> None:
-    assert "unknown method 'magic': there are rtn, adpq, adpq+" in quantize_refused(tiny, tmp_path, "--method", "magic")
+    assert "unknown method 'magic': choose from rtn, adpq, adpq+" in quantize_refused(
+        tiny, tmp_path, "--method", "magic"
+    )
     assert "outlier_grid must be one of" in quantize_refused(tiny, tmp_path, "--outlier-grid", "x")
     assert "outlier_fraction must be" in quantize_refused(tiny, tmp_path, "--outlier-fraction", "0.7")
     assert "not both" in quantize_refused(tiny, tmp_path, "--grid", "minimum", "--symmetric")
@@ -165,7 +167,7 @@ def test_evaluation(tiny: Path, tmp_path: Path) -> None:
     assert "the text is empty" in refused("eval", tiny, "--data", tmp_path / "empty.txt")
     (tmp_path / "a.txt").write_text("a few words " * 4)
     line = refused("eval", tiny, "--data", tmp_path / "a.txt", "--seq-len", 20, "--windows", 9)
-    assert "the text has 48 tokens, 2 windows of 20; asked for 9" in line
+    assert "the text has 48 tokens, which is 2 windows of 20, but 9 were requested" in line
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"no": 1}\n')
     assert "a.jsonl:2: no column 'text': it has no" in refused("eval", tiny, "--data", tmp_path / "a.jsonl")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")

@@ -233,7 +233,7 @@ def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> N
         (["--method", "gptq", "--tempering", "2"], "tempering must be from 0 to 1, not 2.0"),
         (["--method", "spqr", "--act-order"], "sensitivity outliers are found when the solver reaches their group"),
         (["--method", "oac", "--fisher-terms", "some"], "curvature terms must be one of sequence, token, not 'some'"),
-        (["--method", "gptq", "--fisher-terms", "token"], "--fisher-terms: gptq has no use for it"),
+        (["--method", "gptq", "--fisher-terms", "token"], "--fisher-terms: gptq does not use it: omit it"),
         (["--method", "billm", "--bits", "4"], "the binary grid has 1 bit, not 4: leave --bits out"),
         (["--method", "oac", "--refresh", "0"], "--refresh must be once, block or a number of blocks"),
         (["--method", "gptq", "--refresh", "2"], "--refresh: only a Fisher that is measured in this run"),
@@ -242,11 +242,11 @@ def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> N
             ["--calibration", "self", "--samples", "3"],
             "--calibration, --samples: adpq+ uses no data",
         ),
-        (["--method", "awq", "--damping", "0.1"], "--damping: awq has no use for it"),
-        (["--method", "precal+spqr", "--outlier-bits", "8"], "--outlier-bits: precal+spqr has no use for it"),
-        (["--method", "spqr", "--outlier-fraction", "0.1"], "--outlier-fraction: spqr has no use for it"),
+        (["--method", "awq", "--damping", "0.1"], "--damping: awq does not use it: omit it"),
+        (["--method", "precal+spqr", "--outlier-bits", "8"], "--outlier-bits: precal+spqr does not use it: omit it"),
+        (["--method", "spqr", "--outlier-fraction", "0.1"], "--outlier-fraction: spqr does not use it: omit it"),
         (["--method", "billm", "--act-order"], "the binary grid is fitted block by block: omit --act-order"),
-        (["--method", "billm", "--scale-format", "float32"], "--scale-format: billm has no use for it"),
+        (["--method", "billm", "--scale-format", "float32"], "--scale-format: billm does not use it: omit it"),
         (
             ["--method", "precal+oac", "--no-act-order", "--refit-groups"],
             "two-level scales share data among all groups of a row, so grids cannot be refitted",
@@ -281,7 +281,7 @@ def test_plan_says_what_a_run_does(tiny: Path, tmp_path: Path) -> None:
     little, much, none = (json.loads(run_cli(*oac, size).stdout) for size in ("220KB", "1GB", "1KB"))
     assert little["needs"]["seconds"] >= much["needs"]["seconds"]
     assert little["needs"]["memory_bytes"] < much["needs"]["memory_bytes"]
-    assert none["problems"] == ["block 1: its curvature takes 0.2 MB, --memory allows 0.0 MB: give at least 0.2 MB"]
+    assert none["problems"] == ["block 1: its curvature takes 0.2 MB, but --memory allows 0.0 MB: give at least 0.2 MB"]
     odd = run_cli("plan", tiny, "--method", "precal+oac", "--bits", "2", "--group-size", "48").stdout
     assert "problem: group size 48 does not divide" in odd
     assert "can be written as: fewbit" in odd

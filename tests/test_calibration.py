@@ -189,7 +189,7 @@ def test_none_is_no_calibration(tiny: Path, tmp_path: Path) -> None:
 
 def test_memory_too_small_for_one_block(tiny: Path, tmp_path: Path) -> None:
     text = ["--calibration", "self", *RANDOM[2:], "--memory", "1KB"]
-    expected = "block 1: its curvature takes 0.2 MB, --memory allows 0.0 MB: give at least 0.2 MB"
+    expected = "block 1: its curvature takes 0.2 MB, but --memory allows 0.0 MB: give at least 0.2 MB"
     assert refused(tiny, tmp_path / "out", "--method", "oac", "--group-size", "32", *text) == expected
     for kind in ("gram", "fisher"):
         result = run_cli("curvature", tiny, tmp_path / kind, "--kind", kind, *text, code=2)
@@ -199,7 +199,7 @@ def test_memory_too_small_for_one_block(tiny: Path, tmp_path: Path) -> None:
 
 def test_sequences_longer_than_the_model(tiny: Path, tmp_path: Path) -> None:
     long = ["--calibration", "random-tokens", "--samples", "2", "--sequence-length", "129"]
-    expected = "--sequence-length 129: the model has 128 positions: take 128 or fewer"
+    expected = "--sequence-length 129: the model's maximum length is 128: use 128 or less"
     assert refused(tiny, tmp_path / "out", *CALIBRATED, *long) == expected
     assert expected in run_cli("curvature", tiny, tmp_path / "c", *long, code=2).stderr
     assert f"problem: {expected}" in run_cli("plan", tiny, "--method", "oac", *long).stdout

@@ -267,7 +267,7 @@ def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(FewbitError, match="contains no curvature: make one with"):
         open_curvature(tmp_path, open_checkpoint(tiny))
     for arguments, message in (
-        (["--method", "gptq"], "holds a fisher, gptq needs a gram"),
+        (["--method", "gptq"], "contains a fisher, but gptq needs a gram"),
         (
             ["--method", "oac", "--fisher-terms", "sequence"],
             "its Fisher was measured with terms 'token', not 'sequence'",
@@ -311,7 +311,7 @@ def test_what_was_left_out_is_named_before_anything_is_solved(tiny: Path, tmp_pa
     left_out = ("*.layers.0.*", "*.1.mlp.down_proj.weight")
     measure(tiny, tmp_path / "kept", wanted, text, exclude=left_out)
     stored = CalibrationOptions(stored=open_curvature(tmp_path / "kept", open_checkpoint(tiny)))
-    message = r"has no curvature for .*layers\.0\..* … \(8 weights\): because they were left out of the measurement"
+    message = r"has no curvature for .*layers\.0\..* … \(8 weights\), because they were left out of the measurement"
     with pytest.raises(FewbitError, match=message):
         fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("gptq"), RunOptions(calibration=stored))
     assert not list((tmp_path / ".out.fewbit-partial").glob("*.solved"))

@@ -29,7 +29,7 @@ def test_windows_without_and_with_bos() -> None:
     assert plain.tolist() == [list(range(10 + 5 * i, 15 + 5 * i)) for i in range(4)]
     behind = cut_windows(ids, Protocol(5, 2), 1)
     assert behind.tolist() == [[1, 10, 11, 12, 13], [1, 15, 16, 17, 18]]
-    with pytest.raises(FewbitError, match="the text has 23 tokens, 4 windows of 5; asked for 5"):
+    with pytest.raises(FewbitError, match="the text has 23 tokens, which is 4 windows of 5, but 5 were requested"):
         cut_windows(ids, Protocol(5, 5), None)
     with pytest.raises(FewbitError, match="1 were requested: use fewer or shorter windows"):
         cut_windows(ids, Protocol(50, 0), None)
@@ -209,7 +209,7 @@ def test_originals_with_rounded_weights_and_inputs(tiny: Path, text: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--w8a8", "w4a4"], "--w8a8 must be of w8a8, smoothquant, w8a8-dynamic, not w4a4"),
+        (["--w8a8", "w4a4"], "--w8a8 must be one or more of w8a8, smoothquant, w8a8-dynamic, not w4a4"),
         (["--samples", "4"], "--samples: only --w8a8 w8a8 and smoothquant use a calibration set"),
         (["--w8a8", "w8a8-dynamic", "--seed", "3"], "--seed: only --w8a8 w8a8 and smoothquant use a calibration set"),
     ],

@@ -114,7 +114,7 @@ def test_experts_that_were_read_the_wrong_way_round_are_refused() -> None:
     module.is_transposed = True  # type: ignore[assignment]
     refuse_owner("w", module, True)
     refuse_owner("w", module, None)
-    with pytest.raises(FewbitError, match=r"stores it as \(experts, in, out\)"):
+    with pytest.raises(FewbitError, match=r"its shape in the network is \(experts, in, out\)"):
         refuse_owner("w", module, False)
 
 

@@ -84,7 +84,7 @@ def test_only_what_overwrite_allowed_at_the_start_is_replaced(tiny: Path, tmp_pa
     fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True))
     (out / "sub").mkdir()
     (out / "sub" / "thesis.txt").write_text("precious")
-    with pytest.raises(FewbitError, match=r"holds sub/thesis\.txt"):
+    with pytest.raises(FewbitError, match=r"contains sub/thesis\.txt"):
         fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True))
     assert siblings(tmp_path) == ["notes.md", "out"]
 

@@ -75,7 +75,7 @@ def test_what_the_end_needs_is_checked_before_training(
     monkeypatch.setattr(loop.Trainer, "run", lambda *arguments: pytest.fail("it was trained"))
     with monkeypatch.context() as patch:
         patch.setattr("fewbit.tuning.run.shutil.disk_usage", lambda path: type("Free", (), {"free": 10}))
-        with pytest.raises(WorkKeptError, match=r"the output needs 0\.0 GB, 0\.0 GB are free"):
+        with pytest.raises(WorkKeptError, match=r"the output needs 0\.0 GB, but only 0\.0 GB are free"):
             tune(folder, tmp_path / "out", CHOICE, OPTIONS)
     for error in (RuntimeError("a fault"), KeyError("x"), MemoryError()):
         with monkeypatch.context() as patch:

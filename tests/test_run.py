@@ -156,7 +156,7 @@ def test_too_little_space_is_noticed_before_any_work(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fewbit.pipeline.run.shutil.disk_usage", lambda path: _Free())
-    with pytest.raises(FewbitError, match=r"the output needs 0\.0 GB, 0\.0 GB are free"):
+    with pytest.raises(FewbitError, match=r"the output needs 0\.0 GB, but only 0\.0 GB are free"):
         fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("rtn"))
 
 

@@ -148,5 +148,5 @@ def test_every_study_of_the_table_is_whole() -> None:
         study = find_study(name)
         assert study.name == name
         assert set(study.sizes) == {"quick", "standard", "large"}
-    with pytest.raises(FewbitError, match="unknown study 'none': there are objectives"):
+    with pytest.raises(FewbitError, match="unknown study 'none': choose from objectives"):
         find_study("none")

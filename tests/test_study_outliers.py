@@ -224,5 +224,5 @@ def test_sets_are_read_and_checked(texts: Path, tmp_path: Path) -> None:
         all_sets(choice.calibration, (), as_options([parse_set("a/b=nonsense"), parse_set("c/b=nonsense")]))
     with pytest.raises(FewbitError, match="--factor must be above 1"):
         STUDY.cells(choice_of(build_tiny(tmp_path / "t"), tmp_path / "o", texts, options={"factor": 0.5}))
-    with pytest.raises(FewbitError, match="no fix 'magic'"):
+    with pytest.raises(FewbitError, match="no remedy 'magic'"):
         STUDY.cells(choice_of(tmp_path / "t", tmp_path / "o", texts, methods=("magic",)))

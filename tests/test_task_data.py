@@ -81,7 +81,7 @@ def test_the_unfinished_sentence_is_found_again(context: str, first: str, last: 
     ("task", "changes", "reason"),
     [
         ("piqa", {"label": 2}, "label is '2', not one of 0, 1"),
-        ("piqa", {"sol2": None}, "sol2 is None, not a text"),
+        ("piqa", {"sol2": None}, "sol2 is None, not a string"),
         ("arc_easy", {"answerKey": "C"}, "answerKey is 'C', not one of 1, 2"),
         ("arc_easy", {"question": "What?"}, "its choices are missing"),
         ("winogrande", {"sentence": "no gap"}, "sentence has no _"),
@@ -121,12 +121,12 @@ def test_files_that_are_not_questions(tmp_path: Path) -> None:
         read_questions(tmp_path, "piqa")
     path.rename(tmp_path / "piqa_a.jsonl")
     (tmp_path / "piqa_b.jsonl").write_text("")
-    with pytest.raises(FewbitError, match=r"piqa_a.jsonl and piqa_b.jsonl could both be piqa: name the one to use"):
+    with pytest.raises(FewbitError, match=r"piqa_a.jsonl and piqa_b.jsonl could both be piqa: rename the one to use"):
         read_questions(tmp_path, "piqa")
 
 
 def test_choices_that_are_none() -> None:
-    with pytest.raises(FewbitError, match=r"^no task 'boolq': there are piqa, arc_easy, arc_challenge, winogrande, "):
+    with pytest.raises(FewbitError, match=r"^no task 'boolq': choose from piqa, arc_easy, arc_challenge, winogrande, "):
         TaskChoice(("piqa", "boolq"))
     with pytest.raises(FewbitError, match="each task can be named only once"):
         TaskChoice(("piqa", "piqa"))
@@ -146,7 +146,7 @@ def test_options_that_do_not_go_together(tiny: Path) -> None:
 
 
 def test_the_command_refuses_in_one_line(tiny: Path, tmp_path: Path) -> None:
-    assert refused("eval", tiny, "--tasks", "boolq").startswith("no task 'boolq': there are piqa, arc_easy, ")
+    assert refused("eval", tiny, "--tasks", "boolq").startswith("no task 'boolq': choose from piqa, arc_easy, ")
     line = refused("eval", tiny, "--tasks", "piqa", "--task-data", tmp_path / "nowhere")
     assert line.startswith(f"{tmp_path}/nowhere: no such folder: --task-data needs a folder with the questions")
 

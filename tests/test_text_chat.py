@@ -93,7 +93,7 @@ def test_what_stands_beside_the_content(tmp_path: Path) -> None:
     [
         ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "a part of the kind 'image'"),
         ({"messages": [{"role": "user", "content": 3}]}, "a part of the kind 'int'"),
-        ({"messages": [{"role": 3, "content": "a"}]}, "turn 1: its role is 3, not a text"),
+        ({"messages": [{"role": 3, "content": "a"}]}, "turn 1: its role is 3, not a string"),
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "turn 1: from 'narrator' is not a known speaker"),
         ({"messages": [{"role": "user", "content": "x\ud83d"}]}, "half of a surrogate pair"),
     ],
