@@ -145,7 +145,7 @@ def test_the_page_in_a_browser(planted: Path, texts: Path, tmp_path: Path) -> No
         "Where inputs are large",
         "Massive activations",
         "W8A8 by site",
-        "What each fix gives back",
+        "How much each remedy recovers",
     ):
         assert f"<h2>{heading}</h2>" in seen
     assert seen.count("<svg") == 4 + 1 + 2 + 1 + 2 and seen.count("<image") == 4 + 1 + 1

@@ -115,7 +115,7 @@ _STANDARD = {"made": ("mixed", "nonsense", "random-tokens", "self"), "methods": 
 STUDY = Study(
     name="calibration-sets",
     title="Calibration sets",
-    about="What a method is calibrated on, and how much that matters beside the luck of the draw.",
+    about="How much the choice of calibration set matters, compared with the choice of the seed.",
     sizes={
         "quick": Size(8, 1024, 16, 512, _QUICK),
         "standard": Size(16, 1024, 64, 512, _STANDARD),

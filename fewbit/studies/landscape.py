@@ -1,7 +1,7 @@
-"""The study `landscape`: the loss around a model's weights (2410.14570, section 7 of the methods digest).
+"""The study `landscape`: the loss landscape around a model's weights (arXiv 2410.14570).
 
-Only the linear layers in the blocks move, in float32. Distances are relative: the norm of the move over the norm of
-those weights.
+Only the linear layers in the blocks are moved, in float32. Distances are relative: the norm of the displacement over
+the norm of those weights.
 """
 
 from dataclasses import dataclass, field
@@ -220,8 +220,8 @@ def _spaced(values: list[float], count: int) -> list[float]:
 
 STUDY = Study(
     name="landscape",
-    title="The loss around the weights",
-    about="Distances are relative: the norm of the move over the norm of the linear layers' weights.",
+    title="The loss landscape around the weights",
+    about="Distances are relative: the norm of the displacement over the norm of the linear layers' weights.",
     sizes={
         "quick": Size(4, 256, 16, 256, _QUICK),
         "standard": Size(16, 512, 128, 512, _STANDARD),

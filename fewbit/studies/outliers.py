@@ -68,7 +68,7 @@ _GRID: dict[str, Any] = {"made": _MADE, "blocks": 0, "bits": (8, 4, 3)}
 STUDY = Study(
     name="outliers",
     title="Outliers in activations",
-    about="Where the inputs of linear layers are large, for which text, what rounding them costs, and what helps.",
+    about="Where and for which text the inputs of linear layers are large, the cost of rounding them, and remedies.",
     sizes={
         "quick": Size(2, 512, 8, 512, {"made": ("nonsense", "random-tokens"), "blocks": 3, "bits": (8, 4, 3)}),
         "standard": Size(8, 512, 64, 512, _GRID),
