@@ -33,8 +33,8 @@ def draw(result: Result) -> list[Section]:
             "Rank correlations",
             [
                 "Spearman, with 95 % intervals (bootstrap over models, at least as wide as Fisher's transformation). "
-                "holds: the interval is above 0.5; fails: below; open: it contains 0.5. Pairs in the opposite order: of "
-                "two models of a group, the one with the lower measure has the higher loss."
+                "holds: the interval is above 0.5; fails: below; open: it contains 0.5. Pairs in the opposite order: "
+                "of two models of a group, the one with the lower measure has the higher loss."
             ],
             [
                 Figure(
