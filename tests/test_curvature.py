@@ -292,7 +292,7 @@ def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
     block = tmp_path / "kept" / "block-00001.safetensors"
     whole = block.read_bytes()
     block.unlink()
-    with pytest.raises(FewbitError, match="block 2 is not measured: run the same fewbit curvature again"):
+    with pytest.raises(FewbitError, match="block 2 is not measured: run the same fewbit curvature command again"):
         open_curvature(tmp_path / "kept", open_checkpoint(tiny))
     block.write_bytes(whole)
     description = tmp_path / "kept" / "fewbit_curvature.json"

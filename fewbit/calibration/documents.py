@@ -15,10 +15,10 @@ _OFFLINE = "a local .txt, .jsonl, .json, .csv, .parquet or folder, or self, nons
 
 
 def documents(source: Source, seed: int, render: Render | None = None) -> Iterator[str]:
-    """Texts of a file, folder, hub data set or nonsense source. Nonsense never ends.
+    """The texts of a file, a folder, a hub data set or the nonsense source, which is endless.
 
-    render: the text of a conversation. Raises FewbitError when a file cannot be read, a data set cannot be fetched, or
-    there is a conversation and nothing to render it.
+    render: turns a conversation into text. Raises FewbitError if a file cannot be read, a data set cannot be fetched,
+    or there is a conversation but no `render`.
     """
     for document in unread_documents(source, seed):
         yield "".join(pieces_of(document, render))

@@ -1,4 +1,4 @@
-"""Text that the original model writes itself: calibration with no outside data."""
+"""Calibration text that the original model generates itself, without external data."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,11 +22,11 @@ Progress = Callable[[int, int, str], None]
 def generate_sequences(
     model: Any, bos: int | None, shape: tuple[int, int], seed: int, progress: Progress | None = None
 ) -> Tensor:
-    """Sample sequences of exactly the asked length at temperature 1, int64 of `shape` (count, length).
+    """Sample sequences of exactly the requested length at temperature 1, int64 of `shape` (count, length).
 
-    Each begins with the BOS, or where there is none with a random token; the end of a text does not end a sequence, a
-    new text follows. Deterministic for a machine type: the random numbers come from a generator of its own.
-    Raises FewbitError when logits are NaN or infinite.
+    Each starts with the BOS, or with a random token if there is none. The end of a text does not end a sequence: a new
+    text follows. The result is deterministic on one type of machine, because the random numbers come from a separate
+    generator. Raises FewbitError if logits are NaN or infinite.
     """
     if model is None:
         raise ValueError("the source 'self' needs the model")

@@ -1,4 +1,4 @@
-"""Where calibration text comes from: one syntax, ``SRC[:COUNT][,SRC...]``, for files, hub data sets and made text."""
+"""Sources of calibration text: one syntax, ``SRC[:COUNT][,SRC...]``, for files, hub data sets and generated text."""
 
 import re
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ _LONGEST_COUNT = 16
 class Source:
     """One part of a calibration set.
 
-    kind: file, hub, self, nonsense or random-tokens. name: the path or the data set. column: of a data set or file
-    with columns; None for the usual one. count: sequences from here; None for an equal share of what is left.
+    kind: file, hub, self, nonsense or random-tokens. name: the path or the data set. column: the column of a data set
+    or file; None for the default. count: sequences from this source; None for an equal share of the rest.
     """
 
     kind: str
@@ -34,7 +34,7 @@ class Source:
 
 
 def parse_sources(text: str) -> list[Source]:
-    """Read ``SRC[:COUNT][,SRC...]``; the empty list for ``none``. FewbitError when a part cannot be understood."""
+    """Parse ``SRC[:COUNT][,SRC...]``; the empty list for ``none``. Raises FewbitError if a part is invalid."""
     if text.strip() == "none":
         return []
     parts = [part.strip() for part in text.split(",")]
@@ -63,7 +63,7 @@ def _parse_one(part: str) -> Source:
 
 
 def shares(sources: list[Source], samples: int) -> list[int]:
-    """How many of `samples` sequences each source gives: its count, or an equal share of what the counts leave."""
+    """How many of `samples` sequences come from each source: its count, or an equal share of the rest."""
     fixed = sum(source.count or 0 for source in sources)
     open_ended = [i for i, source in enumerate(sources) if source.count is None]
     if not open_ended:

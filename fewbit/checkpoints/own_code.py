@@ -1,4 +1,4 @@
-"""A model's folder brings data and never code: what runs is fewbit, transformers, and what the user installed."""
+"""A model's folder provides data and never code: only fewbit, transformers and the user's own packages run."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +15,10 @@ _NEVER = "fewbit never runs code of a model"
 
 
 def check_loadable(checkpoint: Checkpoint) -> None:
-    """FewbitError, before transformers is asked, for a model that it could build only with code from its folder or
-    from the hub, or whose codes it would take for weights because it does not know the tool that made them.
+    """Raises FewbitError for a model that transformers could not load safely.
+
+    That is a model that needs code from its folder or from the hub, or whose codes transformers would take for weights
+    because it does not know the tool that made them.
     """
     from transformers import CONFIG_MAPPING
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -42,7 +44,7 @@ def check_loadable(checkpoint: Checkpoint) -> None:
 def open_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model's folder.
 
-    Raises FewbitError when there is none that transformers can read without running code of the folder.
+    Raises FewbitError if there is none that transformers can read without running code from the folder.
     """
     try:
         from transformers import AutoTokenizer

@@ -227,10 +227,10 @@ class FileReader:
 
 
 class ShardWriter:
-    """Writes one safetensors file as tensors arrive, and gives it its name only when it is whole.
+    """Writes one safetensors file as tensors arrive, and renames it to its final name when it is complete.
 
-    The header comes first in the file but is known last: room for it is reserved and filled up with the spaces that
-    the format allows. Tensors that would put their followers out of alignment wait until the end.
+    The header comes first in the file but is known last, so room for it is reserved and padded with spaces, which the
+    format allows. Tensors that would break the alignment of later ones are written at the end.
     """
 
     def __init__(self, path: Path, header_room: int, metadata: dict[str, str] | None = None) -> None:

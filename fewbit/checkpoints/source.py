@@ -105,7 +105,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """FewbitError naming the tool when a checkpoint is quantized already: the weights that it had are gone."""
+    """Raises FewbitError with the tool's name if a checkpoint is already quantized, since its original weights are
+    gone.
+    """
     if checkpoint.is_native:
         raise FewbitError(f"{checkpoint.folder}: already quantized (fewbit): give the 16-bit original")
     if checkpoint.foreign is not None:

@@ -29,8 +29,8 @@ class WeightFiles:
 def find_weight_files(folder: Path, config: dict[str, Any]) -> WeightFiles:
     """The set of files that transformers would load from `folder`, in its order of precedence.
 
-    Raises FewbitError where it would load a pickle, where two sets contend, where an index names what is not there,
-    and where the folder has no weights.
+    Raises FewbitError if it would load a pickle file, if there are two sets, if an index lists missing files, or if the
+    folder has no weights.
     """
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     named = config.get(NAMED_IN_CONFIG)
@@ -52,7 +52,9 @@ def find_weight_files(folder: Path, config: dict[str, Any]) -> WeightFiles:
 
 
 def check_tensors(file: Path, named: set[str] | None, held: set[str]) -> None:
-    """FewbitError unless a file holds exactly the tensors that the index places there (`named`; None: no index)."""
+    """Raises FewbitError unless a file contains exactly the tensors that the index lists for it (`named`; None: no
+    index).
+    """
     if named is None or named == held:
         return
     if named - held:

@@ -113,7 +113,7 @@ def _check_nothing_is_empty(network: _Network, groups: Mapping[str, list[str]]) 
 
 
 def _check_rest_of_layers(network: _Network, packed: Mapping[str, list[str]], groups: Mapping[str, list[str]]) -> None:
-    """What a packed layer has beside its weight, a bias, must be there too: transformers would make one up."""
+    """Checks that the bias of a packed layer is present too; otherwise transformers would initialise it randomly."""
     for target in packed:
         module, _ = network.owner(target)
         path = target.rpartition(".")[0]

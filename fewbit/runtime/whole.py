@@ -1,4 +1,4 @@
-"""Whether the files of a native folder hold exactly the parts that its config lists."""
+"""Checks that the files of a native folder contain exactly the parts that its config lists."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from fewbit.grids.scheme import StoredWeight
 
 
 def check_all_parts(checkpoint: Checkpoint) -> None:
-    """FewbitError unless every packed weight that the config lists is there in full, and no part of another one is."""
+    """Raises FewbitError unless every packed weight in the config is complete and no other parts are present."""
     check_parts_of(str(checkpoint.folder), checkpoint.entries, read_weights(checkpoint.quantization or {}))
 
 

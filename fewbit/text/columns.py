@@ -1,4 +1,4 @@
-"""Which column of a row is text, and the document in it."""
+"""Which column of a row contains the text, and the document in it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

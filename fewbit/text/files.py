@@ -1,4 +1,4 @@
-"""Text files: which names hold text, what may be opened, and their characters, read in pieces."""
+"""Text files: their names, which files may be opened, and their characters, read in chunks."""
 
 import codecs
 import hashlib
@@ -54,19 +54,19 @@ _PACKED: dict[str, Callable[[Path], BinaryIO]] = {".gz": _gzip, ".bz2": _bz2, ".
 
 
 def kind_of(path: Path) -> str:
-    """The suffix of SUFFIXES that says how a file is read, whatever it is packed with; ".txt" for any other name."""
+    """The suffix of SUFFIXES that defines how a file is read, whatever its compression; ".txt" for any other name."""
     inner = path.with_suffix("") if path.suffix.lower() in _PACKED else path
     return inner.suffix.lower() if inner.suffix.lower() in SUFFIXES else ".txt"
 
 
 def is_text_name(path: Path) -> bool:
-    """Whether a name ends like a text file, packed or not."""
+    """Whether a name has the suffix of a text file, compressed or not."""
     inner = path.with_suffix("") if path.suffix.lower() in _PACKED else path
     return inner.suffix.lower() in SUFFIXES
 
 
 def text_files(path: Path) -> list[Path]:
-    """The file itself, or the text files of a folder and its subfolders, in the order of their paths.
+    """The file itself, or the text files of a folder and its subfolders, sorted by path.
 
     Raises FewbitError for what is neither a file nor a folder, and for a folder without text files.
     """
@@ -88,9 +88,10 @@ def text_files(path: Path) -> list[Path]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """A file's bytes, unpacked, at the first byte behind a UTF-8 byte order mark.
+    """The decompressed bytes of a file, after a UTF-8 byte order mark.
 
-    Raises FewbitError when it is no regular file, cannot be read, or is packed and damaged, also while it is read.
+    Raises FewbitError if it is not a regular file, cannot be read, or has damaged compressed data, also while it is
+    read.
     """
     try:
         if not path.is_file():
