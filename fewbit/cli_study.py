@@ -102,7 +102,9 @@ def landscape(
             "two models that the study makes.",
         ),
     ] = None,
-    directions: Annotated[int | None, typer.Option(help="Random directions of each kind; default: by --size.")] = None,
+    directions: Annotated[
+        int | None, typer.Option(help="Random directions of each kind; default: depends on --size.")
+    ] = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
     sequence_length: LengthOption = None,
@@ -178,7 +180,9 @@ def calibration_sets(
     bits: BitsOption = None,
     seeds: Annotated[
         str | None,
-        typer.Option(help="A,B: number of seeds for the default set and for each other set; default: by --size."),
+        typer.Option(
+            help="A,B: number of seeds for the default set and for each other set; default: depends on --size."
+        ),
     ] = None,
     margin: Annotated[
         float | None,
