@@ -1,7 +1,7 @@
-"""Are two models' losses the same within a margin? Two one-sided t-tests (TOST; Schuirmann 1987).
+"""Two one-sided t-tests (TOST; Schuirmann 1987): are the losses of two models equal within a margin?
 
-A test that finds no difference says nothing about sameness. TOST turns it round: its null hypothesis is a difference of
-at least the margin, and a small p rejects that.
+A test that finds no difference does not show equality. TOST reverses the question: its null hypothesis is a difference
+of at least the margin, and a small p rejects that.
 """
 
 import math

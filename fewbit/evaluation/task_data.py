@@ -1,7 +1,7 @@
 """Questions of the tasks from local files, in the columns that lm-eval's task definitions read.
 
-A file is JSON lines, a question a line, either with the columns of the data set on the hub or in the form that the
-task's authors publish; which those are stands in :data:`TASKS`.
+A file is JSON lines with one question per line, either with the columns of the data set on the hub or in the form that
+the task's authors published; :data:`TASKS` lists both.
 """
 
 import hashlib
@@ -37,10 +37,10 @@ class Questions:
 
 
 def read_questions(folder: Path, task: str) -> Questions:
-    """Read `TASK.jsonl`, or else the one `TASK_*.jsonl`, in `folder`.
+    """Read `TASK.jsonl`, or otherwise the only `TASK_*.jsonl`, in `folder`.
 
-    task: a name in :data:`TASKS`. Raises FewbitError that names the folder, or the file and the line, when there is no
-    such file, more than one, or a line is no question of this task.
+    task: a name in :data:`TASKS`. Raises FewbitError with the folder, or the file and the line, if there is no such
+    file, more than one, or a line that is not a question of this task.
     """
     path = _find(folder, task)
     source = TASKS[task]

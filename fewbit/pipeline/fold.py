@@ -1,5 +1,8 @@
-"""Transforms that are folded into the network: channels made larger before a layer's rounding, and smaller in what
-feeds it (a norm, or the linear layer before)."""
+"""Transforms that are folded into the network.
+
+Channels become larger before a layer is rounded, and smaller in the module that feeds it (a norm, or the preceding
+linear layer).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
