@@ -297,7 +297,7 @@ def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
     block.write_bytes(whole)
     description = tmp_path / "kept" / "fewbit_curvature.json"
     description.write_text(description.read_text().replace('"version": 2', '"version": 9'))
-    with pytest.raises(FewbitError, match="curvature version 9, this fewbit reads 2: measure again"):
+    with pytest.raises(FewbitError, match="curvature version 9, but this fewbit reads 2: measure it again"):
         open_curvature(tmp_path / "kept", open_checkpoint(tiny))
     description.write_text("{}")
     with pytest.raises(FewbitError, match="damaged"):
