@@ -244,7 +244,7 @@ def test_no_request_leaves_with_local_questions(tiny32: Path, folder: Path, monk
 def test_without_a_hub_the_option_is_named(tiny32: Path) -> None:
     line = refused("eval", tiny32, "--tasks", "winogrande", env={"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"})
     assert line.startswith("winogrande: its questions cannot be fetched from the hub (")
-    assert line.endswith("give a folder with the questions")
+    assert line.endswith("give a folder with the questions (--task-data)")
 
 
 def test_long_prompts_are_cut_and_counted_and_long_choices_refused(tiny32: Path, tmp_path: Path) -> None:
