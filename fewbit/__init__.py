@@ -1,7 +1,7 @@
-"""fewbit: the 16-bit weights of a language model in 4, 3 or 2 bits, with files that transformers loads.
+"""fewbit quantizes the weights of language models to 8 to 1 bits, in a format that transformers loads.
 
-Importing the package does one thing to the outside: it makes sure that transformers knows the format once
-transformers itself is imported, so that ``AutoModelForCausalLM.from_pretrained(folder)`` works.
+Importing the package has one side effect: it registers the format with transformers as soon as transformers itself is
+imported, so that ``AutoModelForCausalLM.from_pretrained(folder)`` works.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""What a run written in Python needs: the same choices as the command line, by the same names."""
+"""The Python interface: the same functions and options as the command line, with the same names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,22 +31,22 @@ def quantize(
     progress: Progress | None = None,
     **choices: Any,
 ) -> dict[str, Any]:
-    """Quantize a model and write it in the native format, without data or with a little text.
+    """Quantize a model and write it in the native format, with or without a calibration set.
 
-    model: a folder, a `.gguf` file, a named model or a hub name. out: the folder to make (None with `report_only`).
-    method: a name of `fewbit.PRESETS`, with the options below, or a `fewbit.Recipe`, with `options` as it is.
-    Returns the report, also written as `fewbit_report.json`, with a `run` entry (seconds, peak memory).
-    Raises FewbitError for bad input; then nothing is left at `out`.
+    model: a folder, a `.gguf` file, a named model or a hub name. out: the output folder (None with `report_only`).
+    method: a name in `fewbit.PRESETS`, together with the options below, or a `fewbit.Recipe`, together with `options`.
+    Returns the report that is also written to `fewbit_report.json`, with an additional `run` entry (seconds, peak
+    memory). Raises FewbitError for bad input; `out` is then not created.
     """
     if isinstance(method, Recipe) or options is not None:
         if choices:
-            raise FewbitError("give a Recipe and RunOptions, or a method's name and choices, not both")
+            raise FewbitError("give either a Recipe and RunOptions, or a method name and single choices, not both")
         recipe = method if isinstance(method, Recipe) else recipe_from_choices(method, {})
         return run_quantize(model, out, recipe, options)
     request = quantize_request(model, method, choices, progress)
     if request.tuning is None or out is None:
         return run_quantize(model, out, request.recipe, request.options)
-    # Not at the top: a run without data starts in half the time without what training imports.
+    # Imported here because a data-free run starts in half the time without the imports of training.
     from fewbit.tuning.in_one_go import quantize_and_tune
     from fewbit.tuning.run import TuneOptions
 
@@ -61,7 +61,7 @@ def quantize(
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """What a call of :func:`quantize` asks for."""
+    """What a call of :func:`quantize` requests."""
 
     recipe: Recipe
     options: RunOptions
@@ -71,7 +71,7 @@ class QuantizeRequest:
 def quantize_request(
     model: str | Path, method: str, choices: dict[str, Any], progress: Progress | None = None
 ) -> QuantizeRequest:
-    """The recipe, the options and the training behind flat choices; FewbitError for what does not go together."""
+    """The recipe, options and training for flat choices. Raises FewbitError for choices that cannot be combined."""
     check_names("quantize", QUANTIZE, choices)
     flat = given_of(QUANTIZE, choices, "recipe")
     flat["sets"] = tuple(flat.pop("set", ()))
@@ -146,18 +146,18 @@ def tune(
     progress: Progress | None = None,
     **choices: Any,
 ) -> dict[str, Any]:
-    """Fine-tune a quantized folder under its own rounding and write the result in the same form, with the same bits.
+    """Fine-tune a quantized folder under its own rounding and write the result in the same format and bit-width.
 
-    choice, options: a `fewbit.TuningChoice` and `fewbit.TuneOptions`, in place of the options below.
-    Returns the new report, whose `tuning` entry has the losses. Raises FewbitError for bad input, or when the loss is
-    no number; a run that was killed goes on where it was. Every process of a launch calls this with the same arguments.
+    choice, options: a `fewbit.TuningChoice` and `fewbit.TuneOptions`, instead of the options below.
+    Returns the new report, whose `tuning` entry has the losses. A run that was killed is resumed. Raises FewbitError
+    for bad input, or if the loss becomes NaN or infinite. All processes of a launch call this with the same arguments.
     """
     from fewbit.tuning.run import TuneOptions
     from fewbit.tuning.run import tune as run
 
     if choice is not None or options is not None:
         if choices:
-            raise FewbitError("give a TuningChoice and TuneOptions, or single choices, not both")
+            raise FewbitError("give either a TuningChoice and TuneOptions, or single choices, not both")
         return run(folder, out, choice, options, progress)
     check_names("tune", TUNE, choices)
     text, chosen = _text(TUNE, choices), given_of(TUNE, choices, "choice")
@@ -181,9 +181,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate models on a text, on tasks, or on both.
 
-    models: one or several, as for `fewbit.load`. data: a text. reference: the original, for the distance of each model
-    from it on the text. tasks: names with commas, or a `fewbit.TaskChoice`. protocol, rounded: a `fewbit.Protocol` and
-    a `RoundedChoice`, in place of the options below.
+    models: one or several originals or quantized folders. data: a text. reference: the original, with which each model
+    is compared on the text. tasks: comma-separated names, or a `fewbit.TaskChoice`. protocol, rounded: a
+    `fewbit.Protocol` and a `RoundedChoice`, instead of the options below.
     Returns ``{"models": [...], "protocol": {...}, "versions": {...}}`` with the stable keys of `docs/guide.md`.
     Raises FewbitError for bad input.
     """
@@ -196,7 +196,7 @@ def evaluate(
     windows = given_of(EVALUATE, choices, "protocol")
     if windows:
         if protocol is not None:
-            raise FewbitError("give a Protocol, or single choices, not both")
+            raise FewbitError("give either a Protocol or single choices, not both")
         protocol = Protocol(**{"sequence_length" if k == "seq_len" else k: v for k, v in windows.items()})
     given = given_of(EVALUATE, choices, "tasks")
     if tasks is None or isinstance(tasks, str):
@@ -208,9 +208,9 @@ def evaluate(
 
 
 def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_size: str | int = "5GB") -> Path:
-    """Write a quantized folder as an ordinary 16-bit one that any tool loads, one tensor in memory at a time.
+    """Convert a quantized folder to an ordinary 16-bit one that any tool loads, with one tensor in memory at a time.
 
-    Returns `out`. Raises FewbitError when `folder` is not a whole native folder or `out` cannot be written.
+    Returns `out`. Raises FewbitError if `folder` is not a complete native folder or `out` cannot be written.
     """
     from fewbit.runtime.unpack import unpack as run
 
@@ -218,9 +218,12 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
 
 
 def _text(options: Any, choices: dict[str, Any]) -> dict[str, Any]:
-    """What was said of the calibration set, by the fields of a CalibrationChoice."""
+    """The options of the calibration set, as fields of a CalibrationChoice."""
     given = given_of(options, choices, "text")
     calibration = given.pop("calibration", None)
     if isinstance(calibration, CalibrationChoice):
-        raise FewbitError("calibration is a text like my.jsonl or c4:64,self:64: a CalibrationChoice goes into options")
+        raise FewbitError(
+            "calibration must be a string such as my.jsonl or c4:64,self:64; pass a CalibrationChoice in options "
+            "instead"
+        )
     return {"sources": str(calibration), **given} if calibration is not None else given

@@ -1,11 +1,9 @@
-"""Attention where torch's own on a processor is slow.
+"""Faster attention for two cases in which torch's own is slow on a CPU.
 
-16-bit models whose gradients are wanted, on processors without 16-bit arithmetic: in float32. Going back through
-attention torch multiplies 16-bit numbers one by one there, which takes as long as all the linear layers together; going
-forward it does not.
-
-One new token whose heads share keys (grouped queries), on any processor: its heads as so many tokens of one head.
-Torch's own goes through the keys once for every head.
+Gradients of 16-bit models on processors without 16-bit arithmetic: computed in float32. Torch's backward pass
+multiplies 16-bit numbers one by one there, which takes as long as all linear layers together; its forward pass does
+not. One new token with grouped queries, on any processor: the heads that share keys are computed as tokens of one head,
+because torch's own reads the keys again for every head.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,9 +20,9 @@ from fewbit.linear import is_native
 
 @contextmanager
 def fast_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While inside, 16-bit attention in `modules` on a processor without such products is computed in float32.
+    """A context in which 16-bit attention in `modules` is computed in float32 on processors without 16-bit products.
 
-    Blocks that are run again under checkpointing have to be named themselves.
+    Blocks that are recomputed under checkpointing must be listed themselves.
     """
     if is_native(torch.bfloat16) and is_native(torch.float16):
         yield

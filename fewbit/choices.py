@@ -1,4 +1,4 @@
-"""What the choices of the axes may know of each other when they say what they cannot do together."""
+"""What the choice on one axis may know about the others to say which combinations are not possible."""
 
 import difflib
 from collections.abc import Iterable
@@ -27,13 +27,13 @@ class Choices(Protocol):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint that names what was probably meant, or nothing."""
+    """A hint with the nearest known name, or an empty string."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f": did you mean {close[0]}?" if close else ""
 
 
 def check_name(what: str, name: str, known: Iterable[str]) -> None:
-    """FewbitError unless `name` is one of `known`."""
+    """Raises FewbitError unless `name` is one of `known`."""
     known = list(known)
     if name not in known:
         raise FewbitError(f"{what} must be one of {', '.join(known)}, not {name!r}{nearest(name, known)}")

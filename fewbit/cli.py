@@ -24,10 +24,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Turn the 16-bit weights of a language model into 8 to 1 bits, and see what it costs.\n\n"
-    "Begin with:  fewbit quantize smollm2-135m small",
+    help="Quantize the weights of a language model from 16 bits to 8 to 1 bits, and measure the loss in quality.\n\n"
+    "Start with:  fewbit quantize smollm2-135m small",
 )
-models_app = typer.Typer(help="List and fetch the models that need no hub.", invoke_without_command=True)
+models_app = typer.Typer(help="List and fetch the named models, which need no hub.", invoke_without_command=True)
 app.add_typer(models_app, name="models")
 app.add_typer(study_app, name="study")
 
@@ -46,7 +46,7 @@ def common(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """What every command shares."""
+    """Options of the program itself."""
 
 
 app.command()(quantize)
@@ -58,12 +58,12 @@ app.command()(tune)
 @app.command("eval")
 @with_options(EVALUATE)
 def evaluate_command(
-    models: Annotated[list[str], typer.Argument(help="Originals and quantized folders.")],
+    models: Annotated[list[str], typer.Argument(help="Original models and quantized folders.")],
     as_json: JsonFlag = False,
     html: HtmlFlag = None,
     **choices: Any,
 ) -> None:
-    """Perplexity of models, with --reference how far they are from the original, with --tasks how much they get right.
+    """Measure perplexity; with --reference also KL divergence from the original, with --tasks also accuracy on tasks.
 
     Examples:
 
@@ -91,7 +91,7 @@ def evaluate_command(
 
 @app.command("inspect")
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="An original or a quantized folder.")],
+    model: Annotated[str, typer.Argument(help="An original model or a quantized folder.")],
     reference: Annotated[
         str | None,
         typer.Option(help="The original of a quantized folder; default: the one it was made from."),
@@ -99,7 +99,7 @@ def inspect_command(
     as_json: JsonFlag = False,
     html: HtmlFlag = None,
 ) -> None:
-    """Statistics of every weight tensor; for a quantized folder also its error and its divergence from the original.
+    """Show statistics of every weight tensor; for a quantized folder also errors and divergence from the original.
 
     Examples:
 
@@ -126,11 +126,11 @@ def inspect_command(
 @app.command()
 def unpack(
     folder: Annotated[Path, typer.Argument(help="A quantized folder.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    out: Annotated[Path, typer.Argument(help="The output folder.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if fewbit made it.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a quantized folder as plain 16-bit weights, for tools that do not know the format."""
+    """Convert a quantized folder to plain 16-bit weights, for tools that do not know the format."""
     from fewbit.api import unpack as run
     from fewbit.checkpoints.source import open_checkpoint
     from fewbit.versions import versions
@@ -145,7 +145,7 @@ def unpack(
 
 @app.command()
 def axes(as_json: JsonFlag = False) -> None:
-    """List what a recipe can choose on each axis, and the methods with what they choose."""
+    """List the choices on each axis of a recipe, and the choices of each method."""
     from fewbit.report.axes import axes_json, axes_text
 
     if as_json:
@@ -156,10 +156,10 @@ def axes(as_json: JsonFlag = False) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Argument(help="Where the models and the report go.")] = Path("demo-out"),
-    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to evaluate.")] = 4,
+    out: Annotated[Path, typer.Argument(help="Folder for the models and the report.")] = Path("demo-out"),
+    windows: Annotated[int, typer.Option(help="Number of windows of 512 tokens to evaluate.")] = 4,
 ) -> None:
-    """Fetch a small model, quantize it four ways, measure all, ask two of them a question; writes a report."""
+    """Fetch a small model, quantize it in four ways, evaluate all, ask two of them a question, and write a report."""
     from fewbit.demo import demo as run
 
     run(out, windows)
@@ -167,7 +167,7 @@ def demo(
 
 @models_app.callback()
 def list_models(context: typer.Context, as_json: JsonFlag = False) -> None:
-    """List the models that need no hub, and which of them are cached."""
+    """List the named models, which need no hub, and which of them are cached."""
     if context.invoked_subcommand is not None:
         return
     from fewbit.report.text import models_json, models_table
@@ -182,7 +182,7 @@ def list_models(context: typer.Context, as_json: JsonFlag = False) -> None:
 def fetch_model(
     name: Annotated[str, typer.Argument(help="A name from `fewbit models`.")], as_json: JsonFlag = False
 ) -> None:
-    """Fetch a named model, check it, convert it to safetensors, keep it in the cache; print its folder."""
+    """Fetch a named model, verify it, convert it to safetensors, cache it, and print its folder."""
     from fewbit.checkpoints.named import fetch_named
     from fewbit.versions import versions
 
@@ -195,9 +195,9 @@ def fetch_model(
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command line in this process (None: on its own arguments); its status: bad input is one line and 2.
+    """Run the command line in this process and return its exit status. None: use the arguments of the process.
 
-    What is nobody's known mistake is raised.
+    Errors that have a known cause, such as bad input, print one line and return 2. Any other exception is raised.
     """
     words = sys.argv[1:] if arguments is None else arguments
     try:
@@ -224,7 +224,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def guarded(arguments: list[str] | None = None) -> int:
-    """As :func:`run`; what it raises is a fault of fewbit, of which a short report is printed, and the status is 1."""
+    """As :func:`run`, but an exception prints a short bug report, and the exit status is 1."""
     try:
         return run(arguments)
     except KeyboardInterrupt:
@@ -237,7 +237,7 @@ def guarded(arguments: list[str] | None = None) -> int:
 def main() -> None:
     """Run the command line and end the process."""
     keep_freed_memory()
-    # Names of files need not be text in the terminal's encoding; standard error shows them as escapes already.
+    # File names may not be encodable in the terminal's encoding; standard error already escapes such characters.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     code = guarded()
@@ -246,7 +246,7 @@ def main() -> None:
     except OSError as error:
         code = 141 if isinstance(error, BrokenPipeError) else code or 1
     sys.stderr.flush()
-    # At once: taking torch apart, module by module, would cost a third of a second more.
+    # Exit without clean-up: tearing down torch's modules would take a third of a second more.
     os._exit(code)
 
 

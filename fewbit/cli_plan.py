@@ -1,4 +1,4 @@
-"""The command that looks before it leaps: plan."""
+"""The command that forecasts a run: plan."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from fewbit.options import PLAN
 
 @with_options(PLAN)
 def plan(model: ModelArgument, method: MethodOption = "adpq+", as_json: JsonFlag = False, **choices: Any) -> None:
-    """What `quantize` would do: weights, bits, size, and about how much time, memory and disk. Writes nothing.
+    """Show what `quantize` would do: weights, bits, size, and estimated time, memory and disk space. Writes nothing.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""The commands that make things from a model: quantize, curvature."""
+"""The commands that compute something from a model: quantize, curvature."""
 
 import sys
 from pathlib import Path
@@ -33,13 +33,13 @@ from fewbit.progress import progress_line
 @with_options(QUANTIZE)
 def quantize(
     model: ModelArgument,
-    out: Annotated[Path | None, typer.Argument(help="The folder to make.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="The output folder.")] = None,
     method: MethodOption = "adpq+",
     as_json: JsonFlag = False,
     html: HtmlFlag = None,
     **choices: Any,
 ) -> None:
-    """Quantize a model, without data or with a little text.
+    """Quantize a model, with or without a calibration set.
 
     Examples:
 
@@ -79,14 +79,14 @@ def quantize(
 
 def curvature(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="The folder to make.")],
-    kind: Annotated[str, typer.Option(help="gram (inputs) or fisher (output gradients).")] = "fisher",
+    out: Annotated[Path, typer.Argument(help="The output folder.")],
+    kind: Annotated[str, typer.Option(help="gram (from inputs) or fisher (from output gradients).")] = "fisher",
     fisher_terms: Annotated[str, typer.Option(help="sequence (as published) or token.")] = "token",
-    fisher_labels: Annotated[str, typer.Option(help="data, or sampled from the model.")] = "data",
+    fisher_labels: Annotated[str, typer.Option(help="data, or sampled (from the model's predictions).")] = "data",
     diagonal: Annotated[bool, typer.Option("--diagonal", help="Keep only the diagonal.")] = False,
     gram_share: Annotated[
         float | None,
-        typer.Option(help="Share of the input Gram in a Fisher, from 0 (as published); default 0.5."),
+        typer.Option(help="Share of the input Gram in a Fisher; 0: none, as published; default 0.5."),
     ] = None,
     tempering: TemperingOption = None,
     calibration: CalibrationOption = None,
@@ -94,15 +94,15 @@ def curvature(
     sequence_length: LengthOption = None,
     seed: SeedOption = None,
     chat_template: ChatOption = None,
-    include: Annotated[list[str] | None, typer.Option(help="Also measure tensors of this pattern.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Leave out tensors of this pattern.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Also measure tensors that match this.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Do not measure tensors that match this.")] = None,
     memory: MemoryOption = None,
     device: DeviceOption = "cpu",
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure what errors in a model's weights cost, and keep it for any method and bit-width.
+    """Measure how much errors in a model's weights cost (the curvature), and store it for any method and bit-width.
 
-    Example:
+    Examples:
 
       fewbit curvature smollm2-135m smol-fisher --calibration my-texts.jsonl
 

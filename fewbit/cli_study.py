@@ -1,4 +1,4 @@
-"""The studies: each is a command of its own with the options that all share."""
+"""The studies: each is a command, and most options are shared."""
 
 import sys
 from pathlib import Path
@@ -20,8 +20,8 @@ from fewbit.progress import progress_line
 
 study_app = typer.Typer(
     no_args_is_help=True,
-    help="Studies of what quantizing does to a model: each writes study.json and a page drawn from it.\n\n"
-    "Stopped or killed, the same command goes on where it was.",
+    help="Study the effects of quantization on a model. Each study writes study.json and an HTML page with plots.\n\n"
+    "If a study is interrupted or killed, the same command resumes it.",
 )
 
 ModelArgument = Annotated[
@@ -37,11 +37,11 @@ SizeOption = Annotated[
 MethodsOption = Annotated[str | None, typer.Option(help="Methods, separated by commas; default: those of the size.")]
 BitsOption = Annotated[str | None, typer.Option(help="Bit-widths, separated by commas; default: those of the size.")]
 FolderOption = Annotated[
-    list[str] | None, typer.Option("--folder", help="A quantized folder that takes part as well (repeatable).")
+    list[str] | None, typer.Option("--folder", help="A quantized folder to include as well (repeatable).")
 ]
-WindowsOption = Annotated[int | None, typer.Option(help="Windows of the evaluation text; default: by size.")]
-SeqLenOption = Annotated[int | None, typer.Option(help="Tokens of a window; default: by size.")]
-StudySeedOption = Annotated[int | None, typer.Option(help="Of calibration sets and of everything random; default 0.")]
+WindowsOption = Annotated[int | None, typer.Option(help="Windows of the evaluation text; default: depends on --size.")]
+SeqLenOption = Annotated[int | None, typer.Option(help="Tokens per window; default: depends on --size.")]
+StudySeedOption = Annotated[int | None, typer.Option(help="Random seed, also for the calibration sets; default 0.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="A calibration set: AXIS/NAME=SRC, e.g. language/hindi=hin.txt (repeatable)."),
@@ -49,8 +49,8 @@ SetOption = Annotated[
 SetFileOption = Annotated[
     Path | None, typer.Option("--set-file", help='A JSON file of sets: {"AXIS": {"NAME": "SRC"}}.')
 ]
-EngineOption = Annotated[str, typer.Option(help="local, or ray: every cell of the grid a Ray task.")]
-OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Begin a study with other arguments again.")]
+EngineOption = Annotated[str, typer.Option(help="local, or ray (run each cell of the study as a Ray task).")]
+OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace a study that was run with other arguments.")]
 
 
 @study_app.command()
@@ -97,10 +97,14 @@ def landscape(
     plane: Annotated[
         str | None,
         typer.Option(
-            "--slice", help="The two whose plane is drawn, A,B; default: the first two folders, else the last two made."
+            "--slice",
+            help="The two models that span the plotted plane, A,B; default: the first two folders, otherwise the last "
+            "two models that the study makes.",
         ),
     ] = None,
-    directions: Annotated[int | None, typer.Option(help="Random directions of each kind; default: by size.")] = None,
+    directions: Annotated[
+        int | None, typer.Option(help="Random directions of each kind; default: depends on --size.")
+    ] = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
     sequence_length: LengthOption = None,
@@ -112,7 +116,7 @@ def landscape(
     overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """The loss around a model's weights: random directions, rays to quantized weights, a slice through two of them.
+    """Plot the loss around a model's weights: random directions, lines to quantized weights, a plane through two.
 
     Examples:
 
@@ -134,11 +138,12 @@ def outliers(
     sets: SetOption = None,
     set_file: SetFileOption = None,
     methods: Annotated[
-        str | None, typer.Option(help="Fixes: adaptive-lasso,smoothquant,awq,sensitivity; default: all.")
+        str | None, typer.Option(help="Remedies: adaptive-lasso,smoothquant,awq,sensitivity; default: all.")
     ] = None,
     bits: BitsOption = None,
     factor: Annotated[
-        float | None, typer.Option(help="An outlier channel's rms is above so many times the median's; default 5.")
+        float | None,
+        typer.Option(help="A channel is an outlier if its RMS exceeds the median by this factor; default 5."),
     ] = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
@@ -151,7 +156,7 @@ def outliers(
     overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Where activations are large, for which text, what rounding them to 8 bits costs, and what each fix gives back.
+    """Where and for which text are activations large? What does rounding them to 8 bits cost, and which remedy helps?
 
     Examples:
 
@@ -174,15 +179,21 @@ def calibration_sets(
     methods: MethodsOption = None,
     bits: BitsOption = None,
     seeds: Annotated[
-        str | None, typer.Option(help="A,B: seeds of the default set, and of each other one; default: by size.")
+        str | None,
+        typer.Option(
+            help="A,B: number of seeds for the default set and for each other set; default: depends on --size."
+        ),
     ] = None,
     margin: Annotated[
-        float | None, typer.Option(help="Sets are equivalent within this share of perplexity; default 0.02.")
+        float | None,
+        typer.Option(help="Sets are equivalent within this relative difference of perplexity; default 0.02."),
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Level of the equivalence test; default 0.05.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Also accuracy on these tasks, separated by commas.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Significance level of the equivalence test; default 0.05.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Also measure accuracy on these tasks (comma-separated).")] = None,
     task_data: Annotated[str | None, typer.Option(help="A folder with the tasks' questions.")] = None,
-    task_limit: Annotated[int | None, typer.Option(help="The first so many questions of each task.")] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Use only the first N questions of each task.")] = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
     sequence_length: LengthOption = None,
@@ -194,7 +205,7 @@ def calibration_sets(
     overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Does it matter what a method is calibrated on? Sets x seeds x methods, with equivalence tests and a verdict.
+    """Does the choice of calibration set matter? Sets x seeds x methods, with equivalence tests and a verdict.
 
     Examples:
 
@@ -218,7 +229,7 @@ def calibration_sets(
 def run_named(
     name: str, model: str, out: Path, data: str, given: dict[str, Any], *, overwrite: bool, as_json: bool
 ) -> None:
-    """Run a study with what the user gave and print its conclusion, or with `as_json` all of its result."""
+    """Run a study with the given options and print its conclusion, or its full result if `as_json`."""
     from fewbit.studies.registry import find_study, make_choice
     from fewbit.studies.run import run_study
 
@@ -229,7 +240,7 @@ def run_named(
         try:
             result = run_study(study, choice, progress, overwrite)
         except KeyboardInterrupt:
-            print("fewbit: interrupted: the same command goes on where this one stopped", file=sys.stderr)
+            print("fewbit: interrupted; run the same command again to resume", file=sys.stderr)
             raise typer.Exit(130) from None
     if as_json:
         print_json(result)

@@ -12,8 +12,8 @@ from fewbit.progress import progress_line
 
 @with_options(TUNE)
 def tune(
-    folder: Annotated[Path, typer.Argument(help="A folder that fewbit quantized, with any method.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make: the same format, bits and outliers.")],
+    folder: Annotated[Path, typer.Argument(help="A folder that fewbit quantized with any method.")],
+    out: Annotated[Path, typer.Argument(help="The output folder; same format, bits and outliers.")],
     as_json: JsonFlag = False,
     **choices: Any,
 ) -> None:

@@ -76,7 +76,7 @@ def _check_report(out: Path) -> None:
     ours = isinstance(found, dict) and {"generations", "protocol"} <= found.keys()
     for name in ("report.json", "report.html"):
         if (out / name).exists() and not ours:
-            raise FewbitError(f"{out / name}: is there already, and no demonstration wrote it: name another folder")
+            raise FewbitError(f"{out / name}: already exists and was not made by the demo: choose another folder")
 
 
 def _original_row(measured: dict[str, Any]) -> dict[str, Any]:

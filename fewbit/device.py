@@ -6,7 +6,7 @@ from fewbit.errors import FewbitError
 
 
 def check_device(name: str) -> torch.device:
-    """The device of that name; FewbitError when torch does not know it or cannot use it here."""
+    """The device with that name. Raises FewbitError if torch does not know it or cannot use it here."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

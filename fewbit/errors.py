@@ -1,4 +1,4 @@
-"""The one exception that users see: a line that says what is wrong, where, and what to do."""
+"""The exception that users see: one line that says what is wrong, where, and what to do."""
 
 import errno
 import sys
@@ -17,20 +17,22 @@ _MEMORY_PHRASES = (
 
 
 class FewbitError(Exception):
-    """Bad input or an environment that cannot do what was asked.
+    """Bad input, or an environment in which the request cannot be carried out.
 
     The command line prints the message as one line and exits with status 2.
     """
 
 
 class WorkKeptError(FewbitError):
-    """Something outside the run ended it: what is done is kept, and the same command goes on once that is put right."""
+    """The run was stopped by something outside it. Finished work is kept, and the same command resumes once that is
+    fixed.
+    """
 
 
 def missing_extra(package: str, extra: str) -> FewbitError:
-    """The error for an optional dependency that is not installed, naming the extra that brings it.
+    """The error for an optional dependency that is not installed; it names the extra that provides it.
 
-    Called for one that is there and fails to be imported, it says so; too little memory is raised as what it is.
+    If the package is installed but its import fails, the error says so. Too little memory is raised unchanged.
     """
     failed = sys.exc_info()[1]
     if not isinstance(failed, ImportError) or isinstance(failed, ModuleNotFoundError):
@@ -43,7 +45,7 @@ def missing_extra(package: str, extra: str) -> FewbitError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception, or one that it was raised from, says that memory ran out, on any device."""
+    """Whether an exception, or one in its chain of causes, says that memory ran out, on any device."""
     for one in _chain(error):
         if isinstance(one, MemoryError) or type(one).__name__ == "OutOfMemoryError":
             return True

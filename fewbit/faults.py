@@ -1,4 +1,4 @@
-"""What the command line says of an exception: one line where the cause is known, else a short report of a fault."""
+"""How the command line reports an exception: one line if the cause is known, otherwise a short bug report."""
 
 import errno
 import platform
@@ -16,7 +16,7 @@ _ADVICE = {
     "eval": "lower --seq-len, or pass --dtype bfloat16",
     "study": "pass --size quick, or lower --seq-len, --samples or --sequence-length",
 }
-_ELSE = "take a smaller model"
+_ELSE = "use a smaller model"
 _OF_THE_SYSTEM = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY),
     *(errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
@@ -30,7 +30,7 @@ _HERE = Path(__file__).parent
 
 
 def line_for(error: BaseException, words: Sequence[str]) -> str | None:
-    """The one line that says what is wrong and what to do; None for an exception whose cause is not known.
+    """The line that says what is wrong and what to do, or None for an exception without a known cause.
 
     words: those of the command line, for advice that fits the command.
     """
@@ -48,7 +48,7 @@ def line_for(error: BaseException, words: Sequence[str]) -> str | None:
 
 
 def hidden_error(end: SystemExit) -> Exception | None:
-    """The exception that a command line parser took for the user's wish to stop, or None."""
+    """The exception that the command line parser mistook for the user's wish to stop, or None."""
     error: BaseException | None = end
     while error is not None:
         if isinstance(error, EOFError):
@@ -58,7 +58,7 @@ def hidden_error(end: SystemExit) -> Exception | None:
 
 
 def fault_report(error: BaseException) -> str:
-    """A few lines for a report of a fault: what, where in fewbit and on which way, and the versions."""
+    """A bug report of a few lines: the error, where in fewbit it occurred, the call stack, and the versions."""
     frames = traceback.extract_tb(error.__traceback__)
     inside = [frame for frame in frames if Path(frame.filename).is_relative_to(_HERE)]
     where = _shown(inside[-1]) if inside else "outside of fewbit"
@@ -66,19 +66,19 @@ def fault_report(error: BaseException) -> str:
     found = {**versions(), "system": f"{platform.system()} {platform.machine()}"}
     return "\n".join(
         [
-            f"fewbit: a fault in fewbit: {type(error).__name__}: {_first_line(error)}",
+            f"fewbit: a bug in fewbit: {type(error).__name__}: {_first_line(error)}",
             f"  where: {where}",
-            f"  way: {way}",
+            f"  trace: {way}",
             *(f"  raised from: {type(one).__name__}: {_first_line(one)}" for one in _causes(error)),
             f"  versions: {', '.join(f'{name} {version}' for name, version in found.items())}",
-            "  Please report these lines together with the command. Nothing half-made is in its way: it can be given",
-            "  again, with these arguments or with others.",
+            "  Please report these lines together with the command. No partial output blocks it: you can run it again,",
+            "  with the same arguments or with others.",
         ]
     )
 
 
 def one_line(text: str) -> str:
-    """Text from files and libraries as one line of a terminal: what would not print, or steer it, is escaped."""
+    """Text from files and libraries as one line for a terminal, with non-printable and control characters escaped."""
     joined = " ".join(part.strip() for part in text.splitlines() if part.strip())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in joined)
 

@@ -1,9 +1,9 @@
-"""Linear layers of 16-bit models on processors without 16-bit arithmetic: multiplied in float32, kept in 16 bits.
+"""Linear layers for processors without 16-bit arithmetic: computed in float32, stored in 16 bits.
 
-Where a processor has no bfloat16 or float16 products (x86 without AVX-512, most desktops among them), torch emulates
-them, many times slower than float32. Here the factors of a product are widened, some rows of the weight at a time, and
-its result is rounded once: what a processor with 16-bit products that sums in float32 gives, and weights and
-activations take the memory that they took.
+If a processor has no bfloat16 or float16 products (x86 without AVX-512, which includes most desktops), torch emulates
+them many times more slowly than float32. Here the factors of a product are widened, some rows of the weight at a time,
+and the result is rounded once. This gives the result of a processor with 16-bit products that sums in float32, and
+weights and activations take no more memory than before.
 """
 
 from collections.abc import Iterator

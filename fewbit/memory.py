@@ -6,10 +6,10 @@ from typing import Any
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process in bytes; 0 where the system does not say.
+    """Peak resident memory of this process in bytes; 0 if the system does not report it.
 
-    Linux counts the parent's memory into `ru_maxrss` of a process that was forked from it, so its own high-water mark
-    is read instead.
+    On Linux, `ru_maxrss` of a forked process includes its parent's memory, so the process's own high-water mark is
+    read.
     """
     own = _field("/proc/self/status", "VmHWM:")
     if own is not None:
@@ -23,7 +23,7 @@ def peak_rss_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that could be used now without swapping, in bytes; 4 GiB where the system does not say."""
+    """Memory that is available without swapping, in bytes; 4 GiB if the system does not report it."""
     available = _field("/proc/meminfo", "MemAvailable:")
     if available is not None:
         return available
@@ -59,11 +59,10 @@ def _field(path: str, name: str) -> int | None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, where its C library is glibc.
+    """Make this process keep the memory that it frees, if its C library is glibc.
 
-    glibc gives blocks of more than 128 kB back at once, so every temporary tensor is mapped and zeroed by the kernel
-    anew, which slows every pass over weights. A choice for a whole process, so only the command
-    line makes it.
+    glibc returns blocks of more than 128 kB immediately, so the kernel maps and zeroes every temporary tensor again,
+    which slows down every pass over weights. The setting affects the whole process, so only the command line uses it.
     """
     if not sys.platform.startswith("linux"):
         return

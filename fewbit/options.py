@@ -1,7 +1,8 @@
-"""What `quantize`, `tune` and `evaluate` can be told: one description for Python and for the command line.
+"""The options of `quantize`, `tune` and `evaluate`, described once for Python and the command line.
 
-A table of options makes the keyword arguments of a function in :mod:`fewbit.api` and the options of a command; what was
-not given is None. `part` says what an option belongs to, `panel` where help shows it.
+Each table defines both the keyword arguments of a function in :mod:`fewbit.api` and the options of a command.
+Options that are not given are None. `part` says which part of the program an option configures, `panel` under which
+heading the help shows it.
 """
 
 import inspect
@@ -18,7 +19,7 @@ COMMON = "Options"
 
 @dataclass(frozen=True)
 class Option:
-    """One option. name: in Python; on the command line with dashes. flag: where the spelling there is another."""
+    """One option. name: in Python; with dashes on the command line. flag: the flag, if spelled differently."""
 
     name: str
     kind: Any
@@ -31,20 +32,21 @@ class Option:
 
 TEXT_HELP = (
     "SRC[:COUNT][,SRC...]: a .txt, .jsonl, .json, .csv or .parquet file (FILE:COLUMN; also .gz) or a folder of them, "
-    "self (the model's own text), nonsense, random-tokens, or a hub data set (c4, wikitext2, redpajama, NAME:COLUMN). "
+    "self (text that the model generates), nonsense, random-tokens, or a hub data set (c4, wikitext2, redpajama, "
+    "NAME:COLUMN). "
     "Chat messages are rendered by the model's chat template. Default: self."
 )
 CALIBRATION = Option("calibration", str, TEXT_HELP, "text")
-SAMPLES = Option("samples", int, "Calibration sequences in all; default 128.", "text")
-BITS = Option("bits", float, "Bits of a weight, 1 to 8; default 4 (billm: 1).", "recipe")
+SAMPLES = Option("samples", int, "Number of calibration sequences; default 128.", "text")
+BITS = Option("bits", float, "Bits per weight, 1 to 8; default 4 (billm: 1).", "recipe")
 OVERWRITE = Option("overwrite", bool, "Replace OUT if fewbit made it.", "run", flag="--overwrite")
 TEXT_PANEL = "Calibration text"
 TEXT = (
-    Option("sequence_length", int, "Tokens of a calibration sequence; default 512.", "text", TEXT_PANEL),
-    Option("seed", int, "Which sequences are drawn; default 0.", "text", TEXT_PANEL),
-    Option("chat_template", bool, "Wrap every document as a user's turn.", "text", TEXT_PANEL),
+    Option("sequence_length", int, "Tokens per calibration sequence; default 512.", "text", TEXT_PANEL),
+    Option("seed", int, "Random seed for drawing the sequences; default 0.", "text", TEXT_PANEL),
+    Option("chat_template", bool, "Render each document as a user's turn in the chat template.", "text", TEXT_PANEL),
 )
-CLI_DEVICE = Option("device", str, "cpu, cuda, …; default: CUDA if there is one.", "run")
+CLI_DEVICE = Option("device", str, "cpu, cuda, …; default: CUDA if available.", "run")
 
 _GRID, _OUTLIERS, _COST, _RUN = "Grid and scales", "Outliers", "Curvature and solver", "Run"
 _AXES = "(`fewbit axes` lists them)"
@@ -54,12 +56,12 @@ QUANTIZE: tuple[Option, ...] = (
     SAMPLES,
     Option("tune", bool, "Fine-tune the result on the same text (see `fewbit tune`).", "tune", flag="--tune"),
     OVERWRITE,
-    Option("group_size", str, "N, auto (largest divisor up to 128), row, or a list: 64,auto.", "recipe", _GRID),
-    Option("grid", str, f"Which levels {_AXES}.", "recipe", _GRID),
+    Option("group_size", str, "N, auto (the largest divisor up to 128), row, or a list: 64,auto.", "recipe", _GRID),
+    Option("grid", str, f"Quantization levels {_AXES}.", "recipe", _GRID),
     Option(
         "symmetric",
         bool,
-        "Grid of the core around 0, or with a zero-point.",
+        "Make the grid symmetric around 0, or give it a zero-point.",
         "recipe",
         _GRID,
         "--symmetric/--asymmetric",
@@ -68,18 +70,20 @@ QUANTIZE: tuple[Option, ...] = (
     Option(
         "clip_search",
         bool,
-        "Search each group's range by least error.",
+        "Search for the range of each group that gives the least error.",
         "recipe",
         _GRID,
         "--clip-search/--no-clip-search",
     ),
-    Option("error_power", float, "Exponent of the error in the search.", "recipe", _GRID),
-    Option("column_weights", str, "none, or norm-gain: weigh columns by the gain of the norm before.", "recipe", _GRID),
-    Option("transform", str, f"Map of the inputs {_AXES}.", "recipe", _GRID),
+    Option("error_power", float, "Exponent of the error in that search.", "recipe", _GRID),
+    Option(
+        "column_weights", str, "none, or norm-gain: weight columns by the gain of the preceding norm.", "recipe", _GRID
+    ),
+    Option("transform", str, f"Transform of each layer's inputs {_AXES}.", "recipe", _GRID),
     Option(
         "set",
         list[str],
-        "PATTERN:NAME=VALUE[,NAME=VALUE]: other choices for some tensors, e.g. '*.down_proj.weight:bits=4' "
+        "PATTERN:NAME=VALUE[,NAME=VALUE]: different choices for some tensors, e.g. '*.down_proj.weight:bits=4' "
         "(repeatable; the last match wins).",
         "recipe",
         _GRID,
@@ -92,65 +96,78 @@ QUANTIZE: tuple[Option, ...] = (
         "recipe",
         _GRID,
     ),
-    Option("outliers", str, f"Which weights get a grid of their own {_AXES}.", "recipe", _OUTLIERS),
-    Option("outlier_fraction", float, "Share of weights split off; 0 for none.", "recipe", _OUTLIERS),
-    Option("outlier_scope", str, "tensor or group.", "recipe", _OUTLIERS),
+    Option("outliers", str, f"Which weights are outliers, with a separate grid {_AXES}.", "recipe", _OUTLIERS),
+    Option("outlier_fraction", float, "Fraction of weights that are outliers; 0 for none.", "recipe", _OUTLIERS),
+    Option("outlier_scope", str, "Apply that fraction per tensor or per group: tensor, group.", "recipe", _OUTLIERS),
     Option("outlier_grid", str, f"How outliers are stored {_AXES}.", "recipe", _OUTLIERS),
-    Option("outlier_bits", int, "Bits of an outlier's code; 0 for --bits.", "recipe", _OUTLIERS),
-    Option("curvature", Path, "A folder of `fewbit curvature`, instead of --calibration.", "curvature", _COST),
-    Option("damping", float, "Share of the mean diagonal added to the curvature.", "recipe", _COST),
-    Option("act_order", bool, "Columns by falling curvature.", "recipe", _COST, "--act-order/--no-act-order"),
+    Option("outlier_bits", int, "Bits per outlier; 0 means the same as --bits.", "recipe", _OUTLIERS),
+    Option("curvature", Path, "A folder written by `fewbit curvature`, instead of --calibration.", "curvature", _COST),
+    Option("damping", float, "Damping added to the curvature, as a fraction of its mean diagonal.", "recipe", _COST),
+    Option(
+        "act_order",
+        bool,
+        "Process columns in order of decreasing curvature.",
+        "recipe",
+        _COST,
+        "--act-order/--no-act-order",
+    ),
     Option(
         "static_groups",
         bool,
-        "Grids before the solver, or group by group.",
+        "Fit all grids before the solver starts, or refit each group when the solver reaches it.",
         "recipe",
         _COST,
         "--static-groups/--refit-groups",
     ),
-    Option("fisher_terms", str, "sequence (as published) or token: drop the terms between tokens.", "recipe", _COST),
-    Option("fisher_labels", str, "data, or sampled from the model.", "recipe", _COST),
+    Option(
+        "fisher_terms", str, "sequence (as published), or token: drop the cross terms between tokens.", "recipe", _COST
+    ),
+    Option("fisher_labels", str, "data, or sampled (drawn from the model's predictions).", "recipe", _COST),
     Option(
         "gram_share",
         float,
-        "Share of the input Gram mixed into a Fisher, 0 (as published) to below 1; default: the method's.",
+        "Share of the input Gram in a Fisher, from 0 (as published) to below 1; default: depends on the method.",
         "recipe",
         _COST,
     ),
     Option(
         "tempering",
         float,
-        "0 to 1: how far every token counts alike, whatever the size of its inputs.",
+        "Exponent from 0 to 1 that divides out the norm of each token's input; 1: all tokens count equally.",
         "recipe",
         _COST,
     ),
     Option(
         "refresh",
         str,
-        "Measure the Fisher once (default), for every block (block), or every K blocks.",
+        "When to measure the Fisher: once (default), block (again for every block), or K (again every K blocks).",
         "curvature",
         _COST,
     ),
     Option(
         "original_inputs",
         bool,
-        "Take a Gram from the original's inputs.",
+        "Compute the Gram from the inputs in the original model.",
         "curvature",
         _COST,
         "--original-inputs",
     ),
-    Option("max_fallback", int, "Weights that may fall back to rounding; default 0.", "curvature", _COST),
+    Option("max_fallback", int, "How many weights may fall back to rounding; default 0.", "curvature", _COST),
     *TEXT,
-    Option("tune_epochs", int, "Passes over the text in --tune; default 3.", "tune", TEXT_PANEL),
-    Option("include", list[str], "Also quantize tensors of this pattern (repeatable).", "recipe", _RUN),
-    Option("exclude", list[str], "Keep tensors of this pattern (repeatable).", "recipe", _RUN),
+    Option("tune_epochs", int, "Epochs of --tune; default 3.", "tune", TEXT_PANEL),
+    Option("include", list[str], "Also quantize tensors that match this pattern (repeatable).", "recipe", _RUN),
+    Option("exclude", list[str], "Do not quantize tensors that match this pattern (repeatable).", "recipe", _RUN),
     Option(
-        "memory", str, "For curvature and hidden states, e.g. 4GB; default: half of what is free.", "curvature", _RUN
+        "memory",
+        str,
+        "Memory limit for curvature and hidden states, e.g. 4GB; default: half of the free memory.",
+        "curvature",
+        _RUN,
     ),
-    Option("shard_size", str, "Largest output file, e.g. 500MB; default 5GB.", "run", _RUN),
-    Option("report_only", bool, "Measure only; write nothing.", "run", _RUN, "--report-only"),
-    Option("workers", int, "Threads; 0 for one a core.", "run", _RUN),
-    Option("device", str, "cpu (default), cuda, …; --tune takes CUDA by itself where there is one.", "run", _RUN),
+    Option("shard_size", str, "Maximum size of an output file, e.g. 500MB; default 5GB.", "run", _RUN),
+    Option("report_only", bool, "Only measure and report; write no model.", "run", _RUN, "--report-only"),
+    Option("workers", int, "Number of threads; 0: one per core.", "run", _RUN),
+    Option("device", str, "cpu (default), cuda, …; --tune uses CUDA if available.", "run", _RUN),
 )
 
 PLAN: tuple[Option, ...] = tuple(
@@ -161,43 +178,43 @@ _HOW, _WHERE = "Training", "Run"
 TUNE: tuple[Option, ...] = (
     CALIBRATION,
     SAMPLES,
-    Option("loss", str, "nll (next tokens), kd (the original's predictions; default), or nll+kd.", "choice"),
-    Option("train", str, "weights, scales, codes (by one step at most), or all (default).", "choice"),
-    Option("epochs", int, "Passes over the text; default 3.", "choice"),
+    Option("loss", str, "nll (next tokens), kd (predictions of the original; default), or nll+kd.", "choice"),
+    Option("train", str, "weights, scales, codes (each by at most one level), or all (default).", "choice"),
+    Option("epochs", int, "Epochs; default 3.", "choice"),
     OVERWRITE,
-    Option("lr", float, "Of weights, in steps of their grid; default 0.002.", "choice", _HOW),
-    Option("scale_lr", float, "Of scales, relative; default 0.003.", "choice", _HOW),
-    Option("batch_size", int, "Sequences of an update; default 4.", "choice", _HOW),
-    Option("micro_batch", int, "Of them, how many run at a time; the rest is accumulated.", "choice", _HOW),
-    Option("warmup", float, "Share of updates in which the rate rises; default 0.1.", "choice", _HOW),
-    Option("clip", float, "Largest norm of the gradient; default 1.", "choice", _HOW),
-    Option("held_out", int, "Sequences that only judge the epochs; default 8.", "choice", _HOW),
-    Option("patience", int, "Epochs without a better one before the end; default 2.", "choice", _HOW),
+    Option("lr", float, "Learning rate of weights, in steps of their grid; default 0.002.", "choice", _HOW),
+    Option("scale_lr", float, "Learning rate of scales, relative to their size; default 0.003.", "choice", _HOW),
+    Option("batch_size", int, "Sequences per update; default 4.", "choice", _HOW),
+    Option("micro_batch", int, "Sequences that run at a time; gradients are accumulated.", "choice", _HOW),
+    Option("warmup", float, "Fraction of updates with a rising learning rate; default 0.1.", "choice", _HOW),
+    Option("clip", float, "Maximum norm of the gradient; default 1.", "choice", _HOW),
+    Option("held_out", int, "Sequences held out to evaluate each epoch; default 8.", "choice", _HOW),
+    Option("patience", int, "Stop after this many epochs without improvement; default 2.", "choice", _HOW),
     Option(
         "top",
         int,
-        "Predictions kept of the original for kd; 0: all, computed anew; default 64.",
+        "Most likely tokens of the original that are stored for kd; 0: all, recomputed; default 64.",
         "choice",
         _HOW,
     ),
     Option(
         "reconstruction",
         int,
-        "Before, for every block by itself: passes over its inputs; default 0.",
+        "Epochs of training each block to reproduce the original's outputs, before the main training; default 0.",
         "choice",
         _HOW,
     ),
     *TEXT,
-    Option("reference", str, "The original; default: the one that the folder was made from.", "run", _WHERE),
+    Option("reference", str, "The original model; default: the one that the folder was made from.", "run", _WHERE),
     Option(
         "checkpointing",
         bool,
-        "Less memory, a third more time; default: if needed.",
+        "Recompute activations: less memory, a third more time; default: if needed.",
         "run",
         _WHERE,
         "--checkpointing/--no-checkpointing",
     ),
-    Option("device", str, "cpu, cuda, …; default: CUDA if there is one.", "run", _WHERE),
+    Option("device", str, "cpu, cuda, …; default: CUDA if available.", "run", _WHERE),
 )
 
 _TASKS, _ROUNDED = "Tasks", "8-bit inputs"
@@ -206,33 +223,35 @@ EVALUATE: tuple[Option, ...] = (
         "data",
         str,
         "A .txt, .jsonl, .json, .csv or .parquet file (FILE:COLUMN; also .gz), a folder of them, a hub data set "
-        "(wikitext2, c4, NAME[:COLUMN]), or topics (Python's help text).",
+        "(wikitext2, c4, NAME[:COLUMN]), or topics (Python's built-in help text).",
         "data",
     ),
-    Option("reference", str, "The original, to measure the distance from.", "data"),
-    Option("windows", int, "Windows from the start of the text; 0 (default) for all.", "protocol"),
-    Option("seq_len", int, "Tokens of a window; default 1024.", "protocol"),
-    Option("bos", str, "A BOS before each window: auto (as the tokenizer; default), always, never.", "protocol"),
+    Option("reference", str, "The original model, to compare with.", "data"),
+    Option("windows", int, "Number of windows from the start of the text; 0 (default): all.", "protocol"),
+    Option("seq_len", int, "Tokens per window; default 1024.", "protocol"),
+    Option(
+        "bos", str, "Put a BOS before each window: auto (if the tokenizer does; default), always, never.", "protocol"
+    ),
     Option(
         "dtype",
         str,
-        "What models run in: auto (their own; default), float32 for small differences, bfloat16, float16.",
+        "Dtype of the computation: auto (the model's; default), float32 (for small differences), bfloat16, float16.",
         "protocol",
     ),
-    Option("device", str, "cpu, cuda, …; default: CUDA if there is one.", "data"),
+    Option("device", str, "cpu, cuda, …; default: CUDA if available.", "data"),
     Option(
         "tasks",
         str,
-        "With commas: piqa, arc_easy, arc_challenge, winogrande, hellaswag, lambada_openai.",
+        "Comma-separated: piqa, arc_easy, arc_challenge, winogrande, hellaswag, lambada_openai.",
         "tasks",
         _TASKS,
     ),
-    Option("task_data", Path, "A folder with the questions as TASK*.jsonl; default: the hub.", "tasks", _TASKS),
-    Option("task_limit", int, "The first so many questions of each task; 0 (default) for all.", "tasks", _TASKS),
+    Option("task_data", Path, "A folder with the questions in TASK*.jsonl files; default: the hub.", "tasks", _TASKS),
+    Option("task_limit", int, "Use only the first N questions of each task; 0 (default): all.", "tasks", _TASKS),
     Option(
         "w8a8",
         str,
-        "Also originals with 8-bit weights and inputs: w8a8,smoothquant,w8a8-dynamic.",
+        "Also evaluate the original with 8-bit weights and inputs: w8a8,smoothquant,w8a8-dynamic.",
         "rounded",
         _ROUNDED,
     ),
@@ -241,13 +260,13 @@ EVALUATE: tuple[Option, ...] = (
 
 
 def given_of(options: Sequence[Option], choices: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """The choices of one part that were given (not None)."""
+    """The options of one part that were given (that is, are not None)."""
     names = [option.name for option in options if option.part == part]
     return {name: choices[name] for name in names if choices.get(name) is not None}
 
 
 def check_names(what: str, options: Sequence[Option], choices: Mapping[str, Any]) -> None:
-    """FewbitError for a choice that there is not, with the nearest there is."""
+    """Raises FewbitError for an unknown option and suggests the nearest known name."""
     known = [option.name for option in options]
     for name in choices:
         if name not in known:
@@ -255,7 +274,7 @@ def check_names(what: str, options: Sequence[Option], choices: Mapping[str, Any]
 
 
 def described_by(options: Sequence[Option]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives a function that takes ``**choices`` the signature and the documentation of a table of options."""
+    """A decorator that gives a function with ``**choices`` the signature and docstring of a table of options."""
 
     def describe(function: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(function)

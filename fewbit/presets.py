@@ -1,4 +1,4 @@
-"""The published methods, and our own, as rows of data: what each chooses otherwise than a plain recipe.
+"""The presets: published methods and our own, as rows of data with the choices that differ from a plain recipe.
 
 Keys are those of :data:`fewbit.recipe.FIELDS`.
 """
@@ -99,7 +99,7 @@ the published 2-bit settings have none; this one takes about 1 % (`benchmarks/ca
 
 
 def row_of(method: str, bits: float) -> dict[str, Any]:
-    """What a method chooses at a bit-width."""
+    """The choices of a method at a bit-width."""
     row = dict(PRESETS[method])
     rows = ((bits >= 5, PRESETS_FROM_5_BITS), (bits == 2, PRESETS_AT_2_BITS), (bits == 1, PRESETS_AT_1_BIT))
     for holds, others in rows:
@@ -109,11 +109,11 @@ def row_of(method: str, bits: float) -> dict[str, Any]:
 
 
 def of_one_bit() -> list[str]:
-    """Methods whose grid can have 1 bit."""
+    """Methods whose grid supports 1 bit."""
     return [name for name, row in PRESETS.items() if row.get("grid") in ("binary", "normal-float")]
 
 
 def fingerprint() -> str:
-    """SHA-256 of all presets, to tell results of other defaults apart."""
+    """SHA-256 of all presets, to detect results that were made with other defaults."""
     rows = repr((PRESETS, PRESETS_FROM_5_BITS, PRESETS_AT_2_BITS, PRESETS_AT_1_BIT))
     return hashlib.sha256(rows.encode()).hexdigest()

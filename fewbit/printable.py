@@ -1,4 +1,4 @@
-"""Names and data from outside as they may stand in a terminal: one line, and nothing that a terminal obeys."""
+"""Makes names and data from outside safe for a terminal: one line, without control characters."""
 
 import unicodedata
 
@@ -16,7 +16,7 @@ def printable(text: str) -> str:
 
 
 def check_name(name: str) -> None:
-    """FewbitError for a file's name that is not UTF-8: no report, job or page could hold it."""
+    """Raises FewbitError for a file name that is not UTF-8, since no report, job or page could contain it."""
     if "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
         raise FewbitError(f"{printable(name)}: the name is not in UTF-8: rename it")
 

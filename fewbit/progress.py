@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar with an end time on a terminal, few plain lines elsewhere."""
+"""Progress on standard error: a bar with the remaining time on a terminal, a few plain lines elsewhere."""
 
 import sys
 import time
@@ -30,12 +30,12 @@ class Counter:
         self.skip(1)
 
     def skip(self, steps: int) -> None:
-        """So many steps are done, or were before."""
+        """Add a number of steps that are done, now or in an earlier run."""
         self.done += steps
         self.show()
 
     def show(self, what: str | None = None) -> None:
-        """Bring the line up to date."""
+        """Update the line."""
         self.what = self.what if what is None else what
         if self.progress:
             self.progress(min(self.done, self.total), self.total, self.what)
@@ -43,9 +43,9 @@ class Counter:
 
 @contextmanager
 def progress_line(what: str, unit: float = 1.0) -> Iterator[Progress]:
-    """A callable (done, total, current) that shows progress of `what`; `unit` divides the counts for display.
+    """A callable (done, total, current) that shows the progress of `what`; `unit` divides the counts for display.
 
-    Counts that fall begin a new part of the work: the end time is then that of this part.
+    If the counts fall, a new part of the work begins, and the remaining time is that of this part.
     """
     before, what = 0, printable(what)
     if sys.stderr.isatty():

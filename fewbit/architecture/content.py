@@ -24,7 +24,7 @@ class Spot:
 
 
 def same(held: Tensor, wanted: Tensor) -> bool:
-    """Whether a parameter holds a tensor's numbers, in the parameter's dtype; NaN is like NaN."""
+    """Whether a parameter has the same values as a tensor, in the parameter's dtype; NaN equals NaN."""
     converted = wanted.to(held.device, held.dtype)
     if held.shape != converted.shape:
         return False

@@ -1,8 +1,8 @@
-"""What every tensor of a checkpoint is, told from names, shapes, their neighbours and the configuration.
+"""Classifies every tensor of a checkpoint by names, shapes, neighbouring tensors and the configuration.
 
-No network is built. The decoder is the largest list of numbered blocks (see :mod:`fewbit.architecture.block_lists`);
-inside it matrices and stacks of experts are quantized, but for those that :mod:`fewbit.architecture.kinds` knows to be
-something else. Everything else is kept for a reason, or unknown, which is an error.
+No network is built. The decoder is the largest list of numbered blocks (see :mod:`fewbit.architecture.block_lists`).
+Matrices and stacks of experts in it are quantized, except those that :mod:`fewbit.architecture.kinds` recognises as
+something else. Everything else is kept for a stated reason, or is unknown, which is an error.
 """
 
 import math
@@ -89,10 +89,11 @@ def cover(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
 ) -> Coverage:
-    """Decide for every tensor. Patterns are as in :mod:`fewbit.architecture.patterns`.
+    """Classify every tensor.
 
-    include: matrices that would be kept, or are unknown, to quantize as well. exclude: tensors to keep as they are;
-    wins. Raises FewbitError for a pattern that matches nothing, or an included tensor that is no matrix.
+    Patterns are as in :mod:`fewbit.architecture.patterns`. include: matrices to quantize that would be kept or are
+    unknown. exclude: tensors to keep; it takes precedence. Raises FewbitError for a pattern that matches nothing, or an
+    included tensor that is not a matrix.
     """
     survey = _Survey({entry.name: entry for entry in entries}, gather_facts(config))
     included, excluded = matching(include, survey.entries), matching(exclude, survey.entries)
@@ -124,7 +125,7 @@ def require_recognised(coverage: Coverage, model: str) -> None:
 
 def _check_included(entry: TensorEntry) -> None:
     if len(entry.shape) < 2 or not _is_float(entry) or not entry.numel:
-        raise FewbitError(f"{entry.name}: --include needs a 16 or 32-bit matrix, this is {list(entry.shape)}")
+        raise FewbitError(f"{entry.name}: --include needs a 16 or 32-bit matrix, but its shape is {list(entry.shape)}")
 
 
 def _is_float(entry: TensorEntry) -> bool:

@@ -1,4 +1,4 @@
-"""What a model's configuration says about its shapes, gathered from nested configurations; no network is built."""
+"""Facts about a model's shapes from its configuration, including nested ones; no network is built."""
 
 import re
 from collections.abc import Iterator

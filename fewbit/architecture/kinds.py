@@ -1,7 +1,7 @@
-"""What a tensor is, told from its shape, its neighbours in the block, and its name.
+"""Classifies a tensor by its shape, its neighbours in the block, and its name.
 
-A name may keep a tensor (a router, a norm, a convolution), it never makes a linear layer: that takes a matrix whose
-sizes fit the sizes around it.
+A name can be a reason to keep a tensor (a router, a norm, a convolution), but never to quantize it: a linear layer must
+be a matrix whose shape matches the shapes around it.
 """
 
 import re
@@ -174,10 +174,10 @@ def matrix_in_block(subject: Subject) -> tuple[str, str]:
         if is_experts(subject):
             return "quantize", "fused experts in a block"
         if _is_per_head(subject):
-            return "keep", "one small matrix a head"
+            return "keep", "one small matrix per head"
         return "unknown", "three dimensions, but no experts"
     if is_row_stack(subject.rest, subject.shape, subject.facts):
-        return "quantize", "experts one below the other in a block"
+        return "quantize", "experts stacked in one matrix of a block"
     if len(subject.shape) != 2 or not subject.rest.endswith("weight"):
         if subject.share < _SMALL_SHARE:
             return "keep", "parameter that is no layer's weight"
@@ -185,7 +185,7 @@ def matrix_in_block(subject: Subject) -> tuple[str, str]:
     if min(subject.shape) < SMALLEST:
         return "keep", f"fewer than {SMALLEST} rows or columns"
     if min(subject.shape) < _TABLE and not any(_fits(subject, size) for size in subject.shape):
-        return "unknown", "its sizes fit nothing else in its block"
+        return "unknown", "its shape matches nothing else in its block"
     return "quantize", "linear layer in a block"
 
 

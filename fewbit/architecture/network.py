@@ -1,7 +1,7 @@
-"""Where a checkpoint's tensors live in the running network: its decoder blocks, and a view of every weight.
+"""Locates a checkpoint's tensors in the running network: its decoder blocks, and a view of every weight.
 
-The place of a tensor is the one that transformers' own mapping of names gives (:mod:`fewbit.architecture.names`). What
-the network holds there must be what the file holds, number by number, or nothing is solved.
+The location of a tensor is given by transformers' own mapping of names (:mod:`fewbit.architecture.names`). The values
+in the network must equal those in the file, or nothing is solved.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -71,7 +71,7 @@ def find_blocks(model: nn.Module) -> Sequence[nn.Module]:
         lists = [list(m) for m in part.modules() if isinstance(m, nn.ModuleList) and len(m)] if part else []
         if lists:
             return max(lists, key=lambda found: sum(_size(module) for module in found))
-    raise FewbitError(f"{type(model).__name__}: it has no list of decoder blocks")
+    raise FewbitError(f"{type(model).__name__}: no list of decoder blocks found in this model")
 
 
 def _decoder(model: nn.Module) -> nn.Module | None:
@@ -236,7 +236,7 @@ class _Finder:
             for index, site in enumerate(sites):
                 if not same(site.read(), wanted[index * rows : (index + 1) * rows]):
                     raise FewbitError(
-                        f"{tensor.entry.name}: the network that transformers builds holds other numbers there than the "
+                        f"{tensor.entry.name}: the network that transformers builds has different values than the "
                         "file: keep it with --exclude"
                     )
         return [(held.block, site) for site in sites]

@@ -1,4 +1,4 @@
-"""Which norm feeds a linear layer: the gains that stand in for input power when there is no data."""
+"""Which norm feeds a linear layer. Its gains are used in place of input statistics when there is no data."""
 
 import re
 from typing import Any

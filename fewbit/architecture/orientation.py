@@ -1,7 +1,7 @@
-"""Which axis of a stored matrix holds the inputs: told by biases, by known widths, and by the neighbours.
+"""Which axis of a stored matrix is the input axis, by biases, known widths, and neighbouring tensors.
 
-``torch.nn.Linear`` stores (out, in). GPT-2 stores (in, out), and so do gpt-oss and Llama 4 for their experts,
-(experts, in, out), where a square matrix says nothing by itself.
+``torch.nn.Linear`` stores (out, in). GPT-2 stores (in, out), and so do gpt-oss and Llama 4 for their experts, (experts,
+in, out). The shape of a square matrix does not show which one it is.
 """
 
 import re

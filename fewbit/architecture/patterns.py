@@ -7,16 +7,16 @@ from fewbit.errors import FewbitError
 
 
 def matching(patterns: Iterable[str], names: Collection[str]) -> set[str]:
-    """Names that one of the patterns matches as a whole.
+    """Names that match one of the patterns completely.
 
-    A pattern that is itself a name means that tensor and no other, whatever characters are in it.
-    Raises FewbitError for a pattern that matches nothing.
+    A pattern that is the name of a tensor matches only that tensor, whatever characters it contains. Raises FewbitError
+    for a pattern that matches nothing.
     """
     known = set(names)
     found: set[str] = set()
     for pattern in patterns:
         hits = {pattern} if pattern in known else {name for name in known if fnmatch.fnmatchcase(name, pattern)}
         if not hits:
-            raise FewbitError(f"pattern {pattern!r} matches no tensor: see the names with  fewbit inspect")
+            raise FewbitError(f"pattern {pattern!r} matches no tensor: list the names with  fewbit inspect")
         found |= hits
     return found

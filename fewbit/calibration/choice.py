@@ -1,4 +1,4 @@
-"""What to calibrate on."""
+"""The choice of a calibration set."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +9,11 @@ from fewbit.errors import FewbitError
 
 @dataclass(frozen=True)
 class CalibrationChoice:
-    """What to calibrate on.
+    """A calibration set.
 
-    sources: ``SRC[:COUNT][,SRC...]`` (see :mod:`fewbit.calibration.source`). samples: sequences in all.
-    sequence_length: tokens of each. chat_template: every document becomes a user's turn in the tokenizer's template.
+    sources: ``SRC[:COUNT][,SRC...]`` (see :mod:`fewbit.calibration.source`). samples: total number of sequences.
+    sequence_length: tokens per sequence. chat_template: render each document as a user's turn in the tokenizer's chat
+    template.
     """
 
     sources: str = "self"
@@ -28,13 +29,13 @@ class CalibrationChoice:
         if sources:
             shares(sources, self.samples)
         if self.chat_template and not any(source.kind in DOCUMENTS for source in sources):
-            raise FewbitError(f"--chat-template: {self.sources} has no documents to put into it: leave it out")
+            raise FewbitError(f"--chat-template: {self.sources} has no documents to apply it to: omit the option")
 
 
 def choice_from(given: dict[str, Any], samples: int = CalibrationChoice.samples) -> CalibrationChoice:
-    """The choice from a user's options by field, None for those that were not given.
+    """The choice from a user's options by field; options that were not given are None.
 
-    samples: where none were asked for; sources that all have counts give as many as they count.
+    If `samples` is not given and every source has a count, the counts are added up.
     """
     given = {name: value for name, value in given.items() if value is not None}
     counts = [source.count for source in parse_sources(given.get("sources", CalibrationChoice.sources))]

@@ -15,10 +15,10 @@ _OFFLINE = "a local .txt, .jsonl, .json, .csv, .parquet or folder, or self, nons
 
 
 def documents(source: Source, seed: int, render: Render | None = None) -> Iterator[str]:
-    """Texts of a file, folder, hub data set or nonsense source. Nonsense never ends.
+    """The texts of a file, a folder, a hub data set or the nonsense source, which is endless.
 
-    render: the text of a conversation. Raises FewbitError when a file cannot be read, a data set cannot be fetched, or
-    there is a conversation and nothing to render it.
+    render: turns a conversation into text. Raises FewbitError if a file cannot be read, a data set cannot be fetched,
+    or there is a conversation but no `render`.
     """
     for document in unread_documents(source, seed):
         yield "".join(pieces_of(document, render))
@@ -35,4 +35,4 @@ def unread_documents(source: Source, seed: int) -> Iterator[Document]:
         while True:
             yield "".join(generator.choices(_NONSENSE, k=_NONSENSE_CHARACTERS))
     else:
-        raise ValueError(f"{source.kind} is no source of documents")
+        raise ValueError(f"{source.kind} is not a source of documents")

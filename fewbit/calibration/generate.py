@@ -1,4 +1,4 @@
-"""Text that the original model writes itself: calibration with no outside data."""
+"""Calibration text that the original model generates itself, without external data."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from fewbit.errors import FewbitError
 
 BATCH = 32
 NOT_FINITE_ADVICE = (
-    "save the model in bfloat16 or float32 first (float16 overflows in many that were trained in bfloat16), or its "
+    "save the model in bfloat16 or float32 first (float16 overflows in many models trained in bfloat16); otherwise its "
     "weights are damaged"
 )
 Progress = Callable[[int, int, str], None]
@@ -22,11 +22,11 @@ Progress = Callable[[int, int, str], None]
 def generate_sequences(
     model: Any, bos: int | None, shape: tuple[int, int], seed: int, progress: Progress | None = None
 ) -> Tensor:
-    """Sample sequences of exactly the asked length at temperature 1, int64 of `shape` (count, length).
+    """Sample sequences of exactly the requested length at temperature 1, int64 of `shape` (count, length).
 
-    Each begins with the BOS, or where there is none with a random token; the end of a text does not end a sequence, a
-    new text follows. Deterministic for a machine type: the random numbers come from a generator of its own.
-    Raises FewbitError when logits are NaN or infinite.
+    Each starts with the BOS, or with a random token if there is none. The end of a text does not end a sequence: a new
+    text follows. The result is deterministic on one type of machine, because the random numbers come from a separate
+    generator. Raises FewbitError if logits are NaN or infinite.
     """
     if model is None:
         raise ValueError("the source 'self' needs the model")
@@ -45,7 +45,7 @@ def generate_sequences(
         pieces = [ids]
         for place in range(1, length):
             if progress:
-                progress(first * length + rows * place, count * length, "the model writes calibration text")
+                progress(first * length + rows * place, count * length, "the model generates calibration text")
             with SharedKeys():
                 out = model(pieces[-1].to(device), past_key_values=cache, use_cache=True)
             if cache is None:
@@ -54,7 +54,7 @@ def generate_sequences(
             probabilities = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
             if not bool(torch.isfinite(probabilities).all()):
                 raise FewbitError(
-                    f"the model's logits are not finite (NaN or infinity, after {place} tokens of its own text, in "
+                    f"the model's logits are NaN or infinite (after {place} tokens of its own text, in "
                     f"{str(model.dtype).removeprefix('torch.')}): {NOT_FINITE_ADVICE}"
                 )
             pieces.append(torch.multinomial(probabilities, 1, generator=generator))

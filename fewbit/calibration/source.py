@@ -1,4 +1,4 @@
-"""Where calibration text comes from: one syntax, ``SRC[:COUNT][,SRC...]``, for files, hub data sets and made text."""
+"""Sources of calibration text: one syntax, ``SRC[:COUNT][,SRC...]``, for files, hub data sets and generated text."""
 
 import re
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ _LONGEST_COUNT = 16
 class Source:
     """One part of a calibration set.
 
-    kind: file, hub, self, nonsense or random-tokens. name: the path or the data set. column: of a data set or file
-    with columns; None for the usual one. count: sequences from here; None for an equal share of what is left.
+    kind: file, hub, self, nonsense or random-tokens. name: the path or the data set. column: the column of a data set
+    or file; None for the default. count: sequences from this source; None for an equal share of the rest.
     """
 
     kind: str
@@ -34,12 +34,12 @@ class Source:
 
 
 def parse_sources(text: str) -> list[Source]:
-    """Read ``SRC[:COUNT][,SRC...]``; the empty list for ``none``. FewbitError when a part cannot be understood."""
+    """Parse ``SRC[:COUNT][,SRC...]``; the empty list for ``none``. Raises FewbitError if a part is invalid."""
     if text.strip() == "none":
         return []
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
-        raise FewbitError(f"--calibration {text!r}: an empty source: write SRC[:COUNT][,SRC...], e.g. c4:64,self:64")
+        raise FewbitError(f"--calibration {text!r}: a source is empty: write SRC[:COUNT][,SRC...], e.g. c4:64,self:64")
     return [_parse_one(part) for part in parts]
 
 
@@ -49,30 +49,35 @@ def _parse_one(part: str) -> Source:
     if head and re.fullmatch(r"[+-]?\d+", tail, re.ASCII):
         part, count = head, int(tail) if len(tail) < _LONGEST_COUNT else 0
         if count < 1:
-            raise FewbitError(
-                f"--calibration {part}:{tail}: a source needs at least one sequence, and a number of them"
-            )
+            raise FewbitError(f"--calibration {part}:{tail}: the count of a source must be a number of at least 1")
     if part in MADE:
         return Source(part, part, None, count)
     if part == "none":
         raise FewbitError("--calibration none cannot be combined with other sources")
     if part.partition(":")[0] in MADE:
-        raise FewbitError(f"--calibration {part}: {part.partition(':')[0]} takes a number of sequences, nothing else")
+        raise FewbitError(
+            f"--calibration {part}: {part.partition(':')[0]} can be followed only by a number of sequences"
+        )
     place = place_of(part, "--calibration")
     return Source("file" if place.path is not None else "hub", place.name, place.column, count)
 
 
 def shares(sources: list[Source], samples: int) -> list[int]:
-    """How many of `samples` sequences each source gives: its count, or an equal share of what the counts leave."""
+    """How many of `samples` sequences come from each source: its count, or an equal share of the rest."""
     fixed = sum(source.count or 0 for source in sources)
     open_ended = [i for i, source in enumerate(sources) if source.count is None]
     if not open_ended:
         if fixed != samples:
-            raise FewbitError(f"--samples {samples}: the sources count {fixed} sequences in all: leave one of them out")
+            raise FewbitError(
+                f"--samples {samples}: the counts of the sources add up to {fixed}: omit --samples or the counts"
+            )
         return [source.count or 0 for source in sources]
     left = samples - fixed
     if left < len(open_ended):
-        raise FewbitError(f"--samples {samples}: the counts of the sources leave {max(left, 0)} for {len(open_ended)}")
+        raise FewbitError(
+            f"--samples {samples}: the counts of the other sources leave {max(left, 0)} sequences for "
+            f"{len(open_ended)} sources: raise --samples or lower the counts"
+        )
     base, extra = divmod(left, len(open_ended))
     share = {index: base + (rank < extra) for rank, index in enumerate(open_ended)}
     return [source.count if source.count is not None else share[i] for i, source in enumerate(sources)]

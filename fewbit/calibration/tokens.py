@@ -1,4 +1,4 @@
-"""Calibration sequences: token ids `(samples, length)`, made the same way every time, with their SHA-256."""
+"""Calibration sequences: token ids `(samples, length)`, drawn deterministically, with their SHA-256."""
 
 import hashlib
 import random
@@ -63,7 +63,7 @@ def make_set(
     """
     sources = parse_sources(choice.sources)
     if not sources:
-        raise FewbitError("this method needs calibration text: give --calibration, e.g. self, c4 or a file")
+        raise FewbitError("this method needs a calibration set: give --calibration, e.g. self, c4 or a file")
     documents = any(source.kind in DOCUMENTS for source in sources)
     if tokenizer is not None and documents:
         check_tokenizer(tokenizer, vocabulary, "the model")
@@ -87,8 +87,8 @@ def make_set(
             parts[index] = generate_sequences(model, first, (count, choice.sequence_length), seed, progress)
         elif tokenizer is None:
             raise FewbitError(
-                f"--calibration {source}: the model's folder has no tokenizer that transformers can read: add it, or "
-                "take random-tokens"
+                f"--calibration {source}: the model's folder has no tokenizer that transformers can read: add one, or "
+                "use random-tokens"
             )
         else:
             parts[index] = _from_documents(source, count, choice, tokenizer, seed, progress)
@@ -106,10 +106,10 @@ def _begin(ids: Tensor, tokenizer: Any) -> Tensor:
 def _from_documents(
     source: Source, count: int, choice: CalibrationChoice, tokenizer: Any, seed: int, progress: Progress | None
 ) -> Tensor:
-    """Documents in random order, joined by the end-of-text token, cut into sequences: nothing is ever padded.
+    """Documents in random order, joined by the end-of-text token and cut into sequences; nothing is ever padded.
 
-    Each begins with the BOS where the tokenizer begins texts with one; the one that a document or a chat template
-    writes itself is left out then.
+    Each sequence starts with the BOS if the tokenizer adds one to texts; a BOS that a document or a chat template
+    writes itself is then dropped.
     """
     first = bos_id(tokenizer)
     body = choice.sequence_length - (first is not None)
@@ -131,8 +131,9 @@ def _from_documents(
     if len(stream) < wanted:
         available = len(stream) // body
         raise FewbitError(
-            f"{source.name}: it has {len(stream):,} tokens, {available} sequences of {choice.sequence_length}; "
-            f"{count} were asked for: take fewer or shorter ones (--samples, --sequence-length), or more text"
+            f"{source.name}: it has {len(stream):,} tokens, which is {available} sequences of "
+            f"{choice.sequence_length}, but {count} were requested: use fewer or shorter sequences (--samples, "
+            "--sequence-length), or more text"
         )
     ids = torch.tensor(stream[:wanted], dtype=torch.int64).view(count, body)
     if first is not None:

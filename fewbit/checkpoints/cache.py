@@ -1,4 +1,4 @@
-"""Where fetched and converted models are kept, and how a folder comes to be there in one step."""
+"""The cache of fetched and converted models, whose folders appear in one step."""
 
 import glob
 import os
@@ -16,7 +16,7 @@ def cache_folder() -> Path:
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Return `target`, building it first if it is not there; `build` fills a temporary folder that is then renamed."""
+    """Return `target`, built first if it does not exist: `build` fills a temporary folder that is then renamed."""
     if target.is_dir():
         return target
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
@@ -36,7 +36,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
 
 
 def _is_running(process: str) -> bool:
-    """Whether a process may still be there; where that cannot be asked without harm, yes."""
+    """Whether a process may still exist; True if that cannot be determined safely."""
     if os.name != "posix" or not process.isdecimal():
         return True
     try:

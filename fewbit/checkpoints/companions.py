@@ -1,4 +1,4 @@
-"""What travels with the weights, and where links in a model's folder may lead."""
+"""Which files are copied together with the weights, and where links in a model's folder may point."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _SAID = 8
 
 @dataclass(frozen=True)
 class Companion:
-    """A file that is copied: where it lies, and its name below the folder, with `/` between the parts."""
+    """A file to copy: its path, and its name relative to the folder, with `/` between the parts."""
 
     path: Path
     name: str
@@ -34,17 +34,18 @@ class Companion:
 
 @dataclass(frozen=True)
 class Companions:
-    """Files that travel with the weights, and the names of what stays behind."""
+    """Files that are copied together with the weights, and the names of files that are not."""
 
     carried: tuple[Companion, ...]
     left: tuple[str, ...]
 
 
 def find_companions(folder: Path, read: Iterable[Path]) -> Companions:
-    """Sort what lies in a model's folder, beside the files in `read`, into what is carried and what is left.
+    """Sort the files of a model's folder, other than those in `read`, into those that are copied and those that are
+    not.
 
-    Carried is everything but weights, code, what fewbit wrote itself, and sub-folders that transformers does not read.
-    Raises FewbitError naming a link that leads out of the folder.
+    Everything is copied except weights, code, files that fewbit wrote itself, and subfolders that transformers does not
+    read. Raises FewbitError and names a link that points out of the folder.
     """
     read = set(read)
     carried, left = [], []
@@ -72,17 +73,17 @@ def find_companions(folder: Path, read: Iterable[Path]) -> Companions:
 
 
 def check_link(folder: Path, path: Path) -> None:
-    """FewbitError when a file of a model's folder is a link to a place outside.
+    """Raises FewbitError if a file of a model's folder is a link to a place outside.
 
-    Links of the hub's cache lead from `snapshots/REVISION` to the `blobs` of the same repository; these are followed.
+    Links in the hub's cache point from `snapshots/REVISION` to the `blobs` of the same repository; these are followed.
     """
     if not path.is_symlink():
         return
     here, there = folder.resolve(), path.resolve()
     if not any(there.is_relative_to(place) for place in _allowed(here)):
         raise FewbitError(
-            f"{folder}: {printable(str(path.relative_to(folder)))} is a link out of the model's folder: put the file "
-            "itself there"
+            f"{folder}: {printable(str(path.relative_to(folder)))} is a link to a place outside the model's folder: "
+            "replace it with the file itself"
         )
 
 
@@ -100,9 +101,9 @@ def _is_carried(path: Path) -> bool:
 
 
 def say_left(left: Iterable[str]) -> str | None:
-    """One line about what is not carried, or None when there is nothing."""
+    """One line that lists the files that are not copied, or None if there are none."""
     names = list(left)
     if not names:
         return None
     more = f" and {len(names) - _SAID} more" if len(names) > _SAID else ""
-    return f"not carried from the model's folder: {', '.join(names[:_SAID])}{more}"
+    return f"not copied from the model's folder: {', '.join(names[:_SAID])}{more}"

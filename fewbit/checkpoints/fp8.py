@@ -1,7 +1,7 @@
-"""FP8 in: weights that are stored as 8-bit floats with scales, read as their products.
+"""Reads FP8 weights: 8-bit floats with scales, read as their products.
 
-DeepSeek's and Qwen's blocks, FBGEMM's rows, one scale a tensor: what differs is the shape of the scales alone, and that
-says how they apply. A description, in config.json or ModelOpt's hf_quant_config.json, must say that it is FP8.
+Scales per block (DeepSeek, Qwen), per row (FBGEMM) or per tensor are supported; the shape of the scales shows which. A
+description in config.json or in ModelOpt's hf_quant_config.json must state that the model is FP8.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ class Fp8:
 
 
 def described_fp8(config: Mapping[str, Any], folder: Path) -> Fp8 | None:
-    """What a folder says of its FP8 weights; None where it says nothing, or describes anything but FP8."""
+    """A folder's description of its FP8 weights; None if it has none, or describes anything but FP8."""
     found = [value for _, value in quantization_configs(config)] or [modelopt_config(folder)]
     blocks = {_block_of(value) for value in found}
     if len(blocks) != 1 or None in blocks:
@@ -125,7 +125,7 @@ def read_as_products(entries: Mapping[str, TensorEntry], described: Fp8, where: 
         found = [name + ending for ending in _SCALES if name + ending in entries]
         if len(found) != 1:
             lack = "no scale" if not found else "two scales"
-            raise FewbitError(f"{where}: {name} is in FP8 and has {lack} beside it: the folder is not whole")
+            raise FewbitError(f"{where}: {name} is in FP8 but has {lack} beside it: the folder is damaged")
         result[name] = _scaled(entry, entries[found[0]], described, where)
         used.add(found[0])
     if not used:
@@ -139,7 +139,9 @@ def _is_of_activations(entry: TensorEntry) -> bool:
 
 def _scaled(entry: TensorEntry, scale: TensorEntry, described: Fp8, where: Path) -> TensorEntry:
     if not scale.dtype.is_floating_point or scale.dtype.itemsize > 4:
-        raise FewbitError(f"{where}: {scale.name} holds no scales: it is {str(scale.dtype).removeprefix('torch.')}")
+        raise FewbitError(
+            f"{where}: {scale.name} cannot contain scales: its dtype is {str(scale.dtype).removeprefix('torch.')}"
+        )
     shape = _aligned(scale.shape, entry.shape)
     block = _blocks(shape, entry.shape, described.block) if shape is not None else None
     if shape is None or block is None:

@@ -20,7 +20,7 @@ def folder_of_gguf(path: Path) -> Path:
     with path.open("rb") as file:
         head = file.read(1 << 20)
     if head[:4] != b"GGUF":
-        raise FewbitError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)")
+        raise FewbitError(f"{path}: not a GGUF file (it does not start with the bytes GGUF)")
     key = hashlib.sha256(head + f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
     return build_once(cache_folder() / "gguf" / f"{path.stem}-{key}", lambda out: convert_gguf(path, out))
 

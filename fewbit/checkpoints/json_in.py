@@ -1,4 +1,4 @@
-"""JSON that others wrote: one reader for all of it, so that no file can end a run in anything but one line."""
+"""Reads JSON from untrusted sources. All of it is read here, so that any invalid file gives a one-line error."""
 
 import json
 import math
@@ -14,14 +14,14 @@ _LONGEST_NUMBER = 400
 
 
 def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """The object in a JSON file; FewbitError when it is not there, too large, or not an object in clean JSON."""
+    """The object in a JSON file. Raises FewbitError if the file is missing, too large, or not a valid JSON object."""
     try:
         with path.open("rb") as file:
             text = file.read(most_bytes + 1)
     except OSError as error:
         raise FewbitError(f"{path}: cannot be read ({error.strerror or error})") from error
     if len(text) > most_bytes:
-        raise FewbitError(f"{path}: larger than {most_bytes >> 20} MB, which no file of this kind is")
+        raise FewbitError(f"{path}: larger than {most_bytes >> 20} MB, which is too large for a file of this kind")
     try:
         data = parse_json(text)
     except ValueError as error:
@@ -34,9 +34,9 @@ def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]
 def parse_json(text: bytes | str, strict: bool = False) -> Any:
     """The value of a JSON text.
 
-    Raises ValueError for what is not UTF-8 or not JSON, is nested more than 100 deep, holds numbers of hundreds of
-    digits, or names one key twice with different values. strict: also for any key that stands twice, and for NaN and
-    Infinity, which JSON does not have; some configs hold them, and transformers reads those.
+    Raises ValueError if the text is not UTF-8 or not JSON, is nested more than 100 deep, contains numbers of hundreds
+    of digits, or has one key twice with different values. strict: also for any duplicate key, and for NaN and Infinity,
+    which JSON does not have (some configs contain them, and transformers reads those).
     """
     try:
         data = json.loads(
@@ -54,7 +54,7 @@ def parse_json(text: bytes | str, strict: bool = False) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name stands twice in it")
+        raise ValueError("a name occurs twice in it")
     return result
 
 
@@ -63,7 +63,7 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         for name, value in pairs:
             if result[name] != value:
-                raise ValueError(f"{name!r} stands twice, with different values")
+                raise ValueError(f"{name!r} occurs twice with different values")
     return result
 
 
@@ -78,7 +78,9 @@ def _refuse_constant(name: str) -> float:
 
 
 def _check_values(data: Any, strict: bool) -> None:
-    """ValueError for values nested too deep and for strings that no UTF-8 file can hold; without recursion."""
+    """Raises ValueError for values that are nested too deeply and for strings that cannot be encoded as UTF-8. Not
+    recursive.
+    """
     level = [data]
     for _ in range(_DEEPEST):
         level = [inner for value in level for inner in _inside(value, strict)]
@@ -96,6 +98,6 @@ def _inside(value: Any, strict: bool) -> Iterator[Any]:
     elif isinstance(value, str):
         # An escape such as \ud800 alone: it can be read, and then nothing can write it.
         if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ValueError("a string with half a character in it")
+            raise ValueError("a string with half of a surrogate pair in it")
     elif strict and isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("a number beyond what a float holds")
+        raise ValueError("a number too large for a float")

@@ -1,4 +1,4 @@
-"""From what the user typed to a folder on disk: a folder, a `.gguf` file, a named model, or a hub name."""
+"""Finds a model's folder on disk from user input: a folder, a `.gguf` file, a named model, or a hub name."""
 
 from pathlib import Path
 
@@ -16,16 +16,16 @@ _HUB_LEFT = ["*.py", "*.bin", "*.pt", "*.pth", "original/*", "onnx/*", "openvino
 
 
 def locate(model: str | Path) -> Path:
-    """The local folder of a model; fetches or converts it when needed.
+    """The local folder of a model, fetched or converted if needed.
 
-    A path that exists always wins, so a local model never touches the network.
+    An existing path takes precedence, so a local model never needs the network.
     """
     path = Path(model).expanduser()
     check_name(str(path))
     if path.is_file():
         if path.suffix == ".gguf":
             return folder_of_gguf(path)
-        raise FewbitError(f"{path}: a file, but not a .gguf: give the model's folder")
+        raise FewbitError(f"{path}: is a file, but not a .gguf file: give the model's folder")
     if path.exists():
         return path
     name = str(model)
@@ -52,16 +52,16 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT))
     except GatedRepoError as error:
-        raise FewbitError(f"{name}: gated: accept its licence on the hub, then run  hf auth login") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
         raise FewbitError(
-            f"{name}: no such folder here and no such model on the hub (named models: {known})"
+            f"{name}: this model is gated: accept its licence on the hub, then run  hf auth login"
         ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FewbitError(f"{name}: no such folder, and no such model on the hub (named models: {known})") from error
     except (LocalEntryNotFoundError, OSError) as error:
         if getattr(error, "filename", None) is not None:
             # The disk that refused it, not the network.
             raise
         raise FewbitError(
-            f"{name}: no such folder here, and the hub cannot be reached: give a local folder, a .gguf file, "
-            f"or a named model ({known})"
+            f"{name}: no such folder, and the hub cannot be reached: give a local folder, a .gguf file, or a named "
+            f"model ({known})"
         ) from error

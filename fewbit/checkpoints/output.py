@@ -1,4 +1,4 @@
-"""Folders that runs write: where they may be, which of them fewbit made, and which one a run may replace."""
+"""Output folders: where they may be, which ones fewbit made, and which one a run may replace."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ _LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 @dataclass(frozen=True)
 class Standing:
-    """A folder that a run may replace, as it stands when the run begins: which one it is, and the names in it."""
+    """A folder that a run may replace, as it is when the run begins: its identity, and the names in it."""
 
     device: int
     inode: int
@@ -27,7 +27,7 @@ class Standing:
 
 
 def standing_at(path: Path) -> Standing | None:
-    """What stands at `path`, a link not followed; None for nothing."""
+    """What exists at `path`, without following a link; None for nothing."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -38,50 +38,53 @@ def standing_at(path: Path) -> Standing | None:
 
 
 def refuse_meanwhile(out: Path, allowed: Standing | None, moved: Path | None = None) -> None:
-    """WorkKeptError when something stands at `out` (or was `moved` from there) that the run must not replace."""
+    """Raises WorkKeptError if there is something at `out` (or was `moved` from it) that the run must not replace."""
     now = standing_at(moved or out)
     if now is None:
         return
     advice = f"the finished work is kept: move {out.name} elsewhere and run the same command again"
     if allowed is None or (now.device, now.inode) != (allowed.device, allowed.inode):
-        raise WorkKeptError(f"{out}: something of that name was made while this run worked; {advice}")
+        raise WorkKeptError(f"{out}: something with this name appeared during the run; {advice}")
     added = sorted(now.names - allowed.names - {*_LEFT_BY_SYSTEMS})
     if added:
-        raise WorkKeptError(f"{out}: {added[0]} was put there while this run worked; {advice}")
+        raise WorkKeptError(f"{out}: {added[0]} was added to it during the run; {advice}")
 
 
 def check_place(out: Path, source: Path) -> None:
-    """FewbitError when `out` is a link or the current folder, or when one of the two folders lies inside the other."""
+    """Raises FewbitError if `out` is a link or the current folder, or if one of the two folders is inside the other."""
     if out.is_symlink():
-        raise FewbitError(f"{out}: is a symbolic link: name the folder itself")
+        raise FewbitError(f"{out}: is a symbolic link: give the folder itself")
     there, model = out.resolve(), source.resolve()
     if there == Path.cwd():
-        raise FewbitError(f"{out}: is the folder you are in: name a new one")
+        raise FewbitError(f"{out}: is the current folder: choose a new one")
     if there == model or model in there.parents:
-        raise FewbitError(f"{out}: lies inside the model's own folder {source}: choose another place")
+        raise FewbitError(f"{out}: is inside the model's own folder {source}: choose another place")
     if there in model.parents:
         raise FewbitError(f"{out}: contains the model's folder {source}: choose another place")
 
 
 def check_replaceable(out: Path, overwrite: bool) -> Standing | None:
-    """What a run may replace at `out`; FewbitError when something is there that it may not."""
+    """What a run may replace at `out`. Raises FewbitError if something exists there that it may not replace."""
     found = standing_at(out)
     if found is None:
         return None
     if not overwrite:
         raise FewbitError(f"{out}: already exists: choose another name or pass --overwrite")
     if not out.is_dir() or not made_by_fewbit(out):
-        raise FewbitError(f"{out}: is not a folder that fewbit made, so --overwrite does not touch it: remove it first")
+        raise FewbitError(
+            f"{out}: fewbit did not make this folder, so --overwrite does not replace it: remove it first"
+        )
     added = _added(out)
     if added:
         raise FewbitError(
-            f"{out}: holds {added[0]}, which fewbit did not put there, so --overwrite does not touch it: move it first"
+            f"{out}: contains {added[0]}, which fewbit did not write, so --overwrite does not replace it: move that "
+            "file first"
         )
     return found
 
 
 def made_by_fewbit(folder: Path) -> bool:
-    """Whether a folder is empty or holds what only fewbit writes: a name alone is no proof."""
+    """Whether a folder is empty or contains files that only fewbit writes; its name alone proves nothing."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     quantization = _object(folder / CONFIG).get("quantization_config")
@@ -92,7 +95,7 @@ def made_by_fewbit(folder: Path) -> bool:
 
 
 def remove_made(folder: Path) -> None:
-    """Remove a folder that fewbit made, what proves that it did so last: killed on the way, it still is one."""
+    """Remove a folder that fewbit made. The files that prove this are removed last, in case the process is killed."""
     for path in folder.iterdir():
         if path.name in _PROOFS:
             continue
@@ -104,7 +107,7 @@ def remove_made(folder: Path) -> None:
 
 
 def list_file(out: Path, name: str) -> None:
-    """Note that a file, written into a finished folder, belongs to it."""
+    """Add a file that was written into a finished folder to the folder's list of files."""
     run = _object(out / RUN)
     if name not in run.get(FILES, ()):
         write_json(out / RUN, {**run, FILES: sorted([*run.get(FILES, ()), name])})
@@ -120,12 +123,12 @@ def file_names(folder: Path) -> set[str]:
 
 
 def is_of_the_system(name: str) -> bool:
-    """Whether a file is one that file systems and file managers leave by themselves."""
+    """Whether a file is one that file systems and file managers create on their own."""
     return name in _LEFT_BY_SYSTEMS or name.startswith((".nfs", "._"))
 
 
 def _added(out: Path) -> list[str]:
-    """Files of a folder that fewbit made which belong to someone else, as far as that can be told."""
+    """Files in a folder that fewbit made which fewbit did not write, as far as that can be determined."""
     names = {name for name in file_names(out) if not is_of_the_system(name.rpartition("/")[2])}
     listed: Collection[str] = _object(out / RUN).get(FILES, ())
     if listed:

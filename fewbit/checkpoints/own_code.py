@@ -1,4 +1,4 @@
-"""A model's folder brings data and never code: what runs is fewbit, transformers, and what the user installed."""
+"""A model's folder provides data and never code: only fewbit, transformers and the user's own packages run."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +15,10 @@ _NEVER = "fewbit never runs code of a model"
 
 
 def check_loadable(checkpoint: Checkpoint) -> None:
-    """FewbitError, before transformers is asked, for a model that it could build only with code from its folder or
-    from the hub, or whose codes it would take for weights because it does not know the tool that made them.
+    """Raises FewbitError for a model that transformers could not load safely.
+
+    That is a model that needs code from its folder or from the hub, or whose codes transformers would take for weights
+    because it does not know the tool that made them.
     """
     from transformers import CONFIG_MAPPING
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -25,11 +27,11 @@ def check_loadable(checkpoint: Checkpoint) -> None:
     kind = config.get("model_type")
     if _named_code(config) and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise FewbitError(
-            f"{folder}: {kind!r} is no architecture of transformers but code in the model's folder (auto_map of "
-            f"config.json): {_NEVER}: methods without data, such as --method rtn, work all the same"
+            f"{folder}: transformers does not know the architecture {kind!r}; it is code in the model's folder "
+            f"(auto_map of config.json): {_NEVER}: only data-free methods, such as --method rtn, work for this model"
         )
     for kernel in _kernels(config):
-        raise FewbitError(f"{folder}: config.json asks for code of the hub ({kernel}): {_NEVER}: remove that line")
+        raise FewbitError(f"{folder}: config.json requests code from the hub ({kernel}): {_NEVER}: remove that line")
     foreign = checkpoint.foreign
     if foreign is not None:
         known = [name for name in AUTO_QUANTIZATION_CONFIG_MAPPING if name.split("_")[0] == foreign.method]
@@ -42,7 +44,7 @@ def check_loadable(checkpoint: Checkpoint) -> None:
 def open_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model's folder.
 
-    Raises FewbitError when there is none that transformers can read without running code of the folder.
+    Raises FewbitError if there is none that transformers can read without running code from the folder.
     """
     try:
         from transformers import AutoTokenizer
@@ -56,7 +58,7 @@ def open_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except RecursionError as error:
-        raise FewbitError(f"{folder}: tokenizer.json is nested too deep to be one") from error
+        raise FewbitError(f"{folder}: tokenizer.json is nested too deeply") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         for name in ("tokenizer_config.json", "config.json"):
             if (folder / name).is_file() and "AutoTokenizer" in _named_code(read_json_object(folder / name)):

@@ -1,4 +1,4 @@
-"""A 16-bit copy of a checkpoint that is stored as codes and scales, for what reads weights from files by itself."""
+"""A 16-bit copy of a checkpoint that is stored as codes and scales, for programs that read its files themselves."""
 
 import hashlib
 import json
@@ -17,7 +17,8 @@ _SHARD = 5_000_000_000
 def folder_to_load(checkpoint: Checkpoint) -> Path:
     """The folder in which other programs find the weights that fewbit reads: the model's own, or a copy in the cache.
 
-    A copy is written once for these very files, a tensor at a time. Raises FewbitError when the disk has no room.
+    A copy is written once for these exact files, one tensor at a time. Raises FewbitError if the disk has too little
+    space.
     """
     if not checkpoint.is_products:
         return checkpoint.folder
@@ -35,8 +36,8 @@ def write_plain(checkpoint: Checkpoint, out: Path, shard_size: int = _SHARD) -> 
     needed, free = sum(entry.bytes for entry in checkpoint.entries.values()), shutil.disk_usage(out).free
     if needed > free:
         raise FewbitError(
-            f"{out.parent}: the 16-bit copy of {checkpoint.folder} needs {needed / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB are free: name another place with FEWBIT_CACHE"
+            f"{out.parent}: the 16-bit copy of {checkpoint.folder} needs {needed / 1e9:.1f} GB, but only "
+            f"{free / 1e9:.1f} GB are free: set FEWBIT_CACHE to another folder"
         )
     placed: dict[str, str] = {}
     with FileReader() as reader:

@@ -140,7 +140,7 @@ def seen_in(entries: Mapping[str, TensorEntry], folder: Path) -> Foreign | None:
     for name, entry in entries.items():
         if len(entry.shape) >= 2 and _is_codes(entry.dtype) and ("weight" in name or entry.dtype.is_floating_point):
             shown = str(entry.dtype).removeprefix("torch.")
-            return Foreign(side or f"a tool that is named nowhere ({shown} codes, no scales known)", f"tensor {name}")
+            return Foreign(side or f"an unknown tool ({shown} codes without known scales)", f"tensor {name}")
     return None
 
 

@@ -107,7 +107,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
                 raise ValueError("the file is shorter than 8 bytes")
             length = struct.unpack("<Q", prefix)[0]
             if length > min(_MAX_HEADER, size - 8):
-                raise ValueError(f"its header claims {length:,} bytes, the file has {size:,}")
+                raise ValueError(f"its header claims {length:,} bytes, but the file has {size:,}")
             header = parse_json(file.read(length), strict=True)
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
@@ -117,7 +117,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
         _check_layout(entries, 8 + length, size)
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise FewbitError(f"{path}: not a whole safetensors file ({error}): fetch or copy it again") from error
+        raise FewbitError(f"{path}: not a complete safetensors file ({error}): fetch or copy it again") from error
     return entries, metadata
 
 
@@ -127,8 +127,8 @@ def _entry(path: Path, name: str, value: dict[str, Any], base: int) -> TensorEnt
     if value["dtype"] not in DTYPES:
         # Not damage: the format grows, and says how many bytes there are without a reader's knowing what they mean.
         raise FewbitError(
-            f"{path}: tensor {name} has the dtype {value['dtype']}, which this PyTorch does not have: if "
-            "the model is quantized, give the 16-bit original"
+            f"{path}: tensor {name} has the dtype {value['dtype']}, which this PyTorch does not support: if the model "
+            "is quantized, give the 16-bit original"
         )
     dtype = DTYPES[value["dtype"]]
     shape = tuple(value["shape"])
@@ -140,7 +140,7 @@ def _entry(path: Path, name: str, value: dict[str, Any], base: int) -> TensorEnt
     for size in shape:
         expected *= size
     if stop - start != expected:
-        raise ValueError(f"tensor {name} has {stop - start} bytes, its shape needs {expected}")
+        raise ValueError(f"tensor {name} has {stop - start} bytes, but its shape needs {expected}")
     return TensorEntry(name, path, dtype, shape, base + start, base + stop)
 
 
@@ -161,7 +161,7 @@ def _check_layout(entries: dict[str, TensorEntry], base: int, size: int) -> None
             raise ValueError(f"tensor {entry.name} starts at byte {entry.start}, not at {end}")
         end = entry.stop
     if end != size:
-        raise ValueError(f"its tensors end at byte {end:,}, the file at {size:,}")
+        raise ValueError(f"its tensors end at byte {end:,}, but the file ends at {size:,}")
 
 
 class FileReader:
@@ -217,7 +217,7 @@ class FileReader:
         while len(view):
             got = read_at(descriptor, view, position)
             if got == 0:
-                raise FewbitError(f"{entry.file}: ends inside tensor {entry.name}: fetch or copy it again")
+                raise FewbitError(f"{entry.file}: the file ends inside tensor {entry.name}: fetch or copy it again")
             view, position = view[got:], position + got
         return data
 
@@ -227,10 +227,10 @@ class FileReader:
 
 
 class ShardWriter:
-    """Writes one safetensors file as tensors arrive, and gives it its name only when it is whole.
+    """Writes one safetensors file as tensors arrive, and renames it to its final name when it is complete.
 
-    The header comes first in the file but is known last: room for it is reserved and filled up with the spaces that
-    the format allows. Tensors that would put their followers out of alignment wait until the end.
+    The header comes first in the file but is known last, so room for it is reserved and padded with spaces, which the
+    format allows. Tensors that would break the alignment of later ones are written at the end.
     """
 
     def __init__(self, path: Path, header_room: int, metadata: dict[str, str] | None = None) -> None:
@@ -285,7 +285,7 @@ class ShardWriter:
     def _describe(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], size: int) -> None:
         if name in self._header:
             # A kept tensor may have the name that a part of a packed weight gets.
-            raise FewbitError(f"{self._path}: two tensors would be called {name}: rename one in the model")
+            raise FewbitError(f"{self._path}: two tensors would have the name {name}: rename one in the model")
         offsets = [self._offset, self._offset + size]
         stored = _NAMES[dtype]
         if count := _PER_ELEMENT.get(stored):

@@ -68,7 +68,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the config and all headers of a folder; FewbitError says what is missing, broken, or not certain."""
+    """Read the config and all headers of a folder. Raises FewbitError for what is missing, invalid or ambiguous."""
     check_name(str(folder))
     if not folder.exists():
         raise FewbitError(f"{folder}: no such folder")
@@ -91,7 +91,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         header, _ = read_header(file)
         for name, entry in header.items():
             if name in entries:
-                raise FewbitError(f"{folder}: tensor {name} stands in both {entries[name].file.name} and {file.name}")
+                raise FewbitError(f"{folder}: tensor {name} is in both {entries[name].file.name} and {file.name}")
             entries[name] = entry
         check_tensors(file, expected, set(header))
     config.pop(NAMED_IN_CONFIG, None)
@@ -105,7 +105,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """FewbitError naming the tool when a checkpoint is quantized already: the weights that it had are gone."""
+    """Raises FewbitError with the tool's name if a checkpoint is already quantized, since its original weights are
+    gone.
+    """
     if checkpoint.is_native:
         raise FewbitError(f"{checkpoint.folder}: already quantized (fewbit): give the 16-bit original")
     if checkpoint.foreign is not None:
@@ -162,5 +164,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise FewbitError(f"{path}: its quantization_config is not an object")
     if "configuration_files" in config:
         # transformers then reads another file in place of this one, which one depends on its version.
-        raise FewbitError(f"{path}: its configuration_files name other configs that transformers may take: remove them")
+        raise FewbitError(
+            f"{path}: its configuration_files lists other configs that transformers may load: remove that key"
+        )
     return config

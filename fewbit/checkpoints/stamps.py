@@ -1,4 +1,4 @@
-"""What says that files are as they were, without reading them, and what differs between two jobs."""
+"""Detects changed files without reading them, and describes the differences between two jobs."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -44,7 +44,7 @@ def _said(key: str, before: Any, now: Any) -> str:
     if before["bytes"] != now["bytes"]:
         return f"{file} had {before['bytes']:,} bytes, has {now['bytes']:,}"
     if before["modified_ns"] != now["modified_ns"]:
-        return f"{file} has been written since"
+        return f"{file} has been modified since"
     return f"{file} has been changed or replaced since, with the same size and time"
 
 

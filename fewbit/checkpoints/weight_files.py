@@ -29,8 +29,8 @@ class WeightFiles:
 def find_weight_files(folder: Path, config: dict[str, Any]) -> WeightFiles:
     """The set of files that transformers would load from `folder`, in its order of precedence.
 
-    Raises FewbitError where it would load a pickle, where two sets contend, where an index names what is not there,
-    and where the folder has no weights.
+    Raises FewbitError if it would load a pickle file, if there are two sets, if an index lists missing files, or if the
+    folder has no weights.
     """
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     named = config.get(NAMED_IN_CONFIG)
@@ -40,8 +40,8 @@ def find_weight_files(folder: Path, config: dict[str, Any]) -> WeightFiles:
         placed = _read_index(folder, index)
         if set(placed.files) != {single}:
             raise FewbitError(
-                f"{folder}: two sets of weights: transformers loads {SINGLE_NAME}, other programs the files that "
-                f"{INDEX_NAME} names: remove one of the two"
+                f"{folder}: there are two sets of weights: transformers loads {SINGLE_NAME}, other programs load the "
+                f"files that {INDEX_NAME} lists: remove one of the two"
             )
         return placed
     if single.is_file():
@@ -52,16 +52,18 @@ def find_weight_files(folder: Path, config: dict[str, Any]) -> WeightFiles:
 
 
 def check_tensors(file: Path, named: set[str] | None, held: set[str]) -> None:
-    """FewbitError unless a file holds exactly the tensors that the index places there (`named`; None: no index)."""
+    """Raises FewbitError unless a file contains exactly the tensors that the index lists for it (`named`; None: no
+    index).
+    """
     if named is None or named == held:
         return
     if named - held:
         raise FewbitError(
-            f"{file}: the index places tensor {sorted(named - held)[0]} here, but the file does not have it"
+            f"{file}: the index lists tensor {sorted(named - held)[0]} in this file, but the file does not contain it"
         )
     raise FewbitError(
-        f"{file}: it holds tensor {sorted(held - named)[0]}, which the index does not name: the index belongs to "
-        "other files: fetch both again"
+        f"{file}: contains tensor {sorted(held - named)[0]}, which the index does not list: the index belongs to other "
+        "files: fetch both again"
     )
 
 
@@ -70,28 +72,28 @@ def _named_in_config(folder: Path, named: Any) -> WeightFiles:
         raise FewbitError(f"{folder}: {NAMED_IN_CONFIG} of config.json names a file outside the folder")
     path = folder / named
     if not path.is_file():
-        raise FewbitError(f"{folder}: {NAMED_IN_CONFIG} of config.json names {named}, which is not there")
+        raise FewbitError(f"{folder}: {NAMED_IN_CONFIG} of config.json names {named}, which does not exist")
     if named.endswith(".safetensors.index.json"):
         return _read_index(folder, path)
     if named.endswith(".safetensors"):
         return WeightFiles({path: None})
-    raise FewbitError(f"{folder}: {NAMED_IN_CONFIG} of config.json names {named}, which is no safetensors file")
+    raise FewbitError(f"{folder}: {NAMED_IN_CONFIG} of config.json names {named}, which is not a safetensors file")
 
 
 def _read_index(folder: Path, index: Path) -> WeightFiles:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FewbitError(f"{index}: no weight_map in it: fetch it again")
+        raise FewbitError(f"{index}: has no weight_map: fetch it again")
     files: dict[Path, set[str]] = {}
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _is_plain_name(name):
-            raise FewbitError(f"{index}: shard {name!r} of tensor {tensor} lies outside the folder")
+            raise FewbitError(f"{index}: shard {name!r} of tensor {tensor} is outside the folder")
         files.setdefault(folder / name, set()).add(tensor)
     for path in files:
         if not path.is_file():
-            raise FewbitError(f"{index}: it names {path.name}, which is not there: fetch that shard")
+            raise FewbitError(f"{index}: lists {path.name}, which is missing: fetch that shard")
         if path.suffix != ".safetensors":
-            raise FewbitError(f"{index}: it names {path.name}, which is no .safetensors file")
+            raise FewbitError(f"{index}: lists {path.name}, which is not a .safetensors file")
     _check_siblings(folder, index, {path.name for path in files})
     return WeightFiles(dict(sorted(files.items())), index)
 
@@ -102,7 +104,9 @@ def _check_siblings(folder: Path, index: Path, named: set[str]) -> None:
     for path in sorted(folder.iterdir()):
         found = _SHARD.match(path.name)
         if found and (found["set"], found["count"]) in sets and path.name not in named:
-            raise FewbitError(f"{index}: it does not name {path.name}, which is part of the same set: fetch it again")
+            raise FewbitError(
+                f"{index}: does not list {path.name}, which belongs to the same set: fetch the index again"
+            )
 
 
 def _under_another_name(folder: Path) -> WeightFiles:
@@ -111,18 +115,23 @@ def _under_another_name(folder: Path) -> WeightFiles:
     pickled = [name for name in _PICKLES if (folder / name).is_file()]
     if pickled and found:
         raise FewbitError(
-            f"{folder}: transformers loads {pickled[0]}, a pickle, and not {printable(found[0].name)}: name that file "
-            f"{SINGLE_NAME} if it is the same model, or remove one of the two"
+            f"{folder}: transformers would load {pickled[0]}, a pickle file, instead of {printable(found[0].name)}: "
+            f"rename that file to {SINGLE_NAME} if it is the same model, or remove one of the two"
         )
     if len(found) == 1:
         if printable(found[0].name) != found[0].name:
-            raise FewbitError(f"{folder}: {printable(found[0].name)} is no name for weights: call it {SINGLE_NAME}")
+            raise FewbitError(
+                f"{folder}: transformers does not load a file named {printable(found[0].name)}: rename it to "
+                f"{SINGLE_NAME}"
+            )
         return WeightFiles({found[0]: None})
     if found:
         raise FewbitError(f"{folder}: {len(found)} .safetensors files but no {INDEX_NAME}: fetch the index too")
     if pickled or any(p.suffix in {".bin", ".pt", ".pth"} for p in folder.iterdir()):
-        raise FewbitError(f"{folder}: only pickled weights (.bin): save it with safe_serialization=True first")
-    raise FewbitError(f"{folder}: no .safetensors file in it")
+        raise FewbitError(
+            f"{folder}: its weights are only pickle files (.bin): save the model with safe_serialization=True first"
+        )
+    raise FewbitError(f"{folder}: contains no .safetensors file")
 
 
 def _is_plain_name(name: str) -> bool:

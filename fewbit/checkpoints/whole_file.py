@@ -1,4 +1,4 @@
-"""Tensor files that are there in full or not at all, and what is said when a disk is full."""
+"""Tensor files that are either complete or absent, and the errors for a full disk."""
 
 import os
 from collections.abc import Iterator, Mapping

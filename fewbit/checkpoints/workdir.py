@@ -1,8 +1,8 @@
-"""An output folder that appears only when it is whole, and a run that goes on where it was killed.
+"""An output folder that appears only when it is complete, and runs that resume after a kill.
 
-Work happens in a sibling folder, `.NAME.fewbit-partial`, that holds the run's job and every finished shard. In the end
-everything that belongs to the output, and nothing else, is gathered in a folder inside it, whose renaming is the last
-act. What lies at either place and is not the run's own is left alone and refused.
+Work happens in a sibling folder, `.NAME.fewbit-partial`, which contains the job of the run and every finished shard. At
+the end everything that belongs to the output, and nothing else, is collected in a subfolder, and renaming that is the
+last step. Anything at either place that does not belong to the run is not touched, and the run is refused.
 """
 
 import json
@@ -43,9 +43,9 @@ _ENDINGS = (SOLVED, SPILLED, ".partial", ".safetensors", ".safetensors.json")
 
 
 def check_output(out: Path, source: Path, overwrite: bool) -> Standing | None:
-    """What a run may replace at `out`: None where nothing is there, else, with `overwrite`, what fewbit made.
+    """What a run may replace at `out`: None if nothing exists there, otherwise, with `overwrite`, what fewbit made.
 
-    Raises FewbitError when `out` exists otherwise, or one of the two folders lies inside the other.
+    Raises FewbitError if anything else exists at `out`, or if one of the two folders is inside the other.
     """
     check_place(out, source)
     tidy(out)
@@ -53,9 +53,9 @@ def check_output(out: Path, source: Path, overwrite: bool) -> Standing | None:
 
 
 def tidy(out: Path) -> None:
-    """Remove the work folder of a run that was killed behind its last rename, or before it had done anything.
+    """Remove the work folder of a run that was killed after its last rename, or before it did anything.
 
-    Raises FewbitError when what stands there is not fewbit's.
+    Raises FewbitError if something else has that name.
     """
     path = WorkFolder.place(out)
     if not os.path.lexists(path):
@@ -72,13 +72,13 @@ def tidy(out: Path) -> None:
 
 
 def holds_work(out: Path) -> bool:
-    """Whether work on `out` is kept that only the same command may go on with."""
+    """Whether there is unfinished work on `out` that only the same command can resume."""
     path = WorkFolder.place(out)
     return path.is_dir() and bool(_work_in(path)) and not (path / _FAILED).exists()
 
 
 def read_job(path: Path) -> dict[str, Any] | None:
-    """The job of a work folder; None where no run of fewbit has begun one there."""
+    """The job of a work folder; None if no run of fewbit has started there."""
     found = read_json(path / _JOB)
     return found["job"] if isinstance(found, dict) and _MARK in found else None
 
@@ -87,10 +87,10 @@ class WorkFolder:
     """The folder in which one run builds its output."""
 
     def __init__(self, out: Path, job: dict[str, Any], restart: bool = False, replaces: Standing | None = None) -> None:
-        """Open or continue the work on `out`; one process at a time.
+        """Start or resume the work on `out`; only one process at a time.
 
-        job: plain JSON values that fix the result; a half-done run with others is refused, or with `restart` dropped.
-        replaces: what :func:`check_output` allowed to be replaced in the end.
+        job: the JSON values that determine the result. An unfinished run with a different job is refused, or discarded
+        with `restart`. replaces: what :func:`check_output` allowed to be replaced at the end.
         """
         self._named, self.out, self.path = out, out.absolute(), self.place(out)
         self._replaces = replaces
@@ -114,7 +114,7 @@ class WorkFolder:
             if before is not None and _work_in(self.path) and not (restart or self._failed_before):
                 raise FewbitError(
                     f"{self._named}: a run with other arguments was interrupted here ({differences(before, job)}): "
-                    "repeat those arguments to go on, or pass --overwrite to begin again"
+                    "repeat those arguments to resume it, or pass --overwrite to start again"
                 )
             self._empty()
             self._failed_before = False
@@ -128,17 +128,18 @@ class WorkFolder:
         return out.absolute().with_name(f".{out.name}.fewbit-partial")
 
     def release(self) -> None:
-        """Let other processes at the folder; called when work ends, well or not."""
+        """Release the folder for other processes; called when the work ends, with or without success."""
         self._open = False
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def leave(self, error: BaseException) -> None:
-        """End the work because of `error`, so that nothing blocks another try.
+        """End the work because of `error` so that nothing blocks another attempt.
 
-        Work that holds nothing goes. What an interruption, a full disk or too little memory ended is kept for the same
-        command alone. What any other error ended is kept too, but gives way to a run with other arguments.
+        Work without results is removed. After an interruption, a full disk or too little memory, the work is kept and
+        only the same command can resume it. After any other error it is kept too, but a run with other arguments
+        replaces it.
         """
         if not self._open:
             return
@@ -155,17 +156,19 @@ class WorkFolder:
             self.release()
 
     def discard_unbegun(self) -> None:
-        """Remove the folder when it holds no work yet, so that the same output can be asked for in another way."""
+        """Remove the folder if it contains no results yet, so that the output can be requested with other arguments."""
         if self._open and not _work_in(self.path):
             self.discard()
 
     def discard(self) -> None:
-        """Remove the folder: its work cannot be gone on with, or is done."""
+        """Remove the folder, because its work cannot be resumed or is finished."""
         self._refuse_foreign()
         self._remove()
 
     def _refuse_foreign(self, begun: bool = True) -> None:
-        """FewbitError when the folder holds what no run put there; not `begun`: anything but the job's beginning."""
+        """Raises FewbitError if the folder contains files that no run wrote; not `begun`: anything but the start of a
+        job.
+        """
         for path in self.path.iterdir():
             name = path.name
             own = name in _OWN or name.endswith(_ENDINGS) or name.startswith(".tmp")
@@ -174,7 +177,9 @@ class WorkFolder:
             if is_of_the_system(name) or (own and path.is_file() and not path.is_symlink()):
                 continue
             if not (begun and name == _OUTPUT and path.is_dir() and not path.is_symlink()):
-                raise WorkKeptError(f"{path}: fewbit did not put that into its own folder: move it elsewhere first")
+                raise WorkKeptError(
+                    f"{path}: fewbit did not write this file: move it out of fewbit's work folder first"
+                )
 
     def _empty(self) -> None:
         """Remove everything but the job.
@@ -190,26 +195,26 @@ class WorkFolder:
                 path.unlink()
 
     def _remove(self) -> None:
-        """The job goes last: as long as it is there, the rest is known to be fewbit's."""
+        """Remove the job last: as long as it exists, the rest is known to be fewbit's."""
         self._empty()
         drop(self.path / _JOB)
         shutil.rmtree(self.path, ignore_errors=True)
         self.release()
 
     def shard(self, name: str) -> Path:
-        """Where to write a file of weights; it is kept from run to run, and published."""
+        """The path for a file of weights. It is kept when a run is resumed, and published."""
         self._shards[name] = None
         return self.path / name
 
     def file(self, name: str) -> Path:
-        """Where to write any other file of the output; only what was asked for by one of these two is published."""
+        """The path for any other file of the output. Only paths from this and the function above are published."""
         self._files[name] = None
         path = self.path / _OUTPUT / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def written(self, shard: str) -> Path:
-        """Where a shard lies: a run that was killed while it published has moved some."""
+        """The path of a shard. A run that was killed while it published may have moved some."""
         moved = self.path / _OUTPUT / shard
         return moved if moved.is_file() and not (self.path / shard).is_file() else self.path / shard
 
@@ -231,10 +236,10 @@ class WorkFolder:
         write_json(self.path / f"{shard}.json", {"bytes": self.written(shard).stat().st_size, "tensors": tensors})
 
     def publish(self) -> None:
-        """Give the work its name, in place of what was allowed to be replaced.
+        """Rename the work to its final name, and replace what was allowed to be replaced.
 
-        Killed at any point, either output is whole under `out`, or all of the new work is kept for the next run.
-        Raises WorkKeptError when something else has taken that name.
+        If it is killed at any point, either output is complete under `out`, or all of the new work is kept for the next
+        run. Raises WorkKeptError if something else has that name.
         """
         refuse_meanwhile(self.out, self._replaces)
         self._gather()
@@ -252,7 +257,7 @@ class WorkFolder:
         self._remove()
 
     def _gather(self) -> None:
-        """Put what belongs to the output, and nothing else, into the folder that will be it."""
+        """Move the files of the output, and nothing else, into the folder that will be renamed."""
         self._refuse_foreign()
         listed = self.file(RUN)
         for name in self._shards:
@@ -269,7 +274,7 @@ class WorkFolder:
                     (Path(parent) / name).rmdir()
 
     def _set_aside(self) -> Path | None:
-        """Move what is to be replaced out of the way; it goes when the new output is in its place."""
+        """Move the old output out of the way; it is deleted once the new output is in place."""
         if not os.path.lexists(self.out):
             return None
         old = self.out.with_name(f"{_old(self.out)}{os.getpid()}")
@@ -286,12 +291,12 @@ class WorkFolder:
 def _refuse_place(path: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise FewbitError(
-            f"{path}: fewbit needs this name for its work, and what has it is not fewbit's: move it elsewhere first"
+            f"{path}: fewbit needs this name for its work, but something else has it: move it elsewhere first"
         )
 
 
 def _work_in(path: Path) -> set[str]:
-    """Names of what a run can go on with in a work folder."""
+    """Names of files in a work folder from which a run can resume."""
     names = {entry.name for entry in path.iterdir()}
     shards = {name for name in names if name.endswith(".safetensors.json")}
     return shards | {name for name in names if name.endswith(SOLVED) and name != TOKENS + SOLVED}
@@ -303,7 +308,7 @@ def _text(job: dict[str, Any] | None) -> str:
 
 
 def _goes_on(error: BaseException) -> bool:
-    """Whether the same command has a chance to get further when it is run again."""
+    """Whether the same command may succeed if it is run again."""
     if isinstance(error, FewbitError):
         return isinstance(error, WorkKeptError)
     return (
@@ -323,9 +328,9 @@ def _remove_old(out: Path) -> None:
 
 
 def lock_folder(folder: Path, out: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it is closed; None where the system has no such locks.
+    """A descriptor that holds the folder's lock until it is closed; None if the system has no such locks.
 
-    Raises FewbitError when another process has it.
+    Raises FewbitError if another process holds it.
     """
     try:
         import fcntl
@@ -340,7 +345,9 @@ def lock_folder(folder: Path, out: Path) -> int | None:
         raise BlockingIOError
     except (BlockingIOError, FileNotFoundError) as error:
         os.close(descriptor)
-        raise FewbitError(f"{out}: another run is writing it: wait for that one or choose another name") from error
+        raise FewbitError(
+            f"{out}: another run is writing to it: wait until that run ends, or choose another name"
+        ) from error
     except OSError:
         # Some network file systems know no locks.
         return descriptor

@@ -125,8 +125,8 @@ class Accumulator:
             diagonal = matrix if matrix.dim() == 1 else matrix.diagonal()
             if not bool(torch.isfinite(diagonal).all()):
                 raise FewbitError(
-                    f"{key}: its inputs are not finite (NaN or infinity): save the model in bfloat16 or float32 first "
-                    "(float16 overflows in many that were trained in bfloat16), or its weights are damaged"
+                    f"{key}: its inputs contain NaN or infinity: save the model in bfloat16 or float32 first (float16 "
+                    "overflows in many models that were trained in bfloat16); otherwise its weights are damaged"
                 )
         half = 0 if matrix is None or matrix.dim() == 1 else _half(matrix.shape[0])
         if matrix is not None and half:
@@ -143,14 +143,14 @@ class Accumulator:
         for key, live in self.live.items():
             # In sequences of two tokens the one with a target attends to itself alone, whatever its query and key are.
             if not self.tokens[key] and self.length != 2 and bool(live.any()):
-                raise FewbitError(f"{key}: its gradients are all 0 though it had inputs: {_ADVICE}")
+                raise FewbitError(f"{key}: its gradients are all 0 although it had inputs: {_ADVICE}")
             matrix = self.sums.get(key)
             diagonal = None if matrix is None else matrix if matrix.dim() == 1 else matrix.diagonal()
             if diagonal is not None and bool((live & ~(diagonal > 0)).any()):
                 lost = int((live & ~(diagonal > 0)).sum())
                 raise FewbitError(f"{key}: the gradients of {lost} active columns underflowed to 0: {_ADVICE}")
         if self.live and not any(self.tokens.values()):
-            raise FewbitError(f"{next(iter(self.live))}: its gradients are all 0 though it had inputs: {_ADVICE}")
+            raise FewbitError(f"{next(iter(self.live))}: its gradients are all 0 although it had inputs: {_ADVICE}")
 
     def _add(self, key: str, rows: Tensor, precision: torch.dtype) -> None:
         if self.choice.diagonal:

@@ -1,4 +1,4 @@
-"""Which curvature: what the error of a weight is taken to cost."""
+"""The choice of a curvature: how the cost of an error in a weight is estimated."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ BEST_GRAM_SHARE = 0.5
 
 @dataclass(frozen=True)
 class CurvatureChoice:
-    """What a weight's error is taken to cost.
+    """How the cost of an error in a weight is estimated.
 
-    kind: gram or fisher. terms: for fisher, sequence (as published) or token. labels: for fisher, the data's next
-    tokens (empirical Fisher) or tokens sampled from the model. diagonal: keep only the diagonal. tempering: each
-    token's share is divided by ``|x_t|^(2 tempering)``, 0 for none, 1 for unit inputs: what keeps a massive activation
-    from being all that a Gram sees. gram_share: for fisher, how much of the matrix is the input Gram, from 0 to below
-    1, after each of the two is divided by its mean diagonal.
+    kind: gram or fisher. terms: for fisher, sequence (as published) or token. labels: for fisher, data (the next tokens
+    of the data: empirical Fisher) or sampled (tokens sampled from the model). diagonal: keep only the diagonal.
+    tempering: each token's contribution is divided by ``|x_t|^(2 tempering)``; 0 for none, 1 for inputs of unit norm.
+    It prevents massive activations from dominating a Gram. gram_share: for fisher, the share of the input Gram in the
+    matrix, from 0 to below 1, after each of the two is divided by its mean diagonal.
     """
 
     kind: str = "gram"
@@ -38,4 +38,4 @@ class CurvatureChoice:
         if not 0 <= self.gram_share < 1:
             raise FewbitError(f"gram share must be from 0 to below 1, not {self.gram_share}")
         if self.gram_share and self.kind != "fisher":
-            raise FewbitError("gram share: only a fisher can be mixed with a Gram")
+            raise FewbitError("gram share: only a Fisher can be mixed with a Gram")

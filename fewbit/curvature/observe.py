@@ -188,8 +188,8 @@ def _check_side(layer: Watched, use: _Use) -> None:
     if as_stored == layer.transposed:
         kind = "(out, in)" if as_stored else "(in, out)"
         raise FewbitError(
-            f"{layer.key}: the network holds it as {kind}, the shapes of the checkpoint were read the other way: keep "
-            "it with --exclude"
+            f"{layer.key}: the network stores it as {kind}, which is the transpose of what the checkpoint's shapes "
+            "suggest: keep it with --exclude"
         )
 
 

@@ -1,4 +1,4 @@
-"""A measured curvature on disk: one file a block, written as it is measured, and a description that is checked."""
+"""A measured curvature on disk: one file per block, written as soon as it is measured, and a checked description."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ _SAMPLE_BYTES = 4096
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What says that a curvature belongs to a model: the shapes of all tensors, and a sample of the weights."""
+    """Identifies the model of a curvature: the shapes of all tensors, and a sample of the weights."""
     return {
         "model_type": checkpoint.config.get("model_type"),
         "bytes": checkpoint.bytes,
@@ -44,7 +44,7 @@ def model_fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _sample(checkpoint: Checkpoint) -> str:
-    """SHA-256 of a stretch from the middle of every tensor: fine-tunes differ in it, copies do not."""
+    """SHA-256 of a slice from the middle of every tensor; it differs between fine-tunes and agrees between copies."""
     digest = hashlib.sha256()
     with FileReader() as reader:
         for name in sorted(checkpoint.entries):
@@ -65,7 +65,7 @@ class StoredCurvature:
 
     @property
     def files(self) -> list[Path]:
-        """The files of the blocks that there are."""
+        """The existing block files."""
         return [path for path in self.folder.iterdir() if _BLOCK.fullmatch(path.name)]
 
     def layers(self, index: int) -> set[str]:
@@ -77,7 +77,7 @@ class StoredCurvature:
         """Layer key -> float32 `(in, in)` of one block's layers."""
         path = _block_path(self.folder, index)
         if not path.is_file():
-            raise FewbitError(f"{path}: missing: the measurement was not finished; run fewbit curvature again")
+            raise FewbitError(f"{path}: missing, because the measurement did not finish: run fewbit curvature again")
         found: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
@@ -90,13 +90,13 @@ class StoredCurvature:
 
 
 class CurvatureWriter:
-    """A curvature folder that is being filled; a block that is there already is whole."""
+    """A curvature folder that is being written; every block file in it is complete."""
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, choice: CurvatureChoice, calibration: dict[str, Any]):
-        """Begin a folder or go on with one, whenever the process that filled it was killed.
+        """Start a folder or resume one, at whatever point the process that wrote it was killed.
 
-        calibration: what the measurement sees, with the number of `blocks`. Raises FewbitError when the folder holds
-        blocks of another measurement, or anything that no measurement puts there.
+        calibration: what is measured, with the number of `blocks`. Raises FewbitError if the folder contains blocks of
+        another measurement, or any other files.
         """
         self.folder = folder
         self._blocks = int(calibration["blocks"])
@@ -120,7 +120,7 @@ class CurvatureWriter:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        """A measurement that an exception ended before its first block leaves nothing."""
+        """If an exception ends the measurement before its first block, nothing is left behind."""
         if kind is None or any(_BLOCK.fullmatch(path.name) for path in self.folder.iterdir()):
             return
         for path in list(self.folder.iterdir()):
@@ -133,11 +133,11 @@ class CurvatureWriter:
         before = read_json(self.folder / _DESCRIPTION)
         if not isinstance(before, dict):
             raise FewbitError(
-                f"{self.folder}: holds blocks without a whole {_DESCRIPTION}: choose another name, or remove it"
+                f"{self.folder}: contains blocks but no complete {_DESCRIPTION}: choose another name, or remove it"
             )
         if before != header:
             what = differences(before, header)
-            raise FewbitError(f"{self.folder}: holds another curvature ({what}): choose another name, or remove it")
+            raise FewbitError(f"{self.folder}: contains another curvature ({what}): choose another name, or remove it")
         files = read_json(self.folder / _MEASURING)
         if isinstance(files, dict) and files != measuring:
             raise FewbitError(
@@ -150,7 +150,9 @@ class CurvatureWriter:
         return _block_path(self.folder, index).is_file()
 
     def put(self, index: int, sums: dict[str, Tensor], shared: dict[str, str]) -> None:
-        """Write one block's matrices; after the last one nothing is left that is not part of the curvature."""
+        """Write the matrices of one block; after the last one, all files that are not part of the curvature are
+        removed.
+        """
         path = _block_path(self.folder, index)
         save_whole({name: tensor.cpu() for name, tensor in sums.items()}, path, {"shared": json.dumps(shared)})
         if self._is_whole():
@@ -163,46 +165,50 @@ class CurvatureWriter:
 
 
 def check_curvature_place(folder: Path, checkpoint: Checkpoint) -> None:
-    """FewbitError when a curvature cannot be kept in `folder`: a link, or one that holds anything else."""
+    """Raises FewbitError if a curvature cannot be stored in `folder`: a link, or a folder with other files."""
     check_place(folder, checkpoint.folder)
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise FewbitError(f"{folder}: is a file: name a folder for the curvature")
+        raise FewbitError(f"{folder}: is a file: give a folder for the curvature")
     for path in folder.iterdir():
         name = path.name
         own = name in (_DESCRIPTION, _MEASURING) or _BLOCK.fullmatch(name) or _SCRATCH.fullmatch(name)
         if not is_of_the_system(name) and not (own and path.is_file() and not path.is_symlink()):
-            raise FewbitError(f"{folder}: holds {name}, which is no part of a curvature: choose another name")
+            raise FewbitError(f"{folder}: contains {name}, which is not part of a curvature: choose another name")
 
 
 def open_curvature(folder: Path, checkpoint: Checkpoint) -> StoredCurvature:
-    """Open a stored curvature for a model; FewbitError when it is of another model, shape or version."""
+    """Open a stored curvature for a model. Raises FewbitError if it has another model, shape or version."""
     path = folder / _DESCRIPTION
     if not path.is_file():
-        raise FewbitError(f"{folder}: no curvature here: make one with  fewbit curvature MODEL {folder}")
+        raise FewbitError(f"{folder}: contains no curvature: make one with  fewbit curvature MODEL {folder}")
     data = read_json(path)
     if not isinstance(data, dict) or "version" not in data:
-        raise FewbitError(f"{path}: damaged (no description of a curvature): measure again")
+        raise FewbitError(f"{path}: damaged (no description of a curvature): measure it again")
     if data.get("version") != VERSION:
         raise FewbitError(
-            f"{folder}: curvature version {data.get('version')}, this fewbit reads {VERSION}: measure again"
+            f"{folder}: curvature version {data.get('version')}, but this fewbit reads {VERSION}: measure it again"
         )
     wanted, found = model_fingerprint(checkpoint), data.get("model")
     if wanted != found:
         kinds = ("model_type", "tensors", "bytes", "sample")
         differs = next((k for k in kinds if not isinstance(found, dict) or wanted[k] != found.get(k)), "tensors")
-        raise FewbitError(f"{folder}: was measured on another model (its {differs} differs): measure this one")
+        raise FewbitError(
+            f"{folder}: was measured on another model (its {differs} differs): measure the curvature of this model"
+        )
     try:
         choice, calibration = CurvatureChoice(**data["choice"]), dict(data["calibration"])
         blocks = int(calibration["blocks"])
     except (ValueError, KeyError, TypeError) as error:
-        raise FewbitError(f"{path}: damaged ({error}): measure again") from error
+        raise FewbitError(f"{path}: damaged ({error}): measure it again") from error
     # Counted from what is there: a number in a file may be any number.
     there = {entry.name for entry in folder.iterdir()}
     missing = next((i for i in range(min(blocks, len(there) + 1)) if _block_path(folder, i).name not in there), None)
     if missing is not None or blocks < 1:
-        raise FewbitError(f"{folder}: block {(missing or 0) + 1} is not measured: run the same fewbit curvature again")
+        raise FewbitError(
+            f"{folder}: block {(missing or 0) + 1} is not measured: run the same fewbit curvature command again"
+        )
     return StoredCurvature(folder, choice, calibration)
 
 

@@ -1,7 +1,7 @@
-"""Are two models' losses the same within a margin? Two one-sided t-tests (TOST; Schuirmann 1987).
+"""Two one-sided t-tests (TOST; Schuirmann 1987): are the losses of two models equal within a margin?
 
-A test that finds no difference says nothing about sameness. TOST turns it round: its null hypothesis is a difference of
-at least the margin, and a small p rejects that.
+A test that finds no difference does not show equality. TOST reverses the question: its null hypothesis is a difference
+of at least the margin, and a small p rejects that.
 """
 
 import math
@@ -49,7 +49,7 @@ class Equivalence:
 def equivalence(mean: float, standard_error: float, degrees: float, margin: float, alpha: float = 0.05) -> Equivalence:
     """TOST of a mean difference with a standard error of `degrees` degrees of freedom, against ±`margin`."""
     if margin <= 0 or not 0 < alpha < 0.5 or degrees <= 0:
-        raise FewbitError("an equivalence test needs a margin above 0, an alpha from 0 to 0.5 and 2 or more values")
+        raise FewbitError("an equivalence test needs a margin above 0, an alpha from 0 to 0.5 and at least 2 values")
     if standard_error <= 0:
         # No spread at all: the difference is what it is.
         inside = abs(mean) < margin
@@ -95,7 +95,7 @@ def paired_with_runs(
 def moments(values: Sequence[float]) -> tuple[float, float]:
     """Mean and unbiased variance; FewbitError for fewer than two values."""
     if len(values) < 2:
-        raise FewbitError(f"an equivalence test needs 2 or more values, not {len(values)}: take more windows or seeds")
+        raise FewbitError(f"an equivalence test needs at least 2 values, not {len(values)}: use more windows or seeds")
     mean = math.fsum(values) / len(values)
     return mean, math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
 

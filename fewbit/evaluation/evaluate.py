@@ -1,4 +1,4 @@
-"""`fewbit eval`: perplexity of models and their distance from the original, window by window; accuracy on tasks."""
+"""`fewbit eval`: perplexity of models, their divergence from the original, and accuracy on tasks."""
 
 import time
 from collections.abc import Sequence
@@ -41,23 +41,24 @@ def evaluate(
     """Evaluate models on a text, on tasks, or on both.
 
     models: one or several, as for :func:`fewbit.load`. data: as for :func:`fewbit.evaluation.text.read_text`.
-    reference: the original, for the distance of each model from it on the text. rounded: what rounding the weights and
-    inputs of the originals among the models to 8 bits does to their loss on the text, each in a row of its own.
-    Returns ``{"models": [...], "protocol": {...}, "versions": {...}}`` with the stable keys of `docs/guide.md`.
-    Raises FewbitError for bad input.
+    reference: the original, with which each model is compared on the text. rounded: also evaluate the originals among
+    the models with 8-bit weights and inputs, each in a separate row.
+
+    Returns ``{"models": [...], "protocol": {...}, "versions": {...}}`` with the stable keys of `docs/guide.md`. Raises
+    FewbitError for bad input.
     """
     names = [models] if isinstance(models, str | Path) else list(models)
     if not names:
-        raise FewbitError("name at least one model to evaluate")
+        raise FewbitError("give at least one model to evaluate")
     if data is None and tasks is None:
-        raise FewbitError("nothing to measure: give --data, --tasks or both")
+        raise FewbitError("nothing to evaluate: give --data, --tasks or both")
     if data is None and reference is not None:
-        raise FewbitError("the distance from --reference is measured on a text: give --data too")
+        raise FewbitError("--reference compares models on a text: give --data too")
     if data is None and rounded is not None:
-        raise FewbitError("--w8a8 is measured on a text: give --data too")
+        raise FewbitError("--w8a8 is evaluated on a text: give --data too")
     originals = [name for name in names if rounded is not None and is_original(name)]
     if rounded is not None and not originals:
-        raise FewbitError("--w8a8 rounds an original's weights and inputs: name one, these are quantized already")
+        raise FewbitError("--w8a8 needs an original model, but the given models are all quantized: add an original")
     protocol = protocol or Protocol()
     text = read_text(data, progress) if data is not None else None
     opened = open_tasks(tasks) if tasks is not None else None

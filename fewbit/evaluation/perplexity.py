@@ -1,4 +1,4 @@
-"""Perplexity by a named protocol, and the distance of a model's predictions from the original's.
+"""Perplexity by a fixed protocol, and the divergence of a model's predictions from the original's.
 
 All sums are in float32 or wider, whatever the model's dtype.
 """
@@ -19,12 +19,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Protocol:
-    """How text becomes windows.
+    """How text is cut into windows and scored.
 
-    sequence_length: tokens a window. windows: how many, from the start; 0 for all whole ones. bos: auto (as the
-    tokenizer does), always or never. With BOS a window is the BOS and the first `sequence_length - 1` of its tokens,
-    all of them scored; without, its first token is not scored. dtype: what models run in: auto (their own) or one of
-    DTYPES. A model's own bfloat16 has a rounding of its own; float32 shows smaller differences.
+    sequence_length: tokens per window. windows: how many, from the start of the text; 0 for all complete ones. bos:
+    auto (if the tokenizer adds one), always or never. With a BOS, a window is the BOS and `sequence_length - 1` tokens,
+    and all of these tokens are scored. Without, the first token of a window is not scored. dtype: the dtype of the
+    computation: auto (the model's own) or one of DTYPES. bfloat16 adds rounding errors of its own; float32 shows
+    smaller differences.
     """
 
     sequence_length: int = 1024
@@ -44,22 +45,22 @@ class Protocol:
 
     @property
     def torch_dtype(self) -> Any:
-        """As `fewbit.load` takes it."""
+        """The dtype as `fewbit.load` takes it."""
         return DTYPES.get(self.dtype, "auto")
 
 
 def cut_windows(token_ids: Tensor, protocol: Protocol, bos_id: int | None) -> Tensor:
-    """Non-overlapping windows `(windows, sequence_length)` of token ids `(tokens,)`, each behind a BOS if one is given.
+    """Non-overlapping windows `(windows, sequence_length)` of token ids `(tokens,)`, each after a BOS if one is given.
 
-    Raises FewbitError when there are fewer tokens than asked for.
+    Raises FewbitError if there are too few tokens.
     """
     length = protocol.sequence_length
     available = token_ids.numel() // length
     wanted = protocol.windows or available
     if wanted < 1 or wanted > available:
         raise FewbitError(
-            f"the text has {token_ids.numel():,} tokens, {available} windows of {length}; "
-            f"asked for {max(wanted, 1)}: take fewer or shorter windows, or more text"
+            f"the text has {token_ids.numel():,} tokens, which is {available} windows of {length}, but "
+            f"{max(wanted, 1)} were requested: use fewer or shorter windows, or more text"
         )
     windows = token_ids[: wanted * length].view(wanted, length)
     if bos_id is not None:
@@ -96,11 +97,11 @@ class Totals:
 
 
 def check_finite(value: float, name: str, what: str = "loss") -> None:
-    """FewbitError, naming the model, for a figure that is NaN or infinite."""
+    """Raises FewbitError with the model's name for a value that is NaN or infinite."""
     if not math.isfinite(value):
         raise FewbitError(
-            f"{name}: its {what} is {value}, not a number to report: its logits overflow, or its weights are damaged: "
-            "try --dtype float32 (float16 overflows in many models that were trained in bfloat16)"
+            f"{name}: its {what} is {value}: its logits overflow, or its weights are damaged: try --dtype float32 "
+            "(float16 overflows in many models that were trained in bfloat16)"
         )
 
 

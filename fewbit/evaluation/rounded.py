@@ -32,7 +32,9 @@ class RoundedChoice:
     def __post_init__(self) -> None:
         unknown = [name for name in self.names if name not in NAMED]
         if unknown or not self.names:
-            raise FewbitError(f"--w8a8 must be of {', '.join(NAMED)}, not {', '.join(unknown) or 'nothing'}")
+            raise FewbitError(
+                f"--w8a8 must be one or more of {', '.join(NAMED)}, not {', '.join(unknown) or 'nothing'}"
+            )
 
     @property
     def calibrated(self) -> bool:
@@ -41,7 +43,7 @@ class RoundedChoice:
 
     @property
     def choices(self) -> dict[str, ActivationChoice]:
-        """What is asked for, by name."""
+        """The requested choices by name."""
         return {name: NAMED[name] for name in self.names}
 
 
@@ -54,7 +56,7 @@ def choose_rounded(names: str | None, text: dict[str, Any]) -> RoundedChoice | N
     wanted = tuple(name.strip() for name in (names or "").split(",") if name.strip())
     rounded = RoundedChoice(wanted, choice_from(given)) if names is not None else None
     if given and (rounded is None or not rounded.calibrated):
-        raise FewbitError(f"{flags(given)}: only --w8a8 w8a8 and smoothquant are measured on text")
+        raise FewbitError(f"{flags(given)}: only --w8a8 w8a8 and smoothquant use a calibration set: omit these options")
     return rounded
 
 

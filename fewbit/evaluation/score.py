@@ -1,4 +1,4 @@
-"""Score a model in memory on windows of tokens: its loss, and its distance from the original's predictions."""
+"""Score a loaded model on windows of tokens: its loss, and the divergence from the original's predictions."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Step = Callable[[str], None]
 
 
 class Original:
-    """The original's logits, kept in memory when they fit into half of what is free, else computed each time."""
+    """The original's logits, stored in memory if they fit into half of the free memory, else recomputed."""
 
     def __init__(
         self, name: str | Path, windows: Tensor, device: str | None, step: Step | None = None, dtype: Any = "auto"
@@ -61,7 +61,7 @@ def window_logits(model: Any, window: Tensor) -> Tensor:
 
 
 def window_losses(model: Any, windows: Tensor, name: str, step: Step | None = None) -> list[float]:
-    """Mean next-token loss of every window, in nats a token; FewbitError when one is no number to report."""
+    """Mean next-token loss of every window, in nats per token. Raises FewbitError if one is NaN or infinite."""
     found = []
     for window in windows:
         totals = Totals()
@@ -77,10 +77,10 @@ def window_losses(model: Any, windows: Tensor, name: str, step: Step | None = No
 def score(
     model: Any, windows: Tensor, original: Original | None, name: str, step: Step | None = None
 ) -> dict[str, float]:
-    """Loss of `model` in nats a token; with an original also KL from it, in nats a token.
+    """Loss of `model` in nats per token; with an original also the KL divergence from it, in nats per token.
 
     Returns ``perplexity, nll`` and ``kl_mean, kl_p99, top1_agreement, perplexity_ratio``. `name` is for messages.
-    Raises FewbitError when the loss is no number to report.
+    Raises FewbitError if the loss is NaN or infinite.
     """
     totals, baseline = Totals(), Totals()
     for index, window in enumerate(windows):
@@ -88,7 +88,7 @@ def score(
         expected = original.logits(index) if original is not None else None
         logits = window_logits(model, window)
         if expected is not None and expected.shape != logits.shape:
-            raise FewbitError(f"{name}: its vocabulary is not the reference's: is it the same model?")
+            raise FewbitError(f"{name}: its vocabulary differs from that of the reference: is it the same model?")
         totals.add(logits, targets, expected)
         if expected is not None:
             baseline.add(expected.to(model.device), targets, None)
@@ -97,7 +97,7 @@ def score(
     nll = totals.nll / totals.tokens
     check_finite(nll, name)
     if nll > 700:
-        raise FewbitError(f"{name}: its loss is {nll}, not a number to report: are the weights damaged?")
+        raise FewbitError(f"{name}: its loss is {nll}: are the weights damaged?")
     if original is not None:
         check_finite(baseline.nll, original.name)
     row: dict[str, float] = {"perplexity": math.exp(nll), "nll": nll}

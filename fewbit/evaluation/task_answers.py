@@ -1,4 +1,4 @@
-"""What a model answers to tasks: lm-eval's log-likelihoods and metrics of every question, and their means."""
+"""The answers of a model to tasks: lm-eval's log-likelihoods and metrics of every question, and their means."""
 
 import math
 from collections import defaultdict
@@ -17,10 +17,10 @@ _LARGEST_EXPONENT = 700.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model made of one question.
+    """The answer of a model to one question.
 
-    log_likelihoods: of each choice, in nats. greedy: whether each is what the model would have written.
-    metrics: lm-eval's, by name.
+    log_likelihoods: of each choice, in nats. greedy: whether the model would have generated each choice. metrics:
+    lm-eval's, by name.
     """
 
     log_likelihoods: tuple[float, ...]
@@ -30,18 +30,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class TaskAnswers:
-    """Answers in the order of the questions; how many choices did not fit and lost the beginning of their prompt."""
+    """Answers in the order of the questions, and the number of choices whose prompt was truncated at its beginning."""
 
     answers: list[Answer]
     truncated: int
 
 
 def summarize(answered: TaskAnswers) -> dict[str, Any]:
-    """The figures of one task.
+    """The results of one task.
 
-    ``metric``; ``accuracy`` (share, 0 to 1) and its ``standard_error``; ``acc_norm`` (log-likelihoods divided by the
-    choice's characters) and ``acc_norm_standard_error``, and ``perplexity`` (of the whole choice), where lm-eval
-    defines them; ``questions``; ``truncated``, how many choices lost the beginning of their prompt.
+    ``metric``; ``accuracy`` (from 0 to 1) and its ``standard_error``; ``acc_norm`` (log-likelihoods per character of
+    the choice) and ``acc_norm_standard_error``, and ``perplexity`` (of the whole choice), where lm-eval defines them;
+    ``questions``; ``truncated``, the number of choices whose prompt was truncated at its beginning.
     """
     values = {key: [one.metrics[key] for one in answered.answers] for key in answered.answers[0].metrics}
     row: dict[str, Any] = {"metric": "acc", "accuracy": _mean(values["acc"])}
@@ -59,10 +59,11 @@ def summarize(answered: TaskAnswers) -> dict[str, Any]:
 def answer_tasks(
     model: Any, tokenizer: Any, opened: OpenTasks, step: Callable[[], None] | None = None
 ) -> dict[str, TaskAnswers]:
-    """Put every question to a model.
+    """Evaluate a model on every question.
 
     model: a transformers model, any dtype. step: called after each log-likelihood, :attr:`OpenTasks.requests` times.
-    Raises FewbitError when an answer is not a number or a choice alone does not fit into the model's positions.
+    Raises FewbitError if a log-likelihood is NaN or infinite, or if a choice alone is longer than the model's maximum
+    length.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -87,7 +88,7 @@ def _answer(harness: Any, name: str, task: Any) -> TaskAnswers:
             raise
         raise FewbitError(f"the model cannot answer {name} ({first_line(error)})") from error
     if not all(math.isfinite(likelihood) for likelihood, _ in replies):
-        raise FewbitError(f"a log-likelihood of {name} is not a finite number: are the weights damaged?")
+        raise FewbitError(f"a log-likelihood of {name} is NaN or infinite: are the weights damaged?")
     for request, reply in zip(task.instances, replies, strict=True):
         request.resps = [reply]
     task.apply_filters()
@@ -108,7 +109,7 @@ def _by_question(task: Any) -> list[Answer]:
 
 
 class _Steps:
-    """Stands where lm-eval keeps a cache of answers: it is told of every one as it comes."""
+    """Takes the place of lm-eval's cache of answers, and is notified of each answer."""
 
     def __init__(self, step: Callable[[], None] | None) -> None:
         self._step = step
@@ -119,7 +120,7 @@ class _Steps:
 
 
 def _count_truncated(harness: Any, name: str, task: Any) -> int:
-    """How many requests are longer than the model's positions; lm-eval cuts those at their beginning."""
+    """How many requests exceed the model's maximum length; lm-eval truncates those at their beginning."""
     cut = 0
     for context, continuation in (request.args for request in task.instances):
         # No tokenizer makes more tokens than bytes, a special token at either end apart.
@@ -127,7 +128,9 @@ def _count_truncated(harness: Any, name: str, task: Any) -> int:
             continue
         whole = len(harness.tok_encode(context + continuation))
         if whole - len(harness.tok_encode(context.rstrip())) > harness.max_length:
-            raise FewbitError(f"a choice of {name} has more tokens than the model has positions ({harness.max_length})")
+            raise FewbitError(
+                f"a choice of {name} is longer than the model's maximum length ({harness.max_length} tokens)"
+            )
         cut += whole > harness.max_length + 1
     return cut
 

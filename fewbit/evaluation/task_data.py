@@ -1,7 +1,7 @@
 """Questions of the tasks from local files, in the columns that lm-eval's task definitions read.
 
-A file is JSON lines, a question a line, either with the columns of the data set on the hub or in the form that the
-task's authors publish; which those are stands in :data:`TASKS`.
+A file is JSON lines with one question per line, either with the columns of the data set on the hub or in the form that
+the task's authors published; :data:`TASKS` lists both.
 """
 
 import hashlib
@@ -37,10 +37,10 @@ class Questions:
 
 
 def read_questions(folder: Path, task: str) -> Questions:
-    """Read `TASK.jsonl`, or else the one `TASK_*.jsonl`, in `folder`.
+    """Read `TASK.jsonl`, or otherwise the only `TASK_*.jsonl`, in `folder`.
 
-    task: a name in :data:`TASKS`. Raises FewbitError that names the folder, or the file and the line, when there is no
-    such file, more than one, or a line is no question of this task.
+    task: a name in :data:`TASKS`. Raises FewbitError with the folder, or the file and the line, if there is no such
+    file, more than one, or a line that is not a question of this task.
     """
     path = _find(folder, task)
     source = TASKS[task]
@@ -58,21 +58,25 @@ def read_questions(folder: Path, task: str) -> Questions:
                 f"{path}:{number}: not a question of {task} ({reason}): a line needs {source.needs}"
             ) from error
     if not rows:
-        raise FewbitError(f"{path}: no questions in it")
+        raise FewbitError(f"{path}: contains no questions")
     return Questions(path, digest.hexdigest(), rows)
 
 
 def _find(folder: Path, task: str) -> Path:
     if not folder.is_dir():
-        raise FewbitError(f"{folder}: no such folder: --task-data takes one that holds the questions as TASK*.jsonl")
+        raise FewbitError(
+            f"{folder}: no such folder: --task-data needs a folder with the questions in TASK*.jsonl files"
+        )
     if (exact := folder / f"{task}.jsonl").is_file():
         return exact
     found = sorted(folder.glob(f"{task}_*.jsonl"))
     if not found:
-        raise FewbitError(f"{folder}: no file {task}.jsonl or {task}_*.jsonl in it: put the questions of {task} there")
+        raise FewbitError(
+            f"{folder}: contains no file {task}.jsonl or {task}_*.jsonl: put the questions of {task} there"
+        )
     if len(found) > 1:
         names = " and ".join(path.name for path in found[:2])
-        raise FewbitError(f"{folder}: {names} could both be {task}: name the one to use {task}.jsonl")
+        raise FewbitError(f"{folder}: {names} could both be {task}: rename the one to use to {task}.jsonl")
     return found[0]
 
 
@@ -82,7 +86,7 @@ def _json_object(line: str) -> Row:
         if "\\u" in line:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError("half of a surrogate pair in it") from error
+        raise ValueError("it contains half of a surrogate pair") from error
     except (ValueError, RecursionError) as error:
         raise ValueError("not JSON") from error
     if not isinstance(row, dict):
@@ -93,14 +97,14 @@ def _json_object(line: str) -> Row:
 def _text(row: Row, key: str) -> str:
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key} is {value!r}, not a text")
+        raise ValueError(f"{key} is {value!r}, not a string")
     return value
 
 
 def _choices(row: Row, key: str) -> list[str]:
     values = row[key]
     if not isinstance(values, list) or len(values) < 2:
-        raise ValueError(f"{key} is no list of two or more")
+        raise ValueError(f"{key} is not a list of at least two")
     return [_text({key: value}, key) for value in values]
 
 

@@ -1,6 +1,6 @@
-"""Tasks as lm-eval defines them, with their questions, ready to be put to any number of models; no examples shown.
+"""lm-eval's tasks with their questions, ready to be run on any number of models, zero-shot.
 
-The questions come from the hub, or from local files; only their source changes then, not what the model is shown.
+The questions come from the hub or from local files. Only their source differs, not the prompts.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from fewbit.quiet import quiet_loggers
 
 @dataclass(frozen=True)
 class TaskChoice:
-    """Which questions are asked.
+    """Which tasks and questions to evaluate.
 
-    names: of :data:`fewbit.evaluation.task_data.TASKS`. data: a folder with their questions, None for the hub.
-    limit: the first so many questions of each, 0 for all. Raises FewbitError for what is not a choice.
+    names: of :data:`fewbit.evaluation.task_data.TASKS`. data: a folder with the questions, None for the hub. limit: use
+    only the first N questions of each task, 0 for all. Raises FewbitError for an invalid choice.
     """
 
     names: tuple[str, ...]
@@ -31,9 +31,9 @@ class TaskChoice:
     def __post_init__(self) -> None:
         for name in self.names:
             if name not in TASKS:
-                raise FewbitError(f"no task {name!r}: there are {', '.join(TASKS)}")
+                raise FewbitError(f"no task {name!r}: choose from {', '.join(TASKS)}")
         if not self.names or len(set(self.names)) < len(self.names):
-            raise FewbitError(f"tasks are named once each, from {', '.join(TASKS)}")
+            raise FewbitError(f"each task can be named only once; the tasks are {', '.join(TASKS)}")
         if self.limit < 0:
             raise FewbitError(f"the number of questions cannot be {self.limit}")
 
@@ -43,13 +43,13 @@ def choose_tasks(names: str | None, data: Path | None, limit: int) -> TaskChoice
     if names is not None:
         return TaskChoice(tuple(name.strip() for name in names.split(",")), data, limit)
     if data is not None or limit:
-        raise FewbitError("--task-data and --task-limit go with --tasks: name the tasks")
+        raise FewbitError("--task-data and --task-limit need --tasks: name the tasks")
     return None
 
 
 @dataclass(frozen=True)
 class OpenTasks:
-    """lm-eval's tasks with their questions, ready to be put to any number of models."""
+    """lm-eval's tasks with their questions, ready to be run on any number of models."""
 
     choice: TaskChoice
     tasks: dict[str, Any]
@@ -57,11 +57,11 @@ class OpenTasks:
 
     @property
     def requests(self) -> int:
-        """How many log-likelihoods one model is asked for."""
+        """Number of log-likelihoods that one model has to compute."""
         return sum(len(task.instances) for task in self.tasks.values())
 
     def protocol(self) -> dict[str, Any]:
-        """What fixes the figures, for the report."""
+        """Everything that determines the results, for the report."""
         data = {
             name: {"file": self.files[name].path.name, "sha256": self.files[name].sha256}
             if name in self.files
@@ -73,14 +73,14 @@ class OpenTasks:
             "shots": 0,
             "limit": self.choice.limit,
             "data": data,
-            "log_likelihood": "sum over the choice's tokens, float32; BOS as the tokenizer",
+            "log_likelihood": "sum over the tokens of the choice, float32; BOS if the tokenizer adds one",
         }
 
 
 def open_tasks(choice: TaskChoice) -> OpenTasks:
-    """Read the questions and build every prompt.
+    """Read the questions and build all prompts.
 
-    Raises FewbitError for a file that is missing or wrong, a hub that cannot be reached, or no lm-eval.
+    Raises FewbitError if a file is missing or invalid, if the hub cannot be reached, or if lm-eval is not installed.
     """
     files = {name: read_questions(choice.data, name) for name in choice.names} if choice.data is not None else {}
     try:
@@ -112,8 +112,8 @@ def _load(manager: Any, name: str, questions: Questions | None) -> Any:
         if questions is not None or (isinstance(error, RuntimeError) and "script" not in str(error)):
             raise
         raise FewbitError(
-            f"{name}: its questions cannot be fetched from the hub ({first_line(error)}): give a folder that holds "
-            f"them with --task-data"
+            f"{name}: its questions cannot be fetched from the hub ({first_line(error)}): give a folder with the "
+            "questions (--task-data)"
         ) from error
 
 

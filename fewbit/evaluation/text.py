@@ -1,4 +1,4 @@
-"""Evaluation text: files, folders or a hub data set, joined into one text that is read in pieces."""
+"""Evaluation text: files, folders or a hub data set, joined into one text that is read in chunks."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator

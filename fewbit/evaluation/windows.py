@@ -1,4 +1,4 @@
-"""The windows of an evaluation text, in a model's own tokenizer."""
+"""The windows of an evaluation text, tokenized by a model's own tokenizer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,16 +21,16 @@ Progress = Callable[[int, int, str], None]
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model's folder; FewbitError when there is none that transformers can read."""
+    """The tokenizer of a model's folder. Raises FewbitError if there is none that transformers can read."""
     open_checkpoint(folder)
     return open_tokenizer(folder)
 
 
 def read_windows(folder: Path, text: Text, protocol: Protocol, progress: Progress | None = None) -> tuple[Tensor, bool]:
-    """Windows `(windows, sequence_length)` of token ids, and whether each begins with a BOS.
+    """Windows `(windows, sequence_length)` of token ids, and whether each starts with a BOS.
 
-    Only as much of the text is tokenized as the windows take; conversations become text by the tokenizer's template.
-    Raises FewbitError when the folder has no usable tokenizer or the text is too short.
+    Only as much of the text is tokenized as the windows need; conversations are rendered by the tokenizer's chat
+    template. Raises FewbitError if the folder has no usable tokenizer or the text is too short.
     """
     tokenizer = read_tokenizer(folder)
     rows = vocabulary_rows(open_checkpoint(folder))
@@ -56,7 +56,7 @@ def read_windows(folder: Path, text: Text, protocol: Protocol, progress: Progres
 
 
 def vocabulary_rows(checkpoint: Checkpoint) -> int:
-    """Rows of a model's embedding by its config; 0 where that does not say."""
+    """Rows of a model's embedding according to its config; 0 if the config does not say."""
     config = checkpoint.config
     inner = config.get("text_config")
     found = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else 0)

@@ -55,9 +55,9 @@ def _stored(weight: _Weight, schemes: list[Scheme]) -> StoredWeight:
     scheme = schemes[weight.scheme]
     rows, columns = weight.shape
     if columns % scheme.group_size:
-        raise ValueError(f"groups of {scheme.group_size} do not divide {columns} columns")
+        raise ValueError(f"group size {scheme.group_size} does not divide {columns} columns")
     if weight.original_shape is not None and math.prod(weight.original_shape) != rows * columns:
-        raise ValueError("original_shape does not fit shape")
+        raise ValueError("original_shape does not match shape")
     if weight.outliers > rows * columns:
         raise ValueError("more outliers than weights")
     original = tuple(weight.original_shape) if weight.original_shape else None

@@ -1,7 +1,7 @@
 """The native format of one weight: named integer tensors <-> weights. `docs/format.md` is its specification.
 
-What stores the core is said by its grid, what stores outliers by theirs, and what stores a map of the inputs by the
-transform; here they come together.
+The grid defines how the core is stored, the outlier grid how outliers are stored, and the transform how a map of the
+inputs is stored. This module combines them.
 """
 
 import math

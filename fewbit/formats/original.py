@@ -24,7 +24,7 @@ def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: b
     if named is not None:
         original = open_checkpoint(locate(named))
         if original.quantization is not None:
-            raise FewbitError(f"{original.folder}: is quantized itself: --reference takes the original")
+            raise FewbitError(f"{original.folder}: is quantized itself: --reference must be the original model")
         check_original(quantized, original)
         return original
     report = _read(quantized.folder / REPORT)
@@ -39,8 +39,8 @@ def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: b
         # What the user typed then may mean another folder here and now.
         if original.quantization is None and original.bytes == size:
             return original
-    lost = f"its original, {name}, is not to be found from here" if name else "its report names no original"
-    raise FewbitError(f"{quantized.folder}: {lost}: give it with --reference")
+    lost = f"its original, {name}, cannot be found" if name else "its report names no original"
+    raise FewbitError(f"{quantized.folder}: {lost}: give the original with --reference")
 
 
 def check_original(quantized: Checkpoint, original: Checkpoint) -> None:
@@ -66,7 +66,7 @@ def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
             return f"has no {name} of that shape"
     packed = {name for module in weights for name in (module, f"{module}.weight")}
     more = [name for name in original.entries if name not in quantized.entries and name not in packed]
-    return f"has a {more[0]} more" if more else ""
+    return f"has an additional {more[0]}" if more else ""
 
 
 def shape_of(stored: Any) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
-"""BiLLM's signs and split as a grid: a code has two bits, the sign and which of two magnitudes.
+"""BiLLM's signs and split as a grid: a code has two bits, the sign and the choice of one of two magnitudes.
 
-Values: ``scale`` `(rows, groups, 4)`, the magnitudes of :mod:`fewbit.grids.binary`, and ``salient`` `(1, groups, g)`,
-1 in salient columns, which all rows of a weight share.
+Values: ``scale`` `(rows, groups, 4)`, the magnitudes of :mod:`fewbit.grids.binary`, and ``salient`` `(1, groups, g)`, 1
+in salient columns, which are the same for all rows of a weight.
 """
 
 import torch
@@ -92,7 +92,7 @@ def _refuses(scheme: Scheme) -> str | None:
 
 BINARY = Grid(
     "binary",
-    "a sign and one of two magnitudes, as BiLLM publishes it",
+    "a sign and one of two magnitudes, as in BiLLM",
     codes=lambda scheme: two_planes("second"),
     layout=_layout,
     fit=_fit,

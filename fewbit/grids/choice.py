@@ -1,4 +1,4 @@
-"""Which grid, and how its scales are stored, as a recipe says it."""
+"""The choice of a grid and of a scale format in a recipe."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,13 @@ COLUMN_WEIGHTS = ("none", "norm-gain")
 
 @dataclass(frozen=True)
 class GridChoice:
-    """name: what recipes call a grid of :data:`fewbit.grids.table.GRIDS`.
+    """The grid of a recipe.
 
-    bits: of a weight's code; None for the only width of a grid that has one, else 4. group_size: "auto" (the largest
-    divisor of a layer's columns up to 128), "row", a number, or several separated by commas, of which the first that
-    divides a layer's columns is taken ("64,auto"). search: which ranges to try for each group by least error; None for
-    plain min-max. column_weights: norm-gain weighs squared errors by the squared gain of the norm before the layer.
+    name: the name of a grid of :data:`fewbit.grids.table.GRIDS` in recipes. bits: bits per code; None means the only
+    width of a grid that has one, otherwise 4. group_size: "auto" (the largest divisor of a layer's columns up to 128),
+    "row", a number, or a comma-separated list, of which the first that divides the layer's columns is used ("64,auto").
+    search: the ranges to try for each group, of which the one with the least error is used; None for plain min-max.
+    column_weights: norm-gain weights squared errors by the squared gain of the norm before the layer.
     """
 
     name: str = "zero-point"
@@ -44,41 +45,43 @@ class GridChoice:
         check_group_size(self.group_size)
         check_name("column_weights", self.column_weights, COLUMN_WEIGHTS)
         if self.column_weights != "none" and self.search is None:
-            raise FewbitError("column_weights weigh the errors of the range search: turn it on with --clip-search")
+            raise FewbitError(
+                "column_weights weight the errors of the range search: turn the search on with --clip-search"
+            )
 
     @property
     def grid(self) -> Grid:
-        """The grid itself."""
+        """The grid object."""
         found = chosen_grid(self.name)
         assert found is not None
         return found
 
     @property
     def width(self) -> float:
-        """Bits of a weight's code."""
+        """Bits per code."""
         assert self.bits is not None
         return self.bits
 
     def refuses(self, recipe: Choices) -> str | None:
-        """Why this grid cannot be with the other axes' choices, or None."""
+        """Why this grid cannot be combined with the choices on the other axes, or None."""
         if self.width not in self.grid.widths:
             fit = [grid.choice for grid in GRIDS.values() if self.width in grid.widths]
-            return f"{self.width:g} bit goes with the grids {', '.join(fit)}, not with {self.name}: see --method adpq+"
+            return f"{self.width:g} bit needs one of the grids {', '.join(fit)}, not {self.name}: see --method adpq+"
         if self.grid.block_by_block and not recipe.solver.refit:
-            return f"the {self.name} grid is fitted block by block: no act-order, no static groups"
+            return f"the {self.name} grid is fitted block by block: omit --act-order and --static-groups"
         if self.grid.block_by_block and (recipe.outliers.rule != "none" or recipe.solver.kind != "column"):
-            return f"the {self.name} grid goes with the column solver and has salient columns for outliers"
+            return f"the {self.name} grid needs the column solver, and its salient columns replace outliers"
         if self.column_weights != "none" and recipe.curvature is not None:
-            return "column_weights stand in for a curvature: this method measures one"
+            return "column_weights replace a curvature, but this method measures one"
         return None
 
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """format: a name in :data:`fewbit.grids.scale_formats.SCALE_FORMATS`.
+    """How scales are stored.
 
-    statistic_bits: for statistics, of a scale and as many of a zero-point, with a second level of 64 bits for
-    `statistic_rows` rows.
+    format: a name in :data:`fewbit.grids.scale_formats.SCALE_FORMATS`. statistic_bits: for the format statistics, the
+    bits of a scale and of a zero-point, with a second level of 64 bits for every `statistic_rows` rows.
     """
 
     format: str = "float16"
@@ -92,16 +95,16 @@ class ScaleChoice:
 
     @property
     def kind(self) -> ScaleFormat:
-        """The format itself."""
+        """The format object."""
         return SCALE_FORMATS[self.format]
 
     def refuses(self, recipe: Choices) -> str | None:
-        """Why these scales cannot be with the other axes' choices, or None."""
+        """Why these scales cannot be combined with the choices on the other axes, or None."""
         if recipe.grid.grid.offset not in self.kind.offsets:
             fit = [grid.choice for grid in GRIDS.values() if grid.offset in self.kind.offsets]
-            return f"scale_format {self.format} goes with the grids {', '.join(fit)}, not with {recipe.grid.name}"
+            return f"scale_format {self.format} needs one of the grids {', '.join(fit)}, not {recipe.grid.name}"
         if self.kind.joins_groups and recipe.solver.refit:
-            return f"{self.format} scales join all groups of a row: grids cannot be refitted one by one"
+            return f"{self.format} scales share data among all groups of a row, so grids cannot be refitted one by one"
         return None
 
 
@@ -109,13 +112,13 @@ def check_group_size(text: str) -> None:
     """FewbitError unless `text` is a comma-separated list of auto, row and positive numbers."""
     for choice in str(text).split(","):
         if choice not in ("auto", "row") and not (choice.isdecimal() and int(choice) > 0):
-            raise FewbitError(f"group size must be a number, auto, row, or several (64,auto), not {text!r}")
+            raise FewbitError(f"group size must be a number, auto, row, or a list such as 64,auto, not {text!r}")
 
 
 def group_size_for(columns: int, choices: str, multiple: int = 1) -> int | None:
     """The group size of a layer with `columns` columns, or None if no choice divides them.
 
-    multiple: what a group size must be a multiple of, because so many weights of a row are rounded together.
+    multiple: the group size must be a multiple of this, the number of weights of a row that are rounded together.
     """
     for choice in choices.split(","):
         if choice == "row":

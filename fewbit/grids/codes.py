@@ -1,4 +1,4 @@
-"""How the dense codes of a weight are packed: the one place that knows.
+"""How the dense codes of a weight are packed. No other module knows this.
 
 Codes are a matrix: one for each weight `(rows, columns)`, or one for each run of weights that are rounded together.
 """
@@ -20,9 +20,10 @@ CODES = "codes"
 class CodeLayout:
     """A packing of dense codes.
 
-    room_bits: how many low bits of an outlier's code a dense code has room for at the outlier's own place; 0 where it
-    has none, and outliers are stored whole. layout(rows, columns): the parts of a weight of that shape. pack(codes):
-    the parts of uint8 codes. unpack(parts, rows, columns): the codes of a weight of that shape, contiguous.
+    room_bits: how many low bits of an outlier's code fit into the dense code at the outlier's position; 0 if none, and
+    outliers are then stored completely beside the codes. layout(rows, columns): the parts of a weight of that shape.
+    pack(codes): the parts of uint8 codes. unpack(parts, rows, columns): the codes of a weight of that shape,
+    contiguous.
     """
 
     room_bits: int

@@ -1,7 +1,7 @@
-"""Evenly spaced grids: one line a group, 2^b levels on it, with or without an offset.
+"""Evenly spaced grids: 2^b levels per group, with or without an offset.
 
-Values: ``scale`` and, where the grid has one, ``offset``, each `(rows, groups, 1)`. What is fitted are the ends of each
-group's range, ``low`` and ``high``.
+Values: ``scale`` and, if the grid has one, ``offset``, each `(rows, groups, 1)`. The ends of each group's range,
+``low`` and ``high``, are fitted.
 """
 
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def _fit(trial: Callable[[], Grid], groups: Groups, scheme: Scheme, search: Scal
 def _search_range(
     grid: Grid, groups: Groups, widest: tuple[Tensor, Tensor], scheme: Scheme, search: ScaleSearch
 ) -> tuple[Tensor, Tensor]:
-    """The range of each group, shrunk by the ratio with the least weighted error of the core."""
+    """The range of each group, shrunk by the ratio that gives the least weighted error of the core."""
     low, high = widest
     exact = _exact(grid, scheme)
     best_error = torch.full_like(low, float("inf"))
@@ -249,7 +249,7 @@ _TO_WHOLE = _Rounding(_codes_of_whole, _from_zero, _decode, partial(_through, Tr
 
 ZERO_POINT: Grid = _grid(
     "zero-point",
-    "evenly spaced, 0 always a level",
+    "evenly spaced with an integer zero-point, so 0 is a level",
     lambda low, high, bits: integer.zero_point_grid(low, high, bits)[0],
     _WHOLE,
     _TO_WHOLE,
@@ -260,7 +260,7 @@ SYMMETRIC: Grid = _grid(
 )
 MINIMUM: Grid = _grid(
     "minimum",
-    "evenly spaced from a real-valued minimum, as AdpQ publishes it",
+    "evenly spaced from a real-valued minimum, as in AdpQ",
     integer.minimum_grid,
     _MINIMUM,
     _Rounding(_codes_of_minimum, _from_minimum, _decode_minimum, _through_minimum),
@@ -268,7 +268,7 @@ MINIMUM: Grid = _grid(
 )
 REAL_ZERO: Grid = _grid(
     "real-zero",
-    "evenly spaced with a real-valued zero-point, as SpQR publishes it",
+    "evenly spaced with a real-valued zero-point, as in SpQR",
     integer.minimum_grid,
     _REAL,
     _Rounding(_codes_of_real, _from_zero, _decode, partial(_through, False)),

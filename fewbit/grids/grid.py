@@ -1,8 +1,8 @@
-"""What a grid is: the levels that weights are rounded to, how it is fitted, stored, and passed by a gradient.
+"""The interface of a grid: its levels, and how it is fitted, stored and differentiated.
 
-Weights are `x`, float32 `(rows, groups, g)`, or `(rows, k)` for k neighbouring columns of one group. Everything that
-fixes a grid is a mapping of names to tensors ("values") that broadcast over the last dimension of `x`:
-`(rows, groups, n)`, or `(rows, n)` beside the columns of one group.
+Weights are `x`, float32 `(rows, groups, g)`, or `(rows, k)` for k consecutive columns of one group. The parameters of a
+grid are a mapping from names to tensors ("values") that broadcast over the last dimension of `x`: `(rows, groups, n)`,
+or `(rows, n)` for the columns of one group.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ Parts = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class ScaleSearch:
-    """Which ranges or scales to try, as shares of the group's largest magnitude.
+    """Which ranges or scales to try, as fractions of the group's largest magnitude.
 
     error_power: the exponent of the error, 2 for squared error.
     """
@@ -37,14 +37,14 @@ class ScaleSearch:
             raise FewbitError(f"error_power must be above 0 and at most 16, not {self.error_power}")
 
     def ratios(self) -> list[float]:
-        """The shares, largest first."""
+        """The fractions, largest first."""
         count = round((self.largest - self.smallest) / self.step)
         return [self.largest - self.step * i for i in range(count + 1)]
 
 
 @dataclass(frozen=True)
 class Span:
-    """Which weights one code stands for: so many rows of one column, or so many neighbouring columns of one row."""
+    """Which weights share one code: this many rows of one column, or this many consecutive columns of one row."""
 
     rows: int = 1
     columns: int = 1
@@ -57,10 +57,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Groups:
-    """Weights to fit grids to: x `(rows, groups, g)` float32, 0 wherever `outside` (bool, outliers) is True.
+    """Weights to fit grids to: x `(rows, groups, g)` float32, with 0 wherever `outside` (bool, outliers) is True.
 
-    importance: c_j, what a squared error costs, broadcasts to x; None for 1. costs: what it costs once later columns
-    have made up for it, `(groups, g)`, where a solver knows.
+    importance: c_j, the cost of a squared error, broadcasts to x; None means 1. costs: the cost after later columns
+    have compensated for the error, `(groups, g)`, if the solver knows it.
     """
 
     x: Tensor
@@ -73,7 +73,7 @@ class Groups:
 class Fitted:
     """A grid fitted to the groups of some rows.
 
-    parts: the tensors that store it. values: what a reader will see, rounded as it is stored.
+    parts: the tensors that store it. values: its parameters as a reader decodes them, with the rounding of storage.
     """
 
     scheme: Scheme
@@ -97,24 +97,25 @@ def _as_they_are(values: Values) -> Values:
 class Grid:
     """One kind of grid; an entry of :data:`fewbit.grids.table.GRIDS`.
 
-    name: in files. called: in recipes and on the command line, where that is another name. summary: one line for help.
-    widths: the bits that it can have, the first of them without being asked where there is one only.
-    codes(scheme): how dense codes are packed. layout(scheme, rows, groups): parts beside the codes.
-    fit(groups, scheme, search): what to store, chosen in full precision: values `(rows, groups, n)`.
-    settle(wanted, scheme, stored): those values as stored; without `stored` the parts are not made.
-    restore(values, scheme): parts from values as :meth:`read` gives them, changed by training.
+    name: its name in files. called: its name in recipes and on the command line, if different. summary: one line for
+    help. widths: the bit-widths that it supports; if there is only one, it is the default.
+    codes(scheme): how dense codes are packed. layout(scheme, rows, groups): the parts stored beside the codes.
+    fit(groups, scheme, search): the parameters, in full precision: values `(rows, groups, n)`.
+    settle(wanted, scheme, stored): these values with the rounding of storage; the parts are made only if `stored`.
+    restore(values, scheme): the parts for values from :meth:`read` that training has changed.
     read(parts, scheme, groups): the values of a stored weight.
-    encode(x, values, scheme): codes (uint8) and decoded weights. round(x, values, scheme): the decoded ones alone, the
-    solver's step. decode(codes, values, scheme): the inverse; differentiable in the values.
-    through(latent, values, scheme): what :attr:`round` gives, passed by gradients to `latent` and to the values.
-    step(values, scheme): the distance between neighbouring levels, broadcasts over x.
-    neighbours(x, values, scheme): for decoded x the levels below and above each.
-    refuses(scheme): why a scheme cannot be, or None. trial(scheme): the scheme in which ranges are tried, unrounded.
-    levels(bits): the codebook that a scheme of that width holds.
-    span: which weights one code stands for. spread: values of one group with those that differ by column set out
-    column by column, under the names `by_column`.
-    joins_rows: something is stored once for all rows of a weight. block_by_block: fitted only as the solver enters a
-    group. offset: what is stored beside scales: "", zero (an integer), real, or minimum (in the weights' own units).
+    encode(x, values, scheme): codes (uint8) and decoded weights. round(x, values, scheme): only the decoded weights, as
+    one step of the solver. decode(codes, values, scheme): the inverse of encode; differentiable in the values.
+    through(latent, values, scheme): the result of :attr:`round`, with gradients for `latent` and for the values.
+    step(values, scheme): the distance between neighbouring levels; broadcasts over x.
+    neighbours(x, values, scheme): for decoded x, the next lower and the next higher level.
+    refuses(scheme): why a scheme is not possible, or None. trial(scheme): the grid and scheme in which ranges are
+    searched, without the rounding of storage. levels(bits): the codebook of a scheme of that width.
+    span: which weights share one code. spread: the values of one group, with those that differ between columns
+    expanded column by column, under the names `by_column`.
+    joins_rows: something is stored once for all rows of a weight. block_by_block: the grid is fitted only when the
+    solver reaches a group. offset: what is stored beside scales: "" (nothing), zero (an integer zero-point), real (a
+    real-valued zero-point), or minimum (in units of the weights).
     """
 
     name: str
@@ -145,7 +146,7 @@ class Grid:
 
     @property
     def choice(self) -> str:
-        """What recipes call it."""
+        """Its name in recipes."""
         return self.called or self.name
 
 
@@ -155,10 +156,10 @@ def of_group(values: Values, group: int) -> dict[str, Tensor]:
 
 
 def fit_and_settle(grid: Grid, groups: Groups, scheme: Scheme, search: ScaleSearch | None = None) -> Fitted:
-    """Fit a grid and store it, in one step."""
+    """Fit a grid and make its stored parts, in one step."""
     return grid.settle(grid.fit(groups, scheme, search), scheme, True)
 
 
 def stack(values: list[Values]) -> dict[str, Tensor]:
-    """The values of several weights, one below the other, as those of one."""
+    """The values of several weights, concatenated along the rows."""
     return {name: torch.cat([one[name] for one in values]) for name in values[0]}

@@ -1,4 +1,4 @@
-"""Grids of any levels: ``w = scale * levels[code]``, with a scale a group; and the one of normal quantiles.
+"""Grids with arbitrary levels, ``w = scale * levels[code]``, with one scale per group; and the normal-float grid.
 
 Values: ``scale`` `(rows, groups, 1)`.
 """
@@ -23,7 +23,7 @@ _WIDEST = ScaleSearch(smallest=1.0)
 
 @lru_cache
 def _table(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Levels as a float32 tensor, and the middles between them."""
+    """Levels as a float32 tensor, and the midpoints between them."""
     known = torch.tensor(levels, dtype=torch.float32, device=device)
     return known, (known[1:] + known[:-1]) * 0.5
 
@@ -104,7 +104,7 @@ def _refuses(scheme: Scheme) -> str | None:
 
 CODEBOOK = level_grid(
     "codebook",
-    "normal quantiles, two signs with 1 bit",
+    "quantiles of a normal distribution, as in NF4; at 1 bit only the sign",
     _held,
     called="normal-float",
     widths=(1, 2, 3, 4, 5, 6, 7, 8),

@@ -1,6 +1,6 @@
-"""How scales, and real-valued zero-points, are stored: a table of formats.
+"""The formats in which scales and real-valued zero-points are stored.
 
-A quantity is `(rows, groups)` float32. It is stored under names that begin with its own ("scale", "zero").
+A quantity is `(rows, groups)` float32. The names of its parts begin with its own name ("scale", "zero").
 """
 
 from collections.abc import Callable, Mapping
@@ -29,12 +29,13 @@ Parts = Mapping[str, Tensor]
 class ScaleFormat:
     """One way to store scales.
 
-    pack(values, name, scheme): the parts, and what a reader will see. see(values, scheme): the latter alone.
-    read(parts, name, scheme, groups): the inverse. layout(name, scheme, rows, groups): names, dtypes, shapes.
-    floats: the number format of minima and of outlier grids beside it. row_block(scheme): rows that share something.
-    joins_groups: all groups of a row share something, so they cannot be stored one by one. offsets: which offsets of
-    a grid (see :class:`fewbit.grids.grid.Grid`) can stand beside it; "" is none. has_statistics: schemes say how many
-    bits and rows its statistics have. smallest: scales below this have few digits left.
+    pack(values, name, scheme): the parts, and the values as a reader decodes them. see(values, scheme): only the
+    decoded values. read(parts, name, scheme, groups): the inverse of pack. layout(name, scheme, rows, groups): names,
+    dtypes and shapes of the parts. floats: the number format of minima and outlier grids stored beside the scales.
+    row_block(scheme): number of rows that share stored data. joins_groups: all groups of a row share stored data, so
+    they cannot be stored one by one. offsets: the offsets of a grid (see :class:`fewbit.grids.grid.Grid`) with which
+    the format can be combined; "" is none. has_statistics: schemes state the bits and rows of its statistics. smallest:
+    scales below this lose precision.
     """
 
     name: str
@@ -51,7 +52,7 @@ class ScaleFormat:
     smallest: float = 0.0
 
     def pack_floats(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Minima or outlier scales as bit patterns, and what a reader sees."""
+        """Minima or outlier scales as bit patterns, and the values as a reader decodes them."""
         pattern = to_pattern(values, self.floats)
         return pattern, from_pattern(pattern, self.floats)
 
@@ -74,7 +75,7 @@ def _plain(name: str) -> ScaleFormat:
 
     return ScaleFormat(
         name,
-        f"{name} for each group",
+        f"{name} per group",
         pack=pack,
         see=lambda values, scheme: from_pattern(to_pattern(values, name), name),
         read=lambda parts, quantity, scheme, groups: from_pattern(parts[f"{quantity}s"], name),
@@ -107,7 +108,7 @@ SCALE_FORMATS: dict[str, ScaleFormat] = {
         _plain("float32"),
         ScaleFormat(
             "two-level",
-            "7 bits for each group, 16 for each row",
+            "7 bits per group and 16 bits per row",
             pack=_pack_two_level,
             see=lambda values, scheme: _pack_two_level(values, "scale", scheme)[1],
             read=lambda parts, name, scheme, groups: from_two_level(parts[f"{name}s"], parts[f"row_{name}s"], groups),
@@ -120,7 +121,7 @@ SCALE_FORMATS: dict[str, ScaleFormat] = {
         ),
         ScaleFormat(
             "statistics",
-            "a few bits for each group, with a second level for some rows (SpQR)",
+            "a few bits per group, and second-level scales for blocks of rows (SpQR)",
             pack=_pack_statistics,
             see=lambda values, scheme: as_statistics(values, scheme.statistic_bits, scheme.statistic_rows),
             read=_read_statistics,

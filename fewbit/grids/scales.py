@@ -31,7 +31,7 @@ def to_pattern(values: Tensor, number_format: str) -> Tensor:
     dtype, word = _PATTERNS[number_format]
     rounded = values.to(dtype)
     if not bool(torch.isfinite(rounded).all()):
-        raise FewbitError(f"a scale does not fit {number_format}: use --scale-format float32")
+        raise FewbitError(f"a scale is too large for {number_format}: use --scale-format float32")
     return rounded.view(word)
 
 

@@ -1,4 +1,4 @@
-"""How one weight matrix is stored: the choices that a reader needs."""
+"""How one weight matrix is stored: everything that a reader needs to know."""
 
 import math
 from dataclasses import asdict, dataclass, fields
@@ -47,7 +47,7 @@ class Scheme:
         return math.ceil(self.bits)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; what only some formats have is left out of the others."""
+        """The scheme as a dict of JSON values; keys that only some formats use are omitted for the others."""
         data = {**asdict(self), "levels": list(self.levels)}
         if not self.statistic_bits:
             del data["statistic_bits"], data["statistic_rows"]

@@ -1,4 +1,4 @@
-"""The grids there are."""
+"""The table of grids."""
 
 from math import lcm
 
@@ -31,18 +31,18 @@ def grid_of(scheme: Scheme) -> Grid:
 
 
 def chosen_grid(name: str) -> Grid | None:
-    """The grid that recipes call `name`."""
+    """The grid with this name in recipes."""
     return next((grid for grid in GRIDS.values() if grid.choice == name), None)
 
 
 def row_block(scheme: Scheme) -> int:
-    """How many neighbouring rows are stored or rounded together; 0 for all rows of a weight."""
+    """How many consecutive rows are stored or rounded together; 0 for all rows of a weight."""
     grid = grid_of(scheme)
     return 0 if grid.joins_rows else lcm(grid.span.rows, SCALE_FORMATS[scheme.scale_format].row_block(scheme))
 
 
 def check_core(scheme: Scheme) -> None:
-    """ValueError unless the grid, its width and its scales go together."""
+    """Raises ValueError unless the grid, its width and its scales can be combined."""
     grid, form = GRIDS.get(scheme.grid), SCALE_FORMATS.get(scheme.scale_format)
     if grid is None or form is None:
         unknown = f"grid {scheme.grid!r}" if grid is None else f"scale format {scheme.scale_format!r}"

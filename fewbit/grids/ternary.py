@@ -1,4 +1,4 @@
-"""Three levels, -1, 0 and 1: a scale a group, and five codes in a byte as one number in base 3 (3^5 = 243)."""
+"""The levels -1, 0 and 1 with one scale per group; five codes per byte as a base-3 number (3^5 = 243)."""
 
 from collections.abc import Mapping
 
@@ -26,7 +26,7 @@ def _powers(like: Tensor) -> Tensor:
 
 
 def _pack(codes: Tensor) -> dict[str, Tensor]:
-    """The first code of a byte is its lowest digit; a last byte is filled up with digits 0."""
+    """The first code of a byte is its lowest digit; the last byte is padded with zero digits."""
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % _A_BYTE))
     digits = padded.view(codes.shape[0], _bytes(codes.shape[1]), _A_BYTE)
     return {CODES: (digits * _powers(codes)).sum(dim=2, dtype=torch.uint8)}
@@ -40,7 +40,7 @@ def _unpack(parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
 
 TERNARY = level_grid(
     "ternary",
-    "-1, 0 and 1 times a scale, five weights in a byte",
+    "-1, 0 and 1 times a scale, five weights per byte",
     lambda scheme: _LEVELS,
     widths=(1.6,),
     # A digit in base 3 has no room for the bits of an outlier's code.

@@ -1,4 +1,4 @@
-"""`fewbit inspect`: what the weights of a model look like, and what quantizing did to them."""
+"""`fewbit inspect`: statistics of a model's weights, and the errors that quantization made."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,12 +26,11 @@ _CHUNK = 1 << 22
 
 
 def inspect(model: str | Path, reference: str | Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
-    """Statistics of every floating tensor of a model.
+    """Statistics of every floating-point tensor of a model.
 
-    For a native folder each quantized weight is decoded, and compared with the tensor of `reference` (by default the
-    model it was made from, if that is still there; nothing is fetched for it). Returns ``{"models": [...], "reference",
-    "protocol", "tensors": [...], "versions"}``.
-    Raises FewbitError for bad input.
+    For a native folder, each quantized weight is decoded and compared with the tensor of `reference` (default: the
+    model that the folder was made from, if it is still available locally). Returns
+    ``{"models": [...], "reference", "protocol", "tensors": [...], "versions"}``. Raises FewbitError for bad input.
     """
     checkpoint = open_checkpoint(locate(model))
     if not checkpoint.is_native:
@@ -39,7 +38,7 @@ def inspect(model: str | Path, reference: str | Path | None = None, progress: Pr
     with FileReader() as reader:
         if checkpoint.quantization is None:
             if reference is not None:
-                raise FewbitError(f"{model}: is no quantized folder, so there is nothing to compare with --reference")
+                raise FewbitError(f"{model}: is not a quantized folder, so --reference has nothing to compare: omit it")
             tensors = _original(checkpoint, reader, progress)
             made_from = None
         else:

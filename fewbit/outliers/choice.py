@@ -1,4 +1,4 @@
-"""Which weights are outliers, and how these are stored, as a recipe says it."""
+"""The choice of outliers in a recipe: which weights they are, and how they are stored."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,13 @@ from fewbit.outliers.grids import OUTLIER_GRIDS, OutlierGrid
 
 @dataclass(frozen=True)
 class OutlierChoice:
-    """rule: none, or a name in :data:`fewbit.outliers.rules.OUTLIER_RULES`.
+    """Which weights are outliers, and how they are stored.
 
-    fraction: at most this share of the weights (in group scope rounded to a whole number in each group, at least one).
-    scope: tensor (one quantile for all of it) or group (equally many in each group). grid: a name in
-    :data:`fewbit.outliers.grids.OUTLIER_GRIDS`. bits: of an outlier's code, 0 for as many as the core's.
-    sensitivity: the threshold of that rule, times the mean variance over U_jj^2.
+    rule: none, or a name in :data:`fewbit.outliers.rules.OUTLIER_RULES`. fraction: the largest fraction of weights that
+    are outliers (in group scope rounded to a whole number per group, at least one). scope: tensor (one quantile for the
+    whole tensor) or group (the same number in each group). grid: a name in :data:`fewbit.outliers.grids.OUTLIER_GRIDS`.
+    bits: bits per outlier; 0 means the same as the core. sensitivity: the threshold of that rule, as a multiple of the
+    mean variance over U_jj^2.
     """
 
     rule: str = "none"
@@ -34,11 +35,13 @@ class OutlierChoice:
 
     @property
     def kind(self) -> OutlierGrid:
-        """The outliers' grid itself."""
+        """The grid object of the outliers."""
         return OUTLIER_GRIDS[self.grid]
 
     def per_group(self, group_size: int) -> int:
-        """Outliers of each group in group scope: the fraction of the group, rounded, at least one unless it is 0."""
+        """Number of outliers per group in group scope: the fraction of the group, rounded, and at least one unless it
+        is 0.
+        """
         if self.scope != "group" or self.fraction == 0:
             return 0
         return max(1, round(self.fraction * group_size))

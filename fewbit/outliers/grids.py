@@ -1,4 +1,4 @@
-"""The grids of outliers: how those weights are stored that the core's grid does not hold.
+"""The grids on which outliers are stored.
 
 Outliers are `values`, 1-D float32, at ascending flat positions `where` of a matrix `(rows, columns)`. A grid has a
 scale and a minimum for each group of a row, or for each row: ``scale`` and ``minimum`` `(rows, groups or 1)`.
@@ -25,11 +25,11 @@ Shape = tuple[int, int]
 class OutlierGrid:
     """One kind of grid for outliers; an entry of :data:`OUTLIER_GRIDS`.
 
-    bits(asked, core): bits of a code when `asked` (0: not said) were asked for and the core's codes have `core`.
-    fit(values, where, shape, scheme): the grid, with the parts that store it. read(parts, stored): its values.
-    layout(stored): its parts. encode(values, scale, minimum, scheme): codes (int32) and decoded values.
-    decode(codes, scale, minimum, scheme): the inverse. apart: codes are bit patterns in a tensor of their own.
-    fewest_bits: of a code.
+    bits(asked, core): bits per code if `asked` bits were requested (0: none were) and the core's codes have `core`
+    bits. fit(values, where, shape, scheme): the grid, with the parts that store it. read(parts, stored): its values.
+    layout(stored): its parts. encode(values, scale, minimum, scheme): codes (int32) and decoded values. decode(codes,
+    scale, minimum, scheme): the inverse. apart: codes are bit patterns in a separate tensor. fewest_bits: the smallest
+    number of bits per code.
     """
 
     name: str
@@ -176,7 +176,7 @@ OUTLIER_GRIDS: dict[str, OutlierGrid] = {
     for one in (
         OutlierGrid(
             "minmax",
-            "a scale and a minimum for each group's outliers, as AdpQ publishes it",
+            "a scale and a minimum for the outliers of each group, as in AdpQ",
             fit=lambda *problem: _fit_groups(True, *problem),
             read=_read_groups,
             layout=_layout_groups,
@@ -185,7 +185,7 @@ OUTLIER_GRIDS: dict[str, OutlierGrid] = {
         ),
         OutlierGrid(
             "sign-magnitude",
-            "the same for magnitudes, with a sign",
+            "a sign, and a scale and a minimum for the magnitudes in each group",
             fit=lambda *problem: _fit_groups(False, *problem),
             read=_read_groups,
             layout=_layout_groups,
@@ -194,7 +194,7 @@ OUTLIER_GRIDS: dict[str, OutlierGrid] = {
         ),
         OutlierGrid(
             "row",
-            "one scale for each row's outliers",
+            "one scale for the outliers of each row",
             fit=_fit_row,
             read=lambda parts, stored: _row_values(parts["outlier_scales"]),
             layout=lambda stored: {"outlier_scales": (torch.int16, (stored.shape[0],))},
@@ -204,7 +204,7 @@ OUTLIER_GRIDS: dict[str, OutlierGrid] = {
         ),
         OutlierGrid(
             "float16",
-            "16 bits for each outlier, as SpQR publishes it",
+            "each outlier in 16 bits, as in SpQR",
             fit=lambda values, where, shape, scheme: Fitted(scheme, {}, _ones(shape[0], values)),
             read=lambda parts, stored: _ones(stored.shape[0], from_pattern(parts["outlier_values"], "float16")),
             layout=lambda stored: {},

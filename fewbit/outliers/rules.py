@@ -1,4 +1,4 @@
-"""The rules that find outliers: a table."""
+"""The rules that find outliers."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -21,13 +21,15 @@ SENSITIVE_SHARE = 0.01
 
 @dataclass(frozen=True)
 class OutlierRule:
-    """One way to find outliers before codes are chosen; an entry of :data:`OUTLIER_RULES`.
+    """One rule that finds outliers before codes are chosen; an entry of :data:`OUTLIER_RULES`.
 
-    cut(chunks, weights, choice, pool): what all rows of a weight share, from parts of it that can be read again and
-    again (or of its magnitudes, weighed by what errors cost). divide(x, weighed, cut, choice): for weights `(..., g)`
-    those with 0 where an outlier was, and the mask of the outliers, None where there can be none; weighed: magnitudes
-    by which they are found, None for the weights' own. expected(weights, group_size, choice): about how many, at most.
-    evenly: equally many in each group. in_columns: found by the column solver as it goes.
+    cut(chunks, weights, choice, pool): the threshold that all rows of a weight share, computed from chunks of the
+    weight (or of its magnitudes, weighted by the cost of errors) that can be read repeatedly. divide(x, weighed, cut,
+    choice): for weights `(..., g)`, the weights with outliers set to 0, and the mask of the outliers, or None if there
+    can be none. weighed: the magnitudes that are compared with the threshold; None means those of the weights.
+    expected(weights, group_size, choice): estimated number of outliers, as an upper bound. evenly: every group has the
+    same number of outliers. in_columns: the column solver finds the outliers while it runs. refuses(recipe): why the
+    rule cannot be combined with the other choices, or None.
     """
 
     name: str
@@ -45,7 +47,7 @@ def _none(x: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _found_later(x: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
-    """Plain rounding, the solver's fallback, has none."""
+    """No outliers: they are found later by the solver, and plain rounding, its fallback, has none."""
     return x, torch.zeros(x.shape, dtype=torch.bool, device=x.device)
 
 
@@ -72,14 +74,14 @@ def _lasso_divide(
 
 
 def _lasso_refuses(recipe: Choices) -> str | None:
-    return None if recipe.outliers.fraction else "outlier_fraction 0 finds none: outliers none"
+    return None if recipe.outliers.fraction else "outlier_fraction is 0, so there are no outliers: choose outliers none"
 
 
 def _sensitivity_refuses(recipe: Choices) -> str | None:
     if recipe.solver.kind != "column" or not recipe.outliers.kind.apart:
-        return "outliers by sensitivity are found by the column solver and kept in float16"
+        return "sensitivity outliers need the column solver and the outlier grid float16"
     if recipe.solver.act_order:
-        return "outliers by sensitivity shape the grid of a group when it is entered: no act-order"
+        return "sensitivity outliers are found when the solver reaches their group: omit --act-order"
     return None
 
 
@@ -94,14 +96,14 @@ OUTLIER_RULES: dict[str, OutlierRule] = {
     for rule in (
         OutlierRule(
             "none",
-            "no weight has a grid of its own",
+            "no outliers",
             cut=lambda chunks, weights, choice, pool: None,
             divide=_none,
             expected=lambda weights, group_size, choice: 0,
         ),
         OutlierRule(
             "adaptive-lasso",
-            "the weights that an adaptive LASSO keeps (AdpQ)",
+            "weights that an adaptive LASSO keeps non-zero (AdpQ)",
             cut=_lasso_cut,
             divide=_lasso_divide,
             expected=_lasso_expected,
@@ -110,7 +112,7 @@ OUTLIER_RULES: dict[str, OutlierRule] = {
         ),
         OutlierRule(
             "sensitivity",
-            "what costs most to round, found by the column solver (SpQR)",
+            "weights with the largest rounding cost, found by the column solver (SpQR)",
             cut=lambda chunks, weights, choice, pool: None,
             divide=_found_later,
             expected=lambda weights, group_size, choice: outlier_count(weights, SENSITIVE_SHARE),
@@ -122,12 +124,15 @@ OUTLIER_RULES: dict[str, OutlierRule] = {
 
 
 def check_outlier_choice(recipe: Choices) -> str | None:
-    """Why a recipe's outliers cannot be with its other choices, or None. Raises FewbitError for an unknown rule."""
+    """Why a recipe's outliers cannot be combined with its other choices, or None.
+
+    Raises FewbitError for an unknown rule.
+    """
     choice, core = recipe.outliers, recipe.grid
     check_name("outliers", choice.rule, OUTLIER_RULES)
     if choice.bits and not core.width <= choice.bits <= MAX_BITS:
         return f"outlier_bits must be 0 or from bits ({core.width:g}) to 8, not {choice.bits}"
     least = choice.kind.fewest_bits
     if choice.rule != "none" and choice.kind.bits(choice.bits, -int(-core.width // 1)) < least:
-        return f"outliers on the grid {choice.grid} need {least} bits or more: --outlier-bits"
+        return f"the outlier grid {choice.grid} needs at least {least} bits: raise --outlier-bits"
     return OUTLIER_RULES[choice.rule].refuses(recipe)

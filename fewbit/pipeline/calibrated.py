@@ -1,7 +1,7 @@
-"""Quantize with a curvature: measure it stage by stage, solve the stage's weights, put them into the network, go on.
+"""Quantize with a curvature, stage by stage: measure it, solve the weights, put them into the network, continue.
 
-A stage is one block for the input Gram (which sees what the quantized blocks before it give), and as many as
-`refresh` says for the output Fisher. Every solved weight is written at once, so a killed run goes on from there.
+A stage is one block for the input Gram (which is measured on the outputs of the preceding quantized blocks), and
+`refresh` blocks for the output Fisher. Every solved weight is written immediately, so a killed run can resume.
 """
 
 from collections.abc import Iterator
@@ -32,9 +32,9 @@ def solve_model(
     device: str,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Solve every planned tensor into `store`; returns what the report says of the calibration.
+    """Solve every planned tensor into `store`; returns the calibration entry of the report.
 
-    Raises FewbitError when more weights than `max_fallback` fell back to rounding, naming them.
+    Raises FewbitError if more than `max_fallback` weights fell back to rounding, and names them.
     """
     walking = options.stored is not None or (recipe.curvature is not None and recipe.curvature.kind == "gram")
     network = open_network(checkpoint, plan.coverage, device, walking)
@@ -70,7 +70,7 @@ def solve_model(
 def _blocks(
     run: BlockSolver, options: CalibrationOptions, calibration: CalibrationSet | None
 ) -> Iterator[BlockCurvature]:
-    """The curvature of one block after another, from where the recipe and the options say."""
+    """The curvature of one block after another, from the source that the recipe and the options define."""
     network, choice = run.network, run.recipe.curvature
     if options.stored is not None:
         _check_measured(run, options.stored, options.max_fallback)
@@ -85,7 +85,7 @@ def _blocks(
 
 
 def _check_measured(run: BlockSolver, stored: StoredCurvature, max_fallback: int) -> None:
-    """FewbitError, before anything is solved, when weights have no curvature that should have one."""
+    """Raises FewbitError, before anything is solved, if weights that need a curvature have none."""
     missing: list[str] = []
     for index, sites in enumerate(run.network.sites):
         layers = stored.layers(index)
@@ -94,6 +94,7 @@ def _check_measured(run: BlockSolver, stored: StoredCurvature, max_fallback: int
         missing += [site.tensor.entry.name for site in lost]
     if len(missing) > max_fallback:
         raise FewbitError(
-            f"{stored.folder}: holds no curvature of {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} "
-            f"({len(missing)} weights): they were left out when it was measured: measure again, or --exclude them here"
+            f"{stored.folder}: has no curvature for {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} "
+            f"({len(missing)} weights), because they were left out of the measurement: measure again, or --exclude "
+            "them here"
         )

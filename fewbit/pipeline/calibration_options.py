@@ -1,4 +1,4 @@
-"""What a calibrated run needs beside its recipe."""
+"""Options of calibrated runs that are not part of the recipe."""
 
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
@@ -12,13 +12,13 @@ from fewbit.recipe import Recipe
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What a calibrated run needs beside its recipe.
+    """Options of a calibrated run that are not part of the recipe.
 
     choice: the calibration set. stored: a measured curvature to use instead. refresh: for the Fisher, 0 to measure all
-    blocks once, else how many blocks are measured at a time, with those before already quantized. original_inputs:
-    the Gram of a block is taken from the original's inputs, not from those that the quantized blocks give.
-    memory_bytes: for hidden states and curvature; 0 for half of what is free. max_fallback: weights that may fall
-    back to rounding.
+    blocks once, otherwise the number of blocks that are measured at a time with the preceding blocks already quantized.
+    original_inputs: compute the Gram of a block from the inputs in the original model instead of those in the quantized
+    one. memory_bytes: limit for hidden states and curvature; 0 for half of the free memory. max_fallback: how many
+    weights may fall back to rounding.
     """
 
     choice: CalibrationChoice = field(default_factory=CalibrationChoice)
@@ -39,7 +39,7 @@ class CalibrationOptions:
         return self.memory_bytes or available_bytes() // 2
 
     def describe(self) -> dict[str, Any]:
-        """What of this changes the weights."""
+        """The options that change the resulting weights."""
         if self.stored:
             return {"calibration": self.stored.description, "stored_curvature": asdict(self.stored.choice)}
         return {
@@ -50,29 +50,31 @@ class CalibrationOptions:
 
 
 def share_of_stored(recipe: Recipe, stored: StoredCurvature) -> Recipe:
-    """The recipe with the stored curvature's share of the Gram; a method that has no share of its own keeps to that."""
+    """The recipe with the Gram share of a stored curvature; a method without a share keeps its own setting."""
     if recipe.curvature is None or not recipe.curvature.gram_share or stored.choice.kind != "fisher":
         return recipe
     return replace(recipe, curvature=replace(recipe.curvature, gram_share=stored.choice.gram_share))
 
 
 def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
-    """FewbitError when a recipe cannot use an option, or a stored curvature is not the one it asks for."""
+    """Raises FewbitError if the recipe cannot use an option, or if a stored curvature is not the kind that it needs."""
     wanted = recipe.curvature
     assert wanted is not None
     if options.refresh and (wanted.kind != "fisher" or options.stored):
-        raise FewbitError("--refresh: only a Fisher that is measured in the run can be refreshed")
+        raise FewbitError("--refresh: only a Fisher that is measured in this run can be refreshed")
     if options.original_inputs and (wanted.kind != "gram" or options.stored):
-        raise FewbitError("--original-inputs: only a Gram that is measured in the run has a choice of inputs")
+        raise FewbitError("--original-inputs: applies only to a Gram that is measured in this run")
     if options.stored is None:
         return
     found = options.stored.choice
     if found.kind != wanted.kind:
-        raise FewbitError(f"{options.stored.folder}: holds a {found.kind}, {recipe.method} needs a {wanted.kind}")
+        raise FewbitError(
+            f"{options.stored.folder}: contains a {found.kind}, but {recipe.method} needs a {wanted.kind}"
+        )
     if found.diagonal and not wanted.diagonal and recipe.solver.kind != "round":
         raise FewbitError(
-            f"{options.stored.folder}: holds diagonals, by which {recipe.method} would only round: measure again "
-            "without --diagonal"
+            f"{options.stored.folder}: contains only diagonals, with which {recipe.method} would do no more than "
+            "rounding: measure again without --diagonal"
         )
     if found.tempering != wanted.tempering:
         raise FewbitError(
@@ -103,10 +105,10 @@ def flags(options: dict[str, Any]) -> str:
 
 
 def refuse_unused(recipe: Recipe, text: dict[str, Any], others: dict[str, Any], tuned: bool = False) -> None:
-    """FewbitError when options were given (not None) that the recipe would silently leave unused.
+    """Raises FewbitError if options were given (are not None) that the recipe would silently ignore.
 
     text: the fields of the calibration set. others: the remaining options of calibrated runs, by name. tuned: the text
-    is also for fine-tuning.
+    is also used for fine-tuning.
     """
     if tuned:
         text = {}
@@ -116,11 +118,11 @@ def refuse_unused(recipe: Recipe, text: dict[str, Any], others: dict[str, Any], 
     given = flags({**text, **others})
     if given and recipe.curvature is None:
         raise FewbitError(
-            f"{given}: {recipe.method} sees no data: choose a calibrated method, e.g. --method precal+oac"
+            f"{given}: {recipe.method} uses no data: choose a calibrated method, e.g. --method precal+oac"
         )
     drawn = flags({**text, "memory": others.get("memory")})
     if drawn and others.get("curvature") is not None:
-        raise FewbitError(f"{drawn}: with --curvature nothing is measured: leave it out")
+        raise FewbitError(f"{drawn}: with --curvature nothing is measured: omit it")
 
 
 def parse_refresh(text: str) -> int:

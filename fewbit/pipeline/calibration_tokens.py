@@ -1,4 +1,4 @@
-"""The tokens that a run is calibrated on, in the model's own tokenizer."""
+"""The calibration tokens of a run, in the model's own tokenizer."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from fewbit.progress import Progress
 def calibration_set(
     checkpoint: Checkpoint, choice: CalibrationChoice, model: Any, progress: Progress | None = None
 ) -> CalibrationSet:
-    """The tokens to calibrate on, in the model's own tokenizer."""
+    """The calibration tokens, in the model's own tokenizer."""
     try:
         tokenizer = open_tokenizer(checkpoint.folder)
     except FewbitError:

@@ -1,6 +1,7 @@
-"""The curvature of one block after another, from each of its sources: what quantizing and measuring go through.
+"""Yields the curvature of one block after another, from any source; used for quantizing and for measuring.
 
-A block's weights are there while it is yielded, and may change then: a Gram of later blocks sees what they give.
+The weights of a block are available while it is yielded, and may be changed: a Gram of later blocks is measured on the
+outputs of the changed weights.
 """
 
 from collections.abc import Callable, Iterator

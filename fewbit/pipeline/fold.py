@@ -1,5 +1,8 @@
-"""Transforms that are folded into the network: channels made larger before a layer's rounding, and smaller in what
-feeds it (a norm, or the linear layer before)."""
+"""Transforms that are folded into the network.
+
+Channels become larger before a layer is rounded, and smaller in the module that feeds it (a norm, or the preceding
+linear layer).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +37,7 @@ def fold_block(
 
     curvature: the input Gram of a layer. folding: how scales are chosen. run: what the block adds to a sample, to find
     out what feeds what. Returns for the report, for every set of layers that share their inputs: their names, the
-    exponent (0: not scaled), or that nothing foldable feeds them.
+    exponent (0: not scaled), or that no foldable module feeds them.
     """
     shared: dict[int, list[Site]] = {}
     for site in sites:
@@ -46,7 +49,7 @@ def fold_block(
         names = [site.tensor.entry.name for site in consumers]
         feeder = find_feeder(block, consumers, sites, run)
         if feeder is None:
-            notes.append({"layers": names, "exponent": None, "reason": "nothing foldable feeds them"})
+            notes.append({"layers": names, "exponent": None, "reason": "no foldable module feeds them"})
             continue
         gram = curvature(consumers[0])
         assert gram is not None

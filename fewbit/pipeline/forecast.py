@@ -1,4 +1,4 @@
-"""`fewbit plan`: what a run would do and take, before it does anything."""
+"""`fewbit plan`: the result of a run and the resources that it needs, before it starts."""
 
 import math
 import time
@@ -31,12 +31,12 @@ _SOLVE_NANOSECONDS = 160.0
 
 
 def forecast(model: str | Path, recipe: Recipe, options: CalibrationOptions | None = None) -> dict[str, Any]:
-    """What `quantize` would do with these choices; nothing is written.
+    """What `quantize` would do with these choices; nothing is written. Times are rough estimates from short trials.
 
-    Times come from short trials on this machine and are rough. Returns ``tensors`` (by action), ``output`` (weights,
-    bits per weight, bytes), ``needs`` (seconds, memory_bytes, disk_bytes), ``problems`` (groups that do not divide,
-    limits that a calibrated run would break) and ``exports`` (format -> None, or why it cannot hold the result).
-    Raises FewbitError for a model that cannot be read.
+    Returns ``tensors`` (by action), ``output`` (weights, bits per weight, bytes), ``needs`` (seconds, memory_bytes,
+    disk_bytes), ``problems`` (group sizes that do not divide, limits that a calibrated run would exceed) and
+    ``exports`` (format -> None, or why it cannot represent the result). Raises FewbitError for a model that cannot be
+    read.
     """
     options = options or CalibrationOptions()
     checkpoint = open_checkpoint(locate(model))
@@ -149,7 +149,7 @@ def _matrix_bytes(items: list[PlannedTensor]) -> list[int]:
 
 
 def _writing(checkpoint: Checkpoint, options: CalibrationOptions, speed: float) -> float:
-    """Seconds in which the model writes the sequences of the source `self`, a token of a batch at a time."""
+    """Seconds in which the model generates the sequences of the source `self`, one token of a batch at a time."""
     choice = options.choice
     sources = parse_sources(choice.sources)
     written = sum(n for one, n in zip(sources, shares(sources, choice.samples), strict=True) if one.kind == "self")

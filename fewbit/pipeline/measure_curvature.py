@@ -1,4 +1,4 @@
-"""`fewbit curvature`: measure a curvature of the original and keep it for any method and bit-width."""
+"""`fewbit curvature`: measure a curvature of the original and store it for any method and bit-width."""
 
 import time
 from collections.abc import Sequence
@@ -33,10 +33,10 @@ def measure(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Measure a curvature on the original's own weights and inputs into the folder `out`; goes on where it stopped.
+    """Measure a curvature on the original's own weights and inputs into the folder `out`, or resume the measurement.
 
-    include, exclude: patterns of tensor names beside, and without, all linear layers in the blocks.
-    Returns figures: tokens, bytes, seconds, peak_rss_bytes. Raises FewbitError for bad input.
+    include, exclude: patterns of tensor names to add to, and to remove from, the linear layers in the blocks. Returns
+    tokens, bytes, seconds and peak_rss_bytes. Raises FewbitError for bad input.
     """
     started = time.perf_counter()
     check_device(device)
@@ -46,7 +46,7 @@ def measure(
     # Before the model writes its own text, which takes minutes.
     stages_of(matrix_bytes(network.sites), 0, options.memory)
     calibration = calibration_set(checkpoint, options.choice, network.model, progress)
-    with said_when_full("free some and run the same command again, finished blocks are kept"):
+    with said_when_full("free some space and run the same command again; finished blocks are kept"):
         measure_tokens(network, checkpoint, calibration, out, choice, options, progress)
     return {
         "folder": str(out),
@@ -69,9 +69,9 @@ def measure_tokens(
     options: CalibrationOptions,
     progress: Progress | None = None,
 ) -> None:
-    """Measure a curvature on given sequences into the folder `out`; goes on where it stopped.
+    """Measure a curvature on given sequences into the folder `out`, or resume the measurement.
 
-    network: opened for walking where the kind is gram; its blocks are empty afterwards then.
+    network: opened for running block by block if the kind is gram; its blocks are then empty afterwards.
     """
     with CurvatureWriter(out, checkpoint, choice, {**calibration.describe(), "blocks": len(network.blocks)}) as writer:
         counter = Counter(progress)

@@ -1,4 +1,4 @@
-"""The original as a network that runs, with the place of every linear layer in it."""
+"""The original as a running network, with the location of every linear layer in it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +33,15 @@ class Network:
     device: torch.device
 
     def take(self, index: int) -> None:
-        """Give a block weights of its own, on the device that computes.
+        """Give a block its own copy of the weights, on the device that computes.
 
-        Until then they are mapped from the checkpoint's files, so that a walk holds those of one block.
+        Until then they are mapped from the checkpoint's files, so only the weights of one block are in memory.
         """
         for tensor in _tensors(self.blocks[index]):
             tensor.data = tensor.data.to(self.device, copy=True)
 
     def release(self, index: int) -> None:
-        """Free a block that a walk has passed."""
+        """Free a block that is finished."""
         for tensor in _tensors(self.blocks[index]):
             tensor.data = tensor.data.new_empty(0)
 

@@ -1,4 +1,4 @@
-"""Before any work: what becomes of every tensor, how it will be stored, which file it goes to, what it will take."""
+"""The plan of a run: what happens to every tensor, how it will be stored, in which file, and in how many bytes."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _SMALLEST_AUTO = 8
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to quantize, by which recipe, and how it will be stored (with the most outliers it may have)."""
+    """A tensor to quantize, its recipe, and its stored form (with the largest possible number of outliers)."""
 
     tensor: WeightTensor
     recipe: Recipe
@@ -31,7 +31,7 @@ class PlannedTensor:
 
     @property
     def bytes(self) -> int:
-        """Most bytes that it takes."""
+        """The largest number of bytes that it can take."""
         return stored_bytes(self.stored)
 
     @property
@@ -47,7 +47,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class KeptTensor:
-    """A tensor that stays as it is."""
+    """A tensor that is kept unchanged."""
 
     tensor: WeightTensor
 
@@ -64,7 +64,7 @@ class KeptTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of every tensor, by output shard, in order."""
+    """What happens to every tensor, by output shard, in order."""
 
     coverage: Coverage
     shards: list[list[PlannedTensor | KeptTensor]]
@@ -76,12 +76,12 @@ class Plan:
 
     @property
     def kept(self) -> list[KeptTensor]:
-        """The tensors that stay as they are, in order."""
+        """The tensors that are kept unchanged, in order."""
         return [item for shard in self.shards for item in shard if isinstance(item, KeptTensor)]
 
     @property
     def bytes(self) -> int:
-        """Most bytes that the output's tensors take."""
+        """The largest number of bytes that the output's tensors can take."""
         return sum(item.bytes for shard in self.shards for item in shard)
 
     def shard_name(self, index: int) -> str:
@@ -92,7 +92,7 @@ class Plan:
 
 
 def cover_original(checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Coverage:
-    """What every tensor of an original is; FewbitError when one is not recognised, or nothing is to be quantized."""
+    """What every tensor of an original is. Raises FewbitError if one is unknown, or none is to be quantized."""
     refuse_quantized(checkpoint)
     coverage = cover(checkpoint.entries.values(), checkpoint.config, include, exclude)
     require_recognised(coverage, str(checkpoint.folder))
@@ -102,7 +102,7 @@ def cover_original(checkpoint: Checkpoint, include: Sequence[str] = (), exclude:
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
-    """Plan a run; FewbitError when a weight is not recognised or a group size does not divide."""
+    """Plan a run. Raises FewbitError if a weight is not recognised or a group size does not divide."""
     coverage = cover_original(checkpoint, recipe.include, recipe.exclude)
     _check_patterns(coverage, recipe)
     problem = _indivisible(coverage, recipe)
@@ -124,7 +124,7 @@ def _check_patterns(coverage: Coverage, recipe: Recipe) -> None:
     names = [tensor.entry.name for tensor in coverage.of("quantize")]
     for pattern, _ in recipe.sets:
         if not any(matches(name, pattern) for name in names):
-            raise FewbitError(f"--set {pattern}: matches no tensor to quantize: see the names with  fewbit plan")
+            raise FewbitError(f"--set {pattern}: matches no tensor to quantize: list the names with  fewbit plan")
 
 
 def scheme_for(columns: int, recipe: Recipe) -> Scheme:
@@ -162,24 +162,24 @@ def _plan_tensor(tensor: WeightTensor, recipe: Recipe) -> PlannedTensor | KeptTe
 
 
 def _check_rows(tensor: WeightTensor, scheme: Scheme) -> None:
-    """FewbitError for rows that cannot be rounded together, or experts that cannot stand one below the other."""
+    """Raises FewbitError for rows that cannot be rounded together, or experts that cannot be stacked in one matrix."""
     experts = math.prod(tensor.entry.shape[:-2])
     rows = tensor.matrix_shape[0] // experts
     span, block = grid_of(scheme).span.rows, row_block(scheme)
     if rows % span:
         raise FewbitError(
-            f"{tensor.entry.name}: the {scheme.grid} grid rounds {span} rows together, this has {rows}: take another "
-            "grid, or keep it with --exclude"
+            f"{tensor.entry.name}: the {scheme.grid} grid rounds {span} rows together, but this tensor has {rows}: "
+            "choose another grid, or keep it with --exclude"
         )
     if len(tensor.entry.shape) > 2 and (block == 0 or rows % block):
         raise FewbitError(
-            f"{tensor.entry.name}: experts fused in one tensor cannot be stored with this grid: take another method, "
+            f"{tensor.entry.name}: experts fused in one tensor cannot be stored with this grid: choose another method, "
             "or keep them with --exclude"
         )
 
 
 def group_size_problem(checkpoint: Checkpoint, recipe: Recipe) -> str | None:
-    """Which layers the group size does not divide, and which sizes would; None when it divides all."""
+    """Which layers the group size does not divide, and which sizes would divide them; None if it divides all."""
     return _indivisible(cover(checkpoint.entries.values(), checkpoint.config, recipe.include, recipe.exclude), recipe)
 
 
@@ -192,8 +192,8 @@ def _indivisible(coverage: Coverage, recipe: Recipe) -> str | None:
         size = group_size_for(columns, grid.group_size, grid.grid.span.columns)
         if size is not None and size < min(columns, _SMALLEST_AUTO) and not grid.group_size.isdecimal():
             raise FewbitError(
-                f"{tensor.entry.name}: {columns} columns have no divisor from {_SMALLEST_AUTO} to 128 for groups: "
-                "use --group-size row, or keep it with --exclude"
+                f"{tensor.entry.name}: {columns} columns have no divisor from {_SMALLEST_AUTO} to 128 to use as the "
+                "group size: use --group-size row, or keep it with --exclude"
             )
         if size is None:
             wrong.setdefault(columns, []).append(tensor.module)
@@ -210,7 +210,7 @@ def _indivisible(coverage: Coverage, recipe: Recipe) -> str | None:
 
 
 def stored_to_dict(stored: StoredWeight, scheme_index: int) -> dict[str, Any]:
-    """A stored weight as it stands in config.json."""
+    """A stored weight as config.json describes it."""
     data: dict[str, Any] = {"scheme": scheme_index, "shape": list(stored.shape)}
     if stored.scheme.outlier_grid != "none":
         data.update(outliers=stored.outliers, positions=stored.positions)

@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint, streamed: rows are read, quantized by several workers, and put together in order."""
+"""One tensor of a checkpoint, streamed: rows are read, quantized by several workers, and joined in order."""
 
 import os
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class SolvedWeight:
 
 @dataclass(frozen=True)
 class Workers:
-    """Who does the arithmetic: a pool of threads, and the device they send rows to."""
+    """Where the computation runs: a pool of threads, and the device to which they move rows."""
 
     pool: ThreadPoolExecutor
     device: torch.device
@@ -88,7 +88,7 @@ def quantize_tensor(
 
 
 def _too_small(parts: dict[str, Tensor], stored: StoredWeight) -> bool:
-    """Whether all scales lie where their format has few digits left."""
+    """Whether all scales are so small that their format loses precision."""
     smallest = SCALE_FORMATS[stored.scheme.scale_format].smallest
     if not smallest:
         return False

@@ -1,4 +1,4 @@
-"""What a run says of each tensor and of itself: typed here, plain JSON in `fewbit_report.json`."""
+"""What a run reports about each tensor and about itself: typed here, plain JSON in `fewbit_report.json`."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,8 +10,9 @@ class LayerRecord:
     """One quantized tensor.
 
     bytes: on disk, of everything that replaces it. relative_squared_error: of all its weights. mean_group_error,
-    worst_group_error: the same for single groups, where a large one hides no small ones. path: how a calibrated run
-    found it. relative_curvature_error: ``tr(dW H dW^T) / tr(W H W^T)``. experts_without_input: that no token reached.
+    worst_group_error: the same for each group, so that a large group does not hide small ones. path: how a calibrated
+    run computed it. relative_curvature_error: ``tr(dW H dW^T) / tr(W H W^T)``. experts_without_input: experts that no
+    token reached.
     """
 
     name: str
@@ -30,13 +31,13 @@ class LayerRecord:
     relative_curvature_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; what is not known is left out."""
+        """As JSON, without unknown values."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class KeptRecord:
-    """One tensor that stayed as it was, and why."""
+    """One tensor that was kept unchanged, and the reason."""
 
     name: str
     shape: list[int]
@@ -102,9 +103,9 @@ class Output:
 
 @dataclass(frozen=True)
 class Report:
-    """What `fewbit_report.json` holds; the same for the same input, however interrupted.
+    """The content of `fewbit_report.json`; the same for the same input, even if the run was interrupted.
 
-    left: files of the original that were not carried along.
+    left: files of the original that were not copied.
     """
 
     model: str

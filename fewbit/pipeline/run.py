@@ -1,4 +1,4 @@
-"""A zero-shot run from end to end: plan, stream every tensor, write shards, publish the folder."""
+"""A data-free run from start to end: plan, stream every tensor, write shards, publish the folder."""
 
 import contextlib
 import json
@@ -40,9 +40,9 @@ from fewbit.version import __version__
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What does not change the weights: file sizes, workers, where rows are computed, what may be replaced.
+    """Options that do not change the weights: file sizes, workers, device, and whether a folder may be replaced.
 
-    calibration: for recipes with a curvature only; what it is measured on does change the weights.
+    calibration: only for recipes with a curvature; its calibration set does change the weights.
     """
 
     shard_size: int = DEFAULT_SHARD_SIZE
@@ -59,9 +59,9 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize a model and write it in the native format.
 
-    model: a folder, a `.gguf` file, a named model or a hub name. out: the folder to make (None with `report_only`).
-    Returns the report, also written as `fewbit_report.json`, with a `run` entry (seconds, peak memory).
-    Raises FewbitError for bad input; then nothing is left at `out`.
+    model: a folder, a `.gguf` file, a named model or a hub name. out: the output folder (None with `report_only`).
+    Returns the report that is also written to `fewbit_report.json`, with an additional `run` entry (seconds, peak
+    memory). Raises FewbitError for bad input; `out` is then not created.
     """
     options = options or RunOptions()
     if options.workers < 0:
@@ -77,11 +77,11 @@ def quantize(
         work = None
     else:
         if out is None:
-            raise FewbitError("name the folder to write, or pass --report-only")
+            raise FewbitError("give the output folder, or pass --report-only")
         replaces = check_output(Path(out), folder, options.overwrite)
         work = WorkFolder(Path(out), _job(checkpoint, recipe, options), options.overwrite, replaces)
     try:
-        with said_when_full(f"free {plan.bytes / 1e9:.1f} GB and run the same command again, what is finished is kept"):
+        with said_when_full(f"free {plan.bytes / 1e9:.1f} GB and run the same command again; finished work is kept"):
             if work is not None:
                 _check_space(plan, work.path, twice=recipe.curvature is not None)
             with contextlib.ExitStack() as scratch:
@@ -260,7 +260,9 @@ def _check_space(plan: Plan, folder: Path, twice: bool) -> None:
     free = shutil.disk_usage(folder).free
     needed = plan.bytes + (sum(item.bytes for item in plan.quantized) if twice else 0)
     if needed - done > free:
-        raise WorkKeptError(f"{folder.parent}: the output needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        raise WorkKeptError(
+            f"{folder.parent}: the output needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
+        )
 
 
 def _write_companions(

@@ -1,4 +1,4 @@
-"""Solve the weights of one block after another, keep each at once, and put them into the network that runs on."""
+"""Solve the weights of one block after another, save each immediately, and put them into the running network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

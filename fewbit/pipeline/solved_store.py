@@ -78,8 +78,8 @@ class SolvedStore:
         path = self._own(TOKENS)
         if path.is_file() and path.read_text(encoding="ascii") != sha256:
             raise FewbitError(
-                f"{self.folder}: the calibration text has changed since this run was interrupted: put the old text "
-                "back, or remove that folder to begin again"
+                f"{self.folder}: the calibration text has changed since this run was interrupted: restore the old "
+                "text, or remove that folder to start again"
             )
         path.write_text(sha256, encoding="ascii")
 

@@ -24,15 +24,15 @@ def stages_of(sizes: Sequence[int], refresh: int, memory_bytes: int) -> list[lis
     for index, size in enumerate(sizes):
         if size > memory_bytes:
             raise FewbitError(
-                f"block {index + 1}: its curvature takes {show_size(size)}, --memory allows {show_size(memory_bytes)}: "
-                f"give at least {show_size(max(sizes))}"
+                f"block {index + 1}: its curvature takes {show_size(size)}, but --memory allows "
+                f"{show_size(memory_bytes)}: give at least {show_size(max(sizes))}"
             )
         crowded = filled + size > memory_bytes
         full = len(stages[-1]) >= refresh if refresh else crowded
         if crowded and refresh and not full:
             raise FewbitError(
-                f"the curvature of {refresh} blocks takes more than the {show_size(memory_bytes)} of --memory: allow "
-                "more, or refresh more often"
+                f"the curvature of {refresh} blocks takes more than the {show_size(memory_bytes)} of --memory: raise "
+                "--memory, or refresh more often"
             )
         if stages[-1] and full:
             stages.append([])
@@ -54,7 +54,9 @@ def check_length(config: Any, length: int) -> None:
     """
     positions = positions_of(config)
     if positions is not None and length > positions:
-        raise FewbitError(f"--sequence-length {length}: the model has {positions} positions: take {positions} or fewer")
+        raise FewbitError(
+            f"--sequence-length {length}: the model's maximum length is {positions}: use {positions} or less"
+        )
 
 
 def positions_of(config: Any) -> int | None:

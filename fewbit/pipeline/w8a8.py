@@ -84,7 +84,7 @@ def rounding_inputs(
     Raises FewbitError when the choice needs calibration sequences and there are none.
     """
     if choice.calibrated and ids is None:
-        raise FewbitError("static ranges and smoothing are measured on text: give a calibration set, or choose dynamic")
+        raise FewbitError("static ranges and SmoothQuant need a calibration set: give one, or choose dynamic ranges")
     layers = [layer for layer in watched_layers(network) if only is None or layer.key in only]
     smoothed = choice.exponent is not None
     before = [(p, p.detach().clone()) for block in network.blocks for p in block.parameters()] if smoothed else []

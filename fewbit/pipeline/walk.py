@@ -1,7 +1,8 @@
-"""Run a network block by block: every sequence through one block, then the next, with what blocks see kept between.
+"""Run a network block by block: all sequences through one block, then through the next, with the hidden states stored
+in between.
 
-The hidden states of all sequences are one tensor, in memory up to a limit and on disk beyond it. What else a block is
-called with (masks, position embeddings) is the same for all sequences of one length, so it is taken from one run.
+The hidden states of all sequences are one tensor, in memory up to a limit and on disk beyond it. The other arguments of
+a block (masks, position embeddings) are the same for all sequences of one length, so they are recorded in one run.
 """
 
 import math
@@ -44,8 +45,8 @@ class Walk:
             _, other = self._record(model, ids[1:2])
             if not _equal(self._calls, other):
                 raise FewbitError(
-                    f"{type(model).__name__}: its blocks are called with values that depend on the text, which a walk "
-                    "block by block cannot carry: take a method with a Fisher, such as precal+oac"
+                    f"{type(model).__name__}: its blocks take arguments that depend on the text, so they cannot be run "
+                    "one by one: choose a method with a Fisher, such as precal+oac"
                 )
         shape = (ids.shape[0], *first.shape[1:])
         self._states = _allocate(shape, first.dtype, first.device, memory_bytes, spill)
@@ -82,8 +83,8 @@ class Walk:
         in_order = len(order) == len(self._blocks) and all(map(operator.is_, order, self._blocks))
         if not in_order or not all(map(_are_same, leaving[:-1], entering[1:])):
             raise FewbitError(
-                f"{type(model).__name__}: its blocks do not run once each with the outputs of the one before, which a "
-                "walk block by block needs: take a method with a Fisher, such as precal+oac"
+                f"{type(model).__name__}: its blocks do not each run once on the output of the preceding block, so "
+                "they cannot be run one by one: choose a method with a Fisher, such as precal+oac"
             )
         return entering[0], calls
 

@@ -1,4 +1,4 @@
-"""What there is to choose on each axis of a recipe, for people and as JSON."""
+"""The choices on each axis of a recipe, as text and as JSON."""
 
 from typing import Any
 
@@ -10,11 +10,14 @@ from fewbit.presets import PRESETS
 from fewbit.recipe import preset
 from fewbit.transforms.table import TRANSFORMS
 
-_SOLVERS = {"round": "every weight to its nearest level", "column": "later columns make up for errors (GPTQ)"}
+_SOLVERS = {
+    "round": "round every weight to the nearest level",
+    "column": "column by column; later columns compensate for errors (GPTQ)",
+}
 
 
 def axes_json() -> dict[str, Any]:
-    """For every axis its choices with what they are; ``methods``: what each preset chooses at its default bits."""
+    """The choices on each axis with a summary; ``methods``: the choices of each preset at its default bits."""
     return {
         "transform": {one.name: one.summary for one in TRANSFORMS.values()},
         "outliers": {one.name: one.summary for one in OUTLIER_RULES.values()},
@@ -39,7 +42,7 @@ def _method(name: str) -> dict[str, Any]:
 
 
 def axes_text() -> str:
-    """The same as lines."""
+    """The same as text lines."""
     found = axes_json()
     lines: list[str] = []
     for axis, choices in found.items():

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages, drawn from the JSON of a result and from nothing else."""
+"""Self-contained HTML pages, made only from the JSON of a result."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ from fewbit.versions import versions
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing and what it shows; `wide` ones take the page's whole width."""
+    """A plot and its caption; `wide` ones take the full width of the page."""
 
     svg: str
     caption: str
@@ -28,7 +28,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: text, figures, a table, quotations, and the data behind it as JSON."""
+    """A section of a page: text, figures, a table, quotations, and the data behind it as JSON."""
 
     heading: str
     paragraphs: Sequence[str] = ()
@@ -41,7 +41,7 @@ class Section:
 
 
 def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -> None:
-    """Render a page; FewbitError when it cannot be written or jinja2 is not installed."""
+    """Render a page. Raises FewbitError if it cannot be written or jinja2 is not installed."""
     try:
         from jinja2 import Environment, PackageLoader
     except ImportError as error:
@@ -61,10 +61,10 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -
 
 
 def check_page(path: Path | None, out: Path | None = None, model: Path | None = None) -> None:
-    """FewbitError now, before long work, if a page could not be written to `path` later; None asks for no page.
+    """Raises FewbitError before the work starts if a page could not be written to `path` later; None means no page.
 
-    out: the folder that the run makes; the page may lie in it, beside the model. model: the folder that the run reads,
-    where it may not. Makes nothing.
+    out: the folder that the run writes; the page may be in it, beside the model. model: the folder that the run reads,
+    in which it may not be. Creates nothing.
     """
     if path is None:
         return
@@ -72,32 +72,34 @@ def check_page(path: Path | None, out: Path | None = None, model: Path | None = 
         if importlib.util.find_spec(package) is None:
             raise missing_extra(package, "report")
     if path.is_dir():
-        raise FewbitError(f"{path}: is a folder: name the HTML file")
+        raise FewbitError(f"{path}: is a folder: give the name of an HTML file")
     if path.suffix.lower() not in (".html", ".htm"):
-        raise FewbitError(f"{path}: a page's name ends in .html")
+        raise FewbitError(f"{path}: the name of a page must end in .html")
     there = path.resolve()
     if model is not None and model.is_dir() and model.resolve() in there.parents:
-        raise FewbitError(f"{path}: lies inside the model's own folder {model}: choose another place")
+        raise FewbitError(f"{path}: is inside the model's own folder {model}: choose another place")
     if out is not None:
         folder = out.resolve()
         if there == folder or there in folder.parents:
-            raise FewbitError(f"{path}: the folder {out} is to be made there: give the page another name")
+            raise FewbitError(f"{path}: the output folder {out} will have this name: choose another name for the page")
         if folder in there.parents and there.parent != folder:
-            raise FewbitError(f"{path}: in {out}, a page lies beside the model: leave {path.parent.name} out")
+            raise FewbitError(f"{path}: a page in {out} must be directly in that folder: omit {path.parent.name}")
         if WorkFolder.place(out).resolve() in there.parents:
-            raise FewbitError(f"{path}: lies where the work on {out} is done: choose another place")
+            raise FewbitError(f"{path}: is inside the work folder of {out}: choose another place")
     above = next(parent for parent in there.parents if os.path.lexists(parent))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise FewbitError(f"{path}: cannot write there ({'no rights' if above.is_dir() else f'{above} is a file'})")
+        raise FewbitError(
+            f"{path}: cannot write there ({'permission denied' if above.is_dir() else f'{above} is a file'})"
+        )
     if path.exists() and not os.access(path, os.W_OK):
-        raise FewbitError(f"{path}: cannot write there (no rights)")
+        raise FewbitError(f"{path}: cannot write there (permission denied)")
 
 
 def write_quantize_page(report: dict[str, Any], path: Path) -> None:
     """The page of one run of `fewbit quantize`."""
     output = report["output"]
     lead = (
-        f"{output['weights_quantized']:,} weights at {output['bits_per_weight']:.3f} bits a weight on disk; "
+        f"{output['weights_quantized']:,} weights at {output['bits_per_weight']:.3f} bits per weight on disk; "
         f"{show_size(report['source']['bytes'])} became {show_size(output['file_bytes'])}."
     )
     rows = [
@@ -123,7 +125,7 @@ _COLUMNS = ("model", "method", "bits/weight", "size", "perplexity", "ratio", "KL
 
 
 def evaluation_section(result: dict[str, Any], heading: str = "Models") -> Section:
-    """The table and figures of an evaluation; the quantized model with the least divergence stands out."""
+    """The table and figures of an evaluation; the quantized model with the least divergence is highlighted."""
     rows = result["models"]
     quantized = [i for i, row in enumerate(rows) if row["method"] != "original" and "kl_mean" in row]
     best = min(quantized, key=lambda i: rows[i]["kl_mean"], default=-1)
@@ -137,7 +139,7 @@ def evaluation_section(result: dict[str, Any], heading: str = "Models") -> Secti
             f"(sha256 {protocol['data_sha256'][:16]}), BOS {protocol['bos']}; loss: {protocol['loss']}."
         )
     if quantized:
-        figures.append(Figure(plots.divergence_bars(rows), "How far the predictions moved; lower is better."))
+        figures.append(Figure(plots.divergence_bars(rows), "How much the predictions changed; lower is better."))
     cells = [_evaluation_row(row) for row in rows]
     used = [i for i in range(len(_COLUMNS)) if any(row[i] for row in cells)]
     return Section(
@@ -152,7 +154,7 @@ def evaluation_section(result: dict[str, Any], heading: str = "Models") -> Secti
 
 
 def task_section(result: dict[str, Any]) -> Section:
-    """Accuracy on tasks, drawn and as a table."""
+    """Accuracy on tasks, as a plot and a table."""
     columns, rows = task_cells(result)
     figure = Figure(plots.task_accuracies(asked_models(result), measured_tasks(result)), "acc ± one standard error.")
     return Section("Tasks", [f"{task_notes(result)}."], [figure], columns, rows)
@@ -178,7 +180,11 @@ def _evaluation_row(row: dict[str, Any]) -> list[str]:
 def write_evaluation_page(result: dict[str, Any], path: Path) -> None:
     """The page of `fewbit eval`."""
     reference = result["protocol"]["reference"]
-    lead = f"Distances are from {reference}." if reference else "No reference was given, so no distances."
+    lead = (
+        f"Divergences are measured from {reference}."
+        if reference
+        else "No reference was given, so divergences were not measured."
+    )
     sections = [evaluation_section(result)]
     if measured_tasks(result):
         sections.append(task_section(result))

@@ -43,7 +43,7 @@ def divergence_bars(rows: Sequence[dict[str, Any]]) -> str:
     labels = [f"{row['method']}\n{row['bits_per_weight']:.2f} bits" for row in shown]
     bars = axes.bar(labels, [row["kl_mean"] for row in shown], color=[colour(row["method"]) for row in shown])
     axes.bar_label(bars, fmt="%.3f", fontsize=8)
-    axes.set_ylabel("KL from the original, nats a token")
+    axes.set_ylabel("KL from the original, nats per token")
     return _svg(figure)
 
 

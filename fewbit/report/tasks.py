@@ -40,6 +40,7 @@ def task_notes(result: dict[str, Any]) -> str:
     protocol, first = result["protocol"]["tasks"], asked_models(result)[0]["tasks"]
     counts = ", ".join(f"{name} {first[name]['questions']}" for name in measured_tasks(result))
     source = "local files" if any("file" in data for data in protocol["data"].values()) else "the hub"
-    line = f"Per cent right ± one standard error; {protocol['harness']}, no examples, questions from {source}: {counts}"
+    how = f"{protocol['harness']}, zero-shot, questions from {source}"
+    line = f"Accuracy in per cent ± one standard error; {how}: {counts}"
     cut = sum(found["truncated"] for row in asked_models(result) for found in row["tasks"].values())
-    return line + (f"; {cut} choices lost the beginning of their prompt" if cut else "")
+    return line + (f"; {cut} choices with a prompt truncated at its beginning" if cut else "")

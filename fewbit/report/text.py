@@ -1,4 +1,4 @@
-"""Results as tables for the terminal and as the stable keys of `--json`."""
+"""Results as tables for the terminal, and as the stable keys of `--json`."""
 
 import math
 from collections import Counter
@@ -17,7 +17,7 @@ from fewbit.versions import versions
 
 
 def quantize_json(report: dict[str, Any]) -> dict[str, Any]:
-    """The report of a run under the stable keys, with the whole report beside them."""
+    """The report of a run under the stable keys, together with the complete report."""
     row = {
         "name": report["model"],
         "method": report["method"],
@@ -30,13 +30,13 @@ def quantize_json(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
-    """A few lines for people."""
+    """A summary of a few lines."""
     output, run = report["output"], report["run"]
     errors = sorted(report["layers"], key=lambda layer: -layer["relative_squared_error"])
     worst = errors[0]
     lines = [
         f"{report['method']}: {output['weights_quantized']:,} weights in {len(errors)} layers at "
-        f"{output['bits_per_weight']:.2f} bits a weight on disk; {len(report['kept'])} tensors kept",
+        f"{output['bits_per_weight']:.2f} bits per weight on disk; {len(report['kept'])} tensors kept",
         f"{show_size(report['source']['bytes'])} -> {show_size(output['file_bytes'])} in {run['seconds']:.1f} s, "
         f"peak memory {show_size(run['peak_rss_bytes'])}",
         f"largest relative squared error {worst['relative_squared_error']:.4f} in {worst['name']}",
@@ -51,18 +51,18 @@ def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
 
 
 def tuning_summary(report: dict[str, Any], out: Path) -> str:
-    """A few lines for people."""
+    """A summary of a few lines."""
     history, run = report["tuning"]["history"], report["run"]
     held, best = history["held_out"], history["best_epoch"]
     lines = [
         f"{report['method']}: {len(history['losses'])} updates in {run['seconds']:.0f} s, peak memory "
-        f"{show_size(run['peak_rss_bytes'])}, {report['output']['bits_per_weight']:.2f} bits a weight as before"
+        f"{show_size(run['peak_rss_bytes'])}, {report['output']['bits_per_weight']:.2f} bits per weight as before"
     ]
     if report["tuning"]["choice"]["held_out"]:
         shown = " -> ".join(f"{loss:.3f}" for loss in held)
         lines.append(f"held-out {report['tuning']['choice']['loss']} by epoch: {shown} (kept: after epoch {best})")
     if best == 0:
-        lines.append("no epoch was better than the start, whose weights were kept: lower --lr or give more text")
+        lines.append("no epoch improved on the initial weights, so these were kept: lower --lr or use more text")
     lines.append(f"wrote {out}")
     lines.append(f"measure it:  fewbit eval {out} --data FILE --reference {report['model']}")
     return "\n".join(map(printable, lines))
@@ -147,7 +147,7 @@ def inspection_table(result: dict[str, Any]) -> None:
     console = _console()
     console.print(table)
     if result["models"][0]["method"] != "original" and result["reference"] is None:
-        console.print("Its original was not found, so nothing is compared: name it with --reference", highlight=False)
+        console.print("Its original was not found, so nothing is compared: give it with --reference", highlight=False)
     elif result["models"][0]["method"] != "original" and not compared:
         console.print(
             "Its channels were scaled before they were rounded, so no weight is compared with the original's: compare "
@@ -208,7 +208,7 @@ def _short(name: str) -> str:
 
 
 def plan_text(result: dict[str, Any]) -> str:
-    """What a run would do, in a few lines."""
+    """A summary of what a run would do, in a few lines."""
     layers, kept = result["tensors"]["quantize"], result["tensors"]["keep"]
     output, needs = result["output"], result["needs"]
     kinds: dict[tuple[str, tuple[int, ...], int, float], int] = {}

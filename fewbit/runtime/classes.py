@@ -1,4 +1,4 @@
-"""Which class of transformers a folder is for: the one that its config.json names, wherever an Auto class has it."""
+"""The transformers class for a folder: the one that its config.json names, from whichever Auto class has it."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ _DECODERS = ("ForCausalLM", "LMHeadModel")
 def class_of(folder: Path, config: Any) -> Any:
     """The class whose `from_pretrained` loads the folder.
 
-    config: as transformers reads it. Without `architectures` in it, a language model's class, or the base model's.
-    Raises FewbitError naming a class that no Auto class of transformers has for this type of model.
+    config: as transformers reads it. Without `architectures`, the class is that of a causal language model, or else the
+    base model's. Raises FewbitError with the name of a class that no Auto class of transformers has for this type of
+    model.
     """
     import transformers
 
@@ -32,15 +33,14 @@ def class_of(folder: Path, config: Any) -> Any:
                 return getattr(transformers, auto)
     kind = getattr(config, "model_type", "") or "?"
     what = f"no Auto class that has {named[0]} for it" if named else "no Auto class for it"
-    raise FewbitError(f"{folder}: a model of type {kind}, and transformers has {what}: it cannot be loaded as it is")
+    raise FewbitError(f"{folder}: is a model of type {kind}, and transformers has {what}: it cannot be loaded")
 
 
 def check_predicts_tokens(folder: Path, model: Any) -> None:
-    """FewbitError unless the model gives the next token of a text, which perplexity and training need."""
+    """Raises FewbitError unless the model predicts the next token of a text, which perplexity and training need."""
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise FewbitError(
-            f"{folder}: a {type(model).__name__} does not predict the next token of a text: this needs a causal "
-            "language model"
+            f"{folder}: a {type(model).__name__} does not predict next tokens: a causal language model is needed"
         )
 
 

@@ -1,4 +1,4 @@
-"""A decoded weight to look at: whoever changes it in place would change a copy and lose the change."""
+"""A read-only decoded weight: changing it in place would change a copy, and the change would be lost."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ _ASSIGNMENTS = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "_
 
 
 class DecodedWeight(Tensor):
-    """A tensor that may be read as any other and raises FewbitError when it is written to.
+    """A tensor that can be read like any other and raises FewbitError on writes.
 
-    Merging an adapter, for one, adds to `layer.weight.data`; on a packed layer that would be lost without a word.
+    For example, merging an adapter adds to `layer.weight.data`; on a packed layer the change would be silently lost.
     """
 
     _is_hf_initialized: bool

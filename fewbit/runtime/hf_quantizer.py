@@ -40,7 +40,7 @@ class FewbitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not hasattr(HfQuantizer, "update_weight_conversions"):
-            raise FewbitError("this transformers is too old for packed weights: install 5.9 or newer")
+            raise FewbitError("this version of transformers is too old for packed weights: install 5.9 or newer")
         weights = read_weights(self.quantization_config.to_dict())
         entries = read_entries(kwargs.get("checkpoint_files"))
         if entries:
@@ -55,7 +55,7 @@ class FewbitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         missing = self._names.missing()
         if missing:
-            raise FewbitError(f"{model.config.name_or_path}: {missing[0]} is missing: the folder is not whole")
+            raise FewbitError(f"{model.config.name_or_path}: {missing[0]} is missing: the folder is incomplete")
         # It goes on with the model's own list of conversions, for saving.
         self._names = PartNames()
         use_fast_products(model)

@@ -108,13 +108,13 @@ def _check_nothing_is_empty(network: _Network, groups: Mapping[str, list[str]]) 
         known = name in groups or name in tied or any(pattern in name for pattern in made)
         if len(shape) >= 2 and is_inside(model, name) and not known:
             raise FewbitError(
-                f"{network.kind} has no place for the packed {lost[0]}, and nothing fills its {name}: "
-                f"load the folder with the class that its config.json names, or {_UNPACK}"
+                f"{network.kind} has no module for the packed {lost[0]}, and nothing else provides its {name}: load "
+                f"the folder with the class that its config.json names, or {_UNPACK}"
             )
 
 
 def _check_rest_of_layers(network: _Network, packed: Mapping[str, list[str]], groups: Mapping[str, list[str]]) -> None:
-    """What a packed layer has beside its weight, a bias, must be there too: transformers would make one up."""
+    """Checks that the bias of a packed layer is present too; otherwise transformers would initialise it randomly."""
     for target in packed:
         module, _ = network.owner(target)
         path = target.rpartition(".")[0]
@@ -123,7 +123,7 @@ def _check_rest_of_layers(network: _Network, packed: Mapping[str, list[str]], gr
             if full not in groups and full not in getattr(network.model, "all_tied_weights_keys", {}):
                 made = any(full in _made_names(network, members, of) for of, members in packed.items())
                 if not made:
-                    raise FewbitError(f"{full} is missing: the folder is not whole")
+                    raise FewbitError(f"{full} is missing: the folder is incomplete")
 
 
 def _made_names(network: _Network, members: list[str], target: str) -> list[str]:
@@ -245,5 +245,5 @@ def _check_shape(network: _Network, target: str, name: str, shape: tuple[int, ..
     if there != shape:
         has = f"has {list(there)} there" if there else f"has no {target}"
         raise FewbitError(
-            f"{name} is packed as {list(shape)}, {network.kind} {has}: config.json does not belong to these weights"
+            f"{name} is packed as {list(shape)}, but {network.kind} {has}: config.json does not belong to these weights"
         )

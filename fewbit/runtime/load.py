@@ -1,4 +1,4 @@
-"""Load a model, original or quantized, ready to run."""
+"""Load an original or a quantized model, ready to run."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from fewbit.runtime.whole import check_all_parts
 def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> Any:
     """The transformers model of a native folder (weights stay packed) or of any original, in evaluation mode.
 
-    Its class is the one that config.json names: a language model, a reward model, an encoder, and so on.
-    model: as for :func:`fewbit.quantize`, or a folder it made. dtype: a torch dtype, or "auto" for the one the config
-    names. device: "cpu", "cuda", …; None for CUDA where there is one, else the CPU.
-    Raises FewbitError when the folder is no whole model or transformers is not installed.
+    Its class is the one that config.json names: a language model, a reward model, an encoder, and so on. model: as for
+    :func:`fewbit.quantize`, or a folder that it wrote. dtype: a torch dtype, or "auto" for the one in config.json.
+    device: "cpu", "cuda", …; None for CUDA if available, otherwise the CPU. Raises FewbitError if the folder is not a
+    complete model or transformers is not installed.
     """
     try:
         import torch
@@ -57,13 +57,15 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
     for kind in ("missing_keys", "mismatched_keys"):
         if keys.get(kind):
             names = ", ".join(sorted(str(key) for key in keys[kind])[:3])
-            raise FewbitError(f"{folder}: {kind.replace('_keys', '')} weights ({names}): the folder is not whole")
+            raise FewbitError(
+                f"{folder}: {kind.replace('_keys', '')} weights ({names}): the folder is incomplete or damaged"
+            )
     use_fast_products(loaded)
     return loaded.to(target).eval()
 
 
 def load_decoder(model: str | Path, dtype: Any = "auto", device: str | None = None) -> Any:
-    """As :func:`load`; FewbitError for what does not predict the next token of a text."""
+    """As :func:`load`, but raises FewbitError for a model that does not predict the next token of a text."""
     from fewbit.runtime.classes import check_predicts_tokens
 
     loaded = load(model, dtype, device)

@@ -7,11 +7,11 @@ from fewbit.errors import is_out_of_memory
 
 
 def known_cause(error: Exception, config: dict[str, Any]) -> str | None:
-    """The first line of what an exception says, where its cause is the folder or what is installed; else None.
+    """The first line of an exception that was caused by the folder or by what is installed; otherwise None.
 
-    transformers says with a ValueError, an OSError or an ImportError what it cannot load, and checks the fields of a
-    config by an error of its own. What it looks up without a check fails in ways of Python's own, and is known only
-    by naming a value of the config.
+    transformers raises a ValueError, an OSError or an ImportError for what it cannot load, and an exception of its own
+    for invalid fields of a config. Lookups that it does not check raise exceptions of Python; these are recognised only
+    if they name a value of the config.
     """
     if is_out_of_memory(error) or not _is_known(error, config):
         return None
@@ -19,7 +19,7 @@ def known_cause(error: Exception, config: dict[str, Any]) -> str | None:
     if not lines:
         return type(error).__name__
     if "ignore_mismatched_sizes" in lines[0]:
-        return "weights have other shapes than config.json says"
+        return "the shapes of its weights differ from config.json"
     return f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 

@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays packed in memory and is unpacked for the moment of its use."""
+"""A linear layer whose weight stays packed in memory and is unpacked only while it is used."""
 
 from typing import Any
 
@@ -68,7 +68,7 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The decoded weight `(out, in)`, made anew each time; it cannot be changed in place."""
+        """The decoded weight `(out, in)`, decoded at each access; it cannot be changed in place."""
         return to_look_at(self.decode(self.like.dtype))
 
     def decode(self, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
-"""Tell transformers about the format, without importing it: at once if it is there, else when it comes.
+"""Registers the format with transformers without importing it: immediately if it is imported, otherwise later.
 
-transformers has no way for a package to announce a format without being imported (no entry points; its two
+transformers offers no way for a package to announce a format without being imported (no entry points; its two
 registries are dictionaries that are filled by calls).
 """
 
@@ -15,7 +15,7 @@ _REGISTRY = "transformers.quantizers.auto"
 
 
 def register_when_imported() -> None:
-    """Register the quantizer now if transformers' registry is imported, else right after it will be."""
+    """Register the quantizer now if transformers' registry is imported, otherwise right after its import."""
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
     if _REGISTRY in sys.modules:

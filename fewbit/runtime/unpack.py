@@ -70,7 +70,7 @@ def read_parts(checkpoint: Checkpoint, reader: FileReader, module: str, stored: 
     for part in part_layout(stored):
         entry = checkpoint.entries.get(f"{module}.{part}")
         if entry is None:
-            raise FewbitError(f"{checkpoint.folder}: {module}.{part} is missing: the folder is not whole")
+            raise FewbitError(f"{checkpoint.folder}: {module}.{part} is missing: the folder is incomplete")
         parts[part] = reader.tensor(entry)
     try:
         native.check_parts(parts, stored)
@@ -85,13 +85,13 @@ def read_weight(checkpoint: Checkpoint, reader: FileReader, module: str, stored:
 
 
 def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_size: int = 5_000_000_000) -> Path:
-    """Write a native folder as an ordinary 16-bit one that any tool loads, one tensor in memory at a time.
+    """Convert a native folder to an ordinary 16-bit one that any tool loads, with one tensor in memory at a time.
 
-    Returns `out`. Raises FewbitError when `folder` is not a whole native folder or `out` cannot be written.
+    Returns `out`. Raises FewbitError if `folder` is not a complete native folder or `out` cannot be written.
     """
     checkpoint = open_checkpoint(Path(folder))
     if not checkpoint.is_native:
-        raise FewbitError(f"{folder}: not quantized by fewbit, nothing to unpack")
+        raise FewbitError(f"{folder}: not quantized by fewbit, so there is nothing to unpack")
     check_all_parts(checkpoint)
     weights = read_weights(checkpoint.quantization or {})
     replaces = check_output(Path(out), checkpoint.folder, overwrite)
@@ -108,7 +108,7 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
     job = {"unpack": str(checkpoint.folder.resolve()), "files": files}
     work = WorkFolder(Path(out), job, overwrite, replaces)
     try:
-        with said_when_full("free some and run the same command again"):
+        with said_when_full("free some space and run the same command again"):
             _write_plain(work, checkpoint, order, dtype, _split(order, dtype, shard_size))
             work.publish()
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""Whether the files of a native folder hold exactly the parts that its config lists."""
+"""Checks that the files of a native folder contain exactly the parts that its config lists."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from fewbit.grids.scheme import StoredWeight
 
 
 def check_all_parts(checkpoint: Checkpoint) -> None:
-    """FewbitError unless every packed weight that the config lists is there in full, and no part of another one is."""
+    """Raises FewbitError unless every packed weight in the config is complete and no other parts are present."""
     check_parts_of(str(checkpoint.folder), checkpoint.entries, read_weights(checkpoint.quantization or {}))
 
 
@@ -27,14 +27,14 @@ def check_parts_of(where: str, entries: Mapping[str, TensorEntry], weights: Mapp
     for name, (dtype, shape) in expected.items():
         entry = entries.get(name)
         if entry is None:
-            raise FewbitError(f"{where}: {name} is missing: the folder is not whole")
+            raise FewbitError(f"{where}: {name} is missing: the folder is incomplete")
         if (entry.dtype, entry.shape) != (dtype, shape):
             found, wanted = f"{entry.dtype} {list(entry.shape)}", f"{dtype} {list(shape)}"
             raise FewbitError(f"{where}: {name} is {found}, not {wanted}: the folder is damaged")
     endings = {name.rpartition(".")[2] for name in expected} - {"weight", "bias"}
     for name, entry in entries.items():
         if name not in expected and name.rpartition(".")[2] in endings and not entry.dtype.is_floating_point:
-            raise FewbitError(f"{where}: {name} belongs to no weight in config.json: the folder is damaged")
+            raise FewbitError(f"{where}: {name} does not belong to any weight in config.json: the folder is damaged")
 
 
 def read_entries(files: Iterable[str | Path] | None) -> dict[str, TensorEntry]:
@@ -53,7 +53,7 @@ def read_entries(files: Iterable[str | Path] | None) -> dict[str, TensorEntry]:
         header, _ = read_header(path)
         twice = entries.keys() & header.keys()
         if twice:
-            raise FewbitError(f"{path}: tensor {min(twice)} stands in another file too: the folder is damaged")
+            raise FewbitError(f"{path}: tensor {min(twice)} is also in another file: the folder is damaged")
         entries |= header
     return entries
 

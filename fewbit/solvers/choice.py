@@ -1,4 +1,4 @@
-"""How codes are chosen: by rounding, or column by column under a curvature."""
+"""The choice of a solver: codes are chosen by rounding, or column by column with a curvature."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ IMPORTANCE = ("none", "diagonal", "inverse")
 
 @dataclass(frozen=True)
 class SolverChoice:
-    """kind: round or column.
+    """How codes are chosen.
 
-    damping: added to the diagonal, as a share of its mean. act_order: columns by falling diagonal of the curvature
-    (grids are then chosen before the first column). refit: choose a group's grid when the solver enters it, from the
-    weights as they are then; else from the original weights. importance: c_j for grids and outliers, none, diagonal
-    (H_jj) or inverse (1 / [H^-1]_jj).
+    kind: round or column. damping: added to the diagonal of the curvature, as a fraction of its mean. act_order:
+    process columns in order of decreasing diagonal (grids are then fitted before the first column). refit: fit a
+    group's grid when the solver reaches it, to the compensated weights; otherwise all grids are fitted to the original
+    weights. importance: c_j for grids and outliers: none, diagonal (H_jj) or inverse (1 / [H^-1]_jj).
     """
 
     kind: str = "round"
@@ -31,10 +31,12 @@ class SolverChoice:
         if not 0 < self.damping <= 100:
             raise FewbitError(f"damping must be above 0 and at most 100 times the mean diagonal, not {self.damping}")
         if self.act_order and self.refit:
-            raise FewbitError("act-order takes columns out of their groups: grids cannot be refitted (--static-groups)")
+            raise FewbitError(
+                "act-order processes columns across groups, so grids cannot be refitted: use --static-groups"
+            )
 
     def refuses(self, recipe: Choices) -> str | None:
-        """Why this solver cannot be with the other axes' choices, or None."""
+        """Why this solver cannot be combined with the choices on the other axes, or None."""
         if self.kind == "column" and recipe.curvature is None:
             return "the column solver needs a curvature: gram or fisher"
         return None

@@ -19,7 +19,7 @@ BLOCK = 128
 
 
 class DivergedError(ArithmeticError):
-    """A compensated weight is no longer finite."""
+    """A compensated weight is NaN or infinite."""
 
 
 def solve_columns(

@@ -1,7 +1,7 @@
-"""Between weights and their stored parts when grids and places of outliers are settled: the one place that rounds.
+"""Converts between weights and stored parts once grids and positions of outliers are fixed. Only this module rounds.
 
-Everything here takes whole rows of a matrix and returns what is stored for them, so rows can be done in any order and
-by any number of workers with the same result.
+All functions take complete rows of a matrix and return what is stored for them, so rows can be processed in any order
+and by any number of workers with the same result.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from fewbit.solvers.choice import SolverChoice
 
 @dataclass(frozen=True)
 class WeightChoices:
-    """How one weight is quantized: how it is stored, how grids are fitted, who is an outlier, how codes are chosen."""
+    """How one weight is quantized: its stored form, the search for grids, the outliers, and the solver."""
 
     scheme: Scheme
     search: ScaleSearch | None = None

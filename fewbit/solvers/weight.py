@@ -1,7 +1,8 @@
-"""One weight matrix with a curvature: choose outliers and grids, then let the column solver choose the codes.
+"""Quantize one weight matrix with a curvature: choose outliers and grids, then the column solver chooses the codes.
 
-Read it beside `docs/methods.md`. With static grids everything but the codes is fixed before the first column; with
-grids that are refitted a group's is chosen when the solver enters it, from weights that already make up for errors.
+`docs/methods.md` describes the method. With static grids, everything but the codes is fixed before the first column.
+With refitted grids, a group's grid is fitted when the solver reaches it, to weights that already compensate for earlier
+errors.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,8 +58,8 @@ def solve_weights(weights: Sequence[Tensor], curvature: Tensor | None, choices: 
         return rounded("fallback: the curvature is not finite")
     if curvature.shape[0] != weights[0].shape[1]:
         raise FewbitError(
-            f"its curvature has {curvature.shape[0]} columns, the weight {weights[0].shape[1]}: this layer is not one "
-            "that can be calibrated: keep it with --exclude"
+            f"its curvature has {curvature.shape[0]} columns, but the weight has {weights[0].shape[1]}: this layer "
+            "cannot be calibrated: keep it with --exclude"
         )
     prepared, dead = prepare(curvature.to(weights[0].device))
     if bool(dead.all()):

@@ -45,7 +45,9 @@ def cells(choice: StudyChoice) -> list[Cell]:
     asked_tasks(choice)
     seeds = choice.options.get("seeds", list(grid["seeds"]))
     if len(seeds) != 2 or min(seeds) < 1:
-        raise FewbitError("--seeds must be A,B: seeds of the default set and of each other one, at least 1")
+        raise FewbitError(
+            "--seeds must be A,B: the number of seeds of the default set and of each other set, at least 1"
+        )
     found: list[Cell] = [{"part": "original"}]
     for index, one in enumerate(all_sets(choice.calibration, grid["made"], choice.options.get("sets", ()))):
         for seed in range(seeds[0] if index == 0 else seeds[1]):
@@ -63,7 +65,9 @@ def grouped(methods: tuple[str, ...], widths: tuple[int, ...]) -> list[dict[str,
             continue
         if method not in PRESETS or PRESETS[method].get("curvature") is None:
             known = [name for name, row in PRESETS.items() if row.get("curvature") is not None]
-            raise FewbitError(f"--methods: {method!r} is not calibrated: there are {', '.join([*known, *INPUTS])}")
+            raise FewbitError(
+                f"--methods: {method!r} is not a calibrated method: choose from {', '.join([*known, *INPUTS])}"
+            )
         for bits in (1,) if "billm" in method else widths:
             curvature = recipe_of(method, bits).curvature
             entry = groups.setdefault(curvature, [])
@@ -84,7 +88,8 @@ def _check_test(choice: StudyChoice) -> None:
     margin, alpha = choice.options.get("margin", MARGIN), choice.options.get("alpha", ALPHA)
     if not 0 < margin < 1 or not 0 < alpha < 0.5:
         raise FewbitError(
-            f"--margin must be from 0 to 1 (0.02: 2 % of perplexity) and --alpha to 0.5, not {margin}, {alpha}"
+            f"--margin must be from 0 to 1 (0.02: 2 % of perplexity) and --alpha from 0 to 0.5, not {margin} and "
+            f"{alpha}"
         )
     if choice.protocol.windows == 1:
         raise FewbitError("--windows 1: the test pairs windows, so it needs at least 2")
@@ -110,7 +115,7 @@ _STANDARD = {"made": ("mixed", "nonsense", "random-tokens", "self"), "methods": 
 STUDY = Study(
     name="calibration-sets",
     title="Calibration sets",
-    about="What a method is calibrated on, and how much that matters beside the luck of the draw.",
+    about="How much the choice of calibration set matters, compared with the choice of the seed.",
     sizes={
         "quick": Size(8, 1024, 16, 512, _QUICK),
         "standard": Size(16, 1024, 64, 512, _STANDARD),

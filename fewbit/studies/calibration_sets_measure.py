@@ -73,7 +73,7 @@ def asked_tasks(choice: StudyChoice) -> TaskChoice | None:
     limit = choice.options.get("task_limit", 0)
     if not names:
         if data or limit:
-            raise FewbitError("--task-data and --task-limit go with --tasks: name the tasks")
+            raise FewbitError("--task-data and --task-limit need --tasks: name the tasks")
         return None
     return TaskChoice(tuple(names), Path(data) if data else None, limit)
 

@@ -72,8 +72,8 @@ def _seeds(seeds: list[Row], runs: list[Row]) -> Section:
          _percent(row.get("pooled_deviation")), str(row["pooled_degrees"]), str(row["seeds"])]
         for row in seeds
     ]  # fmt: skip
-    columns = ["method", "perplexity, default set", "deviation over its seeds", "range over its seeds",
-               "deviation over seeds, all sets", "degrees of freedom", "seeds"]  # fmt: skip
+    columns = ["method", "perplexity, default set", "std. dev. over its seeds", "range over its seeds",
+               "std. dev. over seeds, all sets", "degrees of freedom", "seeds"]  # fmt: skip
     figure, axes = new_figure(7.2, 3.2)
     labels = [f"{row['method']}\n{row['bits']} bits" for row in seeds]
     for place, row in enumerate(seeds):
@@ -82,8 +82,8 @@ def _seeds(seeds: list[Row], runs: list[Row]) -> Section:
         axes.plot([place] * len(chosen), [100 * math.expm1(nll - centre) for nll in chosen], "o", color="#0b6e99")
     axes.set_xticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylabel("perplexity, % from the mean")
-    caption = "Seeds of the default set: other sequences of the same text."
-    return Section("What the seed alone does", [], [Figure(to_svg(figure), caption)], columns, table)
+    caption = "Seeds of the default set: different sequences of the same text."
+    return Section("Effect of the seed alone", [], [Figure(to_svg(figure), caption)], columns, table)
 
 
 def _tasks(tasks: list[Row]) -> Section:

@@ -167,10 +167,10 @@ def conclude(findings: dict[str, Any]) -> list[str]:
         if row["better"]:
             text += f"; better with {named(row['better'])}"
         if row["near"] or row["open"]:
-            text += f"; not decided: {named(row['near'] + row['open'])}"
+            text += f"; undecided: {named(row['near'] + row['open'])}"
         deviation = spreads[key].get("pooled_deviation")
         if deviation is not None:
-            text += f"; a seed alone moves perplexity by {math.expm1(deviation):.2%}"
+            text += f"; the seed alone changes perplexity by {math.expm1(deviation):.2%}"
         lines.append(text + ".")
     for row in findings["failed"]:
         lines.append(f"{row['method']} {row['bits']} bits failed on {row['axis']}/{row['set']}: {row['reason']}.")
@@ -180,5 +180,5 @@ def conclude(findings: dict[str, Any]) -> list[str]:
     if worse:
         lines.append(f"Verdict: sensitive to {axes}.")
     elif kinds:
-        lines.append("Verdict: robust." if kinds == {"robust"} else "Verdict: undecided; take more windows or seeds.")
+        lines.append("Verdict: robust." if kinds == {"robust"} else "Verdict: undecided; use more windows or seeds.")
     return lines

@@ -38,8 +38,8 @@ class StudyFolder:
         before = _job_of(out)
         if before is not None and before != job and not overwrite and _holds_work(out):
             raise FewbitError(
-                f"{out}: holds a study with other arguments ({differences(before, job)}): repeat those to go on, "
-                "choose another name, or pass --overwrite to begin again"
+                f"{out}: contains a study with other arguments ({differences(before, job)}): repeat those to resume "
+                "it, choose another name, or pass --overwrite to start again"
             )
         out.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = lock_folder(out, out)
@@ -95,7 +95,7 @@ def _job_of(out: Path) -> dict[str, Any] | None:
 
     Raises FewbitError when anything else is there: a name alone is no proof that a study made it.
     """
-    refused = FewbitError(f"{out}: is no folder that a study made: choose another name, or remove it")
+    refused = FewbitError(f"{out}: is not the folder of a study: choose another name, or remove it")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise refused
     if not out.exists():
@@ -108,7 +108,7 @@ def _job_of(out: Path) -> dict[str, Any] | None:
         raise refused
     for name in (_JOB, RESULT, PAGE, *_FOLDERS):
         if name in names and (names[name].is_symlink() or names[name].is_dir() != (name in _FOLDERS)):
-            raise FewbitError(f"{names[name]}: fewbit did not put that into its own folder: move it elsewhere first")
+            raise FewbitError(f"{names[name]}: fewbit did not write this file: move it out of the study's folder first")
     return job
 
 

@@ -1,7 +1,7 @@
-"""The study `landscape`: the loss around a model's weights (2410.14570, section 7 of the methods digest).
+"""The study `landscape`: the loss landscape around a model's weights (arXiv 2410.14570).
 
-Only the linear layers in the blocks move, in float32. Distances are relative: the norm of the move over the norm of
-those weights.
+Only the linear layers in the blocks are moved, in float32. Distances are relative: the norm of the displacement over
+the norm of those weights.
 """
 
 from dataclasses import dataclass, field
@@ -69,8 +69,8 @@ class Opened:
             quantized = open_quantized(folder, self.checkpoint, self.movable.sites)
             if quantized.changed:
                 raise FewbitError(
-                    f"{folder}: {quantized.changed[0]} differs from the original's: only folders that change nothing "
-                    "but the linear layers in the blocks lie in this landscape"
+                    f"{folder}: {quantized.changed[0]} differs from the original: only folders that change nothing but "
+                    "the linear layers in the blocks can be part of this study"
                 )
             found = {id(site): weight for site, weight in quantized.read(self.movable.sites)}
             while len(self.moves) > 1:
@@ -103,7 +103,7 @@ def _pair(choice: StudyChoice, names: list[str]) -> list[str]:
     """The two whose plane is drawn: those asked for, else the named folders first, else the last two variants."""
     asked = list(choice.options.get("slice", ()))
     if asked and (len(asked) != 2 or asked[0] == asked[1] or not set(asked) <= set(names)):
-        raise FewbitError(f"--slice: name two of {', '.join(names)}, not {','.join(asked)}")
+        raise FewbitError(f"--slice: choose two of {', '.join(names)}, not {','.join(asked)}")
     return asked or (names[:2] if len(choice.folders) > 1 else names[-2:] if len(names) > 1 else [])
 
 
@@ -121,7 +121,7 @@ def _folders(choice: StudyChoice) -> dict[str, Path]:
     made = [variant.name for variant in _variants(choice)]
     both = sorted(set(names) & set(made))
     if both:
-        raise FewbitError(f"--folder: {both[0]} is also the name of a folder that the study makes: rename it")
+        raise FewbitError(f"--folder: the study itself makes a folder named {both[0]}: rename yours")
     return {
         **dict(zip(names, map(Path, choice.folders), strict=True)),
         **{name: choice.work / name for name in made},
@@ -220,8 +220,8 @@ def _spaced(values: list[float], count: int) -> list[float]:
 
 STUDY = Study(
     name="landscape",
-    title="The loss around the weights",
-    about="Distances are relative: the norm of the move over the norm of the linear layers' weights.",
+    title="The loss landscape around the weights",
+    about="Distances are relative: the norm of the displacement over the norm of the linear layers' weights.",
     sizes={
         "quick": Size(4, 256, 16, 256, _QUICK),
         "standard": Size(16, 512, 128, 512, _STANDARD),

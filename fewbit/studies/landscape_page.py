@@ -74,7 +74,7 @@ def _directions(findings: dict[str, Any]) -> str:
     for level in LEVELS:
         axes.axhline(findings["loss"] + level, color="#5b6478", linewidth=0.8, linestyle=":")
     axes.set_xlabel("relative distance")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("loss, nats per token")
     axes.legend(fontsize=8, frameon=False)
     return to_svg(figure)
 
@@ -94,7 +94,7 @@ def _rays(rows: list[Row]) -> str:
             grid[0][1].plot(end["distance"], end["loss"], "o", color=look["color"], markersize=5)
     grid[0][0].set_xlabel("t")
     grid[0][1].set_xlabel("relative distance; the dot is the quantized model")
-    grid[0][0].set_ylabel("loss, nats a token")
+    grid[0][0].set_ylabel("loss, nats per token")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside right upper", frameon=False)
     return to_svg(figure)
@@ -153,7 +153,7 @@ def _slice(plane: list[Row], points: list[Row]) -> str:
     axes.set_xlabel("relative distance")
     axes.set_ylabel("relative distance")
     axes.set_aspect("equal", adjustable="box")
-    figure.colorbar(filled, ax=axes, label="rise of the loss, nats a token", ticks=levels)
+    figure.colorbar(filled, ax=axes, label="increase of the loss, nats per token", ticks=levels)
     return to_svg(figure)
 
 

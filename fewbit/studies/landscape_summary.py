@@ -129,7 +129,7 @@ def _orders(rays: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
 
 
 def _conclusion(findings: dict[str, Any], edge: dict[float, float | None]) -> list[str]:
-    lines = [f"The original's loss is {findings['loss']:.3f} nats a token."]
+    lines = [f"The original's loss is {findings['loss']:.3f} nats per token."]
     for kind in KINDS:
         radius = findings["directions"][kind]["radius"]
         parts = [
@@ -145,7 +145,7 @@ def _conclusion(findings: dict[str, Any], edge: dict[float, float | None]) -> li
         )
     for ray in findings["rays"]:
         if "rise" not in ray:
-            lines.append(f"{ray['name']}: at {ray['length']:.3f}; its loss is no number.")
+            lines.append(f"{ray['name']}: at {ray['length']:.3f}; its loss is NaN or infinite.")
             continue
         where = [
             f"{'inside' if ray['inside'][f'{level:g}'] else 'outside'} the {level:g}-nat basin of its ray"

@@ -51,7 +51,7 @@ def check_folders(folders: Sequence[str], model: str | Path) -> None:
     """FewbitError unless all folders are whole, native, of this original, and have different names."""
     names = [Path(folder).resolve().name for folder in folders]
     if len(set(names)) < len(names):
-        raise FewbitError(f"--folder: two folders have one name ({', '.join(names)}): rename one")
+        raise FewbitError(f"--folder: two folders have the same name ({', '.join(names)}): rename one")
     original = open_checkpoint(locate(model))
     for folder in folders:
         _check_folder(folder, original)
@@ -60,7 +60,7 @@ def check_folders(folders: Sequence[str], model: str | Path) -> None:
 def _check_folder(folder: str | Path, original: Checkpoint) -> tuple[Checkpoint, dict[str, StoredWeight]]:
     checkpoint = open_checkpoint(locate(folder))
     if not checkpoint.is_native:
-        raise FewbitError(f"{folder}: not quantized by fewbit: name a folder that fewbit quantize made")
+        raise FewbitError(f"{folder}: not quantized by fewbit: give a folder that fewbit quantize wrote")
     check_all_parts(checkpoint)
     weights = read_weights(checkpoint.quantization or {})
     for module, stored in weights.items():

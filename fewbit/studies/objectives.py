@@ -1,4 +1,4 @@
-"""The study `objectives`: does a lower local error mean a lower loss? (2410.14570, section 7 of the methods digest)
+"""The study `objectives`: does a lower local error mean a lower loss? (arXiv 2410.14570)
 
 For every quantized model: local errors of its layers on the evaluation text, the loss increase that the output Fisher
 predicts, and the true one with the KL from the original, on the same text.

@@ -19,7 +19,7 @@ def draw(result: Result) -> list[Section]:
     scatters = [
         Figure(
             _scatter(usable, measure, truth),
-            f"{MEASURES[measure].capitalize()} against {TRUTHS[truth]}, nats a token.",
+            f"{MEASURES[measure].capitalize()} against {TRUTHS[truth]}, nats per token.",
             wide=True,
         )
         for measure in _SCATTERED
@@ -33,16 +33,15 @@ def draw(result: Result) -> list[Section]:
             "Rank correlations",
             [
                 "Spearman, with 95 % intervals (bootstrap over models, at least as wide as Fisher's transformation). "
-                "holds: the interval lies above 0.5; fails: "
-                "below; open: 0.5 lies in it. Pairs in the other order: of two models of a group, the one with the "
-                "lower measure has the higher loss."
+                "holds: the interval is above 0.5; fails: below; open: it contains 0.5. Pairs in the opposite order: "
+                "of two models of a group, the one with the lower measure has the higher loss."
             ],
             [
                 Figure(
                     _correlations(result["findings"]["correlations"]), "Correlation with the loss increase.", wide=True
                 )
             ],
-            ["bits", "measure", "against", "models", "rho", "95 %", "pairs in the other order", "verdict"],
+            ["bits", "measure", "against", "models", "rho", "95 %", "pairs in the opposite order", "verdict"],
             [_correlation_row(c) for c in result["findings"]["correlations"]],
         ),
         Section(
@@ -51,7 +50,10 @@ def draw(result: Result) -> list[Section]:
         ),
         Section(
             "Predicted over true increase",
-            ["1 is a perfect prediction; second order and independent layers, so large errors leave its range."],
+            [
+                "1 is a perfect prediction. It is of second order and treats layers as independent, so it fails for "
+                "large errors."
+            ],
             columns=["bits", "models", "quarter", "median", "three quarters"],
             rows=[_ratio_row(r) for r in result["findings"]["prediction_ratio"]],
         ),

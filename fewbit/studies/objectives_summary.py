@@ -11,7 +11,7 @@ MEASURES = {
     "weight_error": "weight error",
     "output_error": "output error, mean of layers",
     "output_error_worst": "output error, worst layer",
-    "predicted_calibration": "predicted loss, calibration text",
+    "predicted_calibration": "predicted loss, calibration set",
     "predicted": "predicted loss, evaluation text",
 }
 TRUTHS = {"loss_increase": "loss increase", "kl_mean": "KL from the original"}
@@ -97,7 +97,7 @@ def _conclusion(findings: dict[str, Any]) -> list[str]:
     found = {(c["bits"], c["measure"]): c for c in findings["correlations"] if c["truth"] == "loss_increase"}
     groups = list(dict.fromkeys(bits for bits, _ in found))
     lines = [
-        f"{findings['models']} quantized models; the original's loss is {findings['original_nll']:.3f} nats a token. "
+        f"{findings['models']} quantized models; the original's loss is {findings['original_nll']:.3f} nats per token. "
         "Spearman's correlation with the true loss increase (95 % interval):"
     ]
     for bits in groups:

@@ -28,11 +28,13 @@ def cells(choice: StudyChoice) -> list[Cell]:
     sets = all_sets(choice.calibration, grid["made"], choice.options.get("sets", ()))
     factor = float(choice.options.get("factor", FACTOR))
     if factor <= 1:
-        raise FewbitError(f"--factor must be above 1, not {factor:g}: how many times the median channel an outlier is")
+        raise FewbitError(
+            f"--factor must be above 1, not {factor:g}: a channel is an outlier if it exceeds the median by this factor"
+        )
     fixes = choice.methods or FIXES
     unknown = [fix for fix in fixes if fix not in FIXES]
     if unknown:
-        raise FewbitError(f"--methods: no fix {unknown[0]!r}: there are {', '.join(FIXES)}")
+        raise FewbitError(f"--methods: no remedy {unknown[0]!r}: choose from {', '.join(FIXES)}")
     bits = list(choice.bits or grid["bits"])
     if not all(2 <= value <= 8 for value in bits):
         raise FewbitError(f"--bits must be from 2 to 8, not {', '.join(map(str, bits))}")
@@ -66,7 +68,7 @@ _GRID: dict[str, Any] = {"made": _MADE, "blocks": 0, "bits": (8, 4, 3)}
 STUDY = Study(
     name="outliers",
     title="Outliers in activations",
-    about="Where the inputs of linear layers are large, for which text, what rounding them costs, and what helps.",
+    about="Where and for which text the inputs of linear layers are large, the cost of rounding them, and remedies.",
     sizes={
         "quick": Size(2, 512, 8, 512, {"made": ("nonsense", "random-tokens"), "blocks": 3, "bits": (8, 4, 3)}),
         "standard": Size(8, 512, 64, 512, _GRID),

@@ -139,7 +139,13 @@ def _weights(weights: list[Row]) -> Section:
     ]  # fmt: skip
     columns = ["site", "layers with outliers", "relative norm of their columns", "rank of these (0 to 1)",
                "share of LASSO outliers, relative", "rank correlation, channel and column"]  # fmt: skip
-    return Section("Which weights they meet", ["Medians over layers; by chance 1, 0.5, 1 and 0."], (), columns, table)
+    return Section(
+        "Which weights outlier channels are multiplied with",
+        ["Medians over layers; by chance 1, 0.5, 1 and 0."],
+        (),
+        columns,
+        table,
+    )
 
 
 def _w8a8(rows: list[Row], errors: list[Row], model: list[Row]) -> Section:
@@ -168,7 +174,7 @@ def _w8a8(rows: list[Row], errors: list[Row], model: list[Row]) -> Section:
         for row in model
         if row["sites"] == "all"
     ]  # fmt: skip
-    columns = ["8-bit weights and inputs", "error, median", "worst", "in block", "rise of the loss, nats a token"]
+    columns = ["8-bit weights and inputs", "error, median", "worst", "in block", "increase of the loss, nats per token"]
     return Section("W8A8 by site", figures=[Figure(to_svg(figure), "On held-out text.")], columns=columns, rows=table)
 
 
@@ -200,7 +206,7 @@ def _fixes(fixes: list[Row]) -> Section:
             heights = [100 * row["recovered"] for row in chosen]
             axes.bar(places, heights, 0.8 / len(names), color=method_colours(names)[name], label=name)
         axes.set_xticks(range(len(widths)), [f"{bits} bits" for bits in widths])
-        axes.set_ylabel("error taken away, median, %")
+        axes.set_ylabel("error removed, median, %")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.legend(fontsize=8, frameon=False)
         figures.append(Figure(to_svg(figure), f"Inputs of {inputs}."))
@@ -212,8 +218,8 @@ def _fixes(fixes: list[Row]) -> Section:
          f"{row['bits_per_weight']:.2f}"]
         for row in fixes
     ]  # fmt: skip
-    text = "Plain rounding in groups, no compensation of errors; each fix alone, on held-out text."
-    return Section("What each fix gives back", [text], figures, columns, table)
+    text = "Plain rounding in groups, no compensation of errors; each remedy alone, on held-out text."
+    return Section("How much each remedy recovers", [text], figures, columns, table)
 
 
 def _or_never(value: Any) -> str:

@@ -192,7 +192,7 @@ def conclude(findings: dict[str, list[Row]]) -> list[str]:
         lines.append(
             "Outlier channels: "
             + "; ".join(
-                f"{row['site']} {row['outliers']:.1f} a layer (kurtosis {row['kurtosis']:.0f})" for row in sites
+                f"{row['site']} {row['outliers']:.1f} per layer (kurtosis {row['kurtosis']:.0f})" for row in sites
             )
             + f". Heaviest tails: {worst['site']}."
         )
@@ -200,7 +200,7 @@ def conclude(findings: dict[str, list[Row]]) -> list[str]:
     massive = next((row for row in findings["massive"] if row["set"] == DEFAULT), None)
     if massive and massive["massive_after_block"] is not None:
         lines.append(
-            f"Massive activations are there after block {massive['massive_after_block']}: up to "
+            f"Massive activations appear after block {massive['massive_after_block']}: up to "
             f"{massive['magnitude']:.0f} in channel {massive['channel']}, on the first token in "
             f"{massive['largest_is_first']:.0%} of the sequences."
         )
@@ -212,18 +212,18 @@ def conclude(findings: dict[str, list[Row]]) -> list[str]:
     met = [row for row in findings["weights"] if "rank" in row]
     if met:
         lines.append(
-            "Outlier channels meet columns of relative norm "
+            "Outlier channels are multiplied with columns of relative norm "
             + ", ".join(f"{row['relative_norm']:.2f} (rank {row['rank']:.2f}) at {row['site']}" for row in met)
             + "; 1 and 0.5 would be chance."
         )
     rounded = [row for row in findings["model"] if row["sites"] == "all"]
     if rounded:
-        lines.append("W8A8, rise of the loss in nats a token: " + ", ".join(map(_rise, rounded)) + ".")
+        lines.append("W8A8, increase of the loss in nats per token: " + ", ".join(map(_rise, rounded)) + ".")
     for bits in dict.fromkeys(row["bits"] for row in findings["fixes"]):
         shown = [row for row in findings["fixes"] if row["bits"] == bits and row["fix"] != "none"]
         for inputs in dict.fromkeys(row["inputs"] for row in shown):
             each = [f"{row['fix']} {row['recovered']:.0%}" for row in shown if row["inputs"] == inputs]
-            lines.append(f"Weights of {bits} bits, inputs of {inputs}: error taken away: {', '.join(each)}.")
+            lines.append(f"Weights of {bits} bits, inputs of {inputs}: error removed: {', '.join(each)}.")
     return lines
 
 

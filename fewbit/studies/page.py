@@ -16,7 +16,7 @@ def write_study_page(study: Study, result: Result, path: Path) -> None:
         Section("How it was measured", columns=["what", "value"], rows=_flat(result["protocol"])),
         Section(
             "Findings",
-            [f"{len(result['rows']):,} rows of data stand in study.json beside this page."],
+            [f"{len(result['rows']):,} rows of data are in study.json beside this page."],
             data=json.dumps(result["findings"], indent=1),
         ),
     ]

@@ -21,7 +21,7 @@ STUDIES: dict[str, str] = {
 def find_study(name: str) -> Study:
     """The study of that name; FewbitError naming those there are."""
     if name not in STUDIES:
-        raise FewbitError(f"unknown study {name!r}: there are {', '.join(STUDIES)}")
+        raise FewbitError(f"unknown study {name!r}: choose from {', '.join(STUDIES)}")
     study: Study = importlib.import_module(STUDIES[name]).STUDY
     return study
 

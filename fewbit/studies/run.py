@@ -37,7 +37,7 @@ def run_study(study: Study, choice: StudyChoice, progress: Progress | None = Non
     started = time.perf_counter()
     check_device(choice.device)
     if choice.out.is_file():
-        raise FewbitError(f"{choice.out}: is a file: name a folder for the study")
+        raise FewbitError(f"{choice.out}: is a file: give a folder for the study")
     model = locate(choice.model)
     checkpoint = open_checkpoint(model)
     refuse_quantized(checkpoint)

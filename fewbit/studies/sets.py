@@ -52,7 +52,7 @@ def read_sets(path: Path) -> list[NamedSet]:
         data = parse_json(path.read_bytes())
         return [NamedSet(str(axis), str(name), str(src)) for axis, sets in data.items() for name, src in sets.items()]
     except (OSError, ValueError, AttributeError) as error:
-        raise FewbitError(f'{path}: no JSON file of the form {{"AXIS": {{"NAME": "SRC"}}}} ({error})') from error
+        raise FewbitError(f'{path}: not a JSON file of the form {{"AXIS": {{"NAME": "SRC"}}}} ({error})') from error
 
 
 def as_options(sets: Iterable[NamedSet]) -> list[dict[str, str]]:
@@ -69,7 +69,7 @@ def all_sets(calibration: CalibrationChoice, made: Sequence[str], given: Sequenc
     names = [one.name for one in theirs]
     twice = next((name for name in names if names.count(name) > 1 or name == DEFAULT), None)
     if twice:
-        raise FewbitError(f"--set {twice}: there is another set of this name: choose another one")
+        raise FewbitError(f"--set {twice}: two sets have this name: rename one")
     found = [NamedSet(DEFAULT, DEFAULT, calibration.sources)]
     for name in made:
         sources = _mixed(calibration) if name == "mixed" else name

@@ -56,7 +56,7 @@ def variants(methods: Sequence[str], bits: Sequence[int], group_sizes: Sequence[
     found: list[Variant] = []
     for method in methods:
         if method not in PRESETS:
-            raise FewbitError(f"unknown method {method!r}: there are {', '.join(PRESETS)}")
+            raise FewbitError(f"unknown method {method!r}: choose from {', '.join(PRESETS)}")
         for width in bits if method not in _ONE_BIT else (1,):
             for group_size in group_sizes if method not in _ONE_BIT else (None,):
                 variant = Variant(method, width, group_size)

@@ -64,9 +64,11 @@ def _message(turn: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     else:
         role, content, rest = _SHAREGPT.get(str(turn["from"]).lower()), turn.get("value"), {}
         if role is None:
-            raise FewbitError(f"{where}: from {turn['from']!r} is no known speaker: it takes {', '.join(_SHAREGPT)}")
+            raise FewbitError(
+                f"{where}: from {turn['from']!r} is not a known speaker: use one of {', '.join(_SHAREGPT)}"
+            )
     if not isinstance(role, str):
-        raise FewbitError(f"{where}: its role is {role!r}, not a text")
+        raise FewbitError(f"{where}: its role is {role!r}, not a string")
     return {"role": role, "content": _content(content, where), **rest}
 
 

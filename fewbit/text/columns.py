@@ -1,4 +1,4 @@
-"""Which column of a row is text, and the document in it."""
+"""Which column of a row contains the text, and the document in it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ def choose_columns(name: str, first: Mapping[str, Any], asked: str | None) -> Co
     texts = [column for column, value in first.items() if value is None or isinstance(value, str)]
     if len(texts) == 1:
         return Columns((texts[0],), False)
-    raise FewbitError(f"{name}: no column {TEXT!r}: it has {there}: name the one to read as {name}:COLUMN")
+    raise FewbitError(f"{name}: no column {TEXT!r}: it has {there}: choose one as {name}:COLUMN")
 
 
 def documents_of(name: str, rows: Iterator[Row], asked: str | None) -> Iterator[str | Chat]:
@@ -89,7 +89,7 @@ def document_of(row: Row, columns: Columns) -> str | Chat | None:
 def _pair(row: Row, values: Sequence[Any]) -> Chat:
     for name, value in zip(_PAIR, values, strict=True):
         if not isinstance(value, str) and not looks_like_turns(value):
-            raise FewbitError(f"{row.where}: its column {name!r} is neither a text nor chat messages")
+            raise FewbitError(f"{row.where}: its column {name!r} contains neither text nor chat messages")
     return chat_of_pair(values[0], values[1], row.where)
 
 
@@ -101,6 +101,6 @@ def _clean(document: str | Chat, where: str) -> str | Chat:
     except UnicodeEncodeError as error:
         raise FewbitError(
             f"{where}: character {error.start:,} of its text is half of a surrogate pair "
-            f"(\\u{ord(text[error.start]):04x}), which is not Unicode: correct or remove this row"
+            f"(\\u{ord(text[error.start]):04x}), which is not valid Unicode: correct or remove this row"
         ) from error
     return document

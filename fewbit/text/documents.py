@@ -63,7 +63,7 @@ def file_documents(path: Path, column: str | None) -> Iterator[Document]:
         kind = kind_of(file)
         if kind not in ROWS:
             if column is not None and file == path:
-                raise FewbitError(f"{path}: a plain text has no column {column!r}: leave it out")
+                raise FewbitError(f"{path}: a plain text file has no column {column!r}: omit it")
             yield TextFile(file)
         elif kind == ".parquet":
             yield from documents_of(str(file), _parquet(file, column), column)
@@ -85,8 +85,8 @@ def pieces_of(document: Document, render: Render | None) -> Iterator[str]:
         yield document
     elif render is None:
         raise FewbitError(
-            f"{document.where}: chat messages become text by the model's own chat template, and there is none here: "
-            "name a column of plain text"
+            f"{document.where}: chat messages need the model's chat template, which is not available here: choose a "
+            "column of plain text"
         )
     else:
         yield render(document)

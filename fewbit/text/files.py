@@ -1,4 +1,4 @@
-"""Text files: which names hold text, what may be opened, and their characters, read in pieces."""
+"""Text files: their names, which files may be opened, and their characters, read in chunks."""
 
 import codecs
 import hashlib
@@ -44,7 +44,9 @@ def _zstd(path: Path) -> BinaryIO:
     try:
         from compression import zstd  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
-        raise FewbitError(f"{path}: Python reads .zst from 3.14 on: unpack it first, or pack it as .gz") from error
+        raise FewbitError(
+            f"{path}: Python reads .zst only from 3.14 on: decompress it first, or compress it as .gz"
+        ) from error
     return zstd.open(path, "rb")  # type: ignore[no-any-return, unused-ignore]
 
 
@@ -52,19 +54,19 @@ _PACKED: dict[str, Callable[[Path], BinaryIO]] = {".gz": _gzip, ".bz2": _bz2, ".
 
 
 def kind_of(path: Path) -> str:
-    """The suffix of SUFFIXES that says how a file is read, whatever it is packed with; ".txt" for any other name."""
+    """The suffix of SUFFIXES that defines how a file is read, whatever its compression; ".txt" for any other name."""
     inner = path.with_suffix("") if path.suffix.lower() in _PACKED else path
     return inner.suffix.lower() if inner.suffix.lower() in SUFFIXES else ".txt"
 
 
 def is_text_name(path: Path) -> bool:
-    """Whether a name ends like a text file, packed or not."""
+    """Whether a name has the suffix of a text file, compressed or not."""
     inner = path.with_suffix("") if path.suffix.lower() in _PACKED else path
     return inner.suffix.lower() in SUFFIXES
 
 
 def text_files(path: Path) -> list[Path]:
-    """The file itself, or the text files of a folder and its subfolders, in the order of their paths.
+    """The file itself, or the text files of a folder and its subfolders, sorted by path.
 
     Raises FewbitError for what is neither a file nor a folder, and for a folder without text files.
     """
@@ -75,32 +77,35 @@ def text_files(path: Path) -> list[Path]:
     if stat.S_ISREG(mode):
         return [path]
     if not stat.S_ISDIR(mode):
-        raise FewbitError(f"{path}: not a file or folder, and text is read more than once: write it to a file first")
+        raise FewbitError(
+            f"{path}: not a regular file or folder, and text is read more than once: write it to a file first"
+        )
     found = sorted((p for p in path.rglob("*") if is_text_name(p) and p.is_file()), key=lambda p: p.parts)
     if not found:
-        raise FewbitError(f"{path}: no text in this folder: it takes {ACCEPTED}")
+        raise FewbitError(f"{path}: contains no text file: supported are {ACCEPTED}")
     return found
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """A file's bytes, unpacked, at the first byte behind a UTF-8 byte order mark.
+    """The decompressed bytes of a file, after a UTF-8 byte order mark.
 
-    Raises FewbitError when it is no regular file, cannot be read, or is packed and damaged, also while it is read.
+    Raises FewbitError if it is not a regular file, cannot be read, or has damaged compressed data, also while it is
+    read.
     """
     try:
         if not path.is_file():
-            raise FewbitError(f"{path}: not a file that can be read")
+            raise FewbitError(f"{path}: not a readable file")
         with _PACKED.get(path.suffix.lower(), lambda p: p.open("rb"))(path) as file:
             if file.read(len(_BOM)) != _BOM:
                 file.seek(0)
             yield file
     except (EOFError, zlib.error) as error:
-        raise FewbitError(f"{path}: its compressed data is damaged or cut off ({error})") from error
+        raise FewbitError(f"{path}: its compressed data is damaged or truncated ({error})") from error
     except OSError as error:
         raise FewbitError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ImportError as error:
-        raise FewbitError(f"{path}: this Python cannot unpack it ({error}): unpack it first") from error
+        raise FewbitError(f"{path}: this Python cannot decompress it ({error}): decompress it first") from error
     except Exception as error:
         # lzma and zstd have error classes of their own, in modules that may not be there.
         if type(error).__name__ in ("LZMAError", "ZstdError"):

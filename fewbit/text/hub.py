@@ -67,8 +67,8 @@ def _rows(name: str, named: HubSet, split: str, instead: str) -> Iterator[Row]:
             yield Row(f"{name}: row {number}", values)
     except unreachable as error:
         raise FewbitError(
-            f"{name}: no such file here, and the data set cannot be fetched ({type(error).__name__}: "
-            f"{first_line(error)}): without a network take {instead}"
+            f"{name}: no such file, and the data set cannot be fetched ({type(error).__name__}: {first_line(error)}): "
+            f"without a network, use {instead}"
         ) from error
 
 

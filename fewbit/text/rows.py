@@ -56,12 +56,12 @@ def json_values(path: Path) -> Iterator[Row]:
             if not ended:
                 continue
             if in_array and not closed:
-                raise FewbitError(f"{path}: the array does not end: the file is cut off")
+                raise FewbitError(f"{path}: the array does not end: the file is truncated")
             return
         where = f"{path}: object {number + 1}"
         sign = text[place]
         if closed:
-            raise FewbitError(f"{path}: there is more text behind the array")
+            raise FewbitError(f"{path}: there is more text after the array")
         if number == 0 and not in_array and sign == "[":
             in_array, place = True, place + 1
             continue
@@ -96,11 +96,11 @@ def csv_rows(path: Path) -> Iterator[Row]:
             if names is None:
                 names = fields
                 if len(set(names)) < len(names):
-                    raise FewbitError(f"{path}: two columns of one name in its first line: {', '.join(names)}")
+                    raise FewbitError(f"{path}: two columns have the same name in its first line: {', '.join(names)}")
                 continue
             if len(fields) != len(names):
                 raise FewbitError(
-                    f"{path}:{reader.line_num}: {len(fields)} fields where the first line names {len(names)}"
+                    f"{path}:{reader.line_num}: {len(fields)} fields, but the first line has {len(names)}"
                 )
             values = {name: field or None for name, field in zip(names, fields, strict=True)}
             yield Row(f"{path}:{reader.line_num}", values)
@@ -132,7 +132,7 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[R
                     number += 1
                     yield Row(f"{path}: row {number}", values)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise FewbitError(f"{path}: no Parquet file that can be read ({_reason(error)})") from error
+        raise FewbitError(f"{path}: not a readable Parquet file ({_reason(error)})") from error
 
 
 ROWS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -162,4 +162,4 @@ def _cut_short(error: Exception, text: str) -> bool:
 def _reason(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return error.msg[:1].lower() + error.msg[1:]
-    return "it is nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+    return "nested too deeply" if isinstance(error, RecursionError) else first_line(error)

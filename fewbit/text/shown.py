@@ -1,8 +1,8 @@
-"""Foreign words in our messages."""
+"""Text from files and libraries in our messages."""
 
 
 def shown(words: object, longest: int = 300) -> str:
-    """Words from a file in one line, with nothing in them that a terminal would act upon."""
+    """Text from a file in one line, without control characters that would affect a terminal."""
     line = "".join(c if c.isprintable() else "�" for c in " ".join(str(words).split()))
     return line if len(line) <= longest else line[: longest - 1] + "…"
 

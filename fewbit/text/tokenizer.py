@@ -24,8 +24,8 @@ def check_tokenizer(tokenizer: Any, rows: int, model: str) -> None:
     beyond = [number for number in tokenizer.get_vocab().values() if number >= rows and number not in added]
     if beyond:
         raise FewbitError(
-            f"{model}: its tokenizer has token ids up to {max(beyond)}, its embedding {rows} rows: the tokenizer is "
-            "not this model's: put the right one into its folder"
+            f"{model}: its tokenizer has token ids up to {max(beyond)}, but its embedding has {rows} rows: the "
+            "tokenizer belongs to another model: put the right one into the folder"
         )
 
 
@@ -34,6 +34,7 @@ def check_ids(ids: Tensor, tokenizer: Any, rows: int, model: str) -> None:
     largest = int(ids.max()) if ids.numel() else 0
     if largest >= rows:
         raise FewbitError(
-            f"{model}: the token {tokenizer.convert_ids_to_tokens(largest)!r} of the text has the id {largest}, its "
-            f"embedding {rows} rows: the tokenizer is not this model's, or the text holds a token that it does not know"
+            f"{model}: the token {tokenizer.convert_ids_to_tokens(largest)!r} of the text has the id {largest}, but "
+            f"the embedding has {rows} rows: the tokenizer belongs to another model, or the text contains a token that "
+            "the model does not know"
         )

@@ -65,7 +65,7 @@ def _awq(weights: Sequence[Tensor], inputs: Inputs, rounding: Rounding) -> tuple
 
 def _smoothquant(weights: Sequence[Tensor], inputs: Inputs, rounding: Rounding) -> tuple[dict[str, Any], Tensor | None]:
     if inputs.largest is None:
-        raise FewbitError("smoothquant needs the largest inputs, which this run does not measure: take awq")
+        raise FewbitError("smoothquant needs the largest inputs, which this run does not measure: use awq")
     return {"exponent": 0.5}, smoothing_scales(inputs.largest, list(weights), 0.5)
 
 
@@ -82,5 +82,9 @@ def _curvature(curvature: Tensor, values: Values) -> Tensor:
 
 
 _MAP: dict[str, Any] = {"weight": _weight, "back": _back, "curvature": _curvature, "inputs": _back}
-AWQ = Transform("awq", "channels with large inputs are rounded more finely (AWQ)", choose=_awq, **_MAP)
-SMOOTHQUANT = Transform("smoothquant", "large inputs are made smaller (SmoothQuant)", choose=_smoothquant, **_MAP)
+AWQ = Transform(
+    "awq", "scale channels so that those with large inputs are rounded more finely (AWQ)", choose=_awq, **_MAP
+)
+SMOOTHQUANT = Transform(
+    "smoothquant", "scale channels so that large inputs become smaller (SmoothQuant)", choose=_smoothquant, **_MAP
+)

@@ -1,4 +1,4 @@
-"""Which transform, as a recipe says it."""
+"""The choice of a transform in a recipe."""
 
 from dataclasses import dataclass
 
@@ -18,11 +18,11 @@ class TransformChoice:
 
     @property
     def kind(self) -> Transform:
-        """The transform itself."""
+        """The transform object."""
         return TRANSFORMS[self.name]
 
     def refuses(self, recipe: Choices) -> str | None:
-        """Why this transform cannot be with the other axes' choices, or None."""
+        """Why this transform cannot be combined with the choices on the other axes, or None."""
         if self.kind.folded and (recipe.curvature is None or recipe.curvature.kind != "gram"):
-            return "channel scales are found with the input Gram: curvature gram"
+            return "channel scales need the input Gram: choose curvature gram"
         return None

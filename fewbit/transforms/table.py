@@ -1,4 +1,4 @@
-"""The transforms there are."""
+"""The table of transforms."""
 
 from fewbit.transforms.channel_scales import AWQ, SMOOTHQUANT
 from fewbit.transforms.transform import Transform
@@ -6,7 +6,7 @@ from fewbit.transforms.transform import Transform
 TRANSFORMS: dict[str, Transform] = {
     one.name: one
     for one in (
-        Transform("none", "weights as they are"),
+        Transform("none", "no transform"),
         AWQ,
         SMOOTHQUANT,
     )

@@ -20,9 +20,9 @@ Rounding = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of the inputs of some layers that share them.
+    """Measurements of the inputs that some layers share.
 
-    gram: `(in, in)`. largest: the largest magnitude of each channel `(in,)`, where it was measured.
+    gram: `(in, in)`. largest: the largest magnitude of each channel `(in,)`, if it was measured.
     """
 
     gram: Tensor
@@ -60,5 +60,5 @@ class Transform:
 
     @property
     def folded(self) -> bool:
-        """Whether the inverse goes into the layer before."""
+        """Whether the inverse is folded into the preceding layer."""
         return self.choose is not None

@@ -1,4 +1,4 @@
-"""What is trained, on which loss, for how long."""
+"""The choice of a training: which parameters, which loss, how long."""
 
 from dataclasses import dataclass
 
@@ -12,23 +12,18 @@ TRAINED = ("weights", "scales", "codes", "all")
 class TuningChoice:
     """Quantization-aware fine-tuning of a quantized folder.
 
-    loss: nll (the text's next tokens), kd (the original's predictions) or both, added.
-    train: weights (latent weights, rounded straight through onto grids that stay), scales (scales and zero-points or
-    minima, codes stay), codes (as weights, but no code moves by more than one step: learned rounding), all (weights
-    and scales).
-    epochs: passes over the training sequences.
-    lr: of latent weights, in steps of their grid an update (Adam's updates have about unit size).
-    scale_lr: of scales, as a share of each an update, and of zero-points, in codes.
-    batch_size: sequences of one update, over all processes. micro_batch: of them, how many run at a time; 0 for the
-    largest divisor up to 4.
-    warmup: share of all updates in which the rate rises; afterwards it falls as a cosine to 5 %.
-    clip: largest norm of the gradient.
-    held_out: sequences kept out of training, whose loss picks the best epoch. patience: epochs without a better one
-    after which training ends.
-    top: tokens of the original's predictions that are kept for kd, the others as one share; 0 for all of them,
-    computed anew each time.
-    reconstruction: passes over the sequences for every block by itself, before.
-    seed: order of the sequences.
+    loss: nll (cross-entropy of the next tokens), kd (divergence from the original's predictions), or nll+kd. train:
+    weights (latent weights with straight-through rounding to fixed grids), scales (scales and zero-points or minima,
+    with fixed codes), codes (as weights, but each code moves by at most one level: learned rounding), or all (weights
+    and scales). epochs: passes over the training sequences. lr: learning rate of latent weights, in steps of their grid
+    per update (Adam's updates have about unit size). scale_lr: learning rate of scales, relative to their size, and of
+    zero-points, in codes. batch_size: sequences per update, over all processes. micro_batch: how many of them run at a
+    time; 0 for the largest divisor up to 4. warmup: fraction of updates with a rising learning rate; it then decays as
+    a cosine to 5 %. clip: maximum norm of the gradient. held_out: sequences excluded from training, whose loss selects
+    the best epoch. patience: stop after this many epochs without improvement. top: number of most likely tokens of the
+    original that are stored for kd, with the rest as one probability; 0 for all of them, recomputed each time.
+    reconstruction: epochs of training each block to reproduce the original's outputs, before the main training. seed:
+    for the order of the sequences.
     """
 
     loss: str = "kd"
@@ -60,7 +55,7 @@ class TuningChoice:
             if not getattr(self, name) > 0:
                 raise FewbitError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
-            raise FewbitError(f"--warmup is a share of all updates, from 0 to below 1, not {self.warmup}")
+            raise FewbitError(f"--warmup is a fraction of all updates, from 0 to below 1, not {self.warmup}")
         if self.held_out < 0 or self.top < 0 or self.reconstruction < 0:
             raise FewbitError("--held-out, --top and --reconstruction cannot be negative")
         if self.micro_batch == 0:
@@ -70,19 +65,19 @@ class TuningChoice:
 
     @property
     def trains_weights(self) -> bool:
-        """Whether latent weights move."""
+        """Whether latent weights are trained."""
         return self.train != "scales"
 
     @property
     def trains_scales(self) -> bool:
-        """Whether scales and offsets move."""
+        """Whether scales and offsets are trained."""
         return self.train in ("scales", "all")
 
 
 def tuning_choice(wanted: bool, epochs: int | None, seed: int | None, report_only: bool) -> TuningChoice | None:
-    """The choice behind `fewbit quantize --tune`; FewbitError for options that go without it."""
+    """The choice for `fewbit quantize --tune`. Raises FewbitError for tuning options without --tune."""
     if not wanted and epochs is not None:
-        raise FewbitError("--tune-epochs: belongs to --tune")
+        raise FewbitError("--tune-epochs needs --tune")
     if wanted and report_only:
-        raise FewbitError("--tune trains what is written: leave --report-only out")
+        raise FewbitError("--tune needs an output folder: omit --report-only")
     return TuningChoice(epochs=TuningChoice.epochs if epochs is None else epochs, seed=seed or 0) if wanted else None

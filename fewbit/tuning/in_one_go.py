@@ -1,4 +1,4 @@
-"""`fewbit quantize --tune`: quantize into a folder beside the output, train from there, leave the trained one."""
+"""`fewbit quantize --tune`: quantize into a folder beside the output, train it, and keep only the trained folder."""
 
 import importlib.util
 import os
@@ -17,7 +17,7 @@ from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.run import TuneOptions, check_enough, tune
 
 _MARK = "fewbit_untuned"
-_NOT_OURS = "fewbit needs this name for its work, and what has it is not fewbit's: move it elsewhere first"
+_NOT_OURS = "fewbit needs this name for its work, but something else has it: move it elsewhere first"
 
 
 def quantize_and_tune(
@@ -25,7 +25,7 @@ def quantize_and_tune(
 ) -> dict[str, Any]:
     """Quantize `model` by `recipe` and fine-tune the result into `out`; returns the report of the trained folder.
 
-    Killed at any point, the same call goes on. Raises FewbitError as the two steps do.
+    If it is killed at any point, the same call resumes. Raises FewbitError as the two steps do.
     """
     between = out.absolute().with_name(f".{out.name}.fewbit-untuned")
     record = between.with_name(f"{between.name}.json")
@@ -102,7 +102,7 @@ def _begin(between: Path, record: Path, job: dict[str, Any], overwrite: bool) ->
     if before is not None and not overwrite and (between.exists() or holds_work(between)):
         raise FewbitError(
             f"{between.name}: a run with other arguments was interrupted here ({differences(before, job)}): repeat "
-            "those arguments to go on, or pass --overwrite to begin again"
+            "those arguments to resume it, or pass --overwrite to start again"
         )
     record.parent.mkdir(parents=True, exist_ok=True)
     # In this order: a folder never stands beside a record that it was not made by.

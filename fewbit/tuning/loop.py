@@ -146,20 +146,22 @@ class Trainer:
             total = self._backward(mine)
         except FewbitError as error:
             raise TrainingStoppedError(
-                f"the scales of {first_scale(self.model)} left their range at update {step + 1}: lower --scale-lr"
+                f"the scales of {first_scale(self.model)} left the valid range at update {step + 1}: lower --scale-lr"
             ) from error
         if not math.isfinite(total):
             # Alone: a pass that other processes take no part in could wait for them for ever.
             alone = accelerator.num_processes == 1
             where = first_output(self.model, lambda: self._loss(mine)) if alone else "the loss"
-            raise TrainingStoppedError(f"{where} is no number at update {step + 1}: lower --lr, or check the text")
+            raise TrainingStoppedError(
+                f"{where} is NaN or infinite at update {step + 1}: lower --lr, or check the text"
+            )
         norm = _whole(accelerator.clip_grad_norm_(list(trained(self.model).values()), self._choice.clip))
         if not math.isfinite(norm):
             # Clipping has made all gradients like the norm: only another pass can tell whose it was.
             self._optimizer.zero_grad(set_to_none=True)
             self._backward(mine)
             where = first_gradient(self.model)
-            raise TrainingStoppedError(f"the gradient of {where} is no number at update {step + 1}: lower --lr")
+            raise TrainingStoppedError(f"the gradient of {where} is NaN or infinite at update {step + 1}: lower --lr")
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return _mean_over_processes(accelerator, total)

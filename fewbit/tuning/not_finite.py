@@ -1,4 +1,4 @@
-"""Where a number that is none came from: for the message that ends a training run."""
+"""Finds where a NaN or infinity came from, for the message that ends a training run."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from fewbit.tuning.tuned_weight import TunedWeight
 
 
 class TrainingStoppedError(FewbitError):
-    """The loss or a gradient is no number: the same run would end so again."""
+    """The loss or a gradient is NaN or infinite: the same run would end in the same way again."""
 
 
 def plain_name(name: str) -> str:
@@ -22,7 +22,7 @@ def plain_name(name: str) -> str:
 
 @torch.no_grad()
 def first_output(model: nn.Module, forward: Callable[[], Any]) -> str:
-    """The first module, in the order in which they run, whose output holds a NaN or an infinity; or "the loss"."""
+    """The first module, in the order in which they run, whose output has a NaN or infinity, or "the loss"."""
     found: list[str] = []
 
     def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -39,7 +39,7 @@ def first_output(model: nn.Module, forward: Callable[[], Any]) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return f"what {found[0]} gives" if found else "the loss"
+    return f"the output of {found[0]}" if found else "the loss"
 
 
 def _inner(module: nn.Module) -> list[nn.Module]:

@@ -77,7 +77,7 @@ def reconstruct_blocks(
                 norm = torch.nn.utils.clip_grad_norm_(list(trained(block).values()), choice.clip)
                 if not bool(torch.isfinite(norm)):
                     raise TrainingStoppedError(
-                        f"the gradient of block {index + 1} is no number at its update {step + 1}: lower --lr"
+                        f"the gradient of block {index + 1} is NaN or infinite at its update {step + 1}: lower --lr"
                     )
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""`fewbit tune`: from a quantized folder and some text to a quantized folder of the same form with better weights."""
+"""`fewbit tune`: trains the weights of a quantized folder on some text and writes a folder of the same format."""
 
 import shutil
 import time
@@ -43,10 +43,11 @@ _TEACHER = f"tuning-teacher{SOLVED}"
 
 @dataclass(frozen=True, kw_only=True)
 class TuneOptions:
-    """What a run needs beside its choice.
+    """Options of a run beside its choice.
 
-    reference: the original; None for the one the folder was made from. calibration: the training text.
-    checkpointing: keep only the blocks' inputs and run them again on the way back; None for where memory asks for it.
+    reference: the original; None for the one that the folder was made from. calibration: the training text.
+    checkpointing: store only the inputs of blocks and recompute activations in the backward pass; None to do so if
+    memory requires it.
     """
 
     reference: str | Path | None = None
@@ -63,16 +64,17 @@ def tune(
     options: TuneOptions | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune a quantized folder under its own rounding and write the result in the same form, with the same bits.
+    """Fine-tune a quantized folder under its own rounding and write the result in the same format and bit-width.
 
-    Returns the new report, whose `tuning` entry has the losses. Raises FewbitError for bad input, or when the loss is
-    no number; a run that was killed goes on where it was. Every process of a launch calls this with the same arguments.
+    Returns the new report, whose `tuning` entry has the losses. A run that was killed is resumed. Raises FewbitError
+    for bad input, or if the loss becomes NaN or infinite. All processes of a launch call this with the same arguments.
     """
     choice, options = choice or TuningChoice(), options or TuneOptions()
     accelerator = _accelerator(options.device)
     if choice.batch_size % accelerator.num_processes:
         raise FewbitError(
-            f"--batch-size {choice.batch_size}: {accelerator.num_processes} processes share it: make it a multiple"
+            f"--batch-size {choice.batch_size}: it must be a multiple of the number of processes "
+            f"({accelerator.num_processes})"
         )
     started = time.perf_counter()
     checkpoint = open_checkpoint(Path(folder))
@@ -86,7 +88,7 @@ def tune(
         work = WorkFolder(Path(out), job, options.overwrite, replaces)
     accelerator.wait_for_everyone()
     try:
-        with said_when_full("free some and run the same command again, training goes on from its last snapshot"):
+        with said_when_full("free some space and run the same command again; training resumes from its last snapshot"):
             run = _Run(checkpoint, original_checkpoint, choice, options, accelerator, work, WorkFolder.place(Path(out)))
             report = _train(run, started, progress if work is not None else None)
         accelerator.wait_for_everyone()
@@ -170,7 +172,7 @@ def _check_space(checkpoint: Checkpoint, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if checkpoint.bytes > free:
         needed = checkpoint.bytes / 1e9
-        raise WorkKeptError(f"{folder.parent}: the output needs {needed:.1f} GB, {free / 1e9:.1f} GB are free")
+        raise WorkKeptError(f"{folder.parent}: the output needs {needed:.1f} GB, but only {free / 1e9:.1f} GB are free")
 
 
 def _accelerator(device: str | None) -> Any:
@@ -216,7 +218,7 @@ def check_enough(sequences: int, choice: TuningChoice) -> None:
     if training < choice.batch_size:
         raise FewbitError(
             f"{sequences} sequences with {choice.held_out} held out leave {training} for batches of "
-            f"{choice.batch_size}: give more text (--samples), or lower --held-out or --batch-size"
+            f"{choice.batch_size}: use more text (--samples), or lower --held-out or --batch-size"
         )
 
 

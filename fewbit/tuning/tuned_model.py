@@ -55,7 +55,7 @@ def make_trainable(model: nn.Module, choice: TuningChoice, original: Callable[[s
         setattr(model.get_submodule(parent), child, tuned)
         places[packed.name] = place
     if not places:
-        raise FewbitError("no packed weight to train: name a folder that fewbit quantized")
+        raise FewbitError("there is no packed weight to train: give a folder that fewbit quantize wrote")
     return places
 
 

@@ -151,7 +151,7 @@ def test_every_layer_of_the_blocks_is_rounded_and_then_as_before(name: str, tmp_
         assert float((logits_of(network, ids[:1]) - expected).norm() / expected.norm()) > 3 * errors["dynamic token"]
         assert 4 < simulation.bits_per_weight < 5.1
     assert all(torch.equal(value, weights[key]) for key, value in network.model.state_dict().items())
-    with pytest.raises(FewbitError, match="give a calibration set"), rounding_inputs(network, ActivationChoice()):
+    with pytest.raises(FewbitError, match="need a calibration set"), rounding_inputs(network, ActivationChoice()):
         pass
 
 

@@ -133,5 +133,5 @@ def test_experts_that_saw_no_token_are_rounded_and_named(fused: Path, method: st
 
 
 def test_planes_of_bits_hold_no_fused_experts(fused: Path, tmp_path: Path) -> None:
-    with pytest.raises(fewbit.FewbitError, match="experts fused in one tensor cannot be stored with this grid: take"):
+    with pytest.raises(fewbit.FewbitError, match="experts fused in one tensor cannot be stored with this grid: choose"):
         fewbit.quantize(fused, tmp_path / "out", fewbit.preset("billm"), RunOptions(calibration=CHOICE))

@@ -193,4 +193,4 @@ def test_included_parts_beside_the_decoder_are_rounded(tmp_path: Path) -> None:
 
 def test_the_plan_names_what_is_kept(tmp_path: Path) -> None:
     text = run_cli("plan", build("gemma3", tmp_path / "model"), "--group-size", "16").stdout
-    assert "vision, audio or a projector" in text
+    assert "vision, audio or projector" in text

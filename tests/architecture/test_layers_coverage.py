@@ -94,7 +94,7 @@ def test_every_router_is_kept(name: str, described: bool) -> None:
         ("per_layer_embedding.weight", (512, 32), "embedding"),
         ("table.weight", (512, 32), "embedding"),
         ("self_attn.bias", (1, 1, 32, 32), "attention mask"),
-        ("rg_lru.input_gate_weight", (4, 16, 16), "one small matrix a head"),
+        ("rg_lru.input_gate_weight", (4, 16, 16), "one small matrix per head"),
         ("self_attn.b_proj.weight", (4, HIDDEN), "fewer than 8 rows or columns"),
         ("attn_hc.fn", (24, 256), "parameter that is no layer's weight"),
     ],

@@ -82,7 +82,7 @@ def test_a_network_that_holds_other_numbers_is_refused(tmp_path: Path) -> None:
     model = fewbit.load(folder, device="cpu")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[5, 7] += 1
-    with pytest.raises(FewbitError, match=r"layers\.1\.mlp\.up_proj\.weight: the network .* holds other numbers"):
+    with pytest.raises(FewbitError, match=r"layers\.1\.mlp\.up_proj\.weight: the network .* has different values"):
         sites_of(model, checkpoint)
 
 
@@ -105,7 +105,7 @@ def test_a_tensor_that_the_network_lacks_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", [nn.Embedding(8, 8), nn.Conv1d(8, 8, 3), type("TopKRouter", (nn.Module,), {})()])
 def test_owners_that_are_no_linear_layer(module: nn.Module) -> None:
-    with pytest.raises(FewbitError, match=r"^w: in the network it is the weight of a .*--exclude"):
+    with pytest.raises(FewbitError, match=r"^w: in the network this is the weight of a .*--exclude"):
         refuse_owner("w", module, None)
 
 
@@ -114,7 +114,7 @@ def test_experts_that_were_read_the_wrong_way_round_are_refused() -> None:
     module.is_transposed = True  # type: ignore[assignment]
     refuse_owner("w", module, True)
     refuse_owner("w", module, None)
-    with pytest.raises(FewbitError, match=r"stores it as \(experts, in, out\)"):
+    with pytest.raises(FewbitError, match=r"its shape in the network is \(experts, in, out\)"):
         refuse_owner("w", module, False)
 
 
@@ -214,7 +214,7 @@ def test_a_weight_that_is_used_by_its_other_side_is_refused(kind: str) -> None:
     layer.weight = nn.Parameter(torch.randn(6, 6))
     layer(torch.randn(2, 6))
     with (
-        pytest.raises(FewbitError, match=r"^key: the network holds it as \((out, in|in, out)\)"),
+        pytest.raises(FewbitError, match=r"^key: the network stores it as \((out, in|in, out)\)"),
         watching([Watched("key", layer, "weight", None, kind == "linear")], lambda *_: None, backward=False),
     ):
         layer(torch.randn(2, 6))

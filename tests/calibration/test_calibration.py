@@ -47,8 +47,8 @@ def test_syntax(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("c4,,self", "an empty source"),
-        ("c4:0", "at least one sequence"),
+        ("c4,,self", "a source is empty"),
+        ("c4:0", "a number of at least 1"),
         ("self,none", "cannot be combined"),
         ("missing.txt", "missing.txt: no such file or folder"),
         ("./missing", "no such file or folder"),
@@ -65,9 +65,11 @@ def test_shares() -> None:
     assert shares(parse_sources("self:4,nonsense:9"), 13) == [4, 9]
     assert choice_from({"sources": "self:4,nonsense:9", "samples": None}).samples == 13
     assert choice_from({"sources": "self:4,nonsense"}).samples == 128
-    with pytest.raises(FewbitError, match="--samples 2: the sources count 13 sequences in all: leave one of them out"):
+    with pytest.raises(
+        FewbitError, match="--samples 2: the counts of the sources add up to 13: omit --samples or the counts"
+    ):
         CalibrationChoice("self:4,nonsense:9", 2)
-    with pytest.raises(FewbitError, match="--samples 3: the counts of the sources leave 0 for 1"):
+    with pytest.raises(FewbitError, match="--samples 3: the counts of the other sources leave 0 sequences for 1"):
         shares(parse_sources("self:4,nonsense"), 3)
 
 
@@ -119,8 +121,8 @@ def test_too_little_text_says_how_much_there_is(tmp_path: Path, tokenizer: Any) 
     with pytest.raises(FewbitError) as error:
         make_set(CalibrationChoice(str(path), 8, 32), tokenizer, 256)
     assert str(error.value) == (
-        f"{path}: it has 100 tokens, 3 sequences of 32; 8 were asked for: take fewer or shorter ones "
-        "(--samples, --sequence-length), or more text"
+        f"{path}: it has 100 tokens, which is 3 sequences of 32, but 8 were requested: use fewer or shorter "
+        "sequences (--samples, --sequence-length), or more text"
     )
 
 
@@ -130,7 +132,7 @@ def test_chat_template(tmp_path: Path, tokenizer: Any) -> None:
         make_set(CalibrationChoice(source, 2, 32, chat_template=True), tokenizer, 256)
     templated = byte_tokenizer()
     templated.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
-    with pytest.raises(FewbitError, match="--chat-template: self:3,random-tokens has no documents to put into it"):
+    with pytest.raises(FewbitError, match="--chat-template: self:3,random-tokens has no documents to apply it to"):
         CalibrationChoice("self:3,random-tokens", 5, 32, chat_template=True)
     ids = make_set(CalibrationChoice(source, 2, 300, chat_template=True), templated, 256).ids
     assert "<user>document" in templated.decode(ids.reshape(-1))
@@ -150,7 +152,7 @@ def refused(*arguments: Any) -> str:
 
 def test_a_hub_data_set_without_a_network(tiny: Path, tmp_path: Path) -> None:
     line = refused(tiny, tmp_path / "out", *CALIBRATED, *RANDOM[2:], "--calibration", "c4")
-    assert "c4: no such file here, and the data set cannot be fetched" in line or "pip install 'fewbit[data]'" in line
+    assert "c4: no such file, and the data set cannot be fetched" in line or "pip install 'fewbit[data]'" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -181,13 +183,13 @@ def test_a_hub_data_set(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: s
 
 def test_none_is_no_calibration(tiny: Path, tmp_path: Path) -> None:
     line = refused(tiny, tmp_path / "out", *CALIBRATED, *RANDOM[2:], "--calibration", "none")
-    assert line == "this method needs calibration text: give --calibration, e.g. self, c4 or a file"
+    assert line == "this method needs a calibration set: give --calibration, e.g. self, c4 or a file"
     run_cli("quantize", tiny, tmp_path / "out", "--method", "rtn", "--calibration", "none")
 
 
 def test_memory_too_small_for_one_block(tiny: Path, tmp_path: Path) -> None:
     text = ["--calibration", "self", *RANDOM[2:], "--memory", "1KB"]
-    expected = "block 1: its curvature takes 0.2 MB, --memory allows 0.0 MB: give at least 0.2 MB"
+    expected = "block 1: its curvature takes 0.2 MB, but --memory allows 0.0 MB: give at least 0.2 MB"
     assert refused(tiny, tmp_path / "out", "--method", "oac", "--group-size", "32", *text) == expected
     for kind in ("gram", "fisher"):
         result = run_cli("curvature", tiny, tmp_path / kind, "--kind", kind, *text, code=2)
@@ -197,7 +199,7 @@ def test_memory_too_small_for_one_block(tiny: Path, tmp_path: Path) -> None:
 
 def test_sequences_longer_than_the_model(tiny: Path, tmp_path: Path) -> None:
     long = ["--calibration", "random-tokens", "--samples", "2", "--sequence-length", "129"]
-    expected = "--sequence-length 129: the model has 128 positions: take 128 or fewer"
+    expected = "--sequence-length 129: the model's maximum length is 128: use 128 or less"
     assert refused(tiny, tmp_path / "out", *CALIBRATED, *long) == expected
     assert expected in run_cli("curvature", tiny, tmp_path / "c", *long, code=2).stderr
     assert f"problem: {expected}" in run_cli("plan", tiny, "--method", "oac", *long).stdout
@@ -220,4 +222,4 @@ def test_a_model_without_tokenizer(tmp_path: Path) -> None:
         path.unlink()
     run_cli("quantize", model, tmp_path / "out", *CALIBRATED, *RANDOM)
     line = refused(model, tmp_path / "more", *CALIBRATED, *RANDOM[2:], "--calibration", "nonsense")
-    assert "no tokenizer that transformers can read: add it, or take random-tokens" in line
+    assert "no tokenizer that transformers can read: add one, or use random-tokens" in line

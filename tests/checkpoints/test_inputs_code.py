@@ -57,12 +57,12 @@ def test_a_model_that_is_code(tiny: Path, tmp_path: Path, canary: Path) -> None:
         ("curvature", model, tmp_path / "c", "--calibration", tmp_path / "a.txt", "--samples", 2),
     ):
         result = run_cli(*command, code=2)
-        assert "'other' is no architecture of transformers but code in the model's folder" in result.stderr
+        assert "transformers does not know the architecture 'other'; it is code in the model's folder" in result.stderr
         assert "fewbit never runs code of a model" in result.stderr
         assert result.stderr.count("\n") == 1 and result.stdout == ""
     # What needs no network works, and says that the code stays behind.
     result = run_cli("quantize", model, tmp_path / "q", "--method", "rtn")
-    assert "not carried from the model's folder: other.py" in result.stderr
+    assert "not copied from the model's folder: other.py" in result.stderr
     assert not canary.exists() and sys.stdin.read() == "y\n" * 100
 
 
@@ -95,7 +95,7 @@ def test_code_of_the_hub_named_in_a_config(tiny: Path, tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     for changes in ({"attn_implementation": "someone/kernel"}, {"text_config": {"_attn_implementation": "a/b@main"}}):
         (model / "config.json").write_text(json.dumps({**config, **changes}))
-        with pytest.raises(FewbitError, match="asks for code of the hub"):
+        with pytest.raises(FewbitError, match="requests code from the hub"):
             fewbit.load(model, device="cpu")
 
 

@@ -38,9 +38,9 @@ def test_a_pickle_that_transformers_would_load(single: Path, tmp_path: Path) -> 
     assert "pytorch_model.bin" in open_checkpoint(model).left
     assert fewbit.load(model, device="cpu").model.norm.weight.min() == 1
     (model / "model.safetensors").rename(model / "weights.safetensors")
-    refused(model, r"transformers loads pytorch_model.bin, a pickle, and not weights.safetensors")
+    refused(model, r"transformers would load pytorch_model.bin, a pickle file, instead of weights.safetensors")
     (model / "weights.safetensors").unlink()
-    refused(model, "only pickled weights")
+    refused(model, "its weights are only pickle files")
 
 
 def test_a_second_set_of_weights(tiny: Path, single: Path, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_an_index_that_names_the_single_file(single: Path, tmp_path: Path) -> No
     assert set(open_checkpoint(model).entries) == set(names)
     del names["model.norm.weight"]
     index.write_text(json.dumps({"weight_map": names}))
-    refused(model, r"it holds tensor model.norm.weight, which the index does not name")
+    refused(model, r"contains tensor model.norm.weight, which the index does not list")
 
 
 def test_an_index_without_one_of_its_shards(tiny: Path, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_an_index_without_one_of_its_shards(tiny: Path, tmp_path: Path) -> None:
     weight_map = json.loads(index.read_text())["weight_map"]
     last = sorted(set(weight_map.values()))[-1]
     index.write_text(json.dumps({"weight_map": {n: f for n, f in weight_map.items() if f != last}}))
-    refused(model, f"it does not name {last}, which is part of the same set")
+    refused(model, f"does not list {last}, which belongs to the same set")
 
 
 def test_weights_that_the_config_names(single: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_links_out_of_the_folder(single: Path, tmp_path: Path) -> None:
         up = os.path.relpath(tmp_path / "home" / target, (model / name).parent)
         (model / name).symlink_to(up)
         line = run_cli("quantize", model, tmp_path / "out", "--method", "rtn", code=2).stderr
-        assert f"{name} is a link out of the model's folder" in line and line.count("\n") == 1
+        assert f"{name} is a link to a place outside the model's folder" in line and line.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
 
@@ -152,7 +152,7 @@ def test_links_that_are_followed(single: Path, tmp_path: Path) -> None:
     # Blobs that lie elsewhere are not the cache's.
     blobs.rename(tmp_path / "elsewhere")
     blobs.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(FewbitError, match="is a link out of the model's folder"):
+    with pytest.raises(FewbitError, match="is a link to a place outside the model's folder"):
         open_checkpoint(snapshot)
 
 
@@ -169,7 +169,7 @@ def test_companions_travel_and_the_rest_is_named(single: Path, tmp_path: Path) -
     result = run_cli("quantize", model, tmp_path / "q", "--method", "rtn", "--json")
     report = json.loads(result.stdout)["report"]
     assert report["left"] == sorted("1_Pooling/" if name.startswith("1_") else name for name in left)
-    assert result.stderr.startswith("not carried from the model's folder: 1_Pooling/, additional_chat_templates/x.py")
+    assert result.stderr.startswith("not copied from the model's folder: 1_Pooling/, additional_chat_templates/x.py")
     assert result.stderr.count("\n") == 1
     out = {str(path.relative_to(tmp_path / "q")) for path in (tmp_path / "q").rglob("*") if path.is_file()}
     assert set(carried) <= out and not set(left) & out
@@ -180,4 +180,4 @@ def test_companions_travel_and_the_rest_is_named(single: Path, tmp_path: Path) -
 
 def test_what_is_said_stays_short() -> None:
     assert say_left([]) is None
-    assert say_left(map(str, range(20))) == "not carried from the model's folder: 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
+    assert say_left(map(str, range(20))) == "not copied from the model's folder: 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"

@@ -236,10 +236,13 @@ def test_what_does_not_fit_is_refused(plain: Path, tmp_path: Path) -> None:
         return folder
 
     cases = [
-        (changed(0, lambda t: t.pop(f"{name}_scale_inv")), "is in FP8 and has no scale beside it"),
-        (changed(1, lambda t: t.update({f"{name}_scale": torch.ones(1)})), "is in FP8 and has two scales beside it"),
+        (changed(0, lambda t: t.pop(f"{name}_scale_inv")), "is in FP8 but has no scale beside it"),
+        (changed(1, lambda t: t.update({f"{name}_scale": torch.ones(1)})), "is in FP8 but has two scales beside it"),
         (changed(2, lambda t: t.update({f"{name}_scale_inv": torch.ones(3, 2)})), r"scales \[3, 2\] do not fit"),
-        (changed(3, lambda t: t.update({f"{name}_scale_inv": torch.ones(4, 2).int()})), "holds no scales: it is int32"),
+        (
+            changed(3, lambda t: t.update({f"{name}_scale_inv": torch.ones(4, 2).int()})),
+            "cannot contain scales: its dtype is int32",
+        ),
     ]
     for folder, message in cases:
         for act in (open_checkpoint, fewbit.load):
@@ -261,7 +264,7 @@ def test_fp8_that_nothing_describes_is_refused_everywhere(plain: Path, tmp_path:
     # Codes with no scales at all.
     tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if not n.endswith("_scale_inv")}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert "float8_e4m3fn codes, no scales known" in run_cli("quantize", folder, tmp_path / "q", code=2).stderr
+    assert "float8_e4m3fn codes without known scales" in run_cli("quantize", folder, tmp_path / "q", code=2).stderr
 
 
 def test_other_descriptions_of_fp8(plain: Path, tmp_path: Path) -> None:

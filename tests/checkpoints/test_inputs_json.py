@@ -14,8 +14,8 @@ BAD = {
     "nested a little": ('{"a": ' + "[" * 300 + "]" * 300 + "}", "nested more than 100 deep"),
     "objects": ('{"a": ' * 300 + "1" + "}" * 300, "nested more than 100 deep"),
     "a long number": ('{"a": ' + "9" * 5000 + "}", "a number of 5000 digits"),
-    "half a character": ('{"a": "\\ud83d"}', "half a character"),
-    "contradiction": ('{"a": 1, "a": 2}', "'a' stands twice, with different values"),
+    "half of a surrogate pair": ('{"a": "\\ud83d"}', "half of a surrogate pair"),
+    "contradiction": ('{"a": 1, "a": 2}', "'a' occurs twice with different values"),
     "not JSON": ("{", "not valid JSON"),
     "no object": ("[1]", "not a JSON object"),
 }
@@ -80,7 +80,7 @@ def test_a_nested_header(tiny: Path, tmp_path: Path) -> None:
     header = b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"
     (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     line = run_cli("inspect", model, code=2).stderr
-    assert "not a whole safetensors file (nested more than 100 deep)" in line
+    assert "not a complete safetensors file (nested more than 100 deep)" in line
 
 
 def test_a_report_of_a_quantized_folder(tiny: Path, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_names_that_are_not_utf_8(tiny: Path, tmp_path: Path) -> None:
     (model / bad).write_text("x")
     model.rename(tmp_path / "m")
     result = run_cli("quantize", tmp_path / "m", tmp_path / "q", "--method", "rtn")
-    assert result.stderr == "not carried from the model's folder: mod\\udcff\n"
+    assert result.stderr == "not copied from the model's folder: mod\\udcff\n"
     (tmp_path / "m" / bad).rename(tmp_path / "m" / os.fsdecode(b"\xff.safetensors"))
     assert "\\udcff.safetensors" in open_checkpoint(tmp_path / "m").left
 
@@ -175,4 +175,4 @@ def test_a_kept_tensor_with_the_name_of_a_part(tmp_path: Path) -> None:
     extra = {"model.layers.0.mlp.up_proj.codes": torch.ones(4)}
     save_file({**load_file(model / "model.safetensors"), **extra}, model / "model.safetensors", {"format": "pt"})
     line = run_cli("quantize", model, tmp_path / "q", "--method", "rtn", code=2).stderr
-    assert "two tensors would be called model.layers.0.mlp.up_proj.codes" in line and line.count("\n") == 1
+    assert "two tensors would have the name model.layers.0.mlp.up_proj.codes" in line and line.count("\n") == 1

@@ -52,8 +52,8 @@ SIGNS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "hqq": ({f"{LAYER}.W_q": torch.zeros(8, 8, dtype=torch.uint8)}, "HQQ"),
     "ours": ({f"{LAYER}.codes": torch.zeros(8).byte(), f"{LAYER}.scales": torch.zeros(4).half()}, "fewbit"),
     "mlx": ({f"{LAYER}.weight": torch.zeros(8, 8), f"{LAYER}.biases": torch.zeros(8, 1)}, "MLX"),
-    "int8": ({f"{LAYER}.weight": torch.zeros(128, 64, dtype=torch.int8)}, "int8 codes, no scales known"),
-    "words": ({f"{LAYER}.weight": torch.zeros(128, 64, dtype=torch.uint32)}, "uint32 codes, no scales known"),
+    "int8": ({f"{LAYER}.weight": torch.zeros(128, 64, dtype=torch.int8)}, "int8 codes without known scales"),
+    "words": ({f"{LAYER}.weight": torch.zeros(128, 64, dtype=torch.uint32)}, "uint32 codes without known scales"),
 }
 
 
@@ -118,7 +118,7 @@ def test_tools_that_only_tensors_show(single: Path, tmp_path: Path, name: str) -
     save_file({**before, **tensors}, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(FewbitError, match="already quantized"):
         fewbit.load(model, device="cpu")
-    refused(model, "a tool that is named nowhere" if "codes" in tool else tool, tmp_path)
+    refused(model, "an unknown tool" if "codes" in tool else tool, tmp_path)
 
 
 @pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json", "quanto_qmap.json"])
@@ -183,7 +183,7 @@ def test_two_numbers_in_a_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["F6_E2M3", "F6_E3M2", "Q9"])
 def test_a_dtype_that_torch_lacks_is_named(tmp_path: Path, dtype: str) -> None:
     path = raw(tmp_path / "m", {"counts": (dtype, [4], 3)})
-    with pytest.raises(FewbitError, match=f"tensor counts has the dtype {dtype}, which this PyTorch does not have"):
+    with pytest.raises(FewbitError, match=f"tensor counts has the dtype {dtype}, which this PyTorch does not support"):
         read_header(path)
 
 

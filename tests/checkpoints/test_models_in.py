@@ -21,7 +21,7 @@ def test_models_are_listed() -> None:
     assert [row["name"] for row in rows] == ["smollm2-135m", "gemma3-270m"]
     assert "smollm2-135m" in run_cli("models").stdout
     result = run_cli("models", "fetch", "nothing", code=2)
-    assert "no named model 'nothing': there are smollm2-135m, gemma3-270m" in result.stderr
+    assert "no named model 'nothing': choose from smollm2-135m, gemma3-270m" in result.stderr
 
 
 def test_a_wrong_checksum_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,4 +117,4 @@ def test_a_model_from_the_hub(hub: str, tiny: Path, tmp_path: Path) -> None:
         tmp_path / "local" / "model.safetensors"
     ).read_bytes()
     result = run_cli("quantize", "org/other", tmp_path / "x", env=env, code=2)
-    assert "org/other: no such folder here and no such model on the hub" in result.stderr
+    assert "org/other: no such folder, and no such model on the hub" in result.stderr

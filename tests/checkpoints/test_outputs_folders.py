@@ -55,7 +55,7 @@ def test_what_appears_at_out_meanwhile_is_left_alone(tiny: Path, tmp_path: Path,
         else:
             other.rename(out)
 
-    with pytest.raises(WorkKeptError, match=r"made while this run worked; the finished work is kept: move out else"):
+    with pytest.raises(WorkKeptError, match=r"appeared during the run; the finished work is kept: move out else"):
         fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=overwrite, progress=appear))
     assert not other.exists() if made == "of fewbit" else other.is_dir()
     out.rename(tmp_path / "kept")
@@ -75,16 +75,16 @@ def test_only_what_overwrite_allowed_at_the_start_is_replaced(tiny: Path, tmp_pa
     def change(done: int, total: int, what: str) -> None:
         (out / "notes.md").write_text("precious")
 
-    with pytest.raises(WorkKeptError, match=r"out: notes\.md was put there while this run worked"):
+    with pytest.raises(WorkKeptError, match=r"out: notes\.md was added to it during the run"):
         fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True, progress=change))
     assert (out / "notes.md").read_text() == "precious"
-    with pytest.raises(FewbitError, match=r"out: holds notes\.md, which fewbit did not put there"):
+    with pytest.raises(FewbitError, match=r"out: contains notes\.md, which fewbit did not write"):
         fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True))
     (out / "notes.md").rename(tmp_path / "notes.md")
     fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True))
     (out / "sub").mkdir()
     (out / "sub" / "thesis.txt").write_text("precious")
-    with pytest.raises(FewbitError, match=r"holds sub/thesis\.txt"):
+    with pytest.raises(FewbitError, match=r"contains sub/thesis\.txt"):
         fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True))
     assert siblings(tmp_path) == ["notes.md", "out"]
 
@@ -95,7 +95,7 @@ def test_a_name_alone_is_no_proof_that_fewbit_made_a_folder(tiny: Path, tmp_path
         folder.mkdir()
         (folder / name).write_text(text)
         (folder / "thesis.txt").write_text("precious")
-        with pytest.raises(FewbitError, match="not a folder that fewbit made"):
+        with pytest.raises(FewbitError, match="fewbit did not make this folder"):
             fewbit.quantize(tiny, folder, RTN, RunOptions(overwrite=True))
         assert siblings(folder) == sorted([name, "thesis.txt"])
     # What loads is proof enough: a report need not be there.
@@ -146,7 +146,7 @@ def test_a_stranger_in_the_work_folder_outlives_the_run(tiny: Path, tmp_path: Pa
     def visit(done: int, total: int, what: str) -> None:
         (tmp_path / ".out.fewbit-partial" / "thesis.txt").write_text("precious")
 
-    with pytest.raises(WorkKeptError, match=r"thesis\.txt: fewbit did not put that into its own folder"):
+    with pytest.raises(WorkKeptError, match=r"thesis\.txt: fewbit did not write this file"):
         fewbit.quantize(tiny, tmp_path / "out", RTN, RunOptions(progress=visit))
     stranger = tmp_path / ".out.fewbit-partial" / "thesis.txt"
     assert stranger.read_text() == "precious"
@@ -330,7 +330,7 @@ def test_an_original_that_was_changed_or_replaced_is_noticed(tmp_path: Path) -> 
         fewbit.quantize(model, tmp_path / "out", RTN)
     interrupted()
     weights.touch()
-    with pytest.raises(FewbitError, match=r"model\.safetensors has been written since"):
+    with pytest.raises(FewbitError, match=r"model\.safetensors has been modified since"):
         fewbit.quantize(model, tmp_path / "out", RTN)
     interrupted()
     config.write_text(config.read_text().replace('"max_position_embeddings": 128', '"max_position_embeddings": 64'))
@@ -399,5 +399,5 @@ def test_the_demonstration_overwrites_no_report_of_others(tmp_path: Path) -> Non
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text(text)
-        assert "is there already, and no demonstration wrote it" in run_cli("demo", folder, code=2).stderr
+        assert "already exists and was not made by the demo" in run_cli("demo", folder, code=2).stderr
         assert (folder / name).read_text() == text and siblings(folder) == [name]

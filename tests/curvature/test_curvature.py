@@ -264,10 +264,10 @@ def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
     save_file({**weights, name: weights[name] + 0.01}, next(merged.glob("*-00003-*")), {"format": "pt"})
     with pytest.raises(FewbitError, match=r"was measured on another model \(its sample differs\)"):
         open_curvature(tmp_path / "kept", open_checkpoint(merged))
-    with pytest.raises(FewbitError, match="no curvature here: make one with"):
+    with pytest.raises(FewbitError, match="contains no curvature: make one with"):
         open_curvature(tmp_path, open_checkpoint(tiny))
     for arguments, message in (
-        (["--method", "gptq"], "holds a fisher, gptq needs a gram"),
+        (["--method", "gptq"], "contains a fisher, but gptq needs a gram"),
         (
             ["--method", "oac", "--fisher-terms", "sequence"],
             "its Fisher was measured with terms 'token', not 'sequence'",
@@ -285,16 +285,19 @@ def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
         assert message in result.stderr
     run_cli("curvature", tiny, tmp_path / "thin", "--kind", "gram", "--gram-share", "0", "--diagonal", *source)
     result = run_cli("quantize", tiny, tmp_path / "out", "--method", "gptq", "--curvature", tmp_path / "thin", code=2)
-    assert "holds diagonals, by which gptq would only round: measure again without --diagonal" in result.stderr
+    assert (
+        "contains only diagonals, with which gptq would do no more than rounding: measure again without --diagonal"
+        in result.stderr
+    )
     block = tmp_path / "kept" / "block-00001.safetensors"
     whole = block.read_bytes()
     block.unlink()
-    with pytest.raises(FewbitError, match="block 2 is not measured: run the same fewbit curvature again"):
+    with pytest.raises(FewbitError, match="block 2 is not measured: run the same fewbit curvature command again"):
         open_curvature(tmp_path / "kept", open_checkpoint(tiny))
     block.write_bytes(whole)
     description = tmp_path / "kept" / "fewbit_curvature.json"
     description.write_text(description.read_text().replace('"version": 2', '"version": 9'))
-    with pytest.raises(FewbitError, match="curvature version 9, this fewbit reads 2: measure again"):
+    with pytest.raises(FewbitError, match="curvature version 9, but this fewbit reads 2: measure it again"):
         open_curvature(tmp_path / "kept", open_checkpoint(tiny))
     description.write_text("{}")
     with pytest.raises(FewbitError, match="damaged"):
@@ -308,7 +311,7 @@ def test_what_was_left_out_is_named_before_anything_is_solved(tiny: Path, tmp_pa
     left_out = ("*.layers.0.*", "*.1.mlp.down_proj.weight")
     measure(tiny, tmp_path / "kept", wanted, text, exclude=left_out)
     stored = CalibrationOptions(stored=open_curvature(tmp_path / "kept", open_checkpoint(tiny)))
-    message = r"holds no curvature of .*layers\.0\..* … \(8 weights\): they were left out when it was measured"
+    message = r"has no curvature for .*layers\.0\..* … \(8 weights\), because they were left out of the measurement"
     with pytest.raises(FewbitError, match=message):
         fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("gptq"), RunOptions(calibration=stored))
     assert not list((tmp_path / ".out.fewbit-partial").glob("*.solved"))

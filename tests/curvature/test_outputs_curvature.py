@@ -111,7 +111,7 @@ def test_other_arguments_are_refused_once_there_is_a_block_and_said(tiny: Path, 
     fill(folder, checkpoint, blocks=0)
     fill(folder, checkpoint, blocks=1, sources="nonsense")
     with pytest.raises(
-        FewbitError, match=r'holds another curvature \(calibration\.sources was "nonsense", is "random-to'
+        FewbitError, match=r'contains another curvature \(calibration\.sources was "nonsense", is "random-to'
     ):
         fill(folder, checkpoint)
     with pytest.raises(FewbitError, match="block 2 is not measured"):

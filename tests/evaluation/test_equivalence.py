@@ -94,7 +94,7 @@ def test_seeds_widen_what_windows_alone_would_say() -> None:
 def test_pooled_variance() -> None:
     assert pooled_variance([[1.0, 3.0], [5.0], [2.0, 2.0, 5.0]]) == ((2.0 + 6.0) / 3, 3)
     assert pooled_variance([[1.0], []]) == (0.0, 0)
-    with pytest.raises(FewbitError, match="2 or more values"):
+    with pytest.raises(FewbitError, match="at least 2 values"):
         paired([0.1], 0.02)
     with pytest.raises(FewbitError, match="margin above 0"):
         equivalence(0.1, 0.1, 5, 0.0)

@@ -29,9 +29,9 @@ def test_windows_without_and_with_bos() -> None:
     assert plain.tolist() == [list(range(10 + 5 * i, 15 + 5 * i)) for i in range(4)]
     behind = cut_windows(ids, Protocol(5, 2), 1)
     assert behind.tolist() == [[1, 10, 11, 12, 13], [1, 15, 16, 17, 18]]
-    with pytest.raises(FewbitError, match="the text has 23 tokens, 4 windows of 5; asked for 5"):
+    with pytest.raises(FewbitError, match="the text has 23 tokens, which is 4 windows of 5, but 5 were requested"):
         cut_windows(ids, Protocol(5, 5), None)
-    with pytest.raises(FewbitError, match="asked for 1: take fewer or shorter windows"):
+    with pytest.raises(FewbitError, match="1 were requested: use fewer or shorter windows"):
         cut_windows(ids, Protocol(50, 0), None)
 
 
@@ -209,9 +209,9 @@ def test_originals_with_rounded_weights_and_inputs(tiny: Path, text: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--w8a8", "w4a4"], "--w8a8 must be of w8a8, smoothquant, w8a8-dynamic, not w4a4"),
-        (["--samples", "4"], "--samples: only --w8a8 w8a8 and smoothquant are measured on text"),
-        (["--w8a8", "w8a8-dynamic", "--seed", "3"], "--seed: only --w8a8 w8a8 and smoothquant are measured on text"),
+        (["--w8a8", "w4a4"], "--w8a8 must be one or more of w8a8, smoothquant, w8a8-dynamic, not w4a4"),
+        (["--samples", "4"], "--samples: only --w8a8 w8a8 and smoothquant use a calibration set"),
+        (["--w8a8", "w8a8-dynamic", "--seed", "3"], "--seed: only --w8a8 w8a8 and smoothquant use a calibration set"),
     ],
 )
 def test_bad_rounding_of_inputs(tiny: Path, text: Path, options: list[str], message: str) -> None:
@@ -222,9 +222,9 @@ def test_quantized_folders_are_not_rounded_again(tiny: Path, text: Path, tmp_pat
     fewbit.quantize(tiny, tmp_path / "rtn", fewbit.preset("rtn", group_size="32"))
     options = ["--data", text, "--seq-len", "64", "--windows", "2", "--w8a8", "w8a8-dynamic"]
     result = run_cli("eval", tmp_path / "rtn", *options, code=2)
-    assert "rounds an original's weights and inputs: name one, these are quantized already" in result.stderr
+    assert "needs an original model, but the given models are all quantized" in result.stderr
     result = run_cli("eval", tiny, tmp_path / "rtn", *options, "--json")
     methods = [row["method"] for row in json.loads(result.stdout)["models"]]
     assert methods == ["original", "w8a8-dynamic", "rtn"]
     result = run_cli("eval", tiny, "--tasks", "piqa", "--w8a8", "w8a8", code=2)
-    assert "--w8a8 is measured on a text: give --data too" in result.stderr
+    assert "--w8a8 is evaluated on a text: give --data too" in result.stderr

@@ -81,11 +81,11 @@ def test_the_unfinished_sentence_is_found_again(context: str, first: str, last: 
     ("task", "changes", "reason"),
     [
         ("piqa", {"label": 2}, "label is '2', not one of 0, 1"),
-        ("piqa", {"sol2": None}, "sol2 is None, not a text"),
+        ("piqa", {"sol2": None}, "sol2 is None, not a string"),
         ("arc_easy", {"answerKey": "C"}, "answerKey is 'C', not one of 1, 2"),
         ("arc_easy", {"question": "What?"}, "its choices are missing"),
         ("winogrande", {"sentence": "no gap"}, "sentence has no _"),
-        ("hellaswag", {"endings": ["only one"]}, "endings is no list of two or more"),
+        ("hellaswag", {"endings": ["only one"]}, "endings is not a list of at least two"),
         ("hellaswag", {"label": 2}, "label is '2', not one of 0, 1"),
         ("hellaswag", {"ctx": "no activity"}, 'ctx is not "activity: context"'),
         ("lambada_openai", {"text": "word"}, "text is not a passage, a space and its last word"),
@@ -102,7 +102,7 @@ def test_a_malformed_question_names_file_line_and_reason(
 
 
 def test_files_that_are_not_questions(tmp_path: Path) -> None:
-    with pytest.raises(FewbitError, match=f"^{tmp_path}: no file piqa.jsonl or piqa_\\*.jsonl in it: put the quest"):
+    with pytest.raises(FewbitError, match=f"^{tmp_path}: contains no file piqa.jsonl or piqa_\\*.jsonl: put the quest"):
         read_questions(tmp_path, "piqa")
     path = write(tmp_path, "piqa", "{")
     with pytest.raises(FewbitError, match=f"{path}:1: not a question of piqa \\(not JSON\\): a line needs goal"):
@@ -114,41 +114,41 @@ def test_files_that_are_not_questions(tmp_path: Path) -> None:
     with pytest.raises(FewbitError, match=r"\(not a JSON object\)"):
         read_questions(tmp_path, "piqa")
     path.write_text("\n")
-    with pytest.raises(FewbitError, match=f"{path}: no questions in it"):
+    with pytest.raises(FewbitError, match=f"{path}: contains no questions"):
         read_questions(tmp_path, "piqa")
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(FewbitError, match=f"{path}: not UTF-8 text"):
         read_questions(tmp_path, "piqa")
     path.rename(tmp_path / "piqa_a.jsonl")
     (tmp_path / "piqa_b.jsonl").write_text("")
-    with pytest.raises(FewbitError, match=r"piqa_a.jsonl and piqa_b.jsonl could both be piqa: name the one to use"):
+    with pytest.raises(FewbitError, match=r"piqa_a.jsonl and piqa_b.jsonl could both be piqa: rename the one to use"):
         read_questions(tmp_path, "piqa")
 
 
 def test_choices_that_are_none() -> None:
-    with pytest.raises(FewbitError, match=r"^no task 'boolq': there are piqa, arc_easy, arc_challenge, winogrande, "):
+    with pytest.raises(FewbitError, match=r"^no task 'boolq': choose from piqa, arc_easy, arc_challenge, winogrande, "):
         TaskChoice(("piqa", "boolq"))
-    with pytest.raises(FewbitError, match="tasks are named once each"):
+    with pytest.raises(FewbitError, match="each task can be named only once"):
         TaskChoice(("piqa", "piqa"))
     with pytest.raises(FewbitError, match="the number of questions cannot be -1"):
         TaskChoice(("piqa",), limit=-1)
 
 
 def test_options_that_do_not_go_together(tiny: Path) -> None:
-    with pytest.raises(FewbitError, match=r"^--task-data and --task-limit go with --tasks: name the tasks$"):
+    with pytest.raises(FewbitError, match=r"^--task-data and --task-limit need --tasks: name the tasks$"):
         choose_tasks(None, None, 5)
     assert choose_tasks(None, None, 0) is None
     assert choose_tasks(" piqa, winogrande", None, 0) == TaskChoice(("piqa", "winogrande"))
-    with pytest.raises(FewbitError, match=r"^nothing to measure: give --data, --tasks or both$"):
+    with pytest.raises(FewbitError, match=r"^nothing to evaluate: give --data, --tasks or both$"):
         fewbit.evaluate(tiny)
-    with pytest.raises(FewbitError, match=r"^the distance from --reference is measured on a text: give --data too$"):
+    with pytest.raises(FewbitError, match=r"^--reference compares models on a text: give --data too$"):
         fewbit.evaluate(tiny, reference=tiny, tasks=TaskChoice(("piqa",)))
 
 
 def test_the_command_refuses_in_one_line(tiny: Path, tmp_path: Path) -> None:
-    assert refused("eval", tiny, "--tasks", "boolq").startswith("no task 'boolq': there are piqa, arc_easy, ")
+    assert refused("eval", tiny, "--tasks", "boolq").startswith("no task 'boolq': choose from piqa, arc_easy, ")
     line = refused("eval", tiny, "--tasks", "piqa", "--task-data", tmp_path / "nowhere")
-    assert line.startswith(f"{tmp_path}/nowhere: no such folder: --task-data takes one that holds the questions")
+    assert line.startswith(f"{tmp_path}/nowhere: no such folder: --task-data needs a folder with the questions")
 
 
 def test_without_lm_eval_the_extra_is_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def test_a_fisher_that_underflowed_is_an_error(deep: Path, tmp_path: Path, monke
         return torch.zeros_like(logits), 0.0
 
     monkeypatch.setattr(fisher, "_loss_gradient", nothing)
-    with pytest.raises(FewbitError, match=r"model\.layers\..*: its gradients are all 0 though it had inputs"):
+    with pytest.raises(FewbitError, match=r"model\.layers\..*: its gradients are all 0 although it had inputs"):
         fewbit.quantize(deep, tmp_path / "out", fewbit.preset("oac", bits=4, group_size="32"), options())
 
 
@@ -165,7 +165,7 @@ def test_a_layer_whose_gradients_underflowed_is_an_error(deep: Path, monkeypatch
 
     monkeypatch.setattr(accumulate.Accumulator, "observe", lost)
     run = RunOptions(report_only=True, calibration=options().calibration)
-    with pytest.raises(FewbitError, match=r"q_proj.*: its gradients are all 0 though it had inputs"):
+    with pytest.raises(FewbitError, match=r"q_proj.*: its gradients are all 0 although it had inputs"):
         fewbit.quantize(deep, None, fewbit.preset("oac", bits=4, group_size="32"), run)
 
 
@@ -198,7 +198,7 @@ def test_a_full_disk_while_calibrating(deep: Path, tmp_path: Path, monkeypatch: 
         fewbit.quantize(deep, tmp_path / "out", recipe, little)
     text = ("--calibration", "random-tokens", "--samples", "4", "--sequence-length", "32")
     result = run_cli("curvature", deep, tmp_path / "fisher", *text, code=2)
-    assert "block-00000.safetensors: the disk is full: free some and run the same command again" in result.stderr
+    assert "block-00000.safetensors: the disk is full: free some space and run the same command again" in result.stderr
 
 
 def raise_full(*arguments: Any) -> None:
@@ -228,31 +228,31 @@ def test_weights_outside_the_blocks_are_rounded(deep: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "rtn", "--damping", "0.1"], "--damping: belongs to methods with a curvature, rtn has none"),
+        (["--method", "rtn", "--damping", "0.1"], "--damping: applies only to methods with a curvature"),
         (["--method", "gptq", "--damping", "0"], "damping must be above 0"),
         (["--method", "gptq", "--tempering", "2"], "tempering must be from 0 to 1, not 2.0"),
-        (["--method", "spqr", "--act-order"], "outliers by sensitivity shape the grid of a group when it is entered"),
+        (["--method", "spqr", "--act-order"], "sensitivity outliers are found when the solver reaches their group"),
         (["--method", "oac", "--fisher-terms", "some"], "curvature terms must be one of sequence, token, not 'some'"),
-        (["--method", "gptq", "--fisher-terms", "token"], "--fisher-terms: gptq has no use for it"),
+        (["--method", "gptq", "--fisher-terms", "token"], "--fisher-terms: gptq does not use it: omit it"),
         (["--method", "billm", "--bits", "4"], "the binary grid has 1 bit, not 4: leave --bits out"),
         (["--method", "oac", "--refresh", "0"], "--refresh must be once, block or a number of blocks"),
-        (["--method", "gptq", "--refresh", "2"], "--refresh: only a Fisher that is measured in the run"),
-        (["--method", "oac", "--original-inputs"], "--original-inputs: only a Gram that is measured in the run"),
+        (["--method", "gptq", "--refresh", "2"], "--refresh: only a Fisher that is measured in this run"),
+        (["--method", "oac", "--original-inputs"], "--original-inputs: applies only to a Gram"),
         (
             ["--calibration", "self", "--samples", "3"],
-            "--calibration, --samples: adpq+ sees no data",
+            "--calibration, --samples: adpq+ uses no data",
         ),
-        (["--method", "awq", "--damping", "0.1"], "--damping: awq has no use for it"),
-        (["--method", "precal+spqr", "--outlier-bits", "8"], "--outlier-bits: precal+spqr has no use for it"),
-        (["--method", "spqr", "--outlier-fraction", "0.1"], "--outlier-fraction: spqr has no use for it"),
-        (["--method", "billm", "--act-order"], "the binary grid is fitted block by block: no act-order"),
-        (["--method", "billm", "--scale-format", "float32"], "--scale-format: billm has no use for it"),
+        (["--method", "awq", "--damping", "0.1"], "--damping: awq does not use it: omit it"),
+        (["--method", "precal+spqr", "--outlier-bits", "8"], "--outlier-bits: precal+spqr does not use it: omit it"),
+        (["--method", "spqr", "--outlier-fraction", "0.1"], "--outlier-fraction: spqr does not use it: omit it"),
+        (["--method", "billm", "--act-order"], "the binary grid is fitted block by block: omit --act-order"),
+        (["--method", "billm", "--scale-format", "float32"], "--scale-format: billm does not use it: omit it"),
         (
             ["--method", "precal+oac", "--no-act-order", "--refit-groups"],
-            "two-level scales join all groups of a row: grids cannot be refitted one by one",
+            "two-level scales share data among all groups of a row, so grids cannot be refitted",
         ),
         (["--method", "gptq", "--samples", "0"], "calibration needs at least 1 sample of at least 2 tokens"),
-        (["--method", "gptq", "--curvature", "nowhere"], "nowhere: no curvature here: make one with"),
+        (["--method", "gptq", "--curvature", "nowhere"], "nowhere: contains no curvature: make one with"),
     ],
 )
 def test_bad_choices(tiny: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -281,7 +281,7 @@ def test_plan_says_what_a_run_does(tiny: Path, tmp_path: Path) -> None:
     little, much, none = (json.loads(run_cli(*oac, size).stdout) for size in ("220KB", "1GB", "1KB"))
     assert little["needs"]["seconds"] >= much["needs"]["seconds"]
     assert little["needs"]["memory_bytes"] < much["needs"]["memory_bytes"]
-    assert none["problems"] == ["block 1: its curvature takes 0.2 MB, --memory allows 0.0 MB: give at least 0.2 MB"]
+    assert none["problems"] == ["block 1: its curvature takes 0.2 MB, but --memory allows 0.0 MB: give at least 0.2 MB"]
     odd = run_cli("plan", tiny, "--method", "precal+oac", "--bits", "2", "--group-size", "48").stdout
     assert "problem: group size 48 does not divide" in odd
     assert "can be written as: fewbit" in odd

@@ -77,7 +77,7 @@ def test_report_only_writes_nothing(tiny: Path, tmp_path: Path) -> None:
     report = fewbit.quantize(tiny, None, fewbit.preset("adpq+", bits=2), RunOptions(report_only=True))
     assert sorted(tiny.parent.iterdir()) == before
     assert 2 < report["output"]["bits_per_weight"] < 3.2
-    with pytest.raises(FewbitError, match="name the folder to write"):
+    with pytest.raises(FewbitError, match="give the output folder"):
         fewbit.quantize(tiny, None, fewbit.preset("rtn"))
 
 
@@ -91,7 +91,7 @@ def test_overwrite_replaces_only_what_fewbit_made(tiny: Path, tmp_path: Path) ->
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("precious")
-    with pytest.raises(FewbitError, match="not a folder that fewbit made"):
+    with pytest.raises(FewbitError, match="fewbit did not make this folder"):
         fewbit.quantize(tiny, mine, fewbit.preset("rtn"), RunOptions(overwrite=True))
     assert (mine / "thesis.txt").read_text() == "precious"
 
@@ -156,7 +156,7 @@ def test_too_little_space_is_noticed_before_any_work(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fewbit.pipeline.run.shutil.disk_usage", lambda path: _Free())
-    with pytest.raises(FewbitError, match=r"the output needs 0\.0 GB, 0\.0 GB are free"):
+    with pytest.raises(FewbitError, match=r"the output needs 0\.0 GB, but only 0\.0 GB are free"):
         fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("rtn"))
 
 
@@ -219,7 +219,7 @@ def test_a_second_run_on_the_same_output_is_refused(tiny: Path, tmp_path: Path) 
     process = subprocess.Popen([sys.executable, "-c", SLOW, str(tiny), str(out)], stderr=subprocess.DEVNULL)
     while not (tmp_path / ".out.fewbit-partial" / ".fewbit-job.json").exists():
         time.sleep(0.02)
-    with pytest.raises(FewbitError, match="another run is writing it"):
+    with pytest.raises(FewbitError, match="another run is writing to it"):
         fewbit.quantize(tiny, out, fewbit.preset("adpq+", bits=3), RunOptions(shard_size=20_000, overwrite=True))
     assert process.wait() == 0
     assert (out / "config.json").is_file()

@@ -26,14 +26,14 @@ def test_a_page_inside_out_is_part_of_what_the_run_makes(tiny: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("page", "message"),
     [
-        ("out", "a page's name ends in .html"),
-        ("out.html", "is to be made there"),
-        ("out.html/deep/page.html", "a page lies beside the model: leave deep out"),
-        (".out.html.fewbit-partial/page.html", "lies where the work on"),
-        ("model/page.html", "lies inside the model's own folder"),
-        ("model/config.json", "a page's name ends in .html"),
+        ("out", "the name of a page must end in .html"),
+        ("out.html", "will have this name"),
+        ("out.html/deep/page.html", "must be directly in that folder: omit deep"),
+        (".out.html.fewbit-partial/page.html", "is inside the work folder of"),
+        ("model/page.html", "is inside the model's own folder"),
+        ("model/config.json", "the name of a page must end in .html"),
         ("file/page.html", "is a file"),
-        ("folder.html", "is a folder: name the HTML file"),
+        ("folder.html", "is a folder: give the name of an HTML file"),
     ],
 )
 def test_pages_that_cannot_be_are_refused_before_any_work(tiny: Path, tmp_path: Path, page: str, message: str) -> None:
@@ -58,7 +58,7 @@ def test_the_folder_of_a_page_is_made_with_it_and_not_before(tiny: Path, tmp_pat
 
 def test_a_page_in_a_folder_without_rights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewbit.report.html.os.access", lambda path, mode: False)
-    with pytest.raises(FewbitError, match=r"page\.html: cannot write there \(no rights\)"):
+    with pytest.raises(FewbitError, match=r"page\.html: cannot write there \(permission denied\)"):
         check_page(tmp_path / "page.html")
 
 

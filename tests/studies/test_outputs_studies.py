@@ -57,7 +57,7 @@ def test_what_no_study_made_is_refused(tmp_path: Path, job: Any, overwrite: bool
         if job is not None:
             (out / "job.json").write_text(json.dumps(job))
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
-    with pytest.raises(FewbitError, match=r"no folder that a study made|did not put that into its own folder"):
+    with pytest.raises(FewbitError, match=r"not the folder of a study|fewbit did not write this file"):
         StudyFolder(out, {**JOB, "model": "other"}, overwrite)
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
 
@@ -117,7 +117,7 @@ def test_what_changed_between_two_runs_is_noticed(text: Path, tmp_path: Path) ->
     choice = make_choice(TOY, str(model), tmp_path / "out", str(text), given)
     run_study(TOY, choice)
     calibration.write_text("Other words to draw from. " * 40)
-    with pytest.raises(FewbitError, match=r"holds a study with other arguments \(texts\..*calibration\.txt was "):
+    with pytest.raises(FewbitError, match=r"contains a study with other arguments \(texts\..*calibration\.txt was "):
         run_study(TOY, choice)
     calibration.write_text("Some words to draw from. " * 40)
     run_study(TOY, choice)
@@ -132,5 +132,5 @@ def test_what_changed_between_two_runs_is_noticed(text: Path, tmp_path: Path) ->
 def test_a_study_is_not_made_inside_the_model(tiny: Path, text: Path) -> None:
     before = sorted(tiny.iterdir())
     command = ["study", "landscape", tiny, tiny / "study", "--data", text, "--size", "quick"]
-    assert "lies inside the model's own folder" in run_cli(*command, code=2).stderr
+    assert "is inside the model's own folder" in run_cli(*command, code=2).stderr
     assert sorted(tiny.iterdir()) == before

@@ -95,7 +95,7 @@ def test_other_arguments_are_refused_unless_the_study_is_begun_again(tiny: Path,
     out = tmp_path / "out"
     choice = make_choice(TOY, str(tiny), out, str(text), {"size": "quick"})
     run_study(TOY, choice)
-    with pytest.raises(FewbitError, match=r"holds a study with other arguments .seed was 0, is 3.: repeat those"):
+    with pytest.raises(FewbitError, match=r"contains a study with other arguments .seed was 0, is 3.: repeat those"):
         run_study(TOY, replace(choice, seed=3))
     text.write_text(TEXT + "More.")
     with pytest.raises(FewbitError, match="data_sha256 was"):
@@ -106,7 +106,7 @@ def test_other_arguments_are_refused_unless_the_study_is_begun_again(tiny: Path,
     other = tmp_path / "mine"
     other.mkdir()
     (other / "precious").write_text("kept")
-    with pytest.raises(FewbitError, match="is no folder that a study made"):
+    with pytest.raises(FewbitError, match="is not the folder of a study"):
         run_study(TOY, replace(choice, out=other), overwrite=True)
     assert [p.name for p in other.iterdir()] == ["precious"]
 
@@ -122,7 +122,7 @@ def test_two_processes_do_not_write_one_study(tiny: Path, text: Path, tmp_path: 
     choice = make_choice(TOY, str(tiny), tmp_path / "out", str(text), {"size": "quick"})
 
     def second(cell: Any, opened: Any, tell: Any) -> Any:
-        with pytest.raises(FewbitError, match="another run is writing it"):
+        with pytest.raises(FewbitError, match="another run is writing to it"):
             run_study(TOY, choice)
         return run_cell(cell, opened, tell)
 
@@ -148,5 +148,5 @@ def test_every_study_of_the_table_is_whole() -> None:
         study = find_study(name)
         assert study.name == name
         assert set(study.sizes) == {"quick", "standard", "large"}
-    with pytest.raises(FewbitError, match="unknown study 'none': there are objectives"):
+    with pytest.raises(FewbitError, match="unknown study 'none': choose from objectives"):
         find_study("none")

@@ -119,7 +119,7 @@ def test_a_killed_study_goes_on_and_gives_the_same_result(tiny: Path, tmp_path: 
     assert not (out / "study.json").exists()
     finished = {p.name: p.stat().st_mtime_ns for p in (out / "cells").glob("*.json")}
     assert 2 <= len(finished) < 5
-    with pytest.raises(FewbitError, match="holds a study with other arguments"):
+    with pytest.raises(FewbitError, match="contains a study with other arguments"):
         run_study(STUDY, study_choice("objectives", tiny, out, **{**few, "bits": (3,)}))
     run_study(STUDY, study_choice("objectives", tiny, out, **few))
     run_study(STUDY, study_choice("objectives", tiny, straight, **few))
@@ -176,9 +176,9 @@ def test_bad_input(tiny: Path, folder: Path, tmp_path: Path) -> None:
     for given, message in (
         ({"methods": ("gtpq",)}, "unknown method 'gtpq'"),
         ({"bits": (9,)}, "bits must be a whole number from 1 to 8"),
-        ({"folders": (str(tiny),)}, "not quantized by fewbit: name a folder"),
-        ({"folders": (str(folder), str(folder))}, "two folders have one name"),
-        ({"windows": 10**6}, "take fewer or shorter windows"),
+        ({"folders": (str(tiny),)}, "not quantized by fewbit: give a folder"),
+        ({"folders": (str(folder), str(folder))}, "two folders have the same name"),
+        ({"windows": 10**6}, "use fewer or shorter windows"),
     ):
         with pytest.raises(FewbitError, match=message):
             run_study(STUDY, study_choice("objectives", tiny, tmp_path / "out", **given))
@@ -198,7 +198,7 @@ def test_the_command_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert data["rows"] == json.loads((choice.out / "study.json").read_text())["rows"]
     assert {"fewbit", "torch"} <= set(data["versions"])
     refused = run_cli("study", "objectives", tiny, choice.out, *words, "--bits", "4,2", code=2)
-    assert "holds a study with other arguments (bits was [4, 3], is [4, 2])" in refused.stderr
+    assert "contains a study with other arguments (bits was [4, 3], is [4, 2])" in refused.stderr
     # What the command line made is what Python goes on with.
     given = {"size": "quick", "methods": ("rtn",), "bits": (4, 3), **SMALL}
     run_named("objectives", str(tiny), choice.out, choice.data, given, overwrite=False, as_json=False)

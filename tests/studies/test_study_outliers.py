@@ -145,7 +145,7 @@ def test_the_page_in_a_browser(planted: Path, texts: Path, tmp_path: Path) -> No
         "Where inputs are large",
         "Massive activations",
         "W8A8 by site",
-        "What each fix gives back",
+        "How much each remedy recovers",
     ):
         assert f"<h2>{heading}</h2>" in seen
     assert seen.count("<svg") == 4 + 1 + 2 + 1 + 2 and seen.count("<image") == 4 + 1 + 1
@@ -213,16 +213,16 @@ def test_sets_are_read_and_checked(texts: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps({"language": {"hindi": str(texts / "hindi.txt")}, "content": {"odd": "nonsense"}}))
     assert [one.name for one in read_sets(path)] == ["hindi", "odd"]
     path.write_text("[1]")
-    with pytest.raises(FewbitError, match="no JSON file of the form"):
+    with pytest.raises(FewbitError, match="not a JSON file of the form"):
         read_sets(path)
     for text in ("code", "code=x.txt", "content/code=", "/x=nonsense"):
         with pytest.raises(FewbitError, match="write AXIS/NAME=SRC"):
             parse_set(text)
     with pytest.raises(FewbitError, match="no such file"):
         parse_set("content/code=./missing.txt")
-    with pytest.raises(FewbitError, match="another set of this name"):
+    with pytest.raises(FewbitError, match="two sets have this name"):
         all_sets(choice.calibration, (), as_options([parse_set("a/b=nonsense"), parse_set("c/b=nonsense")]))
     with pytest.raises(FewbitError, match="--factor must be above 1"):
         STUDY.cells(choice_of(build_tiny(tmp_path / "t"), tmp_path / "o", texts, options={"factor": 0.5}))
-    with pytest.raises(FewbitError, match="no fix 'magic'"):
+    with pytest.raises(FewbitError, match="no remedy 'magic'"):
         STUDY.cells(choice_of(tmp_path / "t", tmp_path / "o", texts, methods=("magic",)))

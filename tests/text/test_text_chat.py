@@ -93,8 +93,8 @@ def test_what_stands_beside_the_content(tmp_path: Path) -> None:
     [
         ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "a part of the kind 'image'"),
         ({"messages": [{"role": "user", "content": 3}]}, "a part of the kind 'int'"),
-        ({"messages": [{"role": 3, "content": "a"}]}, "turn 1: its role is 3, not a text"),
-        ({"conversations": [{"from": "narrator", "value": "a"}]}, "turn 1: from 'narrator' is no known speaker"),
+        ({"messages": [{"role": 3, "content": "a"}]}, "turn 1: its role is 3, not a string"),
+        ({"conversations": [{"from": "narrator", "value": "a"}]}, "turn 1: from 'narrator' is not a known speaker"),
         ({"messages": [{"role": "user", "content": "x\ud83d"}]}, "half of a surrogate pair"),
     ],
 )
@@ -159,7 +159,7 @@ def test_one_bos(tmp_path: Path, adds_bos: bool, flag: bool) -> None:
 def test_evaluation_on_conversations(tiny: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", *[{"messages": [ASKED, SAID]}] * 10)
     text = read_text(source)
-    with pytest.raises(FewbitError, match="chat messages become text by the model's own chat template"):
+    with pytest.raises(FewbitError, match="chat messages need the model's chat template"):
         text.content  # noqa: B018
     with pytest.raises(FewbitError, match="the model's tokenizer has none"):
         read_windows(tiny, text, Protocol(32, 2))

@@ -72,7 +72,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert both(path) == (["one", "two\r\nand ü"], "one\n\ntwo\r\nand ü")
     assert refused(f"{path}:body") == f"{path}: no column 'body': it has text, id, vector"
     path.write_bytes(path.read_bytes()[:60])
-    assert "no Parquet file that can be read" in refused(path)
+    assert "not a readable Parquet file" in refused(path)
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_zstandard_where_python_has_it(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     if sys.version_info < (3, 14):
         path.write_bytes(b"\x28\xb5\x2f\xfd")
-        assert "Python reads .zst from 3.14 on: unpack it first" in refused(path)
+        assert "Python reads .zst only from 3.14 on: decompress it first" in refused(path)
     else:
         from compression import zstd
 
@@ -119,7 +119,7 @@ def test_folders(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     assert both(tmp_path) == (["a", "b", "c"], "a\n\nb\n\nc")
     (tmp_path / "empty").mkdir()
-    assert "no text in this folder: it takes a .txt, .jsonl, .json, .csv or .parquet" in refused(tmp_path / "empty")
+    assert "contains no text file: supported are a .txt, .jsonl, .json, .csv or .parquet" in refused(tmp_path / "empty")
 
 
 def test_columns_that_nobody_named(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_columns_that_nobody_named(tmp_path: Path) -> None:
         ({}, "none"),
     ):
         path.write_text(json.dumps(row) + "\n")
-        expected = f"{path}: no column 'text': it has {there}: name the one to read as {path}:COLUMN"
+        expected = f"{path}: no column 'text': it has {there}: choose one as {path}:COLUMN"
         assert refused(path) == expected
     path.write_text('{"body": "a"}\n{"title": "b"}\n')
     assert refused(path) == f"{path}:2: no column 'body': it has title"
@@ -163,11 +163,11 @@ def test_columns_that_nobody_named(tmp_path: Path) -> None:
         ("a.txt", "text".encode("utf-16"), "a.txt: not UTF-8 text: byte 0 cannot be read"),
         ("a.json", b'[{"text": "a"}, {"text"', "a.json: object 2: not JSON"),
         ("a.json", b'[{"text": "a"}', "a.json: the array does not end"),
-        ("a.json", b'[{"text": "a"}] x', "a.json: there is more text behind the array"),
+        ("a.json", b'[{"text": "a"}] x', "a.json: there is more text after the array"),
         ("a.json", b'{"text": "a" "b"}' + b" " * 100, "a.json: object 1: not JSON (expecting ',' delimiter)"),
         ("a.json", b"[" * 100_000, "a.json: object 1: not"),
-        ("a.csv", b"text,id\na,b,c\n", "a.csv:2: 3 fields where the first line names 2"),
-        ("a.csv", b"text,text\na,b\n", "a.csv: two columns of one name"),
+        ("a.csv", b"text,id\na,b,c\n", "a.csv:2: 3 fields, but the first line has 2"),
+        ("a.csv", b"text,text\na,b\n", "a.csv: two columns have the same name"),
         ("a.csv", b'text,id\n"a,b\n', "a.csv:2: not a line of CSV"),
         ("a.csv", b"one,two\na,b\n", "a.csv: no column 'text': it has one, two"),
     ],
@@ -200,10 +200,10 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     assert "no such file or folder" in str(refuse_source(f"{tmp_path}/missing.jsonl:messages"))
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.txt")
-        assert "not a file or folder, and text is read more than once" in refused(tmp_path / "pipe.txt")
-        assert "no text in this folder" in refused(tmp_path)
+        assert "not a regular file or folder, and text is read more than once" in refused(tmp_path / "pipe.txt")
+        assert "contains no text file" in refused(tmp_path)
     if os.path.exists(os.devnull) and os.name == "posix":  # noqa: PTH110
-        assert "not a file or folder" in refused(os.devnull)
+        assert "not a regular file or folder" in refused(os.devnull)
 
 
 def refuse_source(source: Path | str) -> str:
@@ -217,7 +217,7 @@ def refuse_source(source: Path | str) -> str:
 
 @pytest.mark.parametrize("source", ["self:-3", "a:0", "c4:99999999999999999999", "self:words", "random-tokens:a:3"])
 def test_counts(source: str) -> None:
-    with pytest.raises(FewbitError, match=r"at least one sequence|takes a number of sequences"):
+    with pytest.raises(FewbitError, match=r"a number of at least 1|followed only by a number of sequences"):
         parse_sources(source)
 
 
@@ -280,14 +280,14 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(one["trust_remote_code"] for one in asked)
     assert "column 'id' holds a value of the kind int" in refused("some/set:id")
     assert refused("some/set:x") == "some/set: no column 'x': it has body, id"
-    with pytest.raises(FewbitError, match=r"some/failing: no such file here, .*ValueError: Bad split: test\.\)"):
+    with pytest.raises(FewbitError, match=r"some/failing: no such file, .*ValueError: Bad split: test\.\)"):
         read_text("some/failing")
 
 
 def test_the_command_line_says_where(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("one,two\na,b\n")
-    expected = f"fewbit: {path}: no column 'text': it has one, two: name the one to read as {path}:COLUMN"
+    expected = f"fewbit: {path}: no column 'text': it has one, two: choose one as {path}:COLUMN"
     quantize = ("quantize", tiny, tmp_path / "out", "--method", "gptq", "--sequence-length", "64", "--calibration")
     for words in (("eval", tiny, "--data"), quantize):
         assert run_cli(*words, path, code=2).stderr.strip().splitlines()[-1] == expected

@@ -75,7 +75,7 @@ def test_what_the_end_needs_is_checked_before_training(
     monkeypatch.setattr(loop.Trainer, "run", lambda *arguments: pytest.fail("it was trained"))
     with monkeypatch.context() as patch:
         patch.setattr("fewbit.tuning.run.shutil.disk_usage", lambda path: type("Free", (), {"free": 10}))
-        with pytest.raises(WorkKeptError, match=r"the output needs 0\.0 GB, 0\.0 GB are free"):
+        with pytest.raises(WorkKeptError, match=r"the output needs 0\.0 GB, but only 0\.0 GB are free"):
             tune(folder, tmp_path / "out", CHOICE, OPTIONS)
     for error in (RuntimeError("a fault"), KeyError("x"), MemoryError()):
         with monkeypatch.context() as patch:
@@ -123,7 +123,7 @@ def test_a_disk_that_is_full_while_it_trains_keeps_the_snapshots(folder: Path, t
         patch.setattr(
             "fewbit.tuning.snapshots.write_json", lambda path, data: (_ for _ in ()).throw(OSError(28, "full"))
         )
-        with pytest.raises(WorkKeptError, match="the disk is full: free some and run the same command again"):
+        with pytest.raises(WorkKeptError, match="the disk is full: free some space and run the same command again"):
             tune(folder, tmp_path / "out", CHOICE, OPTIONS)
     with pytest.raises(FewbitError, match="a run with other arguments was interrupted here"):
         tune(folder, tmp_path / "out", replace(CHOICE, lr=0.5), OPTIONS)
@@ -139,7 +139,7 @@ def test_out_made_meanwhile_keeps_the_training(folder: Path, tmp_path: Path) -> 
         out.mkdir(exist_ok=True)
         (out / "thesis.txt").write_text("precious")
 
-    with pytest.raises(WorkKeptError, match="made while this run worked; the finished work is kept"):
+    with pytest.raises(WorkKeptError, match="appeared during the run; the finished work is kept"):
         tune(folder, out, CHOICE, OPTIONS, appear)
     assert (out / "thesis.txt").read_text() == "precious"
     out.rename(tmp_path / "mine")

@@ -78,7 +78,7 @@ def test_the_original_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytes
     assert original_of(open_checkpoint(there / "tuned")).folder == here / "llama"
     (here / "llama").rename(here / "moved")
     line = run_cli("tune", here / "small", "again", *FEW, code=2).stderr
-    assert "its original, llama, is not to be found from here: give it with --reference" in line
+    assert "its original, llama, cannot be found: give the original with --reference" in line
     run_cli("tune", here / "small", "again", "--reference", here / "moved", *FEW)
     assert sorted(path.name for path in there.iterdir()) == ["again", "llama", "tuned"]
 
@@ -86,7 +86,7 @@ def test_the_original_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("other", "what"),
     [
-        ({"num_hidden_layers": 3}, "has a model.layers.2."),
+        ({"num_hidden_layers": 3}, "has an additional model.layers.2."),
         ({"vocab_size": 300}, "has no model.embed_tokens.weight of that shape"),
         ({"intermediate_size": 192}, "has no model.layers.0.mlp."),
     ],

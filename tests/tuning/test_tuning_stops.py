@@ -42,17 +42,17 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, poison: Callable[[Any], Any]) -> N
         (
             lambda latent: latent.register_hook(lambda gradient: gradient * math.nan),
             CHOICE,
-            r"the gradient of model\.layers\.1\.mlp\.down_proj\.latent is no number at update 1: lower --lr",
+            r"the gradient of model\.layers\.1\.mlp\.down_proj\.latent is NaN or infinite at update 1: lower --lr",
         ),
         (
             lambda latent: latent.data.fill_(math.nan),
             CHOICE,
-            r"what model\.layers\.1\.mlp\.down_proj gives is no number at update 1: lower --lr, or check the text",
+            r"the output of model\.layers\.1\.mlp\.down_proj is NaN or infinite at update 1: lower --lr",
         ),
         (
             lambda latent: None,
             replace(CHOICE, scale_lr=1e30),
-            r"the scales of model\.layers\.0\.self_attn\.q_proj left their range at update 2: lower --scale-lr",
+            r"the scales of model\.layers\.0\.self_attn\.q_proj left the valid range at update 2: lower --scale-lr",
         ),
     ],
 )
@@ -68,7 +68,7 @@ def test_what_is_no_number_stops_with_the_update_and_the_layer(
 
 def test_reconstruction_stops_too(folder: Path, tmp_path: Path) -> None:
     choice = replace(CHOICE, reconstruction=1, lr=math.inf)
-    with pytest.raises(FewbitError, match=r"the gradient of block 1 is no number at its update \d+: lower --lr"):
+    with pytest.raises(FewbitError, match=r"the gradient of block 1 is NaN or infinite at its update \d+: lower --lr"):
         tune(folder, tmp_path / "out", choice, TuneOptions(calibration=TEXT, device="cpu"))
 
 
