@@ -93,7 +93,7 @@ def test_a_reward_model_has_no_perplexity(tmp_path: Path) -> None:
     from conftest import byte_tokenizer
 
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(FewbitError, match="LlamaForSequenceClassification does not predict the next token"):
+    with pytest.raises(FewbitError, match="LlamaForSequenceClassification does not predict next tokens"):
         fewbit.evaluate(tmp_path / "model", tmp_path / "text.txt")
 
 
