@@ -4,7 +4,7 @@
     python benchmarks/study_tables.py benchmarks/results/studies/smollm2-135m-calibration-sets.json
 
 For calibration-sets: the ratio of perplexities to the default set with the interval and verdict of the equivalence
-test, what a seed alone moves, and accuracies. Other studies print their conclusion.
+test, how much the seed alone changes it, and accuracies. Other studies print their conclusion.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def calibration_sets(study: dict[str, Any]) -> None:
             shown.append(f"{row['ratio']:.3f} {interval} {row['verdict']}" if row else "")
         print(f"| {axis}: {name} | " + " | ".join(shown) + " |")
     deviations = [row.get("pooled_deviation") for row in found["seeds"]]
-    print("| a seed alone moves | " + " | ".join("" if d is None else f"{d:.1%}" for d in deviations) + " |")
+    print("| change from the seed alone | " + " | ".join("" if d is None else f"{d:.1%}" for d in deviations) + " |")
     print("| perplexity, default set | " + " | ".join(f"{row['perplexity']:.1f}" for row in found["seeds"]) + " |")
     tasks = [row for row in study["rows"] if row["table"] == "task"]
     if tasks:

@@ -206,7 +206,7 @@ def test_ray_gives_the_same_rows(model: Path, text: Path, tmp_path: Path) -> Non
 def test_the_page_in_a_browser(model: Path, text: Path, tmp_path: Path) -> None:
     run_study(STUDY, choice_of(model, tmp_path / "out", text, methods=("w8a8", "smoothquant")))
     seen = look_at(tmp_path / "out" / "study.html", tmp_path)
-    assert "<h2>What the seed alone does</h2>" in seen and "<h2>w8a8, 8 bits: " in seen
+    assert "<h2>Effect of the seed alone</h2>" in seen and "<h2>w8a8, 8 bits: " in seen
     assert seen.count("<svg") == 3 and "quality/nonsense" in seen
 
 
