@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import typer
 from conftest import run_cli
 
 import fewbit
+from fewbit.architecture.coverage import cover
 from fewbit.cli import app
 from fewbit.errors import FewbitError
 from fewbit.options import EVALUATE, PLAN, QUANTIZE, TUNE, Option
@@ -122,6 +124,35 @@ def test_the_plan_says_it_before(tiny: Path) -> None:
     found = json.loads(run_cli("plan", tiny, "--bits", "3", "--set", "*.down_proj.weight:bits=8", "--json").stdout)
     widths = {row["name"]: row["bits_per_weight"] for row in found["tensors"]["quantize"]}
     assert widths["model.layers.0.mlp.down_proj.weight"] > 8 > 5 > widths["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_group_sizes_of_single_tensors_that_do_not_divide(tiny: Path, tmp_path: Path) -> None:
+    wrong = "*.down_proj.weight:group_size=100"
+    expected = (
+        "group size 100 does not divide 2 layers with 128 columns (model.layers.0.mlp.down_proj, "
+        "model.layers.1.mlp.down_proj): sizes that divide every layer: 16, 32, 64; or group_size=auto in --set"
+    )
+    with pytest.raises(FewbitError, match=re.escape(expected)):
+        fewbit.quantize(tiny, tmp_path / "out", set=[wrong])
+    both = r"size 48 .*12 layers with 64 columns.*; group size 100 .*2 layers.*--group-size auto and group_size=auto in"
+    with pytest.raises(FewbitError, match=both):
+        fewbit.quantize(tiny, tmp_path / "out", group_size="48", set=[wrong])
+    found = fewbit.plan(tiny, set=[wrong, "*.up_proj.weight:group_size=32"])
+    assert found["problems"] == [expected]
+    sizes = {row["name"]: row["group_size"] for row in found["tensors"]["quantize"]}
+    assert sizes["model.layers.0.mlp.down_proj.weight"] == 128
+    assert sizes["model.layers.0.mlp.up_proj.weight"] == 32
+    # The base recipe's size does not matter where every tensor has one of its own.
+    assert not fewbit.plan(tiny, group_size="48", set=["*:group_size=32"])["problems"]
+
+
+def test_a_plan_classifies_the_tensors_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbit.pipeline import plan
+
+    calls = []
+    monkeypatch.setattr(plan, "cover", lambda *given: calls.append(given) or cover(*given))
+    fewbit.plan(tiny)
+    assert len(calls) == 1
 
 
 def test_a_recipe_from_a_file(tiny: Path, tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from fewbit.grids.table import row_block
 from fewbit.linear import is_native, linear
 from fewbit.outliers.rules import OUTLIER_RULES
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.plan import PlannedTensor, group_size_problem, make_plan
+from fewbit.pipeline.plan import PlannedTensor, cover_original, group_size_problem, plan_tensors, with_sizes_that_fit
 from fewbit.pipeline.quantize_tensor import available_cores
 from fewbit.pipeline.stages import check_length, stages_of
-from fewbit.recipe import Recipe, with_choices
+from fewbit.recipe import Recipe
 from fewbit.solvers.settled import round_rows
 
 _START_SECONDS = 1.5
@@ -41,10 +41,12 @@ def forecast(model: str | Path, recipe: Recipe, options: CalibrationOptions | No
     options = options or CalibrationOptions()
     checkpoint = open_checkpoint(locate(model))
     # Layers whose groups do not divide are shown, not refused: they are planned with the size that fits them best.
-    problem = group_size_problem(checkpoint, recipe)
-    plan = make_plan(
-        checkpoint, with_choices(recipe, {"group_size": f"{recipe.grid.group_size},auto"}) if problem else recipe
-    )
+    coverage = cover_original(checkpoint, recipe.include, recipe.exclude)
+    problem = group_size_problem(coverage, recipe)
+    fitted = with_sizes_that_fit(recipe) if problem else recipe
+    if problem and group_size_problem(coverage, fitted):
+        raise FewbitError(problem)
+    plan = plan_tensors(coverage, fitted)
     items = plan.quantized
     weights = sum(item.stored.weights for item in items)
     size, kept = sum(item.bytes for item in items), sum(item.bytes for item in plan.kept)

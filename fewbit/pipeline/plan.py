@@ -14,7 +14,7 @@ from fewbit.grids.choice import group_size_for
 from fewbit.grids.scheme import Scheme, StoredWeight
 from fewbit.grids.table import grid_of, row_block
 from fewbit.outliers.rules import OUTLIER_RULES
-from fewbit.recipe import Recipe, matches
+from fewbit.recipe import Recipe, matches, with_choices
 from fewbit.solvers.settled import WeightChoices
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -104,10 +104,14 @@ def cover_original(checkpoint: Checkpoint, include: Sequence[str] = (), exclude:
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     """Plan a run. Raises FewbitError if a weight is not recognised or a group size does not divide."""
     coverage = cover_original(checkpoint, recipe.include, recipe.exclude)
-    _check_patterns(coverage, recipe)
-    problem = _indivisible(coverage, recipe)
+    problem = group_size_problem(coverage, recipe)
     if problem:
         raise FewbitError(problem)
+    return plan_tensors(coverage, recipe, shard_size)
+
+
+def plan_tensors(coverage: Coverage, recipe: Recipe, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
+    """Plan a run of classified tensors, whose group sizes divide."""
     shards: list[list[PlannedTensor | KeptTensor]] = [[]]
     filled = 0
     for tensor in coverage.tensors:
@@ -178,13 +182,13 @@ def _check_rows(tensor: WeightTensor, scheme: Scheme) -> None:
         )
 
 
-def group_size_problem(checkpoint: Checkpoint, recipe: Recipe) -> str | None:
-    """Which layers the group size does not divide, and which sizes would divide them; None if it divides all."""
-    return _indivisible(cover(checkpoint.entries.values(), checkpoint.config, recipe.include, recipe.exclude), recipe)
+def group_size_problem(coverage: Coverage, recipe: Recipe) -> str | None:
+    """Which layers their group size does not divide, and which sizes would divide them; None if it divides all.
 
-
-def _indivisible(coverage: Coverage, recipe: Recipe) -> str | None:
-    wrong: dict[int, list[str]] = {}
+    Raises FewbitError for a pattern that matches nothing, and for columns that no group size fits.
+    """
+    _check_patterns(coverage, recipe)
+    wrong: dict[str, dict[int, list[str]]] = {}
     for tensor in coverage.of("quantize"):
         columns, grid = tensor.matrix_shape[1], recipe.at(tensor.entry.name).grid
         if columns < 1:
@@ -196,17 +200,37 @@ def _indivisible(coverage: Coverage, recipe: Recipe) -> str | None:
                 "group size: use --group-size row, or keep it with --exclude"
             )
         if size is None:
-            wrong.setdefault(columns, []).append(tensor.module)
+            wrong.setdefault(grid.group_size, {}).setdefault(columns, []).append(tensor.module)
     if not wrong:
         return None
     all_columns = {t.matrix_shape[1] for t in coverage.of("quantize")}
     fits = [str(size) for size in (16, 32, 48, 64, 96, 128, 256) if all(c % size == 0 for c in all_columns)]
-    described = "; ".join(
-        f"{len(names)} layers with {columns} columns ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for columns, names in sorted(wrong.items())
-    )
+    described = "; ".join(f"group size {size} does not divide {_layers(found)}" for size, found in wrong.items())
     advice = f"sizes that divide every layer: {', '.join(fits)}; or " if fits else "use "
-    return f"group size {recipe.grid.group_size} does not divide {described}: {advice}--group-size auto"
+    ways = ["--group-size auto"] if recipe.grid.group_size in wrong else []
+    ways += ["group_size=auto in --set"] if wrong.keys() - {recipe.grid.group_size} else []
+    return f"{described}: {advice}{' and '.join(ways)}"
+
+
+def _layers(found: dict[int, list[str]]) -> str:
+    """Layers by their columns, in words."""
+    return "; ".join(
+        f"{len(names)} layers with {columns} columns ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for columns, names in sorted(found.items())
+    )
+
+
+def with_sizes_that_fit(recipe: Recipe) -> Recipe:
+    """The recipe with the group size auto for all layers that their own does not divide."""
+    sets = tuple(
+        (pattern, tuple((name, _or_auto(value) if name == "group_size" else value) for name, value in choices))
+        for pattern, choices in recipe.sets
+    )
+    return with_choices(recipe, {"group_size": _or_auto(recipe.grid.group_size), "sets": sets})
+
+
+def _or_auto(sizes: object) -> str:
+    return str(sizes) if "auto" in str(sizes).split(",") else f"{sizes},auto"
 
 
 def stored_to_dict(stored: StoredWeight, scheme_index: int) -> dict[str, Any]:
