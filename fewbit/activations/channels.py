@@ -48,7 +48,7 @@ class Met:
 
 
 def weights_met(norms: Tensor, outliers: Tensor) -> Met:
-    """Compare the columns of the channels in the mask `outliers` `(in,)` with the others. norms: column norms `(in,)`."""
+    """Compare the columns of outlier channels (mask `(in,)`) with the others. norms: of all columns `(in,)`."""
     if not bool(outliers.any()):
         return Met(None, None)
     median = float(norms.median())
