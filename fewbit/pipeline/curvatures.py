@@ -60,7 +60,7 @@ class Source:
 
 
 def gram_blocks(source: Source, original_inputs: bool) -> Iterator[BlockCurvature]:
-    """Grams block by block, with the changed weights of preceding blocks, or the original ones (`original_inputs`)."""
+    """Grams block by block, with changed weights in the preceding blocks, or with `original_inputs` original ones."""
     network, samples = source.network, source.ids.shape[0]
     source.counter.total = (1 if original_inputs else 2) * len(network.blocks) * samples
     walk = Walk(network.model, network.blocks, source.ids, source.memory // 2, source.spill)
