@@ -1,5 +1,4 @@
-"""Observers of the inputs of a block's layers while sequences run through it; each worker runs one sequence at a time.
-"""
+"""Observers of the inputs of a block's layers while sequences run through it; each worker runs one sequence at a time."""
 
 import threading
 from collections.abc import Callable
