@@ -1,4 +1,4 @@
-"""Observers of the inputs of a block's layers while sequences run through it; each worker runs one sequence at a time."""
+"""Observers of the inputs of a block's layers, while each worker runs one sequence at a time through the block."""
 
 import threading
 from collections.abc import Callable
