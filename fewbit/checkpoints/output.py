@@ -1,4 +1,4 @@
-"""Output folders: where they may be, which ones fewbit made, and which one a run may replace."""
+"""Output folders: where they may be, which ones fewbit made, and which ones a run may replace."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ _LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 @dataclass(frozen=True)
 class Standing:
-    """A folder that a run may replace, as it is when the run begins: its identity, and the names in it."""
+    """A folder that a run may replace, in its state when the run begins: its identity, and the file names in it."""
 
     device: int
     inode: int
@@ -27,7 +27,7 @@ class Standing:
 
 
 def standing_at(path: Path) -> Standing | None:
-    """What exists at `path`, without following a link; None for nothing."""
+    """What exists at `path`, without following a link; None if nothing does."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -64,7 +64,7 @@ def check_place(out: Path, source: Path) -> None:
 
 
 def check_replaceable(out: Path, overwrite: bool) -> Standing | None:
-    """What a run may replace at `out`. Raises FewbitError if something exists there that it may not replace."""
+    """What a run may replace at `out`, or None. Raises FewbitError if anything else exists there."""
     found = standing_at(out)
     if found is None:
         return None
@@ -114,7 +114,7 @@ def list_file(out: Path, name: str) -> None:
 
 
 def file_names(folder: Path) -> set[str]:
-    """The names of all files below a folder, from there, with forward slashes; links are files."""
+    """Names of all files in a folder and its subfolders, relative to it, with forward slashes; links count as files."""
     found = set()
     for parent, folders, files in os.walk(folder):
         links = [name for name in folders if (Path(parent) / name).is_symlink()]
@@ -128,16 +128,16 @@ def is_of_the_system(name: str) -> bool:
 
 
 def _added(out: Path) -> list[str]:
-    """Files in a folder that fewbit made which fewbit did not write, as far as that can be determined."""
+    """Files that fewbit did not write in a folder that fewbit made, as far as that can be determined."""
     names = {name for name in file_names(out) if not is_of_the_system(name.rpartition("/")[2])}
     listed: Collection[str] = _object(out / RUN).get(FILES, ())
     if listed:
         return sorted(names - set(listed) - {RUN})
-    # Folders of older versions have no list; in them, fewbit made no folder.
+    # Older versions wrote no list of files, and they made no subfolders.
     return sorted(name for name in names if "/" in name)
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is none."""
+    """The object in a JSON file; an empty one if there is none."""
     found = read_json(path) if path.is_file() else None
     return found if isinstance(found, dict) else {}
