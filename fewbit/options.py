@@ -50,6 +50,10 @@ CLI_DEVICE = Option("device", str, "cpu, cuda, …; default: CUDA if available."
 
 _GRID, _OUTLIERS, _COST, _RUN = "Grid and scales", "Outliers", "Curvature and solver", "Run"
 _AXES = "(`fewbit axes` lists them)"
+_PATTERN = (
+    "PATTERN, the name of a tensor or of a module with all its tensors, with *, ? and [...] as in a shell; "
+    "case-sensitive (repeatable)."
+)
 QUANTIZE: tuple[Option, ...] = (
     BITS,
     CALIBRATION,
@@ -83,8 +87,8 @@ QUANTIZE: tuple[Option, ...] = (
     Option(
         "set",
         list[str],
-        "PATTERN:NAME=VALUE[,NAME=VALUE]: different choices for some tensors, e.g. '*.down_proj.weight:bits=4' "
-        "(repeatable; the last match wins).",
+        "PATTERN:NAME=VALUE[,NAME=VALUE]: different choices for some tensors, e.g. '*.down_proj:bits=4' "
+        "(repeatable; the last match wins). Patterns as for --include.",
         "recipe",
         _GRID,
         "--set",
@@ -155,8 +159,8 @@ QUANTIZE: tuple[Option, ...] = (
     Option("max_fallback", int, "How many weights may fall back to rounding; default 0.", "curvature", _COST),
     *TEXT,
     Option("tune_epochs", int, "Epochs of --tune; default 3.", "tune", TEXT_PANEL),
-    Option("include", list[str], "Also quantize tensors that match this pattern (repeatable).", "recipe", _RUN),
-    Option("exclude", list[str], "Do not quantize tensors that match this pattern (repeatable).", "recipe", _RUN),
+    Option("include", list[str], f"Also quantize tensors that match {_PATTERN}", "recipe", _RUN),
+    Option("exclude", list[str], f"Do not quantize tensors that match {_PATTERN}", "recipe", _RUN),
     Option(
         "memory",
         str,

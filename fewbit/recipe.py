@@ -4,11 +4,11 @@ On the command line, in files and in :func:`preset` a recipe is flat, with the n
 for some of the tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
+from fewbit.architecture.patterns import matches
 from fewbit.choices import nearest
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.errors import FewbitError
@@ -92,11 +92,11 @@ class Recipe:
         """Bits of a weight's code."""
         return self.grid.width
 
-    def at(self, name: str) -> "Recipe":
-        """The recipe of the tensor `name`."""
+    def at(self, name: str, exact: Container[str] = ()) -> "Recipe":
+        """The recipe of the tensor `name`. exact: as in :func:`fewbit.architecture.patterns.matches`."""
         if not self.sets:
             return self
-        choices = {key: v for pattern, found in self.sets if matches(name, pattern) for key, v in found}
+        choices = {key: v for pattern, found in self.sets if matches(name, pattern, exact) for key, v in found}
         return revised(replace(self, sets=()), choices)
 
     def scheme(self, group_size: int) -> Scheme:
@@ -147,11 +147,6 @@ class Recipe:
         data["include"], data["exclude"] = tuple(data.get("include", ())), tuple(data.get("exclude", ()))
         data["sets"] = sets_of(data.get("sets", ()))
         return with_choices(cls(), data)
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a tensor's name equals the pattern or matches it as a shell pattern."""
-    return name == pattern or fnmatchcase(name, pattern)
 
 
 def with_choices(recipe: Recipe, choices: Mapping[str, Any]) -> Recipe:

@@ -28,7 +28,7 @@ from fewbit.architecture.block_lists import (
 )
 from fewbit.architecture.facts import Facts, gather_facts
 from fewbit.architecture.orientation import experts_in_out, hidden_widths, matrices_in_out
-from fewbit.architecture.patterns import matching
+from fewbit.architecture.patterns import exact_names, matching
 from fewbit.checkpoints.safetensors_io import TensorEntry
 from fewbit.errors import FewbitError
 
@@ -78,6 +78,11 @@ class Coverage:
 
     tensors: list[WeightTensor] = field(default_factory=list)
 
+    @cached_property
+    def exact_names(self) -> frozenset[str]:
+        """The names of all tensors and modules: see :mod:`fewbit.architecture.patterns`."""
+        return exact_names(tensor.entry.name for tensor in self.tensors)
+
     def of(self, action: str) -> list[WeightTensor]:
         """The tensors with the given action."""
         return [tensor for tensor in self.tensors if tensor.action == action]
@@ -93,16 +98,15 @@ def cover(
 
     Patterns are as in :mod:`fewbit.architecture.patterns`. include: matrices to quantize that would otherwise be kept
     or unknown. exclude: tensors to keep; it takes precedence. Raises FewbitError for a pattern that matches nothing, or
-    an included tensor that is not a matrix.
+    one of `include` that matches no matrix.
     """
     survey = _Survey({entry.name: entry for entry in entries}, gather_facts(config))
-    included, excluded = matching(include, survey.entries), matching(exclude, survey.entries)
+    included, excluded = survey.included(include), survey.excluded(exclude)
     found = []
     for entry in survey.entries.values():
         if entry.name in excluded:
             action, reason = "keep", "excluded"
         elif entry.name in included:
-            _check_included(entry)
             action, reason = "quantize", "included"
         else:
             action, reason = survey.decide(entry)
@@ -123,9 +127,8 @@ def require_recognised(coverage: Coverage, model: str) -> None:
         )
 
 
-def _check_included(entry: TensorEntry) -> None:
-    if len(entry.shape) < 2 or not _is_float(entry) or not entry.numel:
-        raise FewbitError(f"{entry.name}: --include needs a 16 or 32-bit matrix, but its shape is {list(entry.shape)}")
+def _can_be_included(entry: TensorEntry) -> bool:
+    return len(entry.shape) > 1 and _is_float(entry) and entry.numel > 0
 
 
 def _is_float(entry: TensorEntry) -> bool:
@@ -138,6 +141,28 @@ class _Survey:
 
     entries: dict[str, TensorEntry]
     facts: Facts
+
+    @cached_property
+    def exact(self) -> frozenset[str]:
+        return exact_names(self.entries)
+
+    def excluded(self, patterns: Iterable[str]) -> set[str]:
+        return {name for pattern in patterns for name in matching(pattern, self.entries, self.exact)}
+
+    def included(self, patterns: Iterable[str]) -> set[str]:
+        """The matrices that match; beside them a pattern may match biases and norms of the same modules."""
+        found: set[str] = set()
+        for pattern in patterns:
+            hits = matching(pattern, self.entries, self.exact)
+            matrices = [name for name in hits if _can_be_included(self.entries[name])]
+            if not matrices:
+                entry = self.entries[hits[0]]
+                raise FewbitError(
+                    f"{entry.name}: --include needs a 16 or 32-bit matrix, but its shape is {list(entry.shape)} "
+                    f"and its dtype {str(entry.dtype).removeprefix('torch.')}"
+                )
+            found.update(matrices)
+        return found
 
     @cached_property
     def lists(self) -> dict[str, BlockList]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbit.architecture.coverage import Coverage, WeightTensor, cover, require_recognised
+from fewbit.architecture.patterns import matches
 from fewbit.checkpoints.source import Checkpoint, refuse_quantized
 from fewbit.errors import FewbitError
 from fewbit.formats.native import check_scheme, part_layout, stored_bytes
@@ -14,7 +15,7 @@ from fewbit.grids.choice import group_size_for
 from fewbit.grids.scheme import Scheme, StoredWeight
 from fewbit.grids.table import grid_of, row_block
 from fewbit.outliers.rules import OUTLIER_RULES
-from fewbit.recipe import Recipe, matches, with_choices
+from fewbit.recipe import Recipe, with_choices
 from fewbit.solvers.settled import WeightChoices
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -115,7 +116,7 @@ def plan_tensors(coverage: Coverage, recipe: Recipe, shard_size: int = DEFAULT_S
     shards: list[list[PlannedTensor | KeptTensor]] = [[]]
     filled = 0
     for tensor in coverage.tensors:
-        item = _plan_tensor(tensor, recipe)
+        item = _plan_tensor(tensor, recipe, coverage.exact_names)
         if shards[-1] and filled + item.bytes > shard_size:
             shards.append([])
             filled = 0
@@ -127,7 +128,7 @@ def plan_tensors(coverage: Coverage, recipe: Recipe, shard_size: int = DEFAULT_S
 def _check_patterns(coverage: Coverage, recipe: Recipe) -> None:
     names = [tensor.entry.name for tensor in coverage.of("quantize")]
     for pattern, _ in recipe.sets:
-        if not any(matches(name, pattern) for name in names):
+        if not any(matches(name, pattern, coverage.exact_names) for name in names):
             raise FewbitError(f"--set {pattern}: matches no tensor to quantize: list the names with  fewbit plan")
 
 
@@ -148,10 +149,10 @@ def place_outliers(stored_shape: tuple[int, int], choices: WeightChoices, outlie
     return positions.choose(stored_shape[0] * stored_shape[1], outliers, scheme.group_size, per_group)
 
 
-def _plan_tensor(tensor: WeightTensor, recipe: Recipe) -> PlannedTensor | KeptTensor:
+def _plan_tensor(tensor: WeightTensor, recipe: Recipe, exact: frozenset[str]) -> PlannedTensor | KeptTensor:
     if tensor.action != "quantize":
         return KeptTensor(tensor)
-    recipe = recipe.at(tensor.entry.name)
+    recipe = recipe.at(tensor.entry.name, exact)
     rows, columns = tensor.matrix_shape
     scheme = scheme_for(columns, recipe)
     outliers = OUTLIER_RULES[recipe.outliers.rule].expected(rows * columns, scheme.group_size, recipe.outliers)
@@ -190,7 +191,7 @@ def group_size_problem(coverage: Coverage, recipe: Recipe) -> str | None:
     _check_patterns(coverage, recipe)
     wrong: dict[str, dict[int, list[str]]] = {}
     for tensor in coverage.of("quantize"):
-        columns, grid = tensor.matrix_shape[1], recipe.at(tensor.entry.name).grid
+        columns, grid = tensor.matrix_shape[1], recipe.at(tensor.entry.name, coverage.exact_names).grid
         if columns < 1:
             raise FewbitError(f"{tensor.entry.name}: it has no columns: keep it with --exclude")
         size = group_size_for(columns, grid.group_size, grid.grid.span.columns)
