@@ -1,8 +1,12 @@
-"""What the choice on one axis may know about the others to say which combinations are not possible."""
+"""What the choice on one axis may know about the others, and checks that all choices share."""
 
 import difflib
-from collections.abc import Iterable
-from typing import Any, Protocol
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Protocol, get_args, get_origin
 
 from fewbit.errors import FewbitError
 
@@ -37,3 +41,34 @@ def check_name(what: str, name: str, known: Iterable[str]) -> None:
     known = list(known)
     if name not in known:
         raise FewbitError(f"{what} must be one of {', '.join(known)}, not {name!r}{nearest(name, known)}")
+
+
+_FITS: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    int: ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
+    float: (
+        "a finite number",
+        lambda value: isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value),
+    ),
+    str: ("text", lambda value: isinstance(value, str)),
+    NoneType: ("None", lambda value: value is None),
+}
+
+
+def check_values(choice: Any, names: Mapping[str, str] | None = None) -> None:
+    """Raises FewbitError if a plain field of a dataclass does not hold its type, or a number that is not finite.
+
+    Choices come from the command line, from JSON files and from Python alike, so types alone do not hold. names: what
+    users call a field, if different. Fields of other types than numbers, text and bool are not checked.
+    """
+    for field in fields(choice):
+        kinds = get_args(field.type) if get_origin(field.type) is UnionType else (field.type,)
+        value = getattr(choice, field.name)
+        if all(kind in _FITS for kind in kinds) and not any(_FITS[kind][1](value) for kind in kinds):
+            words = " or ".join(_FITS[kind][0] for kind in kinds)
+            raise FewbitError(f"{(names or {}).get(field.name, field.name)} must be {words}, not {value!r}")
+
+
+def flag_names(choice: Any) -> dict[str, str]:
+    """The fields of a dataclass as they are spelled on the command line."""
+    return {field.name: f"--{field.name.replace('_', '-')}" for field in fields(choice)}

@@ -5,7 +5,7 @@ for some of the tensors.
 """
 
 from collections.abc import Container, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from fewbit.architecture.patterns import matches
@@ -40,6 +40,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "sensitivity": ("outliers", "sensitivity"),
 }
 """Flat name -> axis and parameter of that axis."""
+_AXES = {"transform": TransformChoice, "grid": GridChoice, "scales": ScaleChoice, "outliers": OutlierChoice}
 _WHOLE = ("method", "curvature", "solver", "include", "exclude", "sets")
 _EARLIER = {"channel_scales": "transform"}
 """Names of fields in folders of earlier versions -> names now."""
@@ -197,7 +198,7 @@ def revised(recipe: Recipe, choices: Mapping[str, Any]) -> Recipe:
     _check_keys(choices, PER_TENSOR, "choices of tensors")
     solver = {key: choices[key] for key in ("damping",) if key in choices}
     flat = {key: value for key, value in choices.items() if key not in solver}
-    if "bits" in flat and recipe.method in PRESETS:
+    if isinstance(flat.get("bits"), int | float) and recipe.method in PRESETS:
         before, now = row_of(recipe.method, recipe.bits), row_of(recipe.method, float(flat["bits"]))
         plain = Recipe().to_dict()
         for key in before.keys() | now.keys():
@@ -217,11 +218,14 @@ PER_TENSOR = (*(name for name in FIELDS if name not in ("transform", "search", "
 
 def sets_of(given: Any) -> tuple[TensorChoices, ...]:
     """Choices for patterns of tensor names, from a mapping, from (pattern, mapping) pairs, or from --set strings."""
-    pairs = given.items() if isinstance(given, Mapping) else given
+    pairs = given.items() if isinstance(given, Mapping) else [given] if isinstance(given, str) else given
     found: list[TensorChoices] = []
     for one in pairs:
-        pattern, choices = _parse_set(one) if isinstance(one, str) else one
-        found.append((pattern, tuple(dict(choices).items())))
+        try:
+            pattern, choices = _parse_set(one) if isinstance(one, str) else one
+            found.append((pattern, tuple(dict(choices).items())))
+        except (TypeError, ValueError) as error:
+            raise FewbitError(f"set: each entry must be a pattern and a mapping of choices, not {one!r}") from error
     return tuple(found)
 
 
@@ -243,6 +247,13 @@ def _parse_set(text: str) -> tuple[str, dict[str, Any]]:
     return pattern, choices
 
 
+_KINDS = {
+    **{name: {one.name: one.type for one in fields(_AXES[axis])}[own] for name, (axis, own) in FIELDS.items()},
+    "damping": float,
+}
+"""The types of choices."""
+
+
 def _split(text: str) -> list[str]:
     """Split at commas; a part without = belongs to the preceding part (``group_size=64,auto``)."""
     parts: list[str] = []
@@ -255,13 +266,16 @@ def _split(text: str) -> list[str]:
 
 
 def _value(name: str, text: str) -> Any:
-    if name in ("grid", "group_size", "scale_format", "outliers", "outlier_scope", "outlier_grid"):
+    """A value of --set, in the type of its field; the name of an unknown choice is reported later."""
+    kind = _KINDS.get(name, str)
+    if kind is str:
         return text
     try:
         number = float(text)
     except ValueError as error:
         raise FewbitError(f"--set: {name} must be a number, not {text!r}") from error
-    return int(number) if number.is_integer() and name not in ("damping", "sensitivity", "outlier_fraction") else number
+    # Bits are whole numbers, except those of a few grids.
+    return int(number) if number.is_integer() and kind is not float else number
 
 
 def replace_solver(recipe: Recipe, **choices: Any) -> Recipe:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fewbit.choices import check_values
 from fewbit.errors import FewbitError
 
 GRANULARITIES = ("tensor", "token")
@@ -30,6 +31,7 @@ class ActivationChoice:
     smoothed: str = "norms"
 
     def __post_init__(self) -> None:
+        check_values(self)
         for name, choices in (("granularity", GRANULARITIES), ("ranges", RANGES), ("smoothed", SMOOTHED)):
             if getattr(self, name) not in choices:
                 raise FewbitError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbit.calibration.source import DOCUMENTS, parse_sources, shares
+from fewbit.choices import check_values, flag_names
 from fewbit.errors import FewbitError
 
 
@@ -23,6 +24,7 @@ class CalibrationChoice:
     chat_template: bool = False
 
     def __post_init__(self) -> None:
+        check_values(self, {**flag_names(self), "sources": "--calibration"})
         if self.samples < 1 or self.sequence_length < 2:
             raise FewbitError("calibration needs at least 1 sample of at least 2 tokens")
         sources = parse_sources(self.sources)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fewbit.choices import check_values
 from fewbit.errors import FewbitError
 
 KINDS = ("gram", "fisher")
@@ -30,6 +31,7 @@ class CurvatureChoice:
     gram_share: float = 0.0
 
     def __post_init__(self) -> None:
+        check_values(self, {"kind": "curvature", "terms": "fisher_terms", "labels": "fisher_labels"})
         for name, choices in (("kind", KINDS), ("terms", TERMS), ("labels", LABELS)):
             if getattr(self, name) not in choices:
                 raise FewbitError(f"curvature {name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.choices import check_values
 from fewbit.errors import FewbitError
 from fewbit.memory import rows_at_once
 
@@ -34,6 +35,7 @@ class Protocol:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.sequence_length < 2:
             raise FewbitError(f"windows need at least 2 tokens, not {self.sequence_length}")
         if self.windows < 0:

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fewbit.choices import check_values
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.evaluation.task_data import TASKS, Questions, read_questions
 from fewbit.quiet import quiet_loggers
@@ -29,6 +30,7 @@ class TaskChoice:
     limit: int = 0
 
     def __post_init__(self) -> None:
+        check_values(self, {"limit": "--task-limit"})
         for name in self.names:
             if name not in TASKS:
                 raise FewbitError(f"no task {name!r}: choose from {', '.join(TASKS)}")

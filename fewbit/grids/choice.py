@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fewbit.choices import Choices, check_name
+from fewbit.choices import Choices, check_name, check_values
 from fewbit.errors import FewbitError
 from fewbit.grids.grid import Grid, ScaleSearch
 from fewbit.grids.scale_formats import SCALE_FORMATS, ScaleFormat
@@ -30,6 +30,9 @@ class GridChoice:
     column_weights: str = "none"
 
     def __post_init__(self) -> None:
+        if isinstance(self.group_size, int) and not isinstance(self.group_size, bool):
+            object.__setattr__(self, "group_size", str(self.group_size))
+        check_values(self, {"name": "grid"})
         check_name("grid", self.name, [grid.choice for grid in GRIDS.values()])
         widths = self.grid.widths
         if self.bits is None:
@@ -89,6 +92,7 @@ class ScaleChoice:
     statistic_rows: int = 16
 
     def __post_init__(self) -> None:
+        check_values(self, {"format": "scale_format"})
         check_name("scale_format", self.format, SCALE_FORMATS)
         if not 1 <= self.statistic_bits <= 8 or self.statistic_rows < 1:
             raise FewbitError("statistics need 1 to 8 bits and blocks of at least 1 row")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.choices import check_values
 from fewbit.errors import FewbitError
 from fewbit.grids.codes import CodeLayout
 from fewbit.grids.scheme import Layout, Scheme
@@ -33,6 +34,12 @@ class ScaleSearch:
     error_power: float = 2.0
 
     def __post_init__(self) -> None:
+        check_values(self, {name: f"search: {name}" for name in ("smallest", "largest", "step")})
+        if not 0 < self.smallest <= self.largest or not 0 < self.step <= 1:
+            raise FewbitError(
+                f"search: cannot search from {self.smallest} to {self.largest} in steps of {self.step}: fractions must "
+                "be above 0, and a step at most 1"
+            )
         if not 0 < self.error_power <= 16:
             raise FewbitError(f"error_power must be above 0 and at most 16, not {self.error_power}")
 

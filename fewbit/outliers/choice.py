@@ -2,9 +2,17 @@
 
 from dataclasses import dataclass
 
-from fewbit.choices import check_name
+from fewbit.choices import check_name, check_values
 from fewbit.errors import FewbitError
 from fewbit.outliers.grids import OUTLIER_GRIDS, OutlierGrid
+
+_CALLED = {
+    "rule": "outliers",
+    "fraction": "outlier_fraction",
+    "scope": "outlier_scope",
+    "grid": "outlier_grid",
+    "bits": "outlier_bits",
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class OutlierChoice:
     sensitivity: float = 0.2
 
     def __post_init__(self) -> None:
+        check_values(self, _CALLED)
         check_name("outlier_grid", self.grid, OUTLIER_GRIDS)
         if not 0 <= self.fraction < 0.5:
             raise FewbitError(f"outlier_fraction must be from 0 to below 0.5, not {self.fraction}")

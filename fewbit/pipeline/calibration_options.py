@@ -4,6 +4,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
 
 from fewbit.calibration.choice import CalibrationChoice
+from fewbit.choices import check_values, flag_names
 from fewbit.curvature.store import StoredCurvature
 from fewbit.errors import FewbitError
 from fewbit.memory import available_bytes
@@ -30,6 +31,7 @@ class CalibrationOptions:
     max_fallback: int = 0
 
     def __post_init__(self) -> None:
+        check_values(self, {**flag_names(self), "memory_bytes": "--memory"})
         if self.refresh < 0 or self.max_fallback < 0 or self.memory_bytes < 0:
             raise FewbitError("--refresh, --max-fallback and --memory cannot be negative")
 

@@ -22,6 +22,7 @@ from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.checkpoints.stamps import file_stamps
 from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.checkpoints.workdir import SOLVED, WorkFolder, check_output, copy_companions, write_index
+from fewbit.choices import check_values, flag_names
 from fewbit.device import check_device
 from fewbit.errors import FewbitError, WorkKeptError
 from fewbit.formats.native import FORMAT_VERSION, GUARD, check_scheme
@@ -53,6 +54,11 @@ class RunOptions:
     progress: Progress | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
+    def __post_init__(self) -> None:
+        check_values(self, flag_names(self))
+        if self.workers < 0:
+            raise FewbitError(f"the number of workers cannot be {self.workers}")
+
 
 def quantize(
     model: str | Path, out: str | Path | None, recipe: Recipe, options: RunOptions | None = None
@@ -64,8 +70,6 @@ def quantize(
     memory). Raises FewbitError for bad input; `out` is then not created.
     """
     options = options or RunOptions()
-    if options.workers < 0:
-        raise FewbitError(f"the number of workers cannot be {options.workers}")
     check_device(options.device)
     if recipe.curvature is not None:
         check_fit(recipe, options.calibration)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fewbit.choices import Choices, check_name
+from fewbit.choices import Choices, check_name, check_values
 from fewbit.errors import FewbitError
 
 KINDS = ("round", "column")
@@ -26,6 +26,7 @@ class SolverChoice:
     importance: str = "none"
 
     def __post_init__(self) -> None:
+        check_values(self, {"kind": "solver"})
         check_name("solver", self.kind, KINDS)
         check_name("importance", self.importance, IMPORTANCE)
         if not 0 < self.damping <= 100:

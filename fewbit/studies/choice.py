@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.calibration.choice import CalibrationChoice
+from fewbit.choices import check_values, flag_names
 from fewbit.errors import FewbitError
 from fewbit.evaluation.perplexity import Protocol
 
@@ -40,6 +41,7 @@ class StudyChoice:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_values(self, flag_names(self))
         if self.size not in SIZES:
             raise FewbitError(f"--size must be one of {', '.join(SIZES)}, not {self.size!r}")
         if self.engine not in ENGINES:

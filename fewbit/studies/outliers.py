@@ -3,6 +3,7 @@
 After arXiv 2405.20835 (outliers by layer, calibration set and language) and 2402.17762 (massive activations).
 """
 
+import math
 from typing import Any
 
 from fewbit.errors import FewbitError
@@ -27,7 +28,7 @@ def cells(choice: StudyChoice) -> list[Cell]:
     _, coverage = cover_model(choice)
     sets = all_sets(choice.calibration, grid["made"], choice.options.get("sets", ()))
     factor = float(choice.options.get("factor", FACTOR))
-    if factor <= 1:
+    if not 1 < factor < math.inf:
         raise FewbitError(
             f"--factor must be above 1, not {factor:g}: a channel is an outlier if it exceeds the median by this factor"
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fewbit.choices import Choices, check_name
+from fewbit.choices import Choices, check_name, check_values
 from fewbit.transforms.table import TRANSFORMS
 from fewbit.transforms.transform import Transform
 
@@ -14,6 +14,7 @@ class TransformChoice:
     name: str = "none"
 
     def __post_init__(self) -> None:
+        check_values(self, {"name": "transform"})
         check_name("transform", self.name, TRANSFORMS)
 
     @property

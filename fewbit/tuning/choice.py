@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fewbit.choices import check_values, flag_names
 from fewbit.errors import FewbitError
 
 LOSSES = ("nll", "kd", "nll+kd")
@@ -42,6 +43,7 @@ class TuningChoice:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_values(self, flag_names(self))
         if self.loss not in LOSSES:
             raise FewbitError(f"--loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
         if self.train not in TRAINED:

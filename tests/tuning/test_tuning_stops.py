@@ -67,7 +67,7 @@ def test_what_is_no_number_stops_with_the_update_and_the_layer(
 
 
 def test_reconstruction_stops_too(folder: Path, tmp_path: Path) -> None:
-    choice = replace(CHOICE, reconstruction=1, lr=math.inf)
+    choice = replace(CHOICE, reconstruction=1, lr=1e300)
     with pytest.raises(FewbitError, match=r"the gradient of block 1 is NaN or infinite at its update \d+: lower --lr"):
         tune(folder, tmp_path / "out", choice, TuneOptions(calibration=TEXT, device="cpu"))
 
