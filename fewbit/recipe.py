@@ -102,7 +102,7 @@ class Recipe:
 
     def scheme(self, group_size: int) -> Scheme:
         """The stored form of a weight with groups of that size."""
-        split, bits = self.outliers.rule != "none", self.bits
+        split, bits = self.outliers.wanted, self.bits
         statistics = self.scales.kind.has_statistics
         scheme = Scheme(
             bits=bits,

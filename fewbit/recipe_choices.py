@@ -40,7 +40,7 @@ def recipe_from_choices(method: str, choices: dict[str, Any]) -> Recipe:
             given.setdefault("scale_format", "float16")
     if given.get("outlier_fraction") == 0:
         given["outliers"] = "none"
-    elif any(key.startswith("outlier_") for key in given) and base.outliers.rule == "none":
+    elif any(key.startswith("outlier_") for key in given) and not base.outliers.wanted:
         given.setdefault("outliers", "adaptive-lasso")
     if clip_search is False and error_power is not None:
         raise FewbitError(
@@ -68,9 +68,9 @@ def _refuse_inert(base: Recipe, given: dict[str, Any], clip_search: bool | None,
         unused = [key for key in given if key.startswith("outlier_")]
     elif (kind := OUTLIER_GRIDS.get(given.get("outlier_grid", base.outliers.grid))) is not None and kind.apart:
         unused = [key for key in ("outlier_bits",) if key in given]
-    if base.solver.kind == "round" and base.curvature is not None:
+    if base.curvature is not None and not base.solver.method.compensates:
         unused += [key for key in ("damping", "act_order", "static_groups") if key in given]
-    if base.curvature is not None and base.curvature.kind != "fisher":
+    if base.curvature is not None and not base.curvature.source.gradients:
         unused += [key for key in ("fisher_terms", "fisher_labels", "gram_share") if key in given]
     if unused:
         named = ", ".join(f"--{key.replace('_', '-')}" for key in unused)

@@ -121,7 +121,7 @@ class Accumulator:
         Raises FewbitError if an input Gram is not finite, because the layer's inputs were not.
         """
         matrix = self.sums.get(self.shared.get(key, key))
-        if matrix is not None and self.choice.kind == "gram":
+        if matrix is not None and not self.choice.source.gradients:
             diagonal = matrix if matrix.dim() == 1 else matrix.diagonal()
             if not bool(torch.isfinite(diagonal).all()):
                 raise FewbitError(

@@ -87,7 +87,7 @@ def _neighbours(x: Tensor, values: Values, scheme: Scheme) -> tuple[Tensor, Tens
 
 
 def _refuses(scheme: Scheme) -> str | None:
-    return None if scheme.bits == 1 and scheme.outlier_grid == "none" else "bits or outliers of a binary grid"
+    return None if scheme.bits == 1 and not scheme.has_outliers else "bits or outliers of a binary grid"
 
 
 BINARY = Grid(

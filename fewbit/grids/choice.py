@@ -47,7 +47,7 @@ class GridChoice:
             raise FewbitError(f"the {self.name} grid has {widths[0]:g} {unit}, not {self.bits}: leave --bits out")
         check_group_size(self.group_size)
         check_name("column_weights", self.column_weights, COLUMN_WEIGHTS)
-        if self.column_weights != "none" and self.search is None:
+        if self.weighs_columns and self.search is None:
             raise FewbitError(
                 "column_weights weight the errors of the range search: turn the search on with --clip-search"
             )
@@ -58,6 +58,11 @@ class GridChoice:
         found = chosen_grid(self.name)
         assert found is not None
         return found
+
+    @property
+    def weighs_columns(self) -> bool:
+        """Whether the errors of the range search have weights."""
+        return self.column_weights != "none"
 
     @property
     def width(self) -> float:
@@ -72,9 +77,9 @@ class GridChoice:
             return f"{self.width:g} bit needs one of the grids {', '.join(fit)}, not {self.name}: see --method adpq+"
         if self.grid.block_by_block and not recipe.solver.refit:
             return f"the {self.name} grid is fitted block by block: omit --act-order and --static-groups"
-        if self.grid.block_by_block and (recipe.outliers.rule != "none" or recipe.solver.kind != "column"):
+        if self.grid.block_by_block and (recipe.outliers.wanted or not recipe.solver.method.compensates):
             return f"the {self.name} grid needs the column solver, and its salient columns replace outliers"
-        if self.column_weights != "none" and recipe.curvature is not None:
+        if self.weighs_columns and recipe.curvature is not None:
             return "column_weights replace a curvature, but this method measures one"
         return None
 

@@ -46,6 +46,11 @@ class Scheme:
         """The number of bits per code, rounded up."""
         return math.ceil(self.bits)
 
+    @property
+    def has_outliers(self) -> bool:
+        """Whether some weights may be stored on a grid for outliers."""
+        return self.outlier_grid != "none"
+
     def to_dict(self) -> dict[str, Any]:
         """The scheme as a dict of JSON values; keys that only some formats use are omitted for the others."""
         data = {**asdict(self), "levels": list(self.levels)}

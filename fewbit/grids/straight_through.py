@@ -10,7 +10,6 @@ over the weights of a group. They are divided by ``sqrt(g top)`` (LSQ, section 2
 to that of the weights' gradients when gradients are clipped by norm.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,26 +93,6 @@ class _Nearest(torch.autograd.Function):
         return passed, signed * ~second, signed * second
 
 
-class _Scaled(torch.autograd.Function):
-    """Any rounding that commutes with the scale of a group; the gradients are those of codebooks without clamping."""
-
-    @staticmethod
-    def forward(context: Any, weight: Tensor, scale: Tensor, rounded: Any, levels: int) -> Tensor:
-        value = rounded(weight, scale)
-        context.save_for_backward(weight, scale, value)
-        context.levels = levels
-        return value
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        gradient = gradients[0]
-        weight, scale, value = context.saved_tensors
-        if not context.needs_input_grad[1]:
-            return gradient, None, None, None
-        damping = (weight.shape[-1] * context.levels) ** -0.5
-        return gradient, _of_scale(gradient, gradient, weight, value, scale) * damping, None, None
-
-
 class _Through(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, wanted: Tensor, seen: Tensor, damping: float) -> Tensor:
@@ -136,14 +115,6 @@ def round_evenly(weight: Tensor, scale: Tensor, zero: Tensor, top: int, whole: b
 def round_to_levels(weight: Tensor, scale: Tensor, levels: tuple[float, ...]) -> Tensor:
     """Values ``scale * level`` of a codebook; scale is `(..., 1)`, weight `(..., g)`, float32."""
     return _apply(_Levels, weight, scale, levels)
-
-
-def round_scaled(weight: Tensor, scale: Tensor, rounded: Callable[[Tensor, Tensor], Tensor], levels: int) -> Tensor:
-    """The values `rounded(weight, scale)`, for any grid with ``rounded(a w, a s) = a rounded(w, s)``.
-
-    scale is `(..., 1)`, weight `(..., g)`, float32. levels: approximately how many values a weight can have.
-    """
-    return _apply(_Scaled, weight, scale, rounded, levels)
 
 
 def round_to_magnitudes(weight: Tensor, small: Tensor, large: Tensor) -> Tensor:

@@ -43,6 +43,11 @@ class OutlierChoice:
             raise FewbitError(f"sensitivity must be above 0, not {self.sensitivity}")
 
     @property
+    def wanted(self) -> bool:
+        """Whether there are outliers at all."""
+        return self.rule != "none"
+
+    @property
     def kind(self) -> OutlierGrid:
         """The grid object of the outliers."""
         return OUTLIER_GRIDS[self.grid]

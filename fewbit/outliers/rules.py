@@ -1,5 +1,6 @@
 """The rules that find outliers."""
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def _lasso_refuses(recipe: Choices) -> str | None:
 
 
 def _sensitivity_refuses(recipe: Choices) -> str | None:
-    if recipe.solver.kind != "column" or not recipe.outliers.kind.apart:
+    if not recipe.solver.method.compensates or not recipe.outliers.kind.apart:
         return "sensitivity outliers need the column solver and the outlier grid float16"
     if recipe.solver.act_order:
         return "sensitivity outliers are found when the solver reaches their group: omit --act-order"
@@ -133,6 +134,6 @@ def check_outlier_choice(recipe: Choices) -> str | None:
     if choice.bits and not core.width <= choice.bits <= MAX_BITS:
         return f"outlier_bits must be 0 or from bits ({core.width:g}) to 8, not {choice.bits}"
     least = choice.kind.fewest_bits
-    if choice.rule != "none" and choice.kind.bits(choice.bits, -int(-core.width // 1)) < least:
+    if choice.wanted and choice.kind.bits(choice.bits, math.ceil(core.width)) < least:
         return f"the outlier grid {choice.grid} needs at least {least} bits: raise --outlier-bits"
     return OUTLIER_RULES[choice.rule].refuses(recipe)

@@ -36,7 +36,7 @@ def solve_model(
 
     Raises FewbitError if more than `max_fallback` weights fell back to rounding, and names them.
     """
-    walking = options.stored is not None or (recipe.curvature is not None and recipe.curvature.kind == "gram")
+    walking = options.stored is not None or (recipe.curvature is not None and not recipe.curvature.source.gradients)
     network = open_network(checkpoint, plan.coverage, device, walking)
     if options.stored is None:
         # Checked before the model generates its calibration text, which takes minutes.
@@ -78,7 +78,7 @@ def _blocks(
     assert calibration is not None
     assert choice is not None
     source = Source(network, calibration.ids, choice, options.memory, run.store.folder, run.solved, run.counter)
-    if choice.kind == "gram":
+    if not choice.source.gradients:
         return gram_blocks(source, options.original_inputs)
     stages = stages_of(matrix_bytes(network.sites), options.refresh, options.memory)
     return fisher_blocks(source, stages, refreshed=options.refresh > 0)

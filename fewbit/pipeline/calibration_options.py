@@ -53,7 +53,7 @@ class CalibrationOptions:
 
 def share_of_stored(recipe: Recipe, stored: StoredCurvature) -> Recipe:
     """The recipe with the Gram share of a stored curvature; a method without a share keeps its own setting."""
-    if recipe.curvature is None or not recipe.curvature.gram_share or stored.choice.kind != "fisher":
+    if recipe.curvature is None or not recipe.curvature.gram_share or not stored.choice.source.gradients:
         return recipe
     return replace(recipe, curvature=replace(recipe.curvature, gram_share=stored.choice.gram_share))
 
@@ -62,9 +62,9 @@ def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
     """Raises FewbitError if the recipe cannot use an option, or if a stored curvature is not the kind that it needs."""
     wanted = recipe.curvature
     assert wanted is not None
-    if options.refresh and (wanted.kind != "fisher" or options.stored):
+    if options.refresh and (not wanted.source.gradients or options.stored):
         raise FewbitError("--refresh: only a Fisher that is measured in this run can be refreshed")
-    if options.original_inputs and (wanted.kind != "gram" or options.stored):
+    if options.original_inputs and (wanted.source.gradients or options.stored):
         raise FewbitError("--original-inputs: applies only to a Gram that is measured in this run")
     if options.stored is None:
         return
@@ -73,7 +73,7 @@ def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
         raise FewbitError(
             f"{options.stored.folder}: contains a {found.kind}, but {recipe.method} needs a {wanted.kind}"
         )
-    if found.diagonal and not wanted.diagonal and recipe.solver.kind != "round":
+    if found.diagonal and not wanted.diagonal and recipe.solver.method.compensates:
         raise FewbitError(
             f"{options.stored.folder}: contains only diagonals, with which {recipe.method} would do no more than "
             "rounding: measure again without --diagonal"
@@ -91,7 +91,7 @@ def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
         )
     for name in ("terms", "labels"):
         has, needs = getattr(found, name), getattr(wanted, name)
-        if found.kind == "fisher" and has != needs:
+        if found.source.gradients and has != needs:
             raise FewbitError(
                 f"{options.stored.folder}: its Fisher was measured with {name} {has!r}, not {needs!r}: pass "
                 f"--fisher-{name} {has}, or measure again"

@@ -122,7 +122,7 @@ def _calibrated(
     if options.stored is not None:
         measuring = 0.0
         held = max(sizes)
-    elif recipe.curvature is not None and recipe.curvature.kind == "fisher":
+    elif recipe.curvature is not None and recipe.curvature.source.gradients:
         # A forward pass, a second one block by block, and a backward pass. With a refresh, this is repeated for every
         # stage, for half of the blocks on average.
         stages = stages_of(sizes, options.refresh, options.memory)
@@ -134,7 +134,7 @@ def _calibrated(
         held = max(sizes)
     hidden = int(checkpoint.config.get("hidden_size") or checkpoint.config.get("n_embd") or 0)
     vocabulary = int(checkpoint.config.get("vocab_size") or 0)
-    states = 2 * tokens * hidden if recipe.curvature is not None and recipe.curvature.kind == "gram" else 0
+    states = 2 * tokens * hidden if recipe.curvature is not None and not recipe.curvature.source.gradients else 0
     spilled = states if states > options.memory // 2 else 0
     logits = 4 * options.choice.sequence_length * vocabulary
     memory = _START_BYTES + checkpoint.bytes + held + states - spilled + logits

@@ -14,13 +14,11 @@ from fewbit.activations.site_record import SiteRecord
 from fewbit.architecture.network import Site
 from fewbit.curvature.damping import factor, prepare
 from fewbit.formats.native import stored_bytes
-from fewbit.grids.grid import Groups, fit_and_settle
 from fewbit.grids.scheme import StoredWeight
-from fewbit.grids.table import grid_of
 from fewbit.outliers.adaptive_lasso import outlier_count
 from fewbit.pipeline.plan import place_outliers, scheme_for
 from fewbit.recipe import Recipe, preset
-from fewbit.solvers.settled import WeightChoices
+from fewbit.solvers.settled import WeightChoices, encode, settle_around
 from fewbit.solvers.weight import round_weight as round_in_groups
 from fewbit.solvers.weight import solve_weight
 from fewbit.transforms.channel_scales import best_scales, smoothing_scales
@@ -68,7 +66,7 @@ def apply_fix(fix: str, consumers: Sequence[Site], record: SiteRecord, bits: int
         inverse = inverse_diagonal(record.gram)
         outliers = {"outliers": "adaptive-lasso", "outlier_fraction": _SENSITIVE_FRACTION, "outlier_grid": "float16"}
         choices = _choices(columns, preset("rtn", bits=bits, group_size=_GROUPS, **outliers))
-        kept = [keep_sensitive(weight, inverse, _SENSITIVE_FRACTION, base) for weight in weights]
+        kept = [keep_sensitive(weight, inverse, base, choices) for weight in weights]
         counts = [int(mask.sum()) for _, mask in kept]
         return Fixed([weight for weight, _ in kept], None, _bits(weights, choices, counts))
     decoded = [solve_weight(weight, None, base).decoded for weight in weights]
@@ -88,26 +86,19 @@ def inverse_diagonal(gram: Tensor) -> Tensor:
     return found.upper.square().sum(dim=0)
 
 
-def keep_sensitive(weight: Tensor, inverse: Tensor, fraction: float, choices: WeightChoices) -> tuple[Tensor, Tensor]:
-    """Round a weight `(out, in)` in groups, except for the `fraction` with the largest rounding cost, kept in float16.
+def keep_sensitive(
+    weight: Tensor, inverse: Tensor, plain: WeightChoices, split: WeightChoices
+) -> tuple[Tensor, Tensor]:
+    """Round a weight `(out, in)` in groups, except for the weights with the largest rounding cost, which are outliers.
 
-    Returns the decoded weights and the mask of those that were kept. The grids are fitted to the others.
+    plain: the rounding that costs are computed with. split: the same with outliers, whose fraction says how many.
+    Returns the decoded weights and the mask of the outliers. The grids are fitted to the others.
     """
-    cost = (_round(weight, None, choices) - weight).square() / inverse
-    count = outlier_count(weight.numel(), fraction)
+    cost = (round_in_groups(weight, plain) - weight).square() / inverse
     mask = torch.zeros(weight.numel(), dtype=torch.bool)
-    mask[cost.flatten().topk(count).indices] = True
+    mask[cost.flatten().topk(outlier_count(weight.numel(), split.outliers.fraction)).indices] = True
     mask = mask.view_as(weight)
-    return torch.where(mask, weight.half().float(), _round(weight, mask, choices)), mask
-
-
-def _round(weight: Tensor, mask: Tensor | None, choices: WeightChoices) -> Tensor:
-    x = weight.reshape(weight.shape[0], -1, choices.scheme.group_size)
-    outside = None if mask is None else mask.view(x.shape)
-    core = x if outside is None else x.masked_fill(outside, 0.0)
-    grid = grid_of(choices.scheme)
-    fitted = fit_and_settle(grid, Groups(core, outside), choices.scheme)
-    return grid.round(core, fitted.values, choices.scheme).view_as(weight)
+    return encode(weight, weight, settle_around(weight, mask, split)).decoded, mask
 
 
 def _bits(weights: Sequence[Tensor], choices: WeightChoices, outliers: Sequence[int]) -> float:

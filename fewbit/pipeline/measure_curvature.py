@@ -42,7 +42,9 @@ def measure(
     check_device(device)
     checkpoint = open_checkpoint(locate(model))
     check_curvature_place(out, checkpoint)
-    network = open_network(checkpoint, cover_original(checkpoint, include, exclude), device, choice.kind == "gram")
+    network = open_network(
+        checkpoint, cover_original(checkpoint, include, exclude), device, not choice.source.gradients
+    )
     # Checked before the model generates its calibration text, which takes minutes.
     stages_of(matrix_bytes(network.sites), 0, options.memory)
     calibration = calibration_set(checkpoint, options.choice, network.model, progress)
@@ -76,7 +78,7 @@ def measure_tokens(
     with CurvatureWriter(out, checkpoint, choice, {**calibration.describe(), "blocks": len(network.blocks)}) as writer:
         counter = Counter(progress)
         source = Source(network, calibration.ids, choice, options.memory, writer.folder, writer.has, counter)
-        if choice.kind == "gram":
+        if not choice.source.gradients:
             blocks = gram_blocks(source, original_inputs=True)
         else:
             blocks = fisher_blocks(source, stages_of(matrix_bytes(network.sites), 0, options.memory), refreshed=False)

@@ -142,7 +142,7 @@ def scheme_for(columns: int, recipe: Recipe) -> Scheme:
 def place_outliers(stored_shape: tuple[int, int], choices: WeightChoices, outliers: int) -> str:
     """The position encoding for a weight with `outliers` outliers."""
     scheme = choices.scheme
-    if scheme.outlier_grid == "none":
+    if not scheme.has_outliers:
         return "none"
     even = OUTLIER_RULES[choices.outliers.rule].evenly(choices.outliers)
     per_group = choices.outliers.per_group(scheme.group_size) if even else None
@@ -237,7 +237,7 @@ def _or_auto(sizes: object) -> str:
 def stored_to_dict(stored: StoredWeight, scheme_index: int) -> dict[str, Any]:
     """A stored weight as config.json describes it."""
     data: dict[str, Any] = {"scheme": scheme_index, "shape": list(stored.shape)}
-    if stored.scheme.outlier_grid != "none":
+    if stored.scheme.has_outliers:
         data.update(outliers=stored.outliers, positions=stored.positions)
     if stored.transposed:
         data["transposed"] = True

@@ -98,7 +98,7 @@ def _too_small(parts: dict[str, Tensor], stored: StoredWeight) -> bool:
 
 def _importance(item: PlannedTensor, checkpoint: Checkpoint, reader: FileReader, device: torch.device) -> Tensor | None:
     """c_j of each column, its squared norm gain: the mean square of a norm's output is about its squared gain."""
-    if item.recipe.grid.column_weights == "none":
+    if not item.recipe.grid.weighs_columns:
         return None
     entry = gain_before(item.tensor.entry.name, checkpoint.entries)
     if entry is None or entry.numel != item.tensor.matrix_shape[1]:
@@ -112,7 +112,7 @@ def assemble(item: PlannedTensor, results: list[Encoded], spans: list[tuple[int,
     """Join rows `(first, count)`: how the weight is stored, its parts on the CPU, and its record for the report."""
     stored, columns = item.stored, item.stored.shape[1]
     parts = {name: torch.cat([r.parts[name] for r in results]).cpu() for name in results[0].parts}
-    if stored.scheme.outlier_grid != "none":
+    if stored.scheme.has_outliers:
         moved = [r.where + first * columns for r, (first, _) in zip(results, spans, strict=True) if r.where is not None]
         where = torch.cat(moved).cpu()
         codes = torch.cat([r.outlier_codes for r in results if r.outlier_codes is not None]).cpu()

@@ -8,12 +8,8 @@ from fewbit.outliers.grids import OUTLIER_GRIDS
 from fewbit.outliers.rules import OUTLIER_RULES
 from fewbit.presets import PRESETS
 from fewbit.recipe import preset
+from fewbit.solvers.choice import SOLVERS
 from fewbit.transforms.table import TRANSFORMS
-
-_SOLVERS = {
-    "round": "round every weight to the nearest level",
-    "column": "column by column; later columns compensate for errors (GPTQ)",
-}
 
 
 def axes_json() -> dict[str, Any]:
@@ -24,7 +20,7 @@ def axes_json() -> dict[str, Any]:
         "outlier_grid": {one.name: one.summary for one in OUTLIER_GRIDS.values()},
         "grid": {one.choice: one.summary for one in GRIDS.values()},
         "scale_format": {one.name: one.summary for one in SCALE_FORMATS.values()},
-        "solver": _SOLVERS,
+        "solver": {one.name: one.summary for one in SOLVERS.values()},
         "methods": {name: _method(name) for name in PRESETS},
     }
 

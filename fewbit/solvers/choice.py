@@ -5,7 +5,23 @@ from dataclasses import dataclass
 from fewbit.choices import Choices, check_name, check_values
 from fewbit.errors import FewbitError
 
-KINDS = ("round", "column")
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose codes. compensates: later columns compensate for the errors of earlier ones, by a curvature."""
+
+    name: str
+    summary: str
+    compensates: bool = False
+
+
+SOLVERS = {
+    one.name: one
+    for one in (
+        Method("round", "round every weight to the nearest level"),
+        Method("column", "column by column; later columns compensate for errors (GPTQ)", compensates=True),
+    )
+}
 IMPORTANCE = ("none", "diagonal", "inverse")
 
 
@@ -13,7 +29,7 @@ IMPORTANCE = ("none", "diagonal", "inverse")
 class SolverChoice:
     """How codes are chosen.
 
-    kind: round or column. damping: added to the diagonal of the curvature, as a fraction of its mean. act_order:
+    kind: a name in :data:`SOLVERS`. damping: added to the diagonal of the curvature, as a fraction of its mean. act_order:
     process columns in order of decreasing diagonal (grids are then fitted before the first column). refit: fit a
     group's grid when the solver reaches it, to the compensated weights; otherwise all grids are fitted to the original
     weights. importance: c_j for fitting grids and finding outliers: none, diagonal (H_jj) or inverse (1 / [H^-1]_jj).
@@ -27,7 +43,7 @@ class SolverChoice:
 
     def __post_init__(self) -> None:
         check_values(self, {"kind": "solver"})
-        check_name("solver", self.kind, KINDS)
+        check_name("solver", self.kind, SOLVERS)
         check_name("importance", self.importance, IMPORTANCE)
         if not 0 < self.damping <= 100:
             raise FewbitError(f"damping must be above 0 and at most 100 times the mean diagonal, not {self.damping}")
@@ -36,8 +52,13 @@ class SolverChoice:
                 "act-order processes columns across groups, so grids cannot be refitted: use --static-groups"
             )
 
+    @property
+    def method(self) -> Method:
+        """The solver object."""
+        return SOLVERS[self.kind]
+
     def refuses(self, recipe: Choices) -> str | None:
         """Why this solver cannot be combined with the choices on the other axes, or None."""
-        if self.kind == "column" and recipe.curvature is None:
+        if self.method.compensates and recipe.curvature is None:
             return "the column solver needs a curvature: gram or fisher"
         return None

@@ -81,19 +81,32 @@ def settle(weight: Tensor, choices: WeightChoices, cut: float | None, importance
 def _settle(
     weight: Tensor, choices: WeightChoices, cut: float | None, importance: Tensor | None, weighing: Tensor | None
 ) -> tuple[Settled, Tensor]:
-    scheme, (rows, columns) = choices.scheme, weight.shape
-    x = weight.reshape(rows, -1, scheme.group_size)
+    scheme = choices.scheme
+    x = weight.reshape(weight.shape[0], -1, scheme.group_size)
     spread = None if importance is None else importance.view(1, -1, scheme.group_size)
     weighed = None if weighing is None else x.abs() * weighing.view(1, -1, scheme.group_size).sqrt()
-    rule, grid = OUTLIER_RULES[choices.outliers.rule], grid_of(scheme)
-    core, mask = rule.divide(x, weighed, cut, choices.outliers)
+    core, mask = OUTLIER_RULES[choices.outliers.rule].divide(x, weighed, cut, choices.outliers)
+    return _fitted(weight, core, mask, spread, choices), core
+
+
+def settle_around(weight: Tensor, mask: Tensor, choices: WeightChoices) -> Settled:
+    """As :func:`settle`, without importance, for outliers that are given as a bool mask of the rows `(rows, in)`."""
+    outside = mask.view(weight.shape[0], -1, choices.scheme.group_size)
+    return _fitted(weight, weight.reshape(outside.shape).masked_fill(outside, 0.0), outside, None, choices)
+
+
+def _fitted(
+    weight: Tensor, core: Tensor, mask: Tensor | None, spread: Tensor | None, choices: WeightChoices
+) -> Settled:
+    """The grids of the core `(rows, groups, g)` and of the outliers in the mask."""
+    scheme, grid = choices.scheme, grid_of(choices.scheme)
     fitted = grid.settle(grid.fit(Groups(core, mask, spread), scheme, choices.search), scheme, True)
     if mask is None:
-        return Settled(fitted), core
+        return Settled(fitted)
     where = flat_positions(mask)
     values = weight.reshape(-1)[where]
-    outliers = OUTLIER_GRIDS[scheme.outlier_grid].fit(values, where, (rows, columns), scheme)
-    return Settled(fitted, where, outliers), core
+    outliers = OUTLIER_GRIDS[scheme.outlier_grid].fit(values, where, (weight.shape[0], weight.shape[1]), scheme)
+    return Settled(fitted, where, outliers)
 
 
 def round_rows(weight: Tensor, choices: WeightChoices, cut: float | None, importance: Tensor | None) -> Encoded:
@@ -152,7 +165,7 @@ def read_settled(parts: Mapping[str, Tensor], stored: StoredWeight) -> Settled:
     scheme, grid = stored.scheme, grid_of(stored.scheme)
     names = grid.layout(scheme, stored.shape[0], stored.groups)
     core = Fitted(scheme, {name: parts[name] for name in names}, grid.read(parts, scheme, stored.groups))
-    if scheme.outlier_grid == "none" or not stored.outliers:
+    if not scheme.has_outliers or not stored.outliers:
         return Settled(core)
     kind = OUTLIER_GRIDS[scheme.outlier_grid]
     kept = {name: parts[name] for name in kind.layout(stored)}

@@ -64,7 +64,7 @@ def solve_weights(weights: Sequence[Tensor], curvature: Tensor | None, choices: 
     prepared, dead = prepare(curvature.to(weights[0].device))
     if bool(dead.all()):
         return rounded("fallback: its curvature is all 0")
-    if choices.solver.kind == "round":
+    if not choices.solver.method.compensates:
         return rounded("rounded")
     order = _order(prepared, choices)
     live = prepared - torch.diag(dead.to(prepared.dtype))
@@ -100,7 +100,7 @@ def _rounded(
 def round_weight(weight: Tensor, choices: WeightChoices) -> Tensor:
     """The decoded weight of `(out, in)` float32, rounded without a curvature; its stored form is not made."""
     scheme = choices.scheme
-    if scheme.outlier_grid != "none":
+    if scheme.has_outliers:
         return _rounded(weight, choices, None, "", None).decoded
     grouped = weight.view(weight.shape[0], -1, scheme.group_size)
     return grid_of(scheme).round(grouped, _static(weight, choices, None).core.values, scheme).view(weight.shape)
@@ -117,21 +117,32 @@ def _order(prepared: Tensor, choices: WeightChoices) -> Tensor:
 
 
 def _importance(prepared: Tensor, dead: Tensor, found: Factor | None, order: Tensor, kind: str) -> Tensor | None:
-    """c_j of each column, with mean 1, for fitting grids and finding outliers.
+    """c_j of each column, with mean 1, for fitting grids and finding outliers; None if all are 1.
 
-    diagonal: H_jj, the cost of an error in the column by itself. inverse: 1 / [H^-1]_jj, its cost after the other
-    columns have compensated for it. A dead column gets the lowest cost of the live ones.
+    A dead column gets the lowest cost of the live ones.
     """
-    if kind == "none" or (kind == "inverse" and found is None):
+    costs = _COLUMN_COSTS[kind](prepared, found, order)
+    if costs is None:
         return None
-    if kind == "diagonal":
-        costs = prepared.diagonal()
-    else:
-        assert found is not None
-        costs = torch.empty_like(prepared.diagonal())
-        costs[order] = 1.0 / found.upper.to(torch.float64).square().sum(dim=0)
     costs = torch.where(dead, costs[~dead].min(), costs)
     return (costs / costs.mean()).clamp(min=1e-8).to(torch.float32)
+
+
+def _inverse_costs(prepared: Tensor, found: Factor | None, order: Tensor) -> Tensor | None:
+    if found is None:
+        return None
+    costs = torch.empty_like(prepared.diagonal())
+    costs[order] = 1.0 / found.upper.to(torch.float64).square().sum(dim=0)
+    return costs
+
+
+_COLUMN_COSTS: dict[str, Callable[[Tensor, Factor | None, Tensor], Tensor | None]] = {
+    "none": lambda prepared, found, order: None,
+    "diagonal": lambda prepared, found, order: prepared.diagonal(),
+    "inverse": _inverse_costs,
+}
+"""The cost of an error in each column: by itself (H_jj), or after the other columns have compensated for it
+(1 / [H^-1]_jj)."""
 
 
 def _static(weight: Tensor, choices: WeightChoices, importance: Tensor | None) -> Settled:

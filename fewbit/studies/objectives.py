@@ -94,7 +94,7 @@ def prepare(choice: StudyChoice, progress: Progress | None) -> None:
         out = choice.work / f"{_HELD_OUT}-{curvature.kind}"
         if is_measured(out, choice):
             continue
-        _, network = open_original(choice.model, choice.device, walking=curvature.kind == "gram")
+        _, network = open_original(choice.model, choice.device, walking=not curvature.source.gradients)
         tokens, options = CalibrationSet(windows, described), CalibrationOptions()
         measure_tokens(network, checkpoint, tokens, out, curvature, options, progress)
 

@@ -24,6 +24,6 @@ class TransformChoice:
 
     def refuses(self, recipe: Choices) -> str | None:
         """Why this transform cannot be combined with the choices on the other axes, or None."""
-        if self.kind.folded and (recipe.curvature is None or recipe.curvature.kind != "gram"):
+        if self.kind.folded and (recipe.curvature is None or recipe.curvature.source.gradients):
             return "channel scales need the input Gram: choose curvature gram"
         return None

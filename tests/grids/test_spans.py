@@ -20,7 +20,7 @@ from fewbit.grids.grid import Grid, Groups, Span, Values
 from fewbit.grids.level_grid import read_scale, scale_layout, store_scale
 from fewbit.grids.scales import divisor
 from fewbit.grids.scheme import Scheme, StoredWeight
-from fewbit.grids.straight_through import round_scaled
+from fewbit.grids.straight_through import seen_as
 from fewbit.grids.table import GRIDS
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.plan import scheme_for
@@ -70,6 +70,12 @@ def encode(span: Span, x: Tensor, values: Values, scheme: Scheme) -> tuple[Tenso
     return codes, decode(span, codes, values, scheme)
 
 
+def through(span: Span, x: Tensor, values: Values, scheme: Scheme) -> Tensor:
+    scale = values["scale"]
+    seen = rounded(span, x, scale).detach()
+    return seen_as(x + scale * ((seen - x) / divisor(scale)).detach(), seen)
+
+
 def neighbours(x: Tensor, values: Values, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return x - 0.5 * values["scale"].abs(), x + 0.5 * values["scale"].abs()
 
@@ -87,7 +93,7 @@ def pair_grid(name: str, span: Span) -> Grid:
         encode=partial(encode, span),
         round=lambda x, values, scheme: rounded(span, x, values["scale"]),
         decode=partial(decode, span),
-        through=lambda x, values, scheme: round_scaled(x, values["scale"], partial(rounded, span), 4),
+        through=partial(through, span),
         step=lambda values, scheme: 0.5 * values["scale"].abs(),
         neighbours=neighbours,
         widths=(2,),

@@ -185,9 +185,10 @@ def test_fixes_against_direct_computation(tiny: Path) -> None:
     damped = damped / damped.diagonal().mean()
     damped.diagonal().add_(1.0)
     assert torch.allclose(inverse.double(), torch.linalg.inv(damped).diagonal(), rtol=1e-3)
-    recipe = preset("rtn", bits=3)
-    choices = recipe.for_weight(scheme_for(site.columns, recipe))
-    kept, mask = keep_sensitive(weight, inverse, 0.02, choices)
+    split = {"outliers": "adaptive-lasso", "outlier_fraction": 0.02, "outlier_grid": "float16"}
+    recipes = [preset("rtn", bits=3), preset("rtn", bits=3, **split)]
+    choices = [recipe.for_weight(scheme_for(site.columns, recipe)) for recipe in recipes]
+    kept, mask = keep_sensitive(weight, inverse, *choices)
     assert int(mask.sum()) == int(0.02 * weight.numel()) and torch.equal(kept[mask], weight[mask].half().float())
     dearest = ((apply_fix("none", [site], record, 3).weights[0] - weight).square() / inverse).flatten()
     assert float(dearest[mask.flatten()].min()) >= float(dearest[~mask.flatten()].max())
