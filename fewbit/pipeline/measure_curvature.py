@@ -42,9 +42,8 @@ def measure(
     check_device(device)
     checkpoint = open_checkpoint(locate(model))
     check_curvature_place(out, checkpoint)
-    network = open_network(
-        checkpoint, cover_original(checkpoint, include, exclude), device, not choice.source.gradients
-    )
+    coverage = cover_original(checkpoint, include, exclude)
+    network = open_network(checkpoint, coverage, device, walking=not choice.source.gradients)
     # Checked before the model generates its calibration text, which takes minutes.
     stages_of(matrix_bytes(network.sites), 0, options.memory)
     calibration = calibration_set(checkpoint, options.choice, network.model, progress)
