@@ -12,9 +12,11 @@ __all__ = [
     "PRESETS",
     "CalibrationChoice",
     "CalibrationOptions",
+    "CurvatureChoice",
     "FewbitError",
     "Protocol",
     "Recipe",
+    "RoundedChoice",
     "RunOptions",
     "TaskChoice",
     "TuneOptions",
@@ -33,10 +35,12 @@ __all__ = [
 _WHERE = {
     "CalibrationChoice": "fewbit.calibration.choice",
     "CalibrationOptions": "fewbit.pipeline.calibration_options",
+    "CurvatureChoice": "fewbit.curvature.choice",
     "FewbitError": "fewbit.errors",
     "PRESETS": "fewbit.presets",
     "Protocol": "fewbit.evaluation.perplexity",
     "Recipe": "fewbit.recipe",
+    "RoundedChoice": "fewbit.evaluation.rounded",
     "RunOptions": "fewbit.pipeline.run",
     "TaskChoice": "fewbit.evaluation.tasks",
     "TuneOptions": "fewbit.tuning.run",
@@ -54,8 +58,10 @@ _WHERE = {
 if TYPE_CHECKING:
     from fewbit.api import evaluate, plan, quantize, tune, unpack
     from fewbit.calibration.choice import CalibrationChoice
+    from fewbit.curvature.choice import CurvatureChoice
     from fewbit.errors import FewbitError
     from fewbit.evaluation.perplexity import Protocol
+    from fewbit.evaluation.rounded import RoundedChoice
     from fewbit.evaluation.tasks import TaskChoice
     from fewbit.inspection.inspect import inspect
     from fewbit.pipeline.calibration_options import CalibrationOptions

@@ -183,7 +183,7 @@ def evaluate(
 
     models: one or several originals or quantized folders. data: a text. reference: the original, with which each model
     is compared on the text. tasks: comma-separated names, or a `fewbit.TaskChoice`. protocol, rounded: a
-    `fewbit.Protocol` and a `RoundedChoice`, instead of the options below.
+    `fewbit.Protocol` and a `fewbit.RoundedChoice`, instead of the options below.
     Returns ``{"models": [...], "protocol": {...}, "versions": {...}}`` with the stable keys of `docs/guide.md`.
     Raises FewbitError for bad input.
     """

@@ -15,7 +15,8 @@ from fewbit.cli_study import study_app
 from fewbit.cli_tune import tune
 from fewbit.faults import fault_report, hidden_error, line_for
 from fewbit.memory import keep_freed_memory
-from fewbit.options import EVALUATE
+from fewbit.options import EVALUATE, given_of
+from fewbit.options_more import UNPACK
 from fewbit.printable import check_name, printable
 from fewbit.progress import progress_line
 
@@ -124,18 +125,19 @@ def inspect_command(
 
 
 @app.command()
+@with_options(UNPACK)
 def unpack(
     folder: Annotated[Path, typer.Argument(help="A quantized folder.")],
     out: Annotated[Path, typer.Argument(help="The output folder.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if fewbit made it.")] = False,
     as_json: JsonFlag = False,
+    **choices: Any,
 ) -> None:
     """Convert a quantized folder to plain 16-bit weights, for tools that do not know the format."""
     from fewbit.api import unpack as run
     from fewbit.checkpoints.source import open_checkpoint
     from fewbit.versions import versions
 
-    written = run(folder, out, overwrite)
+    written = run(folder, out, **given_of(UNPACK, choices, "run"))
     if as_json:
         row = {"name": str(written), "method": "unpacked", "bytes": open_checkpoint(written).bytes}
         print_json({"models": [row], "protocol": None, "versions": versions()})

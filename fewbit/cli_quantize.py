@@ -7,25 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from fewbit.cli_shared import (
-    CalibrationOption,
-    ChatOption,
-    DeviceOption,
     HtmlFlag,
     JsonFlag,
-    LengthOption,
-    MemoryOption,
     MethodOption,
     ModelArgument,
-    SamplesOption,
-    SeedOption,
-    TemperingOption,
     announce,
-    calibration_choice,
     print_json,
     resumable,
     with_options,
 )
-from fewbit.options import QUANTIZE
+from fewbit.options import QUANTIZE, given_of
+from fewbit.options_more import CURVATURE
 from fewbit.printable import printable
 from fewbit.progress import progress_line
 
@@ -77,28 +69,12 @@ def quantize(
             list_file(out, html.name)
 
 
+@with_options(CURVATURE)
 def curvature(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="The output folder.")],
-    kind: Annotated[str, typer.Option(help="gram (from inputs) or fisher (from output gradients).")] = "fisher",
-    fisher_terms: Annotated[str, typer.Option(help="sequence (as published) or token.")] = "token",
-    fisher_labels: Annotated[str, typer.Option(help="data, or sampled (from the model's predictions).")] = "data",
-    diagonal: Annotated[bool, typer.Option("--diagonal", help="Keep only the diagonal.")] = False,
-    gram_share: Annotated[
-        float | None,
-        typer.Option(help="Share of the input Gram in a Fisher; 0: none, as published; default 0.5."),
-    ] = None,
-    tempering: TemperingOption = None,
-    calibration: CalibrationOption = None,
-    samples: SamplesOption = None,
-    sequence_length: LengthOption = None,
-    seed: SeedOption = None,
-    chat_template: ChatOption = None,
-    include: Annotated[list[str] | None, typer.Option(help="Also measure tensors that match this.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Do not measure tensors that match this.")] = None,
-    memory: MemoryOption = None,
-    device: DeviceOption = "cpu",
     as_json: JsonFlag = False,
+    **choices: Any,
 ) -> None:
     """Measure how much errors in a model's weights cost (the curvature), and store it for any method and bit-width.
 
@@ -108,29 +84,24 @@ def curvature(
 
       fewbit quantize smollm2-135m small --method precal+oac --bits 2 --curvature smol-fisher
     """
-    from fewbit.curvature.choice import BEST_GRAM_SHARE, CurvatureChoice
+    from fewbit.calibration.choice import choice_from
+    from fewbit.curvature.choice import curvature_choice
     from fewbit.pipeline.calibration_options import CalibrationOptions
     from fewbit.pipeline.measure_curvature import measure
     from fewbit.sizes import parse_size, show_size
 
     announce(model)
-    options = CalibrationOptions(
-        calibration_choice(
-            sources=calibration,
-            samples=samples,
-            sequence_length=sequence_length,
-            seed=seed,
-            chat_template=chat_template,
-        ),
-        memory_bytes=parse_size(memory) if memory else 0,
-    )
-    if gram_share is None:
-        gram_share = BEST_GRAM_SHARE if kind == "fisher" else 0.0
-    choice = CurvatureChoice(kind, fisher_terms, fisher_labels, diagonal, tempering or 0.0, gram_share)
-    with progress_line(f"{kind} of {model}") as progress:
-        result = measure(model, out, choice, options, device, progress, tuple(include or ()), tuple(exclude or ()))
+    text = given_of(CURVATURE, choices, "text")
+    if "calibration" in text:
+        text["sources"] = text.pop("calibration")
+    memory = choices["memory"]
+    options = CalibrationOptions(choice_from(text), memory_bytes=parse_size(memory) if memory else 0)
+    choice = curvature_choice(**given_of(CURVATURE, choices, "choice"))
+    patterns = [tuple(choices[name] or ()) for name in ("include", "exclude")]
+    with progress_line(f"{choice.kind} of {model}") as progress, resumable():
+        result = measure(model, out, choice, options, choices["device"] or "cpu", progress, *patterns)
     if as_json:
         print_json(result)
     else:
         measured = f"{result['tokens']:,} tokens, {show_size(result['bytes'])}, {result['seconds']:.0f} s"
-        print(printable(f"wrote {out}: {kind}, {measured}"))
+        print(printable(f"wrote {out}: {choice.kind}, {measured}"))

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbit.options import CALIBRATION, SAMPLES, TEXT, Option
+from fewbit.options import Option
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
 HtmlFlag = Annotated[Path | None, typer.Option("--html", help="Write a self-contained HTML page to this file.")]
@@ -24,29 +24,8 @@ MethodOption = Annotated[
         help="Data-free: rtn, adpq, adpq+. With a calibration set: gptq, oac, precal+oac, … (`fewbit axes` lists all)."
     ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, ….")]
-CalibrationOption = Annotated[str | None, typer.Option(help=CALIBRATION.help)]
-SamplesOption = Annotated[int | None, typer.Option(help=SAMPLES.help)]
-LengthOption = Annotated[int | None, typer.Option(help=TEXT[0].help)]
-SeedOption = Annotated[int | None, typer.Option(help=TEXT[1].help)]
-ChatOption = Annotated[bool | None, typer.Option("--chat-template", help=TEXT[2].help)]
-TemperingOption = Annotated[
-    float | None,
-    typer.Option(help="Exponent from 0 to 1 that divides out the norm of each token's input; 1: all count equally."),
-]
-MemoryOption = Annotated[
-    str | None,
-    typer.Option(help="Memory limit for curvature and hidden states, e.g. 4GB; default: half of the free memory."),
-]
 
 _NOT_SHOWN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def calibration_choice(**given: Any) -> Any:
-    """The calibration set from options; options that were not given are None."""
-    from fewbit.calibration.choice import choice_from
-
-    return choice_from(given)
 
 
 def print_json(data: Any) -> None:

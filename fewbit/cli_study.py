@@ -1,20 +1,13 @@
 """The studies: each is a command, and most options are shared."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fewbit.cli_shared import (
-    CalibrationOption,
-    DeviceOption,
-    JsonFlag,
-    LengthOption,
-    SamplesOption,
-    announce,
-    print_json,
-)
+from fewbit.cli_shared import JsonFlag, ModelArgument, announce, print_json, resumable, with_options
+from fewbit.options import given_of
+from fewbit.options_more import CALIBRATION_SETS, LANDSCAPE, OBJECTIVES, OUTLIERS, STUDIES
 from fewbit.printable import printable
 from fewbit.progress import progress_line
 
@@ -24,54 +17,20 @@ study_app = typer.Typer(
     "If a study is interrupted or killed, the same command resumes it.",
 )
 
-ModelArgument = Annotated[
-    str, typer.Argument(help="A folder, a .gguf file, a name from `fewbit models`, or a hub name.")
-]
 OutArgument = Annotated[Path, typer.Argument(help="The folder of the study's results.")]
 DataOption = Annotated[
-    str, typer.Option(help="Evaluation text: a .txt or .jsonl file, wikitext2, c4, NAME[:COLUMN], or topics.")
+    str,
+    typer.Option(
+        help="Evaluation text: a .txt, .jsonl, .json, .csv or .parquet file (FILE:COLUMN; also .gz), a folder of them, "
+        "a hub data set (wikitext2, c4, NAME[:COLUMN]), or topics."
+    ),
 ]
-SizeOption = Annotated[
-    str, typer.Option(help="quick (minutes), standard (hours, for a model of 0.1 to 0.3 billion weights), or large.")
-]
-MethodsOption = Annotated[str | None, typer.Option(help="Methods, separated by commas; default: those of the size.")]
-BitsOption = Annotated[str | None, typer.Option(help="Bit-widths, separated by commas; default: those of the size.")]
-FolderOption = Annotated[
-    list[str] | None, typer.Option("--folder", help="A quantized folder to include as well (repeatable).")
-]
-WindowsOption = Annotated[int | None, typer.Option(help="Windows of the evaluation text; default: depends on --size.")]
-SeqLenOption = Annotated[int | None, typer.Option(help="Tokens per window; default: depends on --size.")]
-StudySeedOption = Annotated[int | None, typer.Option(help="Random seed, also for the calibration sets; default 0.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="A calibration set: AXIS/NAME=SRC, e.g. language/hindi=hin.txt (repeatable)."),
-]
-SetFileOption = Annotated[
-    Path | None, typer.Option("--set-file", help='A JSON file of sets: {"AXIS": {"NAME": "SRC"}}.')
-]
-EngineOption = Annotated[str, typer.Option(help="local, or ray (run each cell of the study as a Ray task).")]
-OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace a study that was run with other arguments.")]
 
 
 @study_app.command()
+@with_options(OBJECTIVES)
 def objectives(
-    model: ModelArgument,
-    out: OutArgument,
-    data: DataOption,
-    size: SizeOption = "standard",
-    methods: MethodsOption = None,
-    bits: BitsOption = None,
-    folder: FolderOption = None,
-    calibration: CalibrationOption = None,
-    samples: SamplesOption = None,
-    sequence_length: LengthOption = None,
-    windows: WindowsOption = None,
-    seq_len: SeqLenOption = None,
-    seed: StudySeedOption = None,
-    engine: EngineOption = "local",
-    device: DeviceOption = "cpu",
-    overwrite: OverwriteFlag = False,
-    as_json: JsonFlag = False,
+    model: ModelArgument, out: OutArgument, data: DataOption, as_json: JsonFlag = False, **choices: Any
 ) -> None:
     """Does a lower layer-wise error mean a lower loss? Methods x bit-widths, with rank correlations.
 
@@ -81,40 +40,13 @@ def objectives(
 
       fewbit study objectives ./llama out --data wikitext2 --size quick --methods rtn,gptq --bits 4,3 --folder ./tuned
     """
-    given = _given(locals())
-    run_named("objectives", model, out, data, given, overwrite=overwrite, as_json=as_json)
+    _run("objectives", model, out, data, choices, as_json)
 
 
 @study_app.command()
+@with_options(LANDSCAPE)
 def landscape(
-    model: ModelArgument,
-    out: OutArgument,
-    data: DataOption,
-    size: SizeOption = "standard",
-    methods: MethodsOption = None,
-    bits: BitsOption = None,
-    folder: FolderOption = None,
-    plane: Annotated[
-        str | None,
-        typer.Option(
-            "--slice",
-            help="The two models that span the plotted plane, A,B; default: the first two folders, otherwise the last "
-            "two models that the study makes.",
-        ),
-    ] = None,
-    directions: Annotated[
-        int | None, typer.Option(help="Random directions of each kind; default: depends on --size.")
-    ] = None,
-    calibration: CalibrationOption = None,
-    samples: SamplesOption = None,
-    sequence_length: LengthOption = None,
-    windows: WindowsOption = None,
-    seq_len: SeqLenOption = None,
-    seed: StudySeedOption = None,
-    engine: EngineOption = "local",
-    device: DeviceOption = "cpu",
-    overwrite: OverwriteFlag = False,
-    as_json: JsonFlag = False,
+    model: ModelArgument, out: OutArgument, data: DataOption, as_json: JsonFlag = False, **choices: Any
 ) -> None:
     """Plot the loss around a model's weights: random directions, lines to quantized weights, a plane through two.
 
@@ -124,37 +56,13 @@ def landscape(
 
       fewbit study landscape ./llama out --data wikitext2 --size quick --folder ./gptq-3bit --folder ./tuned-3bit
     """
-    options = {"slice": _names(plane), "directions": directions}
-    given = {**_given(locals()), "options": {key: value for key, value in options.items() if value is not None}}
-    run_named("landscape", model, out, data, given, overwrite=overwrite, as_json=as_json)
+    _run("landscape", model, out, data, choices, as_json)
 
 
 @study_app.command()
+@with_options(OUTLIERS)
 def outliers(
-    model: ModelArgument,
-    out: OutArgument,
-    data: DataOption,
-    size: SizeOption = "standard",
-    sets: SetOption = None,
-    set_file: SetFileOption = None,
-    methods: Annotated[
-        str | None, typer.Option(help="Remedies: adaptive-lasso,smoothquant,awq,sensitivity; default: all.")
-    ] = None,
-    bits: BitsOption = None,
-    factor: Annotated[
-        float | None,
-        typer.Option(help="A channel is an outlier if its RMS exceeds the median by this factor; default 5."),
-    ] = None,
-    calibration: CalibrationOption = None,
-    samples: SamplesOption = None,
-    sequence_length: LengthOption = None,
-    windows: WindowsOption = None,
-    seq_len: SeqLenOption = None,
-    seed: StudySeedOption = None,
-    engine: EngineOption = "local",
-    device: DeviceOption = "cpu",
-    overwrite: OverwriteFlag = False,
-    as_json: JsonFlag = False,
+    model: ModelArgument, out: OutArgument, data: DataOption, as_json: JsonFlag = False, **choices: Any
 ) -> None:
     """Where and for which text are activations large? What does rounding them to 8 bits cost, and which remedy helps?
 
@@ -164,46 +72,13 @@ def outliers(
 
       fewbit study outliers ./llama out --data wikitext2 --set content/code=code.jsonl --set language/hindi=hin.txt
     """
-    given = _with(locals(), sets=_sets(sets, set_file), factor=factor)
-    run_named("outliers", model, out, data, given, overwrite=overwrite, as_json=as_json)
+    _run("outliers", model, out, data, choices, as_json)
 
 
 @study_app.command("calibration-sets")
+@with_options(CALIBRATION_SETS)
 def calibration_sets(
-    model: ModelArgument,
-    out: OutArgument,
-    data: DataOption,
-    size: SizeOption = "standard",
-    sets: SetOption = None,
-    set_file: SetFileOption = None,
-    methods: MethodsOption = None,
-    bits: BitsOption = None,
-    seeds: Annotated[
-        str | None,
-        typer.Option(
-            help="A,B: number of seeds for the default set and for each other set; default: depends on --size."
-        ),
-    ] = None,
-    margin: Annotated[
-        float | None,
-        typer.Option(help="Sets are equivalent within this relative difference of perplexity; default 0.02."),
-    ] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="Significance level of the equivalence test; default 0.05.")
-    ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Also measure accuracy on these tasks (comma-separated).")] = None,
-    task_data: Annotated[str | None, typer.Option(help="A folder with the tasks' questions.")] = None,
-    task_limit: Annotated[int | None, typer.Option(help="Use only the first N questions of each task.")] = None,
-    calibration: CalibrationOption = None,
-    samples: SamplesOption = None,
-    sequence_length: LengthOption = None,
-    windows: WindowsOption = None,
-    seq_len: SeqLenOption = None,
-    seed: StudySeedOption = None,
-    engine: EngineOption = "local",
-    device: DeviceOption = "cpu",
-    overwrite: OverwriteFlag = False,
-    as_json: JsonFlag = False,
+    model: ModelArgument, out: OutArgument, data: DataOption, as_json: JsonFlag = False, **choices: Any
 ) -> None:
     """Does the choice of calibration set matter? Sets x seeds x methods, with equivalence tests and a verdict.
 
@@ -213,17 +88,12 @@ def calibration_sets(
 
       fewbit study calibration-sets ./llama out --data wikitext2 --methods gptq,w8a8 --set content/code=code.jsonl
     """
-    given = _with(
-        locals(),
-        sets=_sets(sets, set_file),
-        seeds=_numbers(seeds, "--seeds"),
-        margin=margin,
-        alpha=alpha,
-        tasks=_names(tasks),
-        task_data=task_data,
-        task_limit=task_limit,
-    )
-    run_named("calibration-sets", model, out, data, given, overwrite=overwrite, as_json=as_json)
+    _run("calibration-sets", model, out, data, choices, as_json)
+
+
+def _run(name: str, model: str, out: Path, data: str, choices: dict[str, Any], as_json: bool) -> None:
+    overwrite = bool(choices["overwrite"])
+    run_named(name, model, out, data, study_values(name, choices), overwrite=overwrite, as_json=as_json)
 
 
 def run_named(
@@ -236,12 +106,8 @@ def run_named(
     study = find_study(name)
     choice = make_choice(study, model, out, data, given)
     announce(model)
-    with progress_line(f"study {name}") as progress:
-        try:
-            result = run_study(study, choice, progress, overwrite)
-        except KeyboardInterrupt:
-            print("fewbit: interrupted; run the same command again to resume", file=sys.stderr)
-            raise typer.Exit(130) from None
+    with progress_line(f"study {name}") as progress, resumable():
+        result = run_study(study, choice, progress, overwrite)
     if as_json:
         print_json(result)
         return
@@ -250,27 +116,33 @@ def run_named(
     print(printable(f"wrote {out / 'study.json'} and {out / 'study.html'}"))
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that all studies share, under the names of :func:`fewbit.studies.registry.make_choice`."""
+def study_values(name: str, choices: dict[str, Any]) -> dict[str, Any]:
+    """The options of a study under the names of :func:`fewbit.studies.registry.make_choice`; None: not given."""
+    shared, own = given_of(STUDIES[name], choices, "shared"), given_of(STUDIES[name], choices, "own")
+    if any(option.name == "set" for option in STUDIES[name]):
+        own["sets"] = _sets(own.pop("set", None), own.pop("set_file", None))
+    for key in own.keys() & {"slice", "tasks"}:
+        own[key] = _names(own[key])
+    if "seeds" in own:
+        own["seeds"] = _numbers(own["seeds"], "--seeds")
+    if "task_data" in own:
+        own["task_data"] = str(own["task_data"])
     return {
-        "size": options["size"],
-        "methods": _names(options.get("methods")),
-        "bits": _numbers(options.get("bits")),
-        "folders": tuple(options.get("folder") or ()),
-        "sources": options["calibration"],
-        "samples": options["samples"],
-        "sample_length": options["sequence_length"],
-        "windows": options["windows"],
-        "sequence_length": options["seq_len"],
-        "seed": options["seed"],
-        "engine": options["engine"],
-        "device": options["device"],
+        **{_CALLED.get(key, key): value for key, value in shared.items()},
+        "methods": _names(shared.get("methods")),
+        "bits": _numbers(shared.get("bits")),
+        "folders": tuple(shared.get("folder") or ()),
+        "options": own,
     }
 
 
-def _with(shared: dict[str, Any], **own: Any) -> dict[str, Any]:
-    """The shared options, and those of one study that were given."""
-    return {**_given(shared), "options": {key: value for key, value in own.items() if value is not None}}
+_CALLED = {
+    "calibration": "sources",
+    "folder": "folders",
+    "seq_len": "sequence_length",
+    "sequence_length": "sample_length",
+}
+"""Options -> names of the same in make_choice."""
 
 
 def _sets(given: list[str] | None, file: Path | None) -> list[dict[str, str]]:

@@ -13,9 +13,12 @@ from conftest import run_cli
 
 import fewbit
 from fewbit.architecture.coverage import cover
+from fewbit.checkpoints.source import open_checkpoint
 from fewbit.cli import app
+from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
 from fewbit.options import EVALUATE, PLAN, QUANTIZE, TUNE, Option
+from fewbit.options_more import CURVATURE, STUDIES, UNPACK
 from fewbit.recipe import Recipe, sets_of
 
 TEXT: dict[str, Any] = {"calibration": "random-tokens", "samples": 4, "sequence_length": 32}
@@ -176,3 +179,48 @@ def test_recipes_of_earlier_folders_are_read() -> None:
     flat = fewbit.preset("awq", bits=4).to_dict()
     flat["channel_scales"] = flat.pop("transform")
     assert Recipe.from_dict(flat) == fewbit.preset("awq", bits=4)
+
+
+COMMANDS = {
+    "curvature": CURVATURE,
+    "unpack": UNPACK,
+    **{f"study {name}": table for name, table in STUDIES.items()},
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_have_the_options_of_their_table(command: str) -> None:
+    found: Any = typer.main.get_command(app)
+    for word in command.split():
+        found = found.commands[word]
+    table = {option.name: option for option in COMMANDS[command]}
+    options = {p.name: p for p in found.params if p.param_type_name == "option"}
+    assert options.keys() - table.keys() <= {"as_json", "data"} and table.keys() <= options.keys()
+    assert all(options[name].help == option.help for name, option in table.items())
+    # An option is called the same in all commands that have it.
+    called = {option.name: option.flag for option in (*QUANTIZE, *EVALUATE)}
+    assert all(option.flag == called.get(name, option.flag) for name, option in table.items())
+    assert all(len(option.help) > 15 and option.help.endswith(".") for option in table.values())
+
+
+def test_unpack_takes_the_size_of_files(tiny: Path, tmp_path: Path) -> None:
+    fewbit.quantize(tiny, tmp_path / "q", "rtn")
+    run_cli("unpack", tmp_path / "q", tmp_path / "u", "--shard-size", "40kB")
+    assert len(list((tmp_path / "u").glob("*.safetensors"))) > 1
+    assert "--overwrite" in run_cli("unpack", tmp_path / "q", tmp_path / "u", code=2).stderr
+    run_cli("unpack", tmp_path / "q", tmp_path / "u", "--overwrite")
+    assert len(list((tmp_path / "u").glob("*.safetensors"))) == 1
+
+
+def test_curvature_options(tiny: Path, tmp_path: Path) -> None:
+    drawn = ("--calibration", "random-tokens", "--samples", 4, "--sequence-length", 16, "--exclude", "*.down_proj")
+    run_cli("curvature", tiny, tmp_path / "f", *drawn)
+    found = open_curvature(tmp_path / "f", open_checkpoint(tiny))
+    assert found.choice == fewbit.CurvatureChoice("fisher", "token", gram_share=0.5)
+    run_cli("curvature", tiny, tmp_path / "g", *drawn, "--kind", "gram", "--diagonal", "--tempering", "0.5")
+    found = open_curvature(tmp_path / "g", open_checkpoint(tiny))
+    assert found.choice == fewbit.CurvatureChoice("gram", diagonal=True, tempering=0.5, terms="token")
+    assert (
+        "tempering must be a finite number"
+        in run_cli("curvature", tiny, tmp_path / "h", *drawn, "--tempering", "nan", code=2).stderr
+    )

@@ -1,6 +1,7 @@
 """The choice of a curvature: how the cost of an error in a weight is estimated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fewbit.choices import check_values
 from fewbit.errors import FewbitError
@@ -68,3 +69,15 @@ class CurvatureChoice:
     def source(self) -> CurvatureSource:
         """What it is made of."""
         return CURVATURES[self.kind]
+
+
+def curvature_choice(
+    kind: str = "fisher",
+    fisher_terms: str = "token",
+    fisher_labels: str = "data",
+    gram_share: float | None = None,
+    **others: Any,
+) -> CurvatureChoice:
+    """The curvature of `fewbit curvature` from its options; without a share, that which is best for the kind."""
+    choice = CurvatureChoice(kind, fisher_terms, fisher_labels, **others)
+    return replace(choice, gram_share=choice.source.best_share if gram_share is None else gram_share)
