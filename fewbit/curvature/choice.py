@@ -28,8 +28,8 @@ class CurvatureSource:
 CURVATURES = {
     one.name: one
     for one in (
-        CurvatureSource("gram", "the input Gram: error of the layer's own outputs"),
-        CurvatureSource("fisher", "the Fisher of the model's outputs", gradients=True, best_share=BEST_GRAM_SHARE),
+        CurvatureSource("gram", "from a layer's inputs: the squared error of its own outputs"),
+        CurvatureSource("fisher", "from the gradients of the loss: the error of the model's outputs", gradients=True, best_share=BEST_GRAM_SHARE),
     )
 }
 

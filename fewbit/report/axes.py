@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fewbit.curvature.choice import CURVATURES
 from fewbit.grids.scale_formats import SCALE_FORMATS
 from fewbit.grids.table import GRIDS
 from fewbit.outliers.grids import OUTLIER_GRIDS
@@ -18,6 +19,7 @@ def axes_json() -> dict[str, Any]:
         "transform": {one.name: one.summary for one in TRANSFORMS.values()},
         "outliers": {one.name: one.summary for one in OUTLIER_RULES.values()},
         "outlier_grid": {one.name: one.summary for one in OUTLIER_GRIDS.values()},
+        "curvature": {one.name: one.summary for one in CURVATURES.values()},
         "grid": {one.choice: one.summary for one in GRIDS.values()},
         "scale_format": {one.name: one.summary for one in SCALE_FORMATS.values()},
         "solver": {one.name: one.summary for one in SOLVERS.values()},
