@@ -29,7 +29,12 @@ CURVATURES = {
     one.name: one
     for one in (
         CurvatureSource("gram", "from a layer's inputs: the squared error of its own outputs"),
-        CurvatureSource("fisher", "from the gradients of the loss: the error of the model's outputs", gradients=True, best_share=BEST_GRAM_SHARE),
+        CurvatureSource(
+            "fisher",
+            "from the gradients of the loss: the error of the model's outputs",
+            gradients=True,
+            best_share=BEST_GRAM_SHARE,
+        ),
     )
 }
 
