@@ -46,11 +46,6 @@ def part_layout(stored: StoredWeight) -> Layout:
     }
 
 
-def original_name(module: str, stored: StoredWeight) -> str:
-    """The name of the original tensor of a packed weight, which is also the name of its guard."""
-    return module if stored.original_shape is not None else f"{module}.weight"
-
-
 def stored_bytes(stored: StoredWeight) -> int:
     """Size in bytes on disk of the tensors that replace the weight."""
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in part_layout(stored).values())
@@ -76,6 +71,11 @@ def decode_stored(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torc
 def read_transform(parts: Mapping[str, Tensor], stored: StoredWeight) -> Values:
     """The values of the transform of the weight's inputs; empty for most weights."""
     return TRANSFORMS[stored.scheme.transform].read(parts)
+
+
+def transform_weight(weight: Tensor, parts: Mapping[str, Tensor], stored: StoredWeight) -> Tensor:
+    """A weight `(out, in)` float32 for inputs after the weight's transform, as :func:`decode_stored` gives it."""
+    return TRANSFORMS[stored.scheme.transform].weight(weight, read_transform(parts, stored))
 
 
 def transform_inputs(x: Tensor, parts: Mapping[str, Tensor], stored: StoredWeight) -> Tensor:

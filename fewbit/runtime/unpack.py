@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewbit.architecture.orientation import from_matrix, tensor_name, tensor_shape
+from fewbit.architecture.orientation import from_matrix
 from fewbit.checkpoints.json_file import write_json
 from fewbit.checkpoints.output import CONFIG, REPORT
 from fewbit.checkpoints.safetensors_io import DTYPES, FileReader, ShardWriter, TensorEntry, header_room
@@ -183,7 +183,6 @@ def _write(
         writer.copy(item, reader)
         return name
     weight = read_weight(checkpoint, reader, name, item).to(dtype)
-    own = tensor_name(name, item.original_shape)
-    shape = tensor_shape(item.shape, item.transposed, item.original_shape)
-    writer.add(own, from_matrix(weight, shape, item.transposed))
-    return own
+    original = item.tensor_name(name)
+    writer.add(original, from_matrix(weight, item.tensor_shape, item.transposed))
+    return original
