@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbit.architecture.names import Placement
 from fewbit.checkpoints.safetensors_io import TensorEntry
 from fewbit.errors import FewbitError
 from fewbit.formats.native import part_layout
@@ -16,7 +17,7 @@ from fewbit.linear import Linear
 from fewbit.runtime.packed_linear import GUARD_BUFFER, PackedLinear, buffer_name
 from fewbit.runtime.packed_parameter import KeptWeight, Merge, PackedParameter, PackedWeight, hold
 from fewbit.runtime.part_names import PartNames
-from fewbit.runtime.places import Place, is_ignored, is_inside, place_weights
+from fewbit.runtime.places import is_ignored, is_inside, place_weights
 
 _UNPACK = "write plain 16-bit weights with  fewbit unpack FOLDER OUT  and load those"
 
@@ -30,7 +31,7 @@ class _Network:
     dtype: torch.dtype
     weights: Mapping[str, StoredWeight]
     entries: Mapping[str, TensorEntry]
-    places: Mapping[str, Place]
+    places: Mapping[str, Placement]
     guards: frozenset[str]
     names: dict[str, str] = field(default_factory=dict)
 
@@ -124,18 +125,9 @@ def _check_rest_of_layers(network: _Network, packed: Mapping[str, list[str]], gr
         for name, _ in module.named_parameters(recurse=False):
             full = f"{path}.{name}" if path else name
             if full not in groups and full not in getattr(network.model, "all_tied_weights_keys", {}):
-                made = any(full in _made_names(network, members, of) for of, members in packed.items())
+                made = any(full in network.places[members[0]].parameters for members in packed.values())
                 if not made:
                     raise FewbitError(f"{full} is missing: the folder is incomplete")
-
-
-def _made_names(network: _Network, members: list[str], target: str) -> list[str]:
-    """The parameters that a group of tensors becomes."""
-    conversion = network.places[members[0]].conversion
-    if conversion is None:
-        return [target]
-    first, *rest = conversion.target_patterns
-    return [target, *(target.replace(first, other) for other in rest)]
 
 
 def _ties(
