@@ -11,6 +11,7 @@ from fewbit.checkpoints.output import REPORT, RUN
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
+from fewbit.formats.native import part_layout
 
 MODEL_FOLDER = "model_folder"
 """Key for the absolute path of the original model, in the file with data that differ from run to run."""
@@ -54,14 +55,14 @@ def check_original(quantized: Checkpoint, original: Checkpoint) -> None:
 
 def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
     weights = read_weights(quantized.quantization or {})
-    parts = tuple(f"{module}." for module in weights)
+    parts = {f"{module}.{part}" for module, stored in weights.items() for part in part_layout(stored)}
     for module, stored in weights.items():
         entry = original.entries.get(stored.tensor_name(module))
         if entry is None or entry.shape != stored.tensor_shape:
             return f"has no {module} of that shape"
     for name, entry in quantized.entries.items():
         other = original.entries.get(name)
-        if other is None and name.startswith(parts):
+        if other is None and name in parts:
             continue
         if other is None or other.shape != entry.shape:
             return f"has no {name} of that shape"

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from fewbit.checkpoints.config_dtype import stated_dtype
 from fewbit.checkpoints.safetensors_io import TensorEntry, read_header
 from fewbit.checkpoints.source import INDEX_NAME, Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
@@ -58,10 +58,14 @@ def read_entries(files: Iterable[str | Path] | None) -> dict[str, TensorEntry]:
     return entries
 
 
-def dtype_of_kept(entries: Iterable[TensorEntry]) -> Any:
-    """The floating-point dtype with the most elements among the kept weights; None if there are none."""
+def plain_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that a native folder's config states, or else the one with the most elements among the kept weights."""
+    stated = stated_dtype(checkpoint.config)
+    if stated is not None:
+        return stated
+    packed = read_weights(checkpoint.quantization or {})
     sizes: dict[torch.dtype, int] = {}
-    for entry in entries:
-        if entry.dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for name, entry in checkpoint.entries.items():
+        if entry.dtype in (torch.bfloat16, torch.float16, torch.float32) and name.rpartition(".")[0] not in packed:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.numel
-    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.bfloat16)

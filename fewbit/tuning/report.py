@@ -30,8 +30,8 @@ def report_of(checkpoint: Checkpoint, original: Checkpoint) -> Report:
         pass
     quantization = checkpoint.quantization or {}
     stored = read_weights(quantization)
-    parts = tuple(f"{module}." for module in stored)
-    others = [entry for name, entry in checkpoint.entries.items() if not name.startswith(parts)]
+    parts = {f"{module}.{part}" for module, one in stored.items() for part in native.part_layout(one)}
+    others = [entry for name, entry in checkpoint.entries.items() if name not in parts]
     layers = [LayerRecord.of(module, one) for module, one in stored.items()]
     return Report(
         model=str(original.folder),

@@ -27,6 +27,7 @@ from fewbit.pipeline.calibration_tokens import calibration_set
 from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.progress import Progress
 from fewbit.runtime.load import load_decoder
+from fewbit.runtime.whole import plain_dtype
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.loop import Sequences, Trainer, held_out_last
 from fewbit.tuning.not_finite import TrainingStoppedError
@@ -208,8 +209,7 @@ def _job(checkpoint: Checkpoint, original: Checkpoint, choice: TuningChoice, opt
 
 def _training_dtype(checkpoint: Checkpoint) -> Any:
     """The model's own, but for float16 bfloat16: gradients of a mean loss would underflow."""
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    return torch.bfloat16 if named == "float16" else "auto"
+    return torch.bfloat16 if plain_dtype(checkpoint) == torch.float16 else "auto"
 
 
 def check_enough(sequences: int, choice: TuningChoice) -> None:
