@@ -12,7 +12,7 @@ from fewbit.device import check_device
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.quiet import quiet_transformers
 from fewbit.runtime.load_errors import known_cause
-from fewbit.runtime.whole import check_all_parts
+from fewbit.runtime.whole import already_read, check_all_parts
 
 
 def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> Any:
@@ -41,7 +41,7 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
     target = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     place = folder_to_load(checkpoint)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), already_read(checkpoint):
             config = AutoConfig.from_pretrained(place, trust_remote_code=False)
             loaded, keys = class_of(folder, config).from_pretrained(
                 place, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True

@@ -1,6 +1,8 @@
 """Check that the files of a native folder contain exactly the parts that its config lists."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -37,6 +39,19 @@ def check_parts_of(where: str, entries: Mapping[str, TensorEntry], weights: Mapp
             raise FewbitError(f"{where}: {name} does not belong to any weight in config.json: the folder is damaged")
 
 
+_READ: ContextVar[Checkpoint | None] = ContextVar("read", default=None)
+
+
+@contextmanager
+def already_read(checkpoint: Checkpoint) -> Iterator[None]:
+    """While transformers loads a folder that was opened before, so that no header is read again."""
+    token = _READ.set(checkpoint)
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
 def read_entries(files: Iterable[str | Path] | None) -> dict[str, TensorEntry]:
     """Every tensor of the weight files that a loader was given; empty if they are not safetensors.
 
@@ -45,10 +60,15 @@ def read_entries(files: Iterable[str | Path] | None) -> dict[str, TensorEntry]:
     paths = [Path(file) for file in files or ()]
     if not paths or any(path.suffix != ".safetensors" for path in paths):
         return {}
-    folder = paths[0].parent
-    if (folder / INDEX_NAME).is_file() and len({path.parent for path in paths}) == 1 and len(paths) > 1:
-        open_checkpoint(folder)
-    entries: dict[str, TensorEntry] = {}
+    checkpoint, folder = _READ.get(), paths[0].parent
+    in_one_folder = len(paths) > 1 and len({path.parent for path in paths}) == 1
+    if checkpoint is None and in_one_folder and (folder / INDEX_NAME).is_file():
+        checkpoint = open_checkpoint(folder)
+    if checkpoint is not None:
+        entries = {**checkpoint.entries, **checkpoint.guards}
+        if {path.resolve() for path in paths} == {entry.file.resolve() for entry in entries.values()}:
+            return entries
+    entries = {}
     for path in paths:
         header, _ = read_header(path)
         twice = entries.keys() & header.keys()
