@@ -253,8 +253,10 @@ def outlier_layout(stored: StoredWeight) -> Layout:
     if scheme.outlier_grid == "none":
         return {}
     grid = OUTLIER_GRIDS[scheme.outlier_grid]
-    size = positions.encoded_bytes(stored.positions, stored.weights, stored.outliers, scheme.group_size)
-    layout: Layout = {"outlier_positions": (torch.uint8, (size,))}
+    encoding, where = positions.ENCODINGS.get(stored.positions), _where(stored)
+    if encoding is None or not encoding.fits(where):
+        raise ValueError(f"positions of {stored.outliers} outliers cannot be stored as {stored.positions!r}")
+    layout: Layout = {"outlier_positions": (torch.uint8, (encoding.bytes(where),))}
     if grid.apart:
         return {**layout, "outlier_values": (torch.int16, (stored.outliers,)), **grid.layout(stored)}
     beside = _bits_beside(scheme)
@@ -271,7 +273,7 @@ def _bits_beside(scheme: Scheme) -> int:
 def pack_outliers(codes: Tensor, where: Tensor, stored: StoredWeight) -> dict[str, Tensor]:
     """The parts for positions, and for the bits of the outliers' codes (int32, 1-D) that are not in the dense codes."""
     scheme = stored.scheme
-    parts = {"outlier_positions": positions.encode(where, stored.positions, stored.weights, scheme.group_size)}
+    parts = {"outlier_positions": positions.ENCODINGS[stored.positions].encode(where, _where(stored))}
     beside = _bits_beside(scheme)
     if OUTLIER_GRIDS[scheme.outlier_grid].apart:
         parts["outlier_values"] = codes.to(torch.int16)
@@ -281,9 +283,24 @@ def pack_outliers(codes: Tensor, where: Tensor, stored: StoredWeight) -> dict[st
 
 
 def read_positions(parts: Parts, stored: StoredWeight) -> Tensor:
-    """Ascending flat positions (int64) of the outliers."""
-    data = parts["outlier_positions"]
-    return positions.decode(data, stored.positions, stored.weights, stored.outliers, stored.scheme.group_size)
+    """Ascending flat positions (int64) of the outliers; ValueError if there are fewer or more."""
+    return positions.ENCODINGS[stored.positions].decode(parts["outlier_positions"], _where(stored))
+
+
+def _where(stored: StoredWeight) -> positions.Where:
+    return positions.Where(stored.weights, stored.outliers, stored.scheme.group_size)
+
+
+def check_outlier_values(parts: Parts, stored: StoredWeight) -> None:
+    """Raise ValueError if positions or values of outliers cannot have been written by :func:`pack_outliers`."""
+    scheme = stored.scheme
+    positions.check(read_positions(parts, stored), _where(stored))
+    grid = OUTLIER_GRIDS[scheme.outlier_grid]
+    values = list(grid.read(parts, stored).values())
+    if grid.apart:
+        values.append(from_pattern(parts["outlier_values"], "float16"))
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise ValueError("values of outliers are not finite")
 
 
 def read_values(parts: Parts, stored: StoredWeight, dense: Tensor, where: Tensor) -> Tensor:

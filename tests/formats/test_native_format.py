@@ -238,6 +238,16 @@ def test_config_of_another_version_or_damaged_is_refused(tiny: Path, tmp_path: P
         read_weights({**config, "weights": {"a": {"scheme": 7, "shape": [4, 64]}}})
     with pytest.raises(FewbitError, match="damaged"):
         read_weights({**config, "weights": {"a": {"scheme": 0, "shape": [4, 65]}}})
+    scheme = {"bits": 4, "group_size": 32, "grid": "zero-point", "outlier_grid": "row", "outlier_bits": 8}
+    one = {"scheme": 0, "shape": [4, 64], "outliers": 8}
+    assert read_weights({**config, "schemes": [scheme], "weights": {"a": {**one, "positions": "indices"}}})
+    for change in (
+        {"positions": "indices", "outliers": 7},
+        {"positions": "indices", "outliers": 0},
+        {"positions": "x"},
+    ):
+        with pytest.raises(FewbitError, match=r"damaged quantization_config: positions of \d outliers cannot be"):
+            read_weights({**config, "schemes": [scheme], "weights": {"a": {**one, **change}}})
 
 
 def test_schemes_check_themselves() -> None:
