@@ -65,7 +65,7 @@ def _plain_layer(packed: PackedLinear, dtype: torch.dtype, own_class: bool) -> n
 
 
 def read_parts(checkpoint: Checkpoint, reader: FileReader, module: str, stored: StoredWeight) -> dict[str, Any]:
-    """The parts of one packed weight; raises FewbitError if one is missing or has another dtype or shape."""
+    """The parts of one packed weight; raises FewbitError if one is missing, does not fit, or has damaged content."""
     parts = {}
     for part in part_layout(stored):
         entry = checkpoint.entries.get(f"{module}.{part}")
@@ -74,8 +74,9 @@ def read_parts(checkpoint: Checkpoint, reader: FileReader, module: str, stored: 
         parts[part] = reader.tensor(entry)
     try:
         native.check_parts(parts, stored)
+        native.check_content(parts, stored)
     except ValueError as error:
-        raise FewbitError(f"{checkpoint.folder}: {module}: {error}") from error
+        raise FewbitError(f"{checkpoint.folder}: {module}: {error}: the folder is damaged") from error
     return parts
 
 

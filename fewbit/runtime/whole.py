@@ -1,4 +1,4 @@
-"""Check that the files of a native folder contain exactly the parts that its config lists."""
+"""Check that a native folder has exactly the parts that its config lists, with content that fewbit can have written."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -6,14 +6,17 @@ from contextvars import ContextVar
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fewbit.checkpoints.config_dtype import stated_dtype
 from fewbit.checkpoints.safetensors_io import TensorEntry, read_header
 from fewbit.checkpoints.source import INDEX_NAME, Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
-from fewbit.formats.native import part_layout
+from fewbit.formats.native import check_content, part_layout
 from fewbit.grids.scheme import StoredWeight
+from fewbit.runtime.packed_linear import PackedLinear, parts_of
+from fewbit.runtime.packed_parameter import PackedWeight
 
 
 def check_all_parts(checkpoint: Checkpoint) -> None:
@@ -37,6 +40,23 @@ def check_parts_of(where: str, entries: Mapping[str, TensorEntry], weights: Mapp
     for name, entry in entries.items():
         if name not in expected and name.rpartition(".")[2] in endings and not entry.dtype.is_floating_point:
             raise FewbitError(f"{where}: {name} does not belong to any weight in config.json: the folder is damaged")
+
+
+def check_content_of(model: nn.Module) -> None:
+    """Raises FewbitError if a packed weight of a loaded model contains values that fewbit does not write.
+
+    Weights that are not in memory, because they are offloaded to disk, are left out.
+    """
+    for module in model.modules():
+        if not isinstance(module, PackedLinear | PackedWeight):
+            continue
+        parts = parts_of(module)
+        if any(part.is_meta for part in parts.values()):
+            continue
+        try:
+            check_content(parts, module.stored)
+        except ValueError as error:
+            raise FewbitError(f"{module.name}: {error}: the folder is damaged") from error
 
 
 _READ: ContextVar[Checkpoint | None] = ContextVar("read", default=None)
