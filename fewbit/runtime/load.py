@@ -12,7 +12,6 @@ from fewbit.device import check_device
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.quiet import quiet_transformers
 from fewbit.runtime.load_errors import known_cause
-from fewbit.runtime.whole import already_read, check_all_parts
 
 
 def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> Any:
@@ -35,13 +34,11 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
     checkpoint = open_checkpoint(folder)
     if carries_adapter(folder):
         raise FewbitError(cannot_tell(folder))
-    if checkpoint.is_native:
-        check_all_parts(checkpoint)
     check_loadable(checkpoint)
     target = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     place = folder_to_load(checkpoint)
     try:
-        with quiet_transformers(), already_read(checkpoint):
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(place, trust_remote_code=False)
             loaded, keys = class_of(folder, config).from_pretrained(
                 place, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True

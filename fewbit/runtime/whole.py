@@ -1,8 +1,6 @@
 """Check that a native folder has exactly the parts that its config lists, with content that fewbit can have written."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -59,19 +57,6 @@ def check_content_of(model: nn.Module) -> None:
             raise FewbitError(f"{module.name}: {error}: the folder is damaged") from error
 
 
-_READ: ContextVar[Checkpoint | None] = ContextVar("read", default=None)
-
-
-@contextmanager
-def already_read(checkpoint: Checkpoint) -> Iterator[None]:
-    """While transformers loads a folder that was opened before, so that no header is read again."""
-    token = _READ.set(checkpoint)
-    try:
-        yield
-    finally:
-        _READ.reset(token)
-
-
 def read_entries(files: Iterable[str | Path] | None) -> dict[str, TensorEntry]:
     """Every tensor of the weight files that a loader was given; empty if they are not safetensors.
 
@@ -80,11 +65,9 @@ def read_entries(files: Iterable[str | Path] | None) -> dict[str, TensorEntry]:
     paths = [Path(file) for file in files or ()]
     if not paths or any(path.suffix != ".safetensors" for path in paths):
         return {}
-    checkpoint, folder = _READ.get(), paths[0].parent
-    in_one_folder = len(paths) > 1 and len({path.parent for path in paths}) == 1
-    if checkpoint is None and in_one_folder and (folder / INDEX_NAME).is_file():
+    folder = paths[0].parent
+    if len(paths) > 1 and len({path.parent for path in paths}) == 1 and (folder / INDEX_NAME).is_file():
         checkpoint = open_checkpoint(folder)
-    if checkpoint is not None:
         entries = {**checkpoint.entries, **checkpoint.guards}
         if {path.resolve() for path in paths} == {entry.file.resolve() for entry in entries.values()}:
             return entries
