@@ -223,9 +223,11 @@ def sets_of(given: Any) -> tuple[TensorChoices, ...]:
     for one in pairs:
         try:
             pattern, choices = _parse_set(one) if isinstance(one, str) else one
-            found.append((pattern, tuple(dict(choices).items())))
         except (TypeError, ValueError) as error:
-            raise FewbitError(f"set: each entry must be a pattern and a mapping of choices, not {one!r}") from error
+            raise FewbitError(f"set: each entry must be a pattern and its choices, not {one!r}") from error
+        if not isinstance(choices, Mapping):
+            raise FewbitError(f"choices for {pattern!r} must be names and values, e.g. {{'bits': 4}}, not {choices!r}")
+        found.append((pattern, tuple(dict(choices).items())))
     return tuple(found)
 
 

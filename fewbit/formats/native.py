@@ -62,7 +62,7 @@ def decode_stored(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torc
     scheme, (rows, columns) = stored.scheme, stored.shape
     grid, codes = grid_of(scheme), read_codes(parts, stored)
     weight = grid.decode(codes, grid.read(parts, scheme, stored.groups), scheme).reshape(rows * columns)
-    if scheme.outlier_grid != "none" and stored.outliers:
+    if scheme.has_outliers and stored.outliers:
         where = read_positions(parts, stored)
         weight[where] = read_values(parts, stored, codes, where)
     return weight.view(rows, columns).to(dtype)
