@@ -49,7 +49,7 @@ def check_output(out: Path, source: Path, overwrite: bool) -> Standing | None:
     """
     check_place(out, source)
     tidy(out)
-    return check_replaceable(out, overwrite)
+    return check_replaceable(out, source, overwrite)
 
 
 def tidy(out: Path) -> None:
