@@ -11,14 +11,14 @@ SMOOTHED = ("norms", "all")
 
 @dataclass(frozen=True)
 class ActivationChoice:
-    """How inputs are rounded: W8A8 and its relatives.
+    """How inputs are rounded: W8A8 and its variants.
 
-    granularity: one range for all tokens, or one for each token. ranges: static, measured on calibration text before
-    (for tokens: one for each position in the sequence), or dynamic, of the very inputs that are rounded. symmetric:
-    zero in the middle, else a zero-point. bits, weight_bits: 2 to 8; weights have one symmetric scale an output
-    channel. exponent: SmoothQuant's alpha (arXiv 2211.10438), how much of the inputs' spread moves into the weights;
-    None for no smoothing. smoothed: norms, the layers that a norm feeds, as published; all, also those that a linear
-    layer feeds.
+    granularity: tensor, one range for all tokens, or token, one for each token. ranges: static, measured on calibration
+    text (with granularity token: one for each position in the sequence), or dynamic, measured on the inputs that are
+    rounded. symmetric: the grid is symmetric around 0; otherwise it has a zero-point. bits, weight_bits: 2 to 8;
+    weights have one symmetric scale per output channel. exponent: SmoothQuant's alpha (arXiv 2211.10438), how much of
+    the difference between channels moves from the inputs into the weights; None for no smoothing. smoothed: norms,
+    layers whose input comes from a norm, as published; all, also layers whose input comes from a linear layer.
     """
 
     granularity: str = "tensor"
@@ -41,7 +41,7 @@ class ActivationChoice:
 
     @property
     def calibrated(self) -> bool:
-        """Whether it needs a calibration set."""
+        """Whether a calibration set is needed."""
         return self.ranges == "static" or self.exponent is not None
 
 
@@ -50,4 +50,4 @@ NAMED = {
     "smoothquant": ActivationChoice(exponent=0.5),
     "w8a8-dynamic": ActivationChoice(granularity="token", ranges="dynamic"),
 }
-"""W8A8 with one static range for all tokens, plain and smoothed (arXiv 2211.10438), and with a range for each token."""
+"""W8A8 with one static range for all tokens, plain and smoothed (arXiv 2211.10438), or a dynamic range per token."""

@@ -1,7 +1,7 @@
-"""Massive activations: a few entries of the hidden states that are thousands of times the others.
+"""Massive activations: a few entries of the hidden states that are thousands of times larger than the others.
 
-By the definition of arXiv 2402.17762: a magnitude above 100 and above 1,000 times the median magnitude of its state.
-They sit on few tokens, most of all on the first, whose norm is followed here from block to block.
+They are defined as in arXiv 2402.17762: a magnitude above 100 and above 1,000 times the median magnitude of the hidden
+states. They occur at few tokens, mostly at the first, so the norm of the first token is recorded for every block.
 """
 
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ MASSIVE_RATIO = 1000.0
 
 @dataclass
 class HiddenStates:
-    """What the states `(tokens, channels)` of sequences show, one entry a sequence.
+    """Statistics of hidden states `(tokens, channels)`, one entry per sequence.
 
-    first_ratios: norm of the first token over the median token's. largest_ratios: the same of the token with the
-    largest norm. largest_first: whether that is the first token. magnitudes: largest entry. medians: median magnitude.
-    channels: the channel of the largest entry.
+    first_ratios: norm of the first token divided by the median norm. largest_ratios: the same for the token with the
+    largest norm. largest_first: whether that is the first token. magnitudes: largest magnitude. medians: median
+    magnitude. channels: the channel of the largest magnitude.
     """
 
     first_ratios: list[float] = field(default_factory=list)
@@ -30,7 +30,7 @@ class HiddenStates:
     channels: list[int] = field(default_factory=list)
 
     def add(self, states: Tensor) -> None:
-        """Add one sequence."""
+        """Add the hidden states of one sequence."""
         states = states.detach().float()
         norms = states.norm(dim=1)
         middle = float(norms.median()) or 1.0
@@ -43,7 +43,7 @@ class HiddenStates:
         self.channels.append(int(magnitudes.argmax()) % states.shape[1])
 
     def describe(self) -> dict[str, float | int | bool]:
-        """Means over sequences; massive: in more than half of them; channel: the most frequent."""
+        """Means over sequences; massive: whether more than half of them are; channel: the most frequent one."""
         count = max(len(self.magnitudes), 1)
         massive = [
             magnitude > MASSIVE_MAGNITUDE and magnitude > MASSIVE_RATIO * median
@@ -61,5 +61,5 @@ class HiddenStates:
 
 
 def begins_at(ratios: list[float], threshold: float) -> int | None:
-    """The first place from which on a ratio exceeds the threshold, or None where it never does."""
+    """Index of the first ratio that exceeds the threshold, or None if none does."""
     return next((index for index, ratio in enumerate(ratios) if ratio > threshold), None)

@@ -1,4 +1,6 @@
-"""Run sequences through a network and record what its linear layers see, one record for layers that share inputs."""
+"""Run sequences through a network and record the inputs of its linear layers; layers with the same inputs share one
+record.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ Step = Callable[[int, int], None]
 
 
 class Record(Protocol):
-    """Something that inputs `(tokens, in)` can be added to."""
+    """An object that collects inputs `(tokens, in)`."""
 
     def add(self, x: Tensor) -> None:
         """Add the inputs of one call."""
@@ -23,7 +25,7 @@ class Record(Protocol):
 
 @dataclass
 class Recorder:
-    """Records by layer. make: a new record for inputs like these. shared: layers -> the one whose inputs they see."""
+    """Records by layer. make: a new record for inputs of that form. shared: layer -> the layer with the same inputs."""
 
     make: Callable[[Tensor], Any]
     found: dict[str, Any] = field(default_factory=dict)
@@ -41,7 +43,7 @@ class Recorder:
         self.found[key].add(x)
 
     def of(self, key: str) -> Any:
-        """The record of a layer, None when it never ran."""
+        """The record of a layer, or None if it never ran."""
         return self.found.get(self.shared.get(key, key))
 
 
@@ -58,7 +60,7 @@ class Largest:
 
     @classmethod
     def like(cls, x: Tensor) -> "Largest":
-        """A record of nothing for inputs with as many channels."""
+        """An empty record for inputs with the channels of `x`."""
         return cls(torch.zeros(x.shape[-1]))
 
 
@@ -74,7 +76,7 @@ def record(
 
 @torch.inference_mode()
 def run(model: Any, ids: Tensor, step: Step | None = None) -> None:
-    """Run sequences through everything before the output head, which no record needs."""
+    """Run sequences through the model without its output head, which no record needs."""
     body = getattr(model, "base_model", model)
     for index, sequence in enumerate(ids):
         body(sequence[None].to(model.device), use_cache=False)
@@ -84,7 +86,7 @@ def run(model: Any, ids: Tensor, step: Step | None = None) -> None:
 
 @contextmanager
 def following_states(blocks: Sequence[nn.Module]) -> Iterator[list[HiddenStates]]:
-    """While inside, the hidden states before the first block (place 0) and after every block are followed."""
+    """While inside, collect statistics of the hidden states before the first block (index 0) and after every block."""
     found = [HiddenStates() for _ in range(len(blocks) + 1)]
 
     def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Round the inputs of a linear layer, and its weights, to whole numbers; multiply those; scale the product.
+"""Round the inputs and weights of a linear layer to integer codes, multiply the codes, and scale the product.
 
-``y = s_x s_w ((c_x - z) c_w)``: codes of at most 8 bits, products and sums of whole numbers in float32, so that what is
-simulated is what an integer kernel computes. No rounding of ``s c`` to a 16-bit float comes between.
+``y = s_x s_w ((c_x - z) c_w)``. The codes have at most 8 bits; products and sums of whole numbers are in float32, so
+the simulation computes what an integer kernel does. The product ``s c`` is not rounded to a 16-bit float in between.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from fewbit.grids import integer
 
 @dataclass(frozen=True)
 class Range:
-    """Smallest and largest input: scalars `()` for all tokens, or `(tokens, 1)` for each of them, float32."""
+    """Smallest and largest input, float32: scalars `()` for all tokens, or `(tokens, 1)` for each token."""
 
     low: Tensor
     high: Tensor
@@ -23,43 +23,43 @@ class Range:
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """Codes int8 `(out, in)`, symmetric around 0, and one float32 scale an output channel `(out, 1)`."""
+    """Codes int8 `(out, in)`, symmetric around 0, and one float32 scale per output channel `(out, 1)`."""
 
     codes: Tensor
     scale: Tensor
 
     def decode(self) -> Tensor:
-        """Float32 `(out, in)`."""
+        """The decoded weight, float32 `(out, in)`."""
         return self.codes.float() * self.scale
 
 
 def range_of(x: Tensor, granularity: str) -> Range:
-    """Range of inputs `(..., tokens, in)`: over everything, or of each token (`granularity` token)."""
+    """Range of inputs `(..., tokens, in)`: over all of them, or of each token (`granularity` token)."""
     if granularity == "token":
         return Range(x.amin(dim=-1, keepdim=True).float(), x.amax(dim=-1, keepdim=True).float())
     return Range(x.amin().float(), x.amax().float())
 
 
 def steps(spread: Range, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | float]:
-    """Scale and zero-point of a range, in its shape; zero is always a level."""
+    """Scale and zero-point of a range, in its shape; 0 is always a level."""
     if symmetric:
         return integer.symmetric_grid(spread.low, spread.high, bits), float(2 ** (bits - 1))
     return integer.zero_point_grid(spread.low, spread.high, bits)
 
 
 def whole_numbers(x: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
-    """Codes less their zero-point, float32 whole numbers of at most 2^bits: ``x ~ scale * them``."""
+    """Codes minus the zero-point, float32 whole numbers with magnitudes up to 2^bits: ``x ~ scale * codes``."""
     return integer.encode(x.float(), scale, zero, bits).sub_(zero)
 
 
 def round_inputs(x: Tensor, spread: Range, bits: int, symmetric: bool) -> Tensor:
-    """The inputs as they are after rounding, float32, clipped to the range `spread`."""
+    """The inputs after rounding, float32, clipped to the range `spread`."""
     scale, zero = steps(spread, bits, symmetric)
     return whole_numbers(x, scale, zero, bits).mul_(scale)
 
 
 def round_weight(weight: Tensor, bits: int) -> RoundedWeight:
-    """Weights `(out, in)` of any floating dtype, rounded symmetrically with one scale an output channel."""
+    """Round a weight `(out, in)` of any floating-point dtype symmetrically, with one scale per output channel."""
     weight = weight.float()
     low, high = integer.extremes(weight)
     scale = integer.symmetric_grid(low, high, bits)
@@ -69,11 +69,11 @@ def round_weight(weight: Tensor, bits: int) -> RoundedWeight:
 def rounded_linear(x: Tensor, weight: RoundedWeight, spread: Range, bits: int, symmetric: bool) -> Tensor:
     """The layer's outputs `(..., tokens, out)`, float32, without its bias.
 
-    x: `(..., tokens, in)`. spread: as :func:`range_of` gives, or measured before.
+    x: `(..., tokens, in)`. spread: from :func:`range_of`, or measured before.
     """
     scale, zero = steps(spread, bits, symmetric)
     codes = whole_numbers(x, scale, zero, bits)
-    # Whole numbers up to 256 are exact in bfloat16, so factors may be taken as that; sums stay float32.
+    # Whole numbers up to 256 are exact in bfloat16, so the factors may be converted to it; sums stay float32.
     with products(torch.bfloat16):
         out = torch.nn.functional.linear(codes, weight.codes.float())
     return out.mul_(scale).mul_(weight.scale.t())

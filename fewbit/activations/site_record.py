@@ -1,4 +1,4 @@
-"""What the inputs of one site are needed for when fixes for its layers are tried: all gathered in one pass."""
+"""All measurements of the inputs of one site that trying fixes for its layers needs, collected in one pass."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,11 @@ from fewbit.curvature.products import products
 
 @dataclass
 class SiteRecord:
-    """gram: ``sum_t x_t x_t^T``, float32 `(in, in)`. low, high: extremes of every channel `(in,)`. ranges: by place."""
+    """Measurements of the inputs of one site.
+
+    gram: ``sum_t x_t x_t^T``, float32 `(in, in)`. low, high: extremes of every channel `(in,)`. ranges: of all inputs
+    and by position in the sequence.
+    """
 
     gram: Tensor
     low: Tensor
@@ -21,7 +25,7 @@ class SiteRecord:
 
     @classmethod
     def empty(cls, channels: int, length: int) -> "SiteRecord":
-        """A record of nothing, for sequences of `length` tokens."""
+        """An empty record, for sequences of `length` tokens."""
         infinite = torch.full((channels,), float("inf"))
         return cls(torch.zeros(channels, channels), infinite, -infinite, InputRanges.empty(length))
 
@@ -41,14 +45,14 @@ class SiteRecord:
         return torch.maximum(self.high, -self.low)
 
     def range(self, scales: Tensor | None = None) -> Range:
-        """Range of everything, of inputs divided by `scales` `(in,)` where they are given."""
+        """Range of all inputs; if `scales` `(in,)` is given, of the inputs divided by it."""
         low, high = (self.low, self.high) if scales is None else (self.low / scales, self.high / scales)
         return Range(low.min(), high.max())
 
 
 @dataclass
 class Captured:
-    """The inputs themselves, a tensor `(tokens, in)` a sequence, in the network's dtype."""
+    """The inputs themselves, one tensor `(tokens, in)` per sequence, in the network's dtype."""
 
     parts: list[Tensor] = field(default_factory=list)
 

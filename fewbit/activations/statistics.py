@@ -1,7 +1,7 @@
-"""Statistics of a layer's inputs, gathered a call at a time: moments, extremes, a histogram fine enough for quantiles.
+"""Statistics of a layer's inputs, collected call by call: moments, extremes, and a histogram for quantiles.
 
-What is kept does not grow with the number of tokens. A histogram counts the upper 16 bits of a magnitude's float32
-pattern, which is the number itself for bfloat16 inputs and within 1 % of it for others.
+Their size does not grow with the number of tokens. The histogram counts the upper 16 bits of a magnitude's float32
+pattern. For bfloat16 inputs these are the exact number; for others they are within 1 % of it.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class InputStatistics:
 
     @classmethod
     def empty(cls, channels: int) -> "InputStatistics":
-        """Statistics of no input yet."""
+        """Statistics without any inputs yet."""
         return cls(
             0,
             torch.full((channels,), float("inf")),
@@ -40,7 +40,7 @@ class InputStatistics:
         )
 
     def add(self, x: Tensor) -> None:
-        """Add inputs `(tokens, in)` of any floating dtype and device."""
+        """Add inputs `(tokens, in)` of any floating-point dtype, on any device."""
         if x.shape[0] == 0:
             return
         self.tokens += x.shape[0]
@@ -57,7 +57,7 @@ class InputStatistics:
 
     @property
     def largest(self) -> Tensor:
-        """Largest magnitude of every channel `(in,)`; 0 where nothing was seen."""
+        """Largest magnitude of every channel `(in,)`; 0 if there were no inputs."""
         if not self.tokens:
             return torch.zeros_like(self.high)
         return torch.maximum(self.high, -self.low).clamp(min=0.0)
@@ -77,11 +77,11 @@ class InputStatistics:
         return central / variance**2 if variance > 0 else 0.0
 
     def quantile(self, share: float) -> float:
-        """The smallest magnitude that at least `share` of all entries do not exceed."""
+        """The smallest magnitude that a fraction of at least `share` of all entries do not exceed."""
         total = int(self.counts.sum())
         if not total:
             return 0.0
-        # A share of 0.999 as a float is a little off; it must not cost one entry more.
+        # A float such as 0.999 is not exact; without the tolerance, the count could be one too high.
         wanted = -int(-(share * total - 1e-6) // 1)
         pattern = int(torch.searchsorted(self.counts.cumsum(0), max(wanted, 1)))
         return float(torch.tensor([pattern << 16], dtype=torch.int32).view(torch.float32))
@@ -98,10 +98,10 @@ def _histogram(x: Tensor) -> Tensor:
 
 @dataclass
 class InputRanges:
-    """Extremes of the inputs of one site: of everything, and of each position of a sequence.
+    """Extremes of the inputs of one site: over all tokens, and at each position of a sequence.
 
-    lows, highs: float32 `(length,)`. positions is False when calls did not hold one whole sequence each, as an
-    expert's do not; then only the range of everything is known.
+    lows, highs: float32 `(length,)`. positions: False if a call did not contain exactly one whole sequence, as with
+    experts; then only the range over all tokens is known.
     """
 
     lows: Tensor
@@ -112,7 +112,7 @@ class InputRanges:
 
     @classmethod
     def empty(cls, length: int) -> "InputRanges":
-        """Ranges of no input yet, for sequences of `length` tokens."""
+        """Ranges without any inputs yet, for sequences of `length` tokens."""
         return cls(torch.full((length,), float("inf")), torch.full((length,), float("-inf")))
 
     def add(self, x: Tensor) -> None:
@@ -127,8 +127,10 @@ class InputRanges:
         self.lows, self.highs = torch.minimum(self.lows, low), torch.maximum(self.highs, high)
 
     def at(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Extremes for each of the first `tokens` positions, `(tokens, 1)`; past the measured length, those of all
-        positions but the first, whose activations can be massive.
+        """Extremes at each of the first `tokens` positions, `(tokens, 1)`.
+
+        Beyond the measured length, these are the extremes over all positions except the first, whose activations can
+        be massive. If positions are not known, they are the extremes over all tokens.
         """
         if not self.positions:
             return torch.full((tokens, 1), self.low), torch.full((tokens, 1), self.high)

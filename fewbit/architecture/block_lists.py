@@ -1,8 +1,8 @@
 """The numbered lists of blocks in a checkpoint: which one is the decoder, and what the others are.
 
 A list is identified by its prefix, the part of a name before the first number: ``model.layers.7.…``, ``mtp.layers.0.…``
-and ``visual.blocks.3.…`` are in three lists, even if the rest of their names is the same. Blocks of different lists are
-never mixed.
+and ``visual.blocks.3.…`` are in three different lists, even if the rest of their names is the same. Blocks of different
+lists are never mixed.
 """
 
 import re
@@ -27,7 +27,7 @@ HEAD = "a head"
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a tensor by its name: in block `number` of the list `prefix`, as `rest`."""
+    """The position of a tensor, from its name: in block `number` of the list `prefix`, under the name `rest`."""
 
     prefix: str
     number: int
@@ -36,9 +36,10 @@ class Place:
 
 @dataclass(frozen=True)
 class BlockList:
-    """A list of blocks. role: main (the decoder), text (its like: an encoder), keep or unknown, with the reason.
+    """A list of blocks. role: main (the decoder), text (other text blocks, such as an encoder), keep, or unknown.
 
-    limit: blocks from this number on are not built (None: no such limit).
+    reason: why the role is keep or unknown. limit: blocks from this number on are not part of the model (None: no
+    limit).
     """
 
     prefix: str
@@ -53,7 +54,7 @@ class BlockList:
 
 
 def place_of(name: str) -> Place | None:
-    """The place that a name tells: its first number that stands alone; None for what is in no list."""
+    """The position that a name states with its first part that is a number; None for a tensor that is in no list."""
     parts = name.split(".")
     for index, part in enumerate(parts[1:-1], 1):
         if part.isdecimal():
@@ -62,7 +63,7 @@ def place_of(name: str) -> Place | None:
 
 
 def is_draft(name: str) -> bool:
-    """Whether a name or prefix is that of a part that predicts further tokens, or speaks, beside the decoder."""
+    """Whether a name or prefix is that of a part beside the decoder that predicts further tokens or produces speech."""
     return any(_DRAFT_WORDS.fullmatch(word) or word.startswith("mtp") for word in words_of(name))
 
 
@@ -91,8 +92,10 @@ def find_lists(entries: Iterable[TensorEntry], facts: Facts) -> dict[str, BlockL
 
 
 def _main(sizes: dict[str, int], counted: set[str]) -> str | None:
-    """The list that is no tower, draft or head, if possible one of those with as many blocks as the configuration
-    says (`counted`), and of those the largest; of an encoder and a decoder, the decoder.
+    """The prefix of the main list, or None.
+
+    Towers, drafts and heads are excluded. Lists with as many blocks as the configuration states (`counted`) are
+    preferred, and among those the largest. If it is an encoder with a matching decoder, the decoder is taken.
     """
     fit = {p: size for p, size in sizes.items() if size and not (is_draft(p) or is_tower(p) or is_head(p))}
     if not fit:
@@ -130,7 +133,7 @@ def _role(prefix: str, numbers: set[int], main: str | None, facts: Facts) -> Blo
 
 
 def _beside(prefix: str, main: str) -> bool:
-    """Whether two lists are of one module, as XLM's of attention and of feed-forward layers, or of two like modules."""
+    """Whether two lists belong to one module, as XLM's attention and feed-forward layers, or to similar modules."""
     ours, theirs = prefix.split("."), main.split(".")
     if len(ours) != len(theirs):
         return False
@@ -144,6 +147,6 @@ def _named(facts: Facts) -> set[str]:
 
 
 def _has_own_part(prefix: str, numbers: set[int], facts: Facts) -> bool:
-    """Whether the configuration has a part with the list's name and its number of blocks."""
+    """Whether the configuration has a part with the list's name and number of blocks."""
     words = words_of(prefix)
     return any(name in words and len(numbers) in counts for name, counts in facts.parts)

@@ -1,4 +1,4 @@
-"""Rows of a checkpoint's tensor in a parameter of the network, found by their numbers."""
+"""Find the rows of a checkpoint's tensor in a parameter of the network by their values."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _SAMPLE = 16
 class Spot:
     """Output rows `first` to `first + rows` of a parameter, or of one expert's part of it.
 
-    transposed: the parameter stores (in, out). order: the rows one by one, where they do not follow each other.
+    transposed: the parameter stores (in, out). order: the index of each row, if the rows are not consecutive.
     """
 
     expert: int | None
@@ -34,9 +34,9 @@ def same(held: Tensor, wanted: Tensor) -> bool:
 def find_rows(
     parameter: Tensor, wanted: Tensor, guess: int | None, taken: Collection[tuple[int | None, int]]
 ) -> Spot | None:
-    """Where `parameter` holds the matrix `wanted` `(out, in)`, or where it holds the first rows of it as its whole.
+    """Where `parameter` contains the matrix `wanted` `(out, in)`; a smaller parameter may contain only its first rows.
 
-    guess: the expert that is looked at first. taken: experts and first rows that other tensors have.
+    guess: the expert that is tried first. taken: experts and first rows that belong to other tensors.
     """
     for expert, slab in _slabs(parameter, guess):
         for transposed in (False, True):
@@ -62,10 +62,10 @@ def _slabs(parameter: Tensor, guess: int | None) -> Iterator[tuple[int | None, T
 
 
 def _in_matrix(matrix: Tensor, wanted: Tensor, taken: set[int]) -> tuple[int, int, Tensor | None] | None:
-    """First row, number of rows, and their order where they do not follow each other."""
+    """First row, number of rows, and the order of the rows if they are not consecutive."""
     height, rows = matrix.shape[0], wanted.shape[0]
     if height < rows:
-        # One tensor of the file becomes several parameters: this one is its first part.
+        # A tensor of the file can become several parameters; this one is its first part.
         return (0, height, None) if 0 not in taken and same(matrix, wanted[:height]) else None
     for first in _starts(matrix, wanted, rows):
         if first not in taken and same(matrix[first : first + rows], wanted):
@@ -74,7 +74,7 @@ def _in_matrix(matrix: Tensor, wanted: Tensor, taken: set[int]) -> tuple[int, in
 
 
 def _starts(matrix: Tensor, wanted: Tensor, rows: int) -> Iterator[int]:
-    """First rows where the beginning of `wanted` stands: multiples of its height before all others."""
+    """Rows that begin like the first row of `wanted`; multiples of its number of rows come first."""
     sample = wanted[0, :_SAMPLE].to(matrix.device, matrix.dtype)
     equal = (matrix[: matrix.shape[0] - rows + 1, :_SAMPLE] == sample).all(dim=1)
     hits = equal.nonzero().view(-1).tolist()
@@ -82,7 +82,7 @@ def _starts(matrix: Tensor, wanted: Tensor, rows: int) -> Iterator[int]:
 
 
 def _permuted(matrix: Tensor, wanted: Tensor) -> tuple[int, int, Tensor] | None:
-    """The order of a matrix' rows in which they are those of `wanted`, all of them different."""
+    """The order of a matrix's rows that gives `wanted`, if all rows are different."""
     rows = {_bytes(row): index for index, row in enumerate(matrix.cpu())}
     order = [rows.get(_bytes(row)) for row in wanted.to(matrix.dtype).cpu()]
     if None in order or len(set(order)) != matrix.shape[0]:

@@ -1,4 +1,4 @@
-"""Classifies every tensor of a checkpoint by names, shapes, neighbouring tensors and the configuration.
+"""Classify every tensor of a checkpoint by names, shapes, neighbouring tensors and the configuration.
 
 No network is built. The decoder is the largest list of numbered blocks (see :mod:`fewbit.architecture.block_lists`).
 Matrices and stacks of experts in it are quantized, except those that :mod:`fewbit.architecture.kinds` recognises as
@@ -37,10 +37,10 @@ _OUTSIDE_WORDS = re.compile("project_in|project_out|per_layer_model_projection|w
 
 @dataclass(frozen=True)
 class WeightTensor:
-    """One tensor and what becomes of it: `action` is quantize, keep or unknown, with the reason.
+    """One tensor and what happens to it: `action` is quantize, keep or unknown, with the reason.
 
-    block: its number in the decoder; None for what is in no block, or in one of another list. place: where its name
-    says it is, in whatever list. transposed: it is stored (in, out), or (experts, in, out).
+    block: number of its block in the decoder; None outside these blocks. place: its position in any list of blocks,
+    from its name. transposed: it is stored as (in, out), or (experts, in, out).
     """
 
     entry: TensorEntry
@@ -59,15 +59,15 @@ class WeightTensor:
 
     @property
     def module(self) -> str:
-        """Name under which the parts are stored: a layer's, or where there is no layer the tensor's own.
+        """Name under which the parts are stored: that of the layer, or of the tensor if it is not a layer's `.weight`.
 
-        What has no `original_shape` is the `.weight` of that layer.
+        A tensor without `original_shape` is the `.weight` of a layer.
         """
         return self.entry.name if self.original_shape is not None else self.entry.name.removesuffix(".weight")
 
     @property
     def original_shape(self) -> tuple[int, ...] | None:
-        """The tensor's own shape where it is not the 2-D `.weight` of a layer."""
+        """The tensor's original shape, or None if it is the 2-D `.weight` of a layer."""
         plain = len(self.entry.shape) == 2 and self.entry.name.endswith(".weight")
         return None if plain else self.entry.shape
 
@@ -79,7 +79,7 @@ class Coverage:
     tensors: list[WeightTensor] = field(default_factory=list)
 
     def of(self, action: str) -> list[WeightTensor]:
-        """The tensors with one action."""
+        """The tensors with the given action."""
         return [tensor for tensor in self.tensors if tensor.action == action]
 
 
@@ -91,9 +91,9 @@ def cover(
 ) -> Coverage:
     """Classify every tensor.
 
-    Patterns are as in :mod:`fewbit.architecture.patterns`. include: matrices to quantize that would be kept or are
-    unknown. exclude: tensors to keep; it takes precedence. Raises FewbitError for a pattern that matches nothing, or an
-    included tensor that is not a matrix.
+    Patterns are as in :mod:`fewbit.architecture.patterns`. include: matrices to quantize that would otherwise be kept
+    or unknown. exclude: tensors to keep; it takes precedence. Raises FewbitError for a pattern that matches nothing, or
+    an included tensor that is not a matrix.
     """
     survey = _Survey({entry.name: entry for entry in entries}, gather_facts(config))
     included, excluded = matching(include, survey.entries), matching(exclude, survey.entries)
@@ -112,7 +112,7 @@ def cover(
 
 
 def require_recognised(coverage: Coverage, model: str) -> None:
-    """FewbitError naming the tensors that nothing is known about."""
+    """Raise FewbitError, with their names, if tensors are unknown."""
     unknown = coverage.of("unknown")
     if unknown:
         listed = ", ".join(f"{t.entry.name} {list(t.entry.shape)} ({t.reason})" for t in unknown[:5])
@@ -134,7 +134,7 @@ def _is_float(entry: TensorEntry) -> bool:
 
 @dataclass(frozen=True)
 class _Survey:
-    """A checkpoint's tensors with what they tell about each other."""
+    """A checkpoint's tensors, and facts that follow from all of them together."""
 
     entries: dict[str, TensorEntry]
     facts: Facts
@@ -159,12 +159,12 @@ class _Survey:
 
     @cached_property
     def sizes(self) -> dict[tuple[str, int], Counter[int]]:
-        """For every block, how many of its tensors have an axis of a length."""
+        """For every block, length -> number of its tensors that have an axis of that length."""
         return {key: Counter(n for entry in found for n in set(entry.shape)) for key, found in self.blocks.items()}
 
     @cached_property
     def routers(self) -> dict[tuple[str, int], list[TensorEntry]]:
-        """The matrices of every block whose names are those of routers."""
+        """The matrices of every block with the names of routers."""
         return {
             key: [e for e in found if len(e.shape) == 2 and kinds.ROUTERS.search(e.name) and e.shape[0] < e.shape[1]]
             for key, found in self.blocks.items()
@@ -172,7 +172,7 @@ class _Survey:
 
     @cached_property
     def stacks(self) -> dict[str, list[TensorEntry]]:
-        """The 3-D tensors by the module that they are in; that of one which is a `weight` is one level up."""
+        """The 3-D tensors by their module; a tensor called `weight` belongs to the module one level up."""
         found = defaultdict(list)
         for entry in self.entries.values():
             if len(entry.shape) == 3:
@@ -181,7 +181,7 @@ class _Survey:
 
     @cached_property
     def turned(self) -> dict[str | None, bool]:
-        """For every list of blocks, whether its matrices are stored (in, out)."""
+        """For every list of blocks, whether its matrices are stored as (in, out)."""
         by_list: dict[str | None, list[TensorEntry]] = defaultdict(list)
         for entry in self.entries.values():
             place = place_of(entry.name)
@@ -267,14 +267,14 @@ def _owner(name: str) -> str:
 
 
 def prefix_of_block(name: str) -> str:
-    """What stands before a block's number in a tensor's name."""
+    """The part of a tensor's name before the block's number."""
     place = place_of(name)
     assert place is not None
     return place.prefix
 
 
 def name_in_block(name: str) -> str:
-    """What follows a block's number in a tensor's name."""
+    """The part of a tensor's name after the block's number."""
     place = place_of(name)
     assert place is not None
     return place.rest

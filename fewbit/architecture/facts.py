@@ -1,4 +1,4 @@
-"""Facts about a model's shapes from its configuration, including nested ones; no network is built."""
+"""Facts about a model's shapes from its configuration, including nested configurations; no network is built."""
 
 import re
 from collections.abc import Iterator
@@ -24,15 +24,17 @@ TOWER_WORDS = re.compile(
     "vqmodel|vqvae|vae|radio|protein|perception|diarization|codec|tokenizer|multimodal|mm|patch|patches|"
     "depth|vq|timm|feature|featurizer"
 )
-"""Words in names of what turns images, sound and the like into inputs of a language model."""
+"""Words in names of modules that turn images, sound and the like into inputs of a language model."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """layers: the blocks that each part of the text model has. widths: of hidden states. inner: of feed-forward layers.
+    """Facts from a configuration.
 
-    experts: how many there are in a block. vocabularies: rows of embeddings. parts: sub-configurations by the word they
-    are named with, and their layer counts. multimodal: it reads more than text. speech: its encoder hears.
+    layers: numbers of blocks. widths: widths of hidden states. inner: widths of feed-forward layers. experts: numbers
+    of experts in a block. heads: numbers of heads. vocabularies: numbers of rows of embeddings. parts: names of
+    sub-configurations and their layer counts. multimodal: the model has inputs other than text. speech: its encoder
+    processes speech.
     """
 
     layers: frozenset[int] = frozenset()
@@ -48,7 +50,7 @@ class Facts:
 
 
 def gather_facts(config: dict[str, Any]) -> Facts:
-    """The facts in a config.json; sub-configurations of towers count for nothing but `multimodal`."""
+    """The facts in a config.json; sub-configurations of towers are used only for `multimodal`."""
     found: dict[str, set[int]] = {kind: set() for kind in ("layers", "widths", "inner", "experts", "heads", "vocab")}
     for key, value in _numbers(config):
         for kind in _kinds(key):
@@ -70,7 +72,7 @@ def gather_facts(config: dict[str, Any]) -> Facts:
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a dotted name, in small letters: ``model.mtp_layers`` has model, mtp and layers."""
+    """The words of a dotted name, in lower case: ``model.mtp_layers`` has model, mtp and layers."""
     return [word for part in name.split(".") for word in part.lower().split("_") if word]
 
 

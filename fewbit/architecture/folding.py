@@ -1,8 +1,8 @@
-"""What feeds a linear layer, so that a channel can be made larger before it and smaller after it, or the reverse.
+"""Find the module that produces the inputs of linear layers, so that channel scales can be folded into it.
 
-Found by trying, with no list of architectures: if dividing a candidate's output channels by some factors and
-multiplying the layers' input columns by the same leaves what a block adds unchanged, then the candidate feeds those
-layers and nothing else. The trial runs in float32 with factors of 1 and 2.
+It is found by trial, without a list of architectures. A candidate's output channels are divided by some factors, and
+the input columns of the layers are multiplied by the same factors. If the change that the block makes to a sample stays
+the same, the candidate feeds those layers and nothing else. The trial runs in float32 with factors of 1 and 2.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ _SAME = 1e-3
 class Feeder:
     """A norm, or a linear layer given by its site, whose outputs are the inputs of some layers.
 
-    offset: what a norm adds to its stored gain, 0 or 1.
+    offset: the number that a norm adds to its stored gain, 0 or 1.
     """
 
     module: nn.Module
@@ -29,7 +29,7 @@ class Feeder:
     offset: float = 0.0
 
     def divide(self, factors: Tensor) -> Tensor:
-        """Divide its output channels by `factors` `(channels,)`; returns the factors that rounding left, float32."""
+        """Divide its output channels by `factors` `(channels,)`; returns the factors after rounding, float32."""
         with torch.no_grad():
             if self.site is not None:
                 self.site.write(self.site.read().float() / factors.unsqueeze(1))
@@ -50,10 +50,10 @@ class Feeder:
 def find_feeder(
     block: nn.Module, consumers: Sequence[Site], others: Sequence[Site], run: Callable[[], Tensor]
 ) -> Feeder | None:
-    """The norm or linear layer of `block` that feeds exactly the `consumers`; None where there is none.
+    """The norm or linear layer of `block` that feeds exactly the `consumers`, or None.
 
-    others: the linear layers of the block that may feed them. run: what the block, in float32, adds to some sample.
-    The block is left as it was.
+    others: the linear layers of the block that may feed them. run: the change that the block, in float32, makes to some
+    sample. The block is unchanged afterwards.
     """
     columns = consumers[0].columns
     with in_float32(block):
@@ -66,7 +66,7 @@ def find_feeder(
                 for consumer in consumers:
                     consumer.write(consumer.read() * left)
                 found = run()
-            # Token by token: one massive activation would hide what happens to all others.
+            # Compared token by token: one massive activation would hide the changes of all others.
             if bool(((found - expected).norm(dim=-1) <= _SAME * expected.norm(dim=-1)).all()):
                 return feeder
     return None
@@ -74,7 +74,7 @@ def find_feeder(
 
 @contextmanager
 def in_float32(block: nn.Module) -> Iterator[None]:
-    """Float32 copies of a block's parameters while inside; afterwards it has its own again, untouched."""
+    """While inside, a block's parameters are float32 copies; afterwards it has its own, unchanged parameters again."""
     before = [(parameter, parameter.data) for parameter in block.parameters()]
     try:
         for parameter, data in before:
@@ -98,6 +98,6 @@ def _candidates(block: nn.Module, consumers: Sequence[Site], others: Sequence[Si
 
 
 def _gain_size(module: nn.Module) -> int | None:
-    """Length of a module's `weight` where that is a vector, as a norm's is."""
+    """Length of a module's `weight` if that is a vector, as in a norm; otherwise None."""
     weight = getattr(module, "weight", None)
     return weight.numel() if isinstance(weight, nn.Parameter) and weight.dim() == 1 else None

@@ -1,4 +1,4 @@
-"""Classifies a tensor by its shape, its neighbours in the block, and its name.
+"""Classify a tensor by its shape, its neighbours in the block, and its name.
 
 A name can be a reason to keep a tensor (a router, a norm, a convolution), but never to quantize it: a linear layer must
 be a matrix whose shape matches the shapes around it.
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from fewbit.architecture.facts import Facts
 
 SMALLEST = 8
-"""Fewest rows and columns of a matrix that is worth a grid of its own."""
+"""Matrices with fewer rows or columns are not quantized."""
 _KERNEL = 16
-"""Longest kernel of a depthwise convolution that is stored without its dimension of 1."""
+"""Longest kernel of a depthwise convolution that is stored without its dimension of size 1."""
 
 _TABLE = 64
-"""Fewer rows or columns than this, and no size in common with anything, make a table rather than a layer."""
+"""A matrix with fewer rows or columns, whose sizes match no other tensor, may be a table rather than a layer."""
 _SMALL_SHARE = 0.02
 _FEW = 4
 
@@ -46,11 +46,11 @@ _BUFFER = re.compile(
 
 @dataclass(frozen=True)
 class Subject:
-    """A tensor in its surroundings. rest: its name in the block, or the whole of it outside the blocks.
+    """A tensor with its context. rest: its name in the block, or its whole name outside the blocks.
 
-    sizes: how many tensors of the same block have an axis of that length. routed: numbers of experts that routers
-    beside it tell apart. grouped: tensors of its module that stack as many matrices. share: of the block's elements,
-    that it has.
+    sizes: length -> number of tensors in the same block with an axis of that length. routed: numbers of experts, from
+    the routers in the same block. grouped: number of tensors in its module that stack equally many matrices. share: its
+    fraction of the block's elements.
     """
 
     rest: str
@@ -63,7 +63,7 @@ class Subject:
 
     @property
     def module(self) -> str:
-        """The name of what owns it, without `.weight`."""
+        """The name without `.weight`."""
         return self.rest.removesuffix(".weight")
 
     @property
@@ -79,7 +79,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a tensor is kept for, where the test holds."""
+    """The reason for which a tensor is kept if the test is true."""
 
     reason: str
     test: Callable[[Subject], bool]
@@ -110,13 +110,14 @@ def _is_embedding(subject: Subject) -> bool:
     if _EMBEDDING.search(subject.leaf):
         return True
     rows, columns = subject.shape[0], subject.shape[-1]
-    # Nothing else in a block has as many rows as the vocabulary; in tiny models by chance, but then not alone.
+    # Only an embedding has as many rows as the vocabulary. In tiny models, layers can have this size by chance, but
+    # then several of them do.
     alone = subject.sizes.get(rows, 0) == 1 and rows not in {2 * size for size in subject.facts.inner}
     return rows in subject.facts.vocabularies and rows >= 6 * columns and alone
 
 
 def _is_per_head(subject: Subject) -> bool:
-    """One small matrix a head, as a gate of RG-LRU has, or XLNet's (in, heads, size)."""
+    """Whether it is one small matrix per head, as in a gate of RG-LRU, or XLNet's (in, heads, size)."""
     if len(subject.shape) != 3:
         return False
     return subject.shape[0] in subject.facts.heads or subject.shape[1] in subject.facts.heads
@@ -138,12 +139,12 @@ KEPT: tuple[Rule, ...] = (
 
 
 def kept_as(subject: Subject) -> str | None:
-    """Why a tensor of 2 or more dimensions, or a vector, is kept; None where nothing says so."""
+    """The reason for which a tensor is kept; None if no rule applies."""
     return next((rule.reason for rule in KEPT if rule.test(subject)), None)
 
 
 def is_known_buffer(name: str) -> bool:
-    """Whether a tensor of whole numbers or truth values is one that models keep beside their weights."""
+    """Whether an integer or bool tensor of this name is a buffer that models commonly store with their weights."""
     return bool(_BUFFER.search(name))
 
 
@@ -153,7 +154,7 @@ def is_norm(name: str) -> bool:
 
 
 def is_experts(subject: Subject) -> bool:
-    """Whether a stack of matrices holds one for each expert: their number is known, or neighbours stack as many."""
+    """Whether a tensor stacks one matrix per expert: their number is known, or neighbours stack equally many."""
     if len(subject.shape) != 3:
         return False
     count = subject.shape[0]
@@ -162,14 +163,14 @@ def is_experts(subject: Subject) -> bool:
 
 
 def is_row_stack(name: str, shape: tuple[int, ...], facts: Facts) -> bool:
-    """Whether a parameter holds the experts' matrices one below the other in two dimensions, as DBRX' do."""
+    """Whether a 2-D parameter contains the experts' matrices stacked along the rows, as in DBRX."""
     if len(shape) != 2 or name.endswith("weight") or shape[1] not in facts.widths:
         return False
     return any(shape[0] % count == 0 and shape[0] // count in facts.inner for count in facts.experts if count > 1)
 
 
 def matrix_in_block(subject: Subject) -> tuple[str, str]:
-    """Action and reason for a matrix, or a stack of them, in a block, that no rule keeps."""
+    """Action and reason for a matrix, or a stack of matrices, in a block, if no rule keeps it."""
     if len(subject.shape) == 3:
         if is_experts(subject):
             return "quantize", "fused experts in a block"
@@ -191,6 +192,6 @@ def matrix_in_block(subject: Subject) -> tuple[str, str]:
 
 def _fits(subject: Subject, size: int) -> bool:
     if not subject.facts.widths and sum(subject.sizes.values()) <= _FEW:
-        # Nothing to compare with.
+        # There is nothing to compare with.
         return True
     return size in subject.facts.widths or subject.sizes.get(size, 0) > 1

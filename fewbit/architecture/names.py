@@ -1,7 +1,7 @@
-"""From the names in a checkpoint to those in the network that transformers builds, by transformers' own mapping.
+"""Map names in a checkpoint to names in the network that transformers builds, with transformers' own rules.
 
-Published names and the network's differ: wrappers around a text model were renamed, and experts that are stored one by
-one are stacked while they are loaded. transformers has rules for both, which are asked here, never guessed.
+The two differ: wrappers around a text model were renamed, and experts that are stored separately are stacked when they
+are loaded. transformers has rules for both. They are used here, and names are never guessed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,9 +11,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Target:
-    """The parameters that a tensor becomes (all or a part of); none when the network has no place for it.
+    """The parameters that a tensor becomes, or becomes a part of; empty if the network has no such parameter.
 
-    converted: it may be turned, split or stacked on the way.
+    converted: the tensor may be transposed, split or stacked when it is loaded.
     """
 
     parameters: tuple[str, ...]
@@ -21,7 +21,7 @@ class Target:
 
 
 def names_in_network(model: Any, names: Iterable[str]) -> dict[str, Target]:
-    """Where transformers puts every tensor of a checkpoint; model: the transformers model that is built from it."""
+    """The parameters into which transformers loads every tensor. model: the transformers model of the checkpoint."""
     known = dict.fromkeys(model.state_dict(), True)
     rules = _rules(model)
     if rules is None:
@@ -33,7 +33,7 @@ def names_in_network(model: Any, names: Iterable[str]) -> dict[str, Target]:
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     prefix = getattr(model, "base_model_prefix", "")
     found: dict[str, Target] = {}
-    # Some rules hold from a certain name on, so they are asked in the order in which transformers loads.
+    # Some rules depend on the names before, so they are applied in the order in which transformers loads.
     for name in sorted(names, key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if renamed not in known and name in known:
@@ -48,7 +48,7 @@ def names_in_network(model: Any, names: Iterable[str]) -> dict[str, Target]:
 
 
 def _rules(model: Any) -> list[Any] | None:
-    """The rules for this model; None where transformers has no such thing for it."""
+    """The rules for this model; None if transformers has none."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:
@@ -56,7 +56,7 @@ def _rules(model: Any) -> list[Any] | None:
     try:
         return list(get_model_conversion_mapping(model))
     except (AttributeError, TypeError):
-        # No model of transformers' own, such as a plain module in a test.
+        # Not a transformers model, such as a plain module in a test.
         return None
 
 

@@ -1,7 +1,7 @@
-"""Locates a checkpoint's tensors in the running network: its decoder blocks, and a view of every weight.
+"""Locate a checkpoint's tensors in the running network: its decoder blocks, and a view of every weight.
 
 The location of a tensor is given by transformers' own mapping of names (:mod:`fewbit.architecture.names`). The values
-in the network must equal those in the file, or nothing is solved.
+in the network must be equal to those in the file; otherwise an error is raised.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,16 +18,16 @@ from fewbit.curvature.observe import Watched
 from fewbit.errors import FewbitError
 
 Weights = Callable[[WeightTensor], Tensor]
-"""Reads a tensor of the checkpoint as its matrix `(out, in)`, experts one below the other."""
+"""Reads a tensor of the checkpoint as a matrix `(out, in)`, with experts stacked along the rows."""
 
 
 @dataclass(frozen=True)
 class Site:
     """A weight of the checkpoint inside the network.
 
-    watched: the matrix that is one linear layer for the network. first, rows: which of its output rows are this
-    weight's. transposed: the network stores it (in, out). order: the output rows one by one, where they do not follow
-    each other.
+    watched: the matrix that is one linear layer for the network. first, rows: which of its output rows belong to this
+    weight. transposed: the network stores it as (in, out). order: the index of each output row, if they are not
+    consecutive.
     """
 
     tensor: WeightTensor
@@ -39,7 +39,7 @@ class Site:
 
     @property
     def columns(self) -> int:
-        """Inputs of the layer."""
+        """Number of inputs of the layer."""
         return self.tensor.matrix_shape[1]
 
     def _matrix(self) -> Tensor:
@@ -47,7 +47,7 @@ class Site:
         return matrix.t() if self.transposed else matrix
 
     def read(self) -> Tensor:
-        """The weight `(out, in)`, a view of the network's own where its rows follow each other."""
+        """The weight `(out, in)`; a view of the network's parameter if its rows are consecutive."""
         if self.order is not None:
             return self._matrix()[self.order]
         return self._matrix()[self.first : self.first + self.rows]
@@ -63,9 +63,9 @@ class Site:
 
 
 def find_blocks(model: nn.Module) -> Sequence[nn.Module]:
-    """The decoder blocks in order; FewbitError when there is no list of modules.
+    """The decoder blocks in order; raises FewbitError if the model has no list of modules.
 
-    Those of the text decoder, where the model says which part that is: a vision tower may be larger.
+    If the model says which part is its text decoder, only that part is searched, because a vision tower may be larger.
     """
     for part in (_decoder(model), model):
         lists = [list(m) for m in part.modules() if isinstance(m, nn.ModuleList) and len(m)] if part else []
@@ -81,7 +81,7 @@ def _decoder(model: nn.Module) -> nn.Module | None:
 
 
 def _size(module: nn.Module) -> int:
-    # A packed layer has buffers in place of its weight.
+    # A packed layer has buffers instead of a weight.
     return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()])
 
 
@@ -93,16 +93,16 @@ def find_sites(
     names: Mapping[str, Target] | None = None,
     seen: Callable[[Tensor], None] | None = None,
 ) -> list[list[Site]]:
-    """Sites of the quantized tensors of every block; a tensor fused over experts has one for each expert.
+    """Sites of the quantized tensors of every block; a tensor of fused experts has one site for each expert.
 
-    weights: reads a tensor, to check what the network holds (None: nothing is checked, and only names lead anywhere).
-    model, names: the whole network and where its checkpoint's tensors are in it; without, the names are taken to be
-    the blocks' own. seen: called with every parameter that has been read. Tensors in no block have no site.
-    Raises FewbitError naming a tensor that is nowhere in the network, or is another one there.
+    weights: reads a tensor, to check the values in the network (None: no check, and tensors are found only by name).
+    model, names: the whole network and the location of the checkpoint's tensors in it; without them, the names must be
+    those in the blocks. seen: called with every parameter that has been read. Tensors outside the blocks have no site.
+    Raises FewbitError, with the tensor's name, if it is not found in the network or has other values there.
     """
     finder = _Finder(blocks, weights, model, names)
     found: dict[str, list[tuple[int, Site]]] = {}
-    # Experts that are alike are told apart by their order.
+    # Experts with equal values are distinguished by their order.
     for tensor in sorted(tensors, key=lambda tensor: _natural(tensor.entry.name)):
         found[tensor.entry.name] = finder.find(tensor)
         if seen is not None:
@@ -118,7 +118,7 @@ def find_sites(
 def names_by_parameter(
     model: nn.Module, blocks: Sequence[nn.Module], names: Mapping[str, Target]
 ) -> list[dict[str, str]]:
-    """For every block, the checkpoint's names by the parameters of the block that hold those tensors as they are."""
+    """For every block, parameter name -> name in the checkpoint, for tensors that are loaded without conversion."""
     prefixes = _prefixes(model, blocks)
     found: list[dict[str, str]] = [{} for _ in blocks]
     for name, target in names.items():
@@ -139,7 +139,7 @@ def _prefixes(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, int]:
 
 
 def _inside(parameter: str, prefixes: Mapping[str, int]) -> tuple[int, str] | None:
-    """Block and name in the block of a parameter; None for one that is in none of the blocks."""
+    """The block of a parameter and its name in the block; None for a parameter outside the blocks."""
     parts = parameter.split(".")
     for length in range(1, len(parts)):
         prefix = ".".join(parts[:length]) + "."
@@ -166,7 +166,7 @@ class _Held:
 
 
 class _Finder:
-    """Finds one tensor after another; remembers the rows that are taken, for experts that hold the same numbers."""
+    """Finds one tensor after another; remembers the rows already found, for experts with equal values."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class _Finder:
             held = [self._held(*place) for place in places if place is not None]
             converted = target.converted
         if not held and (tensor.block is None or (target is not None and target.parameters)):
-            # Outside the blocks, or in a list of blocks that is not run one by one.
+            # Outside the blocks, or in another list of blocks.
             return []
         sites = self._direct(tensor, held[0]) if held and not converted else []
         if not sites and self._weights is not None:
@@ -213,14 +213,14 @@ class _Finder:
         return [self._held(tensor.block, path)] if path in known else []
 
     def _all(self, tensor: WeightTensor) -> list[_Held]:
-        """Every parameter of the tensor's block, where no name leads to one."""
+        """Every parameter of the tensor's block that it could be, if its name leads to none."""
         if tensor.block is None or tensor.block >= len(self._blocks):
             return []
         names = [name for name, p in self._blocks[tensor.block].named_parameters() if p.dim() in (2, 3)]
         return [self._held(tensor.block, name) for name in names]
 
     def _direct(self, tensor: WeightTensor, held: _Held) -> list[tuple[int, Site]]:
-        """Sites of a tensor that the network holds as the file does; empty where the shapes differ."""
+        """Sites of a tensor that has the same form in the network and in the file; empty if the shapes differ."""
         whole = held.tensor
         if tuple(whole.shape) != tuple(tensor.entry.shape):
             return []
@@ -242,7 +242,7 @@ class _Finder:
         return [(held.block, site) for site in sites]
 
     def _by_content(self, tensor: WeightTensor, held: Sequence[_Held], wanted: Tensor) -> list[tuple[int, Site]]:
-        """Sites of a tensor that is stacked, split or turned in the network: the rows that hold the same numbers."""
+        """Sites of a tensor that is stacked, split or transposed in the network: the rows with equal values."""
         *lead, _, _ = tensor.entry.shape
         step = wanted.shape[0] // (lead[0] if lead else 1)
         number = next((int(p) for p in reversed(name_in_block(tensor.entry.name).split(".")) if p.isdecimal()), None)
@@ -262,7 +262,7 @@ class _Finder:
         return sites
 
     def _one(self, held: Sequence[_Held], rows: Tensor, guess: int | None) -> tuple[_Held, Spot] | None:
-        """The parameter and the spot that holds the first of `rows`, and as many after it as it does."""
+        """The parameter and the location in it that contain `rows`, or as many of the first of them as fit."""
         for one in held:
             spot = find_rows(one.tensor, rows, guess, self._taken.get((id(one.module), one.name), set()))
             if spot is not None:

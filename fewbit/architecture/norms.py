@@ -1,4 +1,4 @@
-"""Which norm feeds a linear layer. Its gains are used in place of input statistics when there is no data."""
+"""Find the norm before a linear layer. Without calibration data, its gains are used instead of input statistics."""
 
 import re
 from typing import Any
@@ -20,7 +20,7 @@ _CENTRED = re.compile(r"gemma|recurrent_gemma|t5gemma|vaultgemma|qwen3_next|qwen
 
 
 def gain_before(name: str, entries: dict[str, TensorEntry]) -> TensorEntry | None:
-    """The gain of the norm whose output is the input of linear layer `name`; None where it is no norm's output."""
+    """The gain of the norm whose output is the input of linear layer `name`; None if no such norm is known."""
     place = place_of(name)
     if place is None:
         return None
@@ -38,5 +38,5 @@ def gain_before(name: str, entries: dict[str, TensorEntry]) -> TensorEntry | Non
 
 
 def gain_offset(config: dict[str, Any]) -> float:
-    """What the architecture adds to a stored gain: Gemma stores gain - 1, and so do some others."""
+    """The number that the architecture adds to a stored gain: Gemma and some others store gain - 1."""
     return 1.0 if _CENTRED.match(str(config.get("model_type", ""))) else 0.0

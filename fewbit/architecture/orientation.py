@@ -1,7 +1,7 @@
-"""Which axis of a stored matrix is the input axis, by biases, known widths, and neighbouring tensors.
+"""Determine the input axis of a stored matrix from biases, known widths, and neighbouring tensors.
 
-``torch.nn.Linear`` stores (out, in). GPT-2 stores (in, out), and so do gpt-oss and Llama 4 for their experts, (experts,
-in, out). The shape of a square matrix does not show which one it is.
+``torch.nn.Linear`` stores (out, in). GPT-2 stores (in, out); gpt-oss and Llama 4 store their experts as (experts, in,
+out). The shape of a square matrix does not show which of the two it is.
 """
 
 import re
@@ -17,7 +17,7 @@ _TO_HIDDEN = re.compile(r"(down|w2|output_linear|fc2|wo|c_proj|linear_2|4h_to_h)
 
 
 def to_matrix(whole: Tensor, transposed: bool) -> Tensor:
-    """A tensor `(..., out, in)`, or `(..., in, out)` where it is transposed, as the matrix `(... * out, in)`."""
+    """A tensor `(..., out, in)`, or `(..., in, out)` if it is transposed, as a matrix `(... * out, in)`."""
     turned = whole.transpose(-1, -2) if transposed else whole
     return turned.reshape(-1, turned.shape[-1])
 
@@ -31,19 +31,19 @@ def from_matrix(matrix: Tensor, shape: Sequence[int], transposed: bool) -> Tenso
 
 
 def tensor_name(module: str, original_shape: Sequence[int] | None) -> str:
-    """A packed weight's name in the checkpoint: `module` itself where its shape is noted, else its layer's weight."""
+    """A packed weight's name in the checkpoint: `module` itself if it has an `original_shape`, else `module.weight`."""
     return module if original_shape is not None else f"{module}.weight"
 
 
 def tensor_shape(shape: Sequence[int], transposed: bool, original_shape: Sequence[int] | None) -> tuple[int, ...]:
-    """The checkpoint's shape of a packed weight whose matrix is `shape`, (out, in)."""
+    """The shape in the checkpoint of a packed weight with a matrix of `shape`, (out, in)."""
     if original_shape is not None:
         return tuple(original_shape)
     return tuple(reversed(shape)) if transposed else tuple(shape)
 
 
 def matrices_in_out(entries: Iterable[TensorEntry], biases: dict[str, tuple[int, ...]]) -> bool:
-    """Whether matrices of one list of blocks are stored (in, out): the biases of the oblong ones fit their columns."""
+    """Whether matrices of one list of blocks are stored as (in, out): biases of non-square ones match their columns."""
     votes = 0
     for entry in entries:
         bias = biases.get(entry.name.removesuffix(".weight") + ".bias")
@@ -53,19 +53,19 @@ def matrices_in_out(entries: Iterable[TensorEntry], biases: dict[str, tuple[int,
 
 
 def experts_in_out(stack: Sequence[TensorEntry], biases: dict[str, tuple[int, ...]], hidden: set[int]) -> bool:
-    """Whether the experts of one module are stored (experts, in, out).
+    """Whether the experts of one module are stored as (experts, in, out).
 
-    stack: the 3-D tensors of the module. hidden: widths of what enters and leaves the experts. Where all of them are
-    square and nothing tells, they are taken for (experts, out, in).
+    stack: the 3-D tensors of the module. hidden: widths of the experts' inputs and outputs. Without any evidence, for
+    example if all matrices are square, (experts, out, in) is assumed.
     """
     inner = {size for entry in stack for size in entry.shape[-2:] if size not in hidden}
     return sum(_vote(entry, biases, hidden, inner) for entry in stack) > 0
 
 
 def _vote(entry: TensorEntry, biases: dict[str, tuple[int, ...]], hidden: set[int], inner: set[int]) -> int:
-    """1 for (in, out), -1 for (out, in), 0 for no evidence. A bias counts more than a name.
+    """Positive for (in, out), negative for (out, in), 0 for no evidence. A bias counts more than a name.
 
-    inner: widths between what goes up and what comes down; a fused gate and up projection has twice that.
+    inner: widths between up and down projections; a fused gate and up projection has twice that width.
     """
     first, second = entry.shape[-2:]
     if first == second:
@@ -77,7 +77,7 @@ def _vote(entry: TensorEntry, biases: dict[str, tuple[int, ...]], hidden: set[in
     if (first in hidden) == (second in hidden):
         return 0
     leaf = base.rpartition(".")[2]
-    # The side that has the width of hidden states is the input of what goes up, the output of what comes down.
+    # The axis with the width of hidden states is the input of an up projection and the output of a down projection.
     if _TO_HIDDEN.search(leaf):
         return 1 if second in hidden else -1
     other = second if first in hidden else first
@@ -87,6 +87,6 @@ def _vote(entry: TensorEntry, biases: dict[str, tuple[int, ...]], hidden: set[in
 
 
 def hidden_widths(routers: Iterable[TensorEntry], facts: Facts, default: Iterable[int]) -> set[int]:
-    """Widths of the hidden states that experts see: those of the routers beside them, else what the config says."""
+    """Widths of the experts' hidden states: from the routers in their block, else from the configuration."""
     found = {entry.shape[-1] for entry in routers}
     return found or set(facts.widths) or set(default)

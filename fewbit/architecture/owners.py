@@ -1,4 +1,4 @@
-"""What kind of module owns a weight, where a network is built: some can be known to hold no linear layer."""
+"""Check the kind of module that owns a weight in the network: some kinds are known not to be linear layers."""
 
 import re
 from typing import Any
@@ -11,8 +11,7 @@ _NO_LAYER = re.compile(r"Embedding|Conv\dd|Norm$|Norm\d?|Router|TopK|MoEGate")
 
 
 def refuse_owner(name: str, module: Any, transposed: bool | None) -> None:
-    """Raises FewbitError if the weight `name` is not of a linear layer, or if its experts are stored the other way
-    round.
+    """Raise FewbitError if `name` is not the weight of a linear layer, or is a transposed stack of experts.
 
     transposed: how a stack of experts was read (None: it is not a stack).
     """

@@ -15,7 +15,7 @@ _OFFLINE = "a local .txt, .jsonl, .json, .csv, .parquet or folder, or self, nons
 
 
 def documents(source: Source, seed: int, render: Render | None = None) -> Iterator[str]:
-    """The texts of a file, a folder, a hub data set or the nonsense source, which is endless.
+    """The texts of a file, a folder, a hub data set, or the nonsense source, which never ends.
 
     render: turns a conversation into text. Raises FewbitError if a file cannot be read, a data set cannot be fetched,
     or there is a conversation but no `render`.
@@ -25,7 +25,7 @@ def documents(source: Source, seed: int, render: Render | None = None) -> Iterat
 
 
 def unread_documents(source: Source, seed: int) -> Iterator[Document]:
-    """The same documents: plain texts still in their files, conversations as their messages."""
+    """The same documents, but with plain texts still in their files, and conversations as messages."""
     if source.kind == "file":
         yield from file_documents(Path(source.name), source.column)
     elif source.kind == "hub":

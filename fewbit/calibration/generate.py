@@ -24,9 +24,9 @@ def generate_sequences(
 ) -> Tensor:
     """Sample sequences of exactly the requested length at temperature 1, int64 of `shape` (count, length).
 
-    Each starts with the BOS, or with a random token if there is none. The end of a text does not end a sequence: a new
-    text follows. The result is deterministic on one type of machine, because the random numbers come from a separate
-    generator. Raises FewbitError if logits are NaN or infinite.
+    Each sequence starts with the BOS, or with a random token if there is none. The end of a text does not end a
+    sequence: a new text follows. The result is deterministic on one type of machine, because the random numbers come
+    from a separate generator. Raises FewbitError if logits are NaN or infinite.
     """
     if model is None:
         raise ValueError("the source 'self' needs the model")

@@ -1,7 +1,8 @@
-"""Keys and values of earlier tokens in memory that is taken once.
+"""A cache of keys and values whose memory is allocated only once.
 
-A transformers cache joins old and new keys into a new tensor for every token. Nothing is copied here; and a heap whose
-pieces grow by a token each time cannot use the ones that were freed, and grows to several times of what is held.
+A transformers cache concatenates old and new keys into a new tensor for every token. This copies them, and because each
+tensor is larger than the last, freed memory cannot be used again: the heap grows to several times the size of the
+cache. Here nothing is copied.
 """
 
 from typing import Any
@@ -10,9 +11,10 @@ from torch import Tensor
 
 
 def grow_in_place(cache: Any, length: int) -> None:
-    """Let the layers of a transformers cache hold up to `length` tokens without copying what is there.
+    """Let the layers of a transformers cache store up to `length` tokens without copying earlier ones.
 
-    Layers with or without a sliding window; others (recurrent states), and caches without layers, are left alone.
+    This applies to layers with or without a sliding window. Other layers (recurrent states), and caches without layers,
+    are not changed.
     """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -23,7 +25,7 @@ def grow_in_place(cache: Any, length: int) -> None:
 
 
 class _Growing:
-    """A layer's `update`: new keys and values `(batch, heads, tokens, size)` go behind those that are there."""
+    """A layer's `update`: appends new keys and values `(batch, heads, tokens, size)` to the stored ones."""
 
     def __init__(self, layer: Any, length: int) -> None:
         self._layer, self._seen = layer, layer.keys.shape[-2]
@@ -31,7 +33,7 @@ class _Growing:
         self._keys, self._values = _room(layer.keys, length), _room(layer.values, length)
 
     def __call__(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values that the new tokens see."""
+        """All keys and values to which the new tokens attend."""
         new, seen = keys.shape[-2], self._seen
         self._keys[..., seen : seen + new, :] = keys
         self._values[..., seen : seen + new, :] = values

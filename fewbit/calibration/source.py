@@ -7,10 +7,10 @@ from fewbit.errors import FewbitError
 from fewbit.text.documents import place_of
 
 MADE = ("self", "nonsense", "random-tokens")
-"""Sources that need no outside data."""
+"""Sources that need no external data."""
 
 DOCUMENTS = ("file", "hub", "nonsense")
-"""Kinds of sources whose text comes in documents."""
+"""Kinds of sources whose text consists of documents."""
 
 _LONGEST_COUNT = 16
 

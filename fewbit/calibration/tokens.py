@@ -24,25 +24,25 @@ from fewbit.text.tokens import first_tokens
 
 Progress = Callable[[int, int, str], None]
 
-# Documents are drawn from the head of a source that may have no end (a hub data set that is streamed).
+# Documents are drawn from the beginning of a source, because it may never end (a streamed data set of the hub).
 _HEAD_DOCUMENTS = 20_000
 _HEAD_CHARACTERS = 200_000_000
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token ids `(samples, length)` int64, and what they were made from."""
+    """Token ids `(samples, length)` int64, and the choice from which they were made."""
 
     ids: Tensor
     choice: CalibrationChoice
 
     @property
     def sha256(self) -> str:
-        """Of the ids as little-endian int64 in storage order."""
+        """SHA-256 of the ids as little-endian int64 in storage order."""
         return hashlib.sha256(self.ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """For the report."""
+        """The set's description in the report."""
         return {**asdict(self.choice), "tokens": self.ids.numel(), "tokens_sha256": self.sha256}
 
 
@@ -55,11 +55,11 @@ def make_set(
 ) -> CalibrationSet:
     """Draw the sequences of a calibration set.
 
-    tokenizer: transformers' tokenizer of the model, or None where it has none, which is enough for `random-tokens` and
-    `self`. vocabulary: number of token ids. model: the original, for the source `self`. A BOS begins each sequence
-    where the tokenizer begins texts with one.
-    Raises FewbitError when a source has too few tokens, saying how many there are; when the tokenizer is not the
-    model's; and when its chat template is missing or refuses a conversation.
+    tokenizer: transformers' tokenizer of the model, or None if it has none, which is enough for `random-tokens` and
+    `self`. vocabulary: number of token ids. model: the original, for the source `self`. Each sequence starts with a BOS
+    if the tokenizer begins texts with one.
+    Raises FewbitError if a source has too few tokens, if the tokenizer does not belong to the model, and if the chat
+    template is missing or refuses a conversation.
     """
     sources = parse_sources(choice.sources)
     if not sources:
@@ -74,7 +74,7 @@ def make_set(
         check_ids(torch.tensor([first]), tokenizer, vocabulary, "the model")
     parts: dict[int, Tensor] = {}
     counts = shares(sources, choice.samples)
-    # What the model writes itself takes minutes: last, so that text which cannot be read ends the run before.
+    # The model's own text takes minutes to generate. It comes last, so that unreadable text ends the run earlier.
     for index in sorted((i for i, count in enumerate(counts) if count), key=lambda i: sources[i].kind == "self"):
         source, count, seed = sources[index], counts[index], choice.seed * 1000 + index
         if source.kind == "random-tokens":
@@ -106,10 +106,10 @@ def _begin(ids: Tensor, tokenizer: Any) -> Tensor:
 def _from_documents(
     source: Source, count: int, choice: CalibrationChoice, tokenizer: Any, seed: int, progress: Progress | None
 ) -> Tensor:
-    """Documents in random order, joined by the end-of-text token and cut into sequences; nothing is ever padded.
+    """Documents in random order, joined by the end-of-text token and cut into sequences, without padding.
 
-    Each sequence starts with the BOS if the tokenizer adds one to texts; a BOS that a document or a chat template
-    writes itself is then dropped.
+    Each sequence starts with the BOS if the tokenizer adds one to texts; a BOS at the start of a document or a rendered
+    conversation is then dropped.
     """
     first = bos_id(tokenizer)
     body = choice.sequence_length - (first is not None)
@@ -154,7 +154,7 @@ def _shuffled(documents: Iterator[Document], kind: str, seed: int) -> Iterator[D
         if len(head) >= _HEAD_DOCUMENTS or size >= _HEAD_CHARACTERS:
             break
     if len(head) == 1 and not isinstance(head[0], Chat):
-        # One long text: begin at a random place and go round, so that seeds differ.
+        # A single long text is read from a random position and continued at its start, so that seeds differ.
         only, start = head[0], random.Random(seed).randrange(size)
         if isinstance(only, TextFile):
             return iter([only.part(start, None), only.part(0, start)])
@@ -164,7 +164,7 @@ def _shuffled(documents: Iterator[Document], kind: str, seed: int) -> Iterator[D
 
 
 def _characters(document: Document) -> int:
-    """How many there are; 0 for white space alone."""
+    """Number of characters; 0 for a document of white space only."""
     if isinstance(document, TextFile):
         return document.size
     if isinstance(document, Chat):
@@ -173,7 +173,7 @@ def _characters(document: Document) -> int:
 
 
 def _text(document: Document, chat_template: bool, tokenizer: Any, bos: int | None) -> Iterator[str]:
-    """A document's text in pieces; with a chat template, that of a user's turn which it becomes."""
+    """A document's text in pieces; with `chat_template`, a plain text is rendered as a user's turn."""
     render = partial(render_chat, tokenizer=tokenizer, bos=bos)
     if chat_template and not isinstance(document, Chat):
         turn = {"role": "user", "content": "".join(pieces_of(document, None))}

@@ -34,7 +34,7 @@ def not_a_model(folder: Path) -> str:
 
 
 def left_out(folder: Path) -> str:
-    """The message that an adapter beside a model's weights is left out."""
+    """The message that an adapter in a model's folder is left out."""
     return (
         f"{folder}: the adapter beside the weights ({CONFIG}) is left out: only the weights are quantized; put it on "
         "top of the result with model.load_adapter(FOLDER), or merge the two with PEFT first"

@@ -1,4 +1,4 @@
-"""The cache of fetched and converted models, whose folders appear in one step."""
+"""The cache of fetched and converted models. A folder in it appears only when it is complete."""
 
 import glob
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """`$FEWBIT_CACHE`, else `fewbit` in the user's cache folder."""
+    """`$FEWBIT_CACHE` if it is set, else `fewbit` in the user's cache folder."""
     if named := os.environ.get("FEWBIT_CACHE"):
         return Path(named)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -21,7 +21,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
         return target
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     for left in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
-        # A process that was killed could not remove its own, which may be many gigabytes.
+        # A killed process could not remove its temporary folder, which may be many gigabytes.
         if not _is_running(left.name.rpartition("-")[2]):
             shutil.rmtree(left, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)

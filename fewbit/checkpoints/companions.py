@@ -9,14 +9,14 @@ from fewbit.errors import FewbitError
 from fewbit.printable import printable
 
 TEMPLATES = "additional_chat_templates"
-"""The one sub-folder that transformers reads with a language model."""
+"""The only subfolder that transformers reads with a language model."""
 
 _WEIGHTS = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx"),
     *(".onnx_data", ".npz", ".npy", ".ot", ".tflite", ".mlmodel", ".mlpackage", ".nemo", ".llamafile", ".engine"),
     *(".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
 }
-"""Weights in some form, pickles of anything, and archives that may hold either."""
+"""Weights in some form, pickle files, and archives that may contain either."""
 _CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".ipynb", ".exe", ".bat", ".cu", ".cpp"}
 _OURS = ("fewbit_", ".fewbit")
 _SCRATCH = (".safetensors.json", ".index.json", ".solved", ".states", ".partial")

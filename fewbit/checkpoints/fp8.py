@@ -1,4 +1,4 @@
-"""Reads FP8 weights: 8-bit floats with scales, read as their products.
+"""Read FP8 weights: 8-bit floats with scales, read as the products of the two.
 
 Scales per block (DeepSeek, Qwen), per row (FBGEMM) or per tensor are supported; the shape of the scales shows which. A
 description in config.json or in ModelOpt's hf_quant_config.json must state that the model is FP8.
@@ -23,22 +23,22 @@ _CODES = {
 }
 _SCALES = ("_scale_inv", "_scale")
 _ACTIVATIONS = {"input_scale", "activation_scale", "output_scale", "input_scale_ub", "k_scale", "v_scale", "q_scale"}
-"""Last parts of names of scales that inputs and the KV cache are rounded with; 16-bit weights need none."""
+"""Last parts of names of scales for inputs and the KV cache, which 16-bit weights do not need."""
 _MODELOPT = {"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_PB_REAL"}
 _BLOCK = (128, 128)
-"""Rows and columns that share a scale where a description leaves it out."""
+"""Rows and columns that share a scale if the description does not state them."""
 
 
 @dataclass(frozen=True)
 class Fp8:
-    """A description: the rows and columns of a block, and the dtype in which the model computes."""
+    """A description of FP8 weights: rows and columns of a block, and the dtype in which the model computes."""
 
     block: tuple[int, int]
     dtype: torch.dtype
 
 
 def described_fp8(config: Mapping[str, Any], folder: Path) -> Fp8 | None:
-    """A folder's description of its FP8 weights; None if it has none, or describes anything but FP8."""
+    """A folder's description of its FP8 weights; None if it has none, or describes another quantization."""
     found = [value for _, value in quantization_configs(config)] or [modelopt_config(folder)]
     blocks = {_block_of(value) for value in found}
     if len(blocks) != 1 or None in blocks:
@@ -102,7 +102,7 @@ def _pair(block: Any) -> tuple[int, int] | None:
 
 
 def _compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The 16 or 32-bit dtype that a config names, of the model or of its text part; bfloat16 where it names none."""
+    """The 16 or 32-bit dtype that a config states for the model or its text part; bfloat16 if it states none."""
     places = [config, *(v for k, v in config.items() if k in ("text_config", "llm_config") and isinstance(v, dict))]
     for place in places:
         named = str(place.get("dtype") or place.get("torch_dtype") or "").removeprefix("torch.")
@@ -112,9 +112,9 @@ def _compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def read_as_products(entries: Mapping[str, TensorEntry], described: Fp8, where: Path) -> dict[str, TensorEntry]:
-    """The tensors of a checkpoint with FP8 weights as their products and without the scales.
+    """The tensors of a checkpoint, with FP8 weights as products of codes and scales, and without the scales.
 
-    Raises FewbitError naming a weight that has no scale, or one whose shape fits no way of applying it.
+    Raises FewbitError, with the weight's name, if a weight has no scale, or a scale of a shape that cannot be applied.
     """
     result: dict[str, TensorEntry] = {}
     used: set[str] = set()
@@ -153,11 +153,11 @@ def _scaled(entry: TensorEntry, scale: TensorEntry, described: Fp8, where: Path)
 
 
 def _aligned(scale: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of the scales with as many dimensions as the weight has; None where that is not certain."""
+    """The shape of the scales, extended to the weight's number of dimensions; None if that is not certain."""
     if all(size == 1 for size in scale):
         return (1,) * len(weight)
     if len(scale) == 1:
-        # One a row, or one an expert; with as many rows as experts nothing says which.
+        # One scale per row, or per expert. If there are as many rows as experts, it is not known which.
         fits = scale[0] == weight[0] and (len(weight) == 2 or scale[0] != weight[1])
         return (*scale, *(1,) * (len(weight) - 1)) if fits else None
     if len(scale) > len(weight):
@@ -166,7 +166,7 @@ def _aligned(scale: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]
 
 
 def _blocks(scale: tuple[int, ...], weight: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...] | None:
-    """How many elements of each dimension share a scale."""
+    """How many elements of each dimension share a scale; None if the shapes do not fit together."""
     sizes = (1,) * (len(weight) - 2) + block if len(weight) >= 2 else block[1:]
     found = []
     for count, size, span in zip(scale, weight, sizes, strict=True):

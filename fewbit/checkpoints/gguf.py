@@ -1,4 +1,4 @@
-"""GGUF in: a `.gguf` file becomes a Hugging Face folder of bfloat16 safetensors, by way of transformers."""
+"""Read GGUF: transformers converts a `.gguf` file to a Hugging Face folder with bfloat16 safetensors."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ _ALONE = "model.gguf"
 
 
 def folder_of_gguf(path: Path) -> Path:
-    """The converted folder of a GGUF file, from the cache if this very file was converted before."""
+    """The converted folder of a GGUF file, from the cache if the same file was converted before."""
     stat = path.stat()
     with path.open("rb") as file:
         head = file.read(1 << 20)
@@ -33,7 +33,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise missing_extra(error.name or "transformers", "hf") from error
-    # Alone in a folder: transformers would also read what lies beside it, another model's config or an adapter.
+    # The file is put into a folder of its own, because transformers also reads a config or an adapter beside it.
     with tempfile.TemporaryDirectory(dir=folder.parent) as alone, quiet_transformers():
         _link(path, Path(alone) / _ALONE)
         source: dict[str, Any] = {"gguf_file": _ALONE, "trust_remote_code": False}
@@ -48,7 +48,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
 
 def _link(path: Path, place: Path) -> None:
-    """Another name for a file, without copying its gigabytes where links can be made."""
+    """Give a file another name: by a link if possible, otherwise by copying it."""
     for make in (os.symlink, os.link, shutil.copyfile):
         try:
             make(path.resolve(), place)
@@ -59,7 +59,7 @@ def _link(path: Path, place: Path) -> None:
 
 
 def _dequantized() -> dict[str, Any]:
-    """Newer releases keep GGUF weights packed unless told otherwise; older ones always unpack and know no config."""
+    """Arguments that make newer releases of transformers dequantize GGUF weights; older ones always do."""
     try:
         from transformers import GgufConfig
     except ImportError:

@@ -1,4 +1,4 @@
-"""JSON files that are there in full or not at all."""
+"""JSON files that are either complete or absent."""
 
 import contextlib
 import json
@@ -9,24 +9,24 @@ from fewbit.checkpoints.json_in import parse_json
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON by write-then-rename, indented, ending in a newline."""
+    """Write indented JSON that ends with a newline to a temporary file, then rename the file."""
     partial = path.with_name(path.name + ".partial")
-    # It may be a link to somewhere else, which writing would follow.
+    # It may be a link, which writing would follow.
     drop(partial)
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-    # Names of files need not be UTF-8: what has no encoding stands as JSON's own escape.
+    # File names need not be valid UTF-8; characters that cannot be encoded are written as JSON escapes.
     partial.write_bytes(text.encode("utf-8", "backslashreplace"))
     partial.replace(path)
 
 
 def drop(path: Path) -> None:
-    """Remove a file, or a link and not what it leads to, where there is one."""
+    """Remove a file if it exists; of a link, remove only the link."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
 
 
 def read_json(path: Path) -> Any:
-    """The JSON of a file; None where there is none that is whole."""
+    """The JSON value of a file; None if the file is missing or not valid."""
     try:
         return parse_json(path.read_bytes())
     except (FileNotFoundError, ValueError):

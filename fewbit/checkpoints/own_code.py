@@ -17,8 +17,8 @@ _NEVER = "fewbit never runs code of a model"
 def check_loadable(checkpoint: Checkpoint) -> None:
     """Raises FewbitError for a model that transformers could not load safely.
 
-    That is a model that needs code from its folder or from the hub, or whose codes transformers would take for weights
-    because it does not know the tool that made them.
+    That is a model that needs code from its folder or from the hub, or a model quantized by a tool that transformers
+    does not know, whose codes it would use as weights.
     """
     from transformers import CONFIG_MAPPING
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -69,7 +69,7 @@ def open_tokenizer(folder: Path) -> Any:
 
 
 def _named_code(config: Mapping[str, Any]) -> Any:
-    """Classes of transformers that a config would have replaced by code; in older ones a list of the tokenizer's."""
+    """The transformers classes that a config replaces by code; in older configs, a list means the tokenizer's."""
     named = config.get("auto_map")
     if isinstance(named, list):
         return ("AutoTokenizer",)
@@ -77,7 +77,7 @@ def _named_code(config: Mapping[str, Any]) -> Any:
 
 
 def _kernels(config: Mapping[str, Any]) -> Iterator[str]:
-    """Values of a config, or of its parts, that name code on the hub by its repository."""
+    """Values of a config, or of its parts, that name repositories with code on the hub."""
     for key, value in config.items():
         if key in _KERNELS:
             named = value.values() if isinstance(value, dict) else [value]

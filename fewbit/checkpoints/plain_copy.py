@@ -1,4 +1,4 @@
-"""A 16-bit copy of a checkpoint that is stored as codes and scales, for programs that read its files themselves."""
+"""Write a 16-bit copy of a checkpoint that is stored as codes and scales, for other programs to read."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ _SHARD = 5_000_000_000
 
 
 def folder_to_load(checkpoint: Checkpoint) -> Path:
-    """The folder in which other programs find the weights that fewbit reads: the model's own, or a copy in the cache.
+    """A folder from which other programs can read the same weights as fewbit: the model's own, or a copy in the cache.
 
-    A copy is written once for these exact files, one tensor at a time. Raises FewbitError if the disk has too little
+    The copy is written once for these exact files, one tensor at a time. Raises FewbitError if the disk has too little
     space.
     """
     if not checkpoint.is_products:
@@ -27,7 +27,7 @@ def folder_to_load(checkpoint: Checkpoint) -> Path:
 
 
 def write_plain(checkpoint: Checkpoint, out: Path, shard_size: int = _SHARD) -> None:
-    """Write the tensors of a checkpoint as they are read, its config and its companions into the folder `out`."""
+    """Write the tensors of a checkpoint as fewbit reads them, its config, and its other files into the folder `out`."""
     shards: list[list[TensorEntry]] = [[]]
     for entry in checkpoint.entries.values():
         if shards[-1] and sum(other.bytes for other in shards[-1]) + entry.bytes > shard_size:
@@ -58,7 +58,7 @@ def write_plain(checkpoint: Checkpoint, out: Path, shard_size: int = _SHARD) -> 
 
 
 def _key(checkpoint: Checkpoint) -> str:
-    """Changes with the config, and with any weight file: its size, time of change or place on the disk."""
+    """A key that changes with the config, and with the size, times or inode of any weight file."""
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     for path in checkpoint.files:
         found = path.stat()

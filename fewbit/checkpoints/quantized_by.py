@@ -1,4 +1,4 @@
-"""Which tool a checkpoint was quantized with, from its config, from files beside it, or from its tensors alone."""
+"""Determine the tool that quantized a checkpoint, from its config, other files in its folder, or only its tensors."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ MODELOPT_FILE = "hf_quant_config.json"
 
 @dataclass(frozen=True)
 class Foreign:
-    """Another tool's quantization: its name, what says so, and its name for transformers where that reads it."""
+    """Another tool's quantization: the tool's name, the evidence, and its `quant_method` in transformers, if any."""
 
     tool: str
     sign: str
@@ -52,7 +52,7 @@ _TOOLS = {
     "bitnet": "BitNet",
     "mlx": "MLX",
 }
-"""`quant_method` -> the tool's name, where the two differ or are worth spelling well; others are shown as they are."""
+"""`quant_method` -> the tool's name as it is shown; a method that is not listed is shown unchanged."""
 
 _SIDE_FILES = {
     "quantize_config.json": "GPTQ",
@@ -79,7 +79,7 @@ _ENDINGS = {
     "qscale_weight": "FP8",
     "_weight_qdata": "torchao",
 }
-"""Last part of a tensor's name -> the tool that gives such names to its codes and scales."""
+"""Last part of a tensor's name -> the tool whose codes and scales have such names."""
 
 _PAIRS = (
     ("_blocks", "_scales", "MXFP4"),
@@ -89,11 +89,11 @@ _PAIRS = (
     (".codes", ".scale_codes", "fewbit"),
     (".weight", ".biases", "MLX"),
 )
-"""Endings that say something only where both are there: of codes, of their scales."""
+"""Endings of names of codes and of their scales, which identify a tool only together."""
 
 
 def described_in(config: Mapping[str, Any], folder: Path) -> Foreign | None:
-    """The tool that config.json, or a file beside it, names; None where nothing does."""
+    """The tool that config.json or another file in the folder names, or None."""
     for place, found in quantization_configs(config):
         if found.get("load_in_4bit") or found.get("load_in_8bit"):
             return Foreign("bitsandbytes", f"{place} of config.json", "bitsandbytes")
@@ -107,7 +107,7 @@ def described_in(config: Mapping[str, Any], folder: Path) -> Foreign | None:
 
 
 def quantization_configs(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every object of a config that describes a quantization, with its place; also those of the parts of a model."""
+    """Every object of a config that describes a quantization, with its path; including those of parts of the model."""
     for key in ("quantization_config", "compression_config", "quantization"):
         if isinstance(config.get(key), dict) and config[key]:
             yield key, config[key]
@@ -118,7 +118,7 @@ def quantization_configs(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[
 
 
 def modelopt_config(folder: Path) -> dict[str, Any]:
-    """What ModelOpt's own file says of the quantization; empty where there is none."""
+    """The quantization in ModelOpt's own file; empty if there is none."""
     path = folder / MODELOPT_FILE
     if not path.is_file():
         return {}
@@ -127,7 +127,7 @@ def modelopt_config(folder: Path) -> dict[str, Any]:
 
 
 def seen_in(entries: Mapping[str, TensorEntry], folder: Path) -> Foreign | None:
-    """What tensors give away that no config describes: names of codes and scales, or matrices of 8-bit numbers."""
+    """The tool that the tensors show, if no config describes it: by names of codes and scales, or by 8-bit matrices."""
     side = next((tool for name, tool in _SIDE_FILES.items() if (folder / name).is_file()), None)
     for name in entries:
         tool = _ENDINGS.get(name.rpartition(".")[2])
@@ -145,7 +145,7 @@ def seen_in(entries: Mapping[str, TensorEntry], folder: Path) -> Foreign | None:
 
 
 def _is_codes(dtype: torch.dtype) -> bool:
-    """Whether a matrix of this dtype is no weight by itself."""
+    """Whether a matrix of this dtype contains codes and not weights."""
     return (dtype.itemsize == 1 and dtype != torch.bool) or dtype in _WORDS
 
 

@@ -1,20 +1,20 @@
-"""Reading at a place of an open file, from several threads at once, on every system."""
+"""Read an open file at a position, from several threads at once, on every system."""
 
 import os
 import threading
 from pathlib import Path
 
-# Windows has no positioned reads: a seek and a read, one thread at a time.
+# Windows has no positioned reads, so one thread at a time does a seek and a read.
 _SEEKS = threading.Lock()
 
 
 def open_to_read(path: Path) -> int:
-    """A descriptor of a file's bytes as they are."""
+    """A descriptor for reading a file's bytes without any conversion."""
     return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
 
 def read_at(descriptor: int, view: memoryview, position: int) -> int:
-    """Fill `view`, or its beginning, with what is at `position`; returns how many bytes were read, 0 at the end."""
+    """Read from `position` into `view`, or into its beginning; returns the number of bytes read, 0 at the end."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [view], position)
     with _SEEKS:

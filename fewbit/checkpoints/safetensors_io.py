@@ -1,7 +1,7 @@
-"""Reading and writing safetensors by position: headers checked strictly, data streamed, nothing mapped.
+"""Read and write safetensors files by position, with strict checks of headers and without memory mapping.
 
-The safetensors library maps whole files, which counts them as resident memory, and writes only what it holds in
-memory; a stream needs neither. `tests/checkpoints/test_safetensors_io.py` checks files both ways against the library.
+The safetensors library maps whole files, which then count as resident memory, and writes only tensors that are in
+memory. `tests/checkpoints/test_safetensors_io.py` compares reading and writing with the library.
 """
 
 import json
@@ -35,7 +35,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
     "C64": torch.complex64,
-    # Newer releases of torch have these.
+    # Only newer releases of torch have these.
     **{
         name: getattr(torch, attribute)
         for name, attribute in (
@@ -51,7 +51,7 @@ DTYPES = {
     },
 }
 _PER_ELEMENT = {"F4": 2}
-"""Numbers in one element of torch's dtype, where that is not one: the last dimension is shorter by so much."""
+"""How many numbers one element of torch's dtype contains, if more than one; divides the last dimension."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _COPY_BYTES = 1 << 24
@@ -60,9 +60,9 @@ _AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor and where it lies: bytes `start` to `stop` of `file`.
+    """A tensor and its location: bytes `start` to `stop` of `file`.
 
-    dtype, shape: as it is read. scaled: how it comes from what lies there, where that is codes of another dtype.
+    dtype, shape: of the tensor as it is read. scaled: how it is computed, if codes of another dtype are stored there.
     """
 
     name: str
@@ -75,12 +75,12 @@ class TensorEntry:
 
     @property
     def bytes(self) -> int:
-        """Bytes that it takes as it is read."""
+        """Size in bytes of the tensor as it is read."""
         return self.numel * self.dtype.itemsize
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes that it takes in its file, without its scales."""
+        """Size in bytes in its file, without its scales."""
         return self.stop - self.start
 
     @property
@@ -89,15 +89,15 @@ class TensorEntry:
 
     @property
     def files(self) -> "set[Path]":
-        """The files that it is read from."""
+        """The files from which it is read."""
         return {self.file, *([self.scaled.scale.file] if self.scaled else [])}
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Entries and metadata of a safetensors file.
 
-    Raises FewbitError when the header is cut off, is not JSON, or describes anything but tensors that fill the
-    file without gaps or overlaps.
+    Raises FewbitError if the header is cut off, is not JSON, or does not describe tensors that fill the file without
+    gaps or overlaps.
     """
     size = path.stat().st_size
     try:
@@ -125,7 +125,7 @@ def _entry(path: Path, name: str, value: dict[str, Any], base: int) -> TensorEnt
     if not isinstance(value["dtype"], str) or not isinstance(value["shape"], list):
         raise ValueError(f"tensor {name} has no dtype or no shape")
     if value["dtype"] not in DTYPES:
-        # Not damage: the format grows, and says how many bytes there are without a reader's knowing what they mean.
+        # This is not damage: the format gets new dtypes, and it states the number of bytes even of an unknown one.
         raise FewbitError(
             f"{path}: tensor {name} has the dtype {value['dtype']}, which this PyTorch does not support: if the model "
             "is quantized, give the 16-bit original"
@@ -145,7 +145,7 @@ def _entry(path: Path, name: str, value: dict[str, Any], base: int) -> TensorEnt
 
 
 def _shorter(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in elements of torch's dtype, several numbers to one."""
+    """The shape in elements of torch's dtype, each of which can contain several numbers."""
     count = _PER_ELEMENT.get(dtype, 1)
     if count == 1:
         return shape
@@ -165,7 +165,7 @@ def _check_layout(entries: dict[str, TensorEntry], base: int, size: int) -> None
 
 
 class FileReader:
-    """Reads parts of tensors by position; thread-safe, keeps one descriptor a file, maps nothing."""
+    """Reads parts of tensors by position; thread-safe, with one open descriptor per file and no memory mapping."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
@@ -191,7 +191,7 @@ class FileReader:
             return self._read(entry, entry.dtype, first, count)
         data = torch.empty(count, dtype=entry.dtype)
         columns = max(1, entry.shape[-1])
-        # Some at a time: the products are float32 and as many as the codes.
+        # Computed in pieces, because the products take four bytes each.
         step = columns * max(1, _AT_ONCE // columns)
         for start in range(first // columns * columns, first + count, step):
             piece = self._products(entry, start // columns, min(step, entry.numel - start) // columns)
@@ -200,7 +200,7 @@ class FileReader:
         return data
 
     def _products(self, entry: TensorEntry, row: int, rows: int) -> Tensor:
-        """Whole rows, since a row's scales are found by its number; flat."""
+        """Products of codes and scales for whole rows, flat; the row number selects the scales."""
         assert entry.scaled is not None
         columns = entry.shape[-1]
         codes = self._read(entry, entry.scaled.dtype, row * columns, rows * columns).view(rows, columns)
@@ -227,10 +227,10 @@ class FileReader:
 
 
 class ShardWriter:
-    """Writes one safetensors file as tensors arrive, and renames it to its final name when it is complete.
+    """Writes one safetensors file tensor by tensor, and renames it to its final name when it is complete.
 
-    The header comes first in the file but is known last, so room for it is reserved and padded with spaces, which the
-    format allows. Tensors that would break the alignment of later ones are written at the end.
+    The header is at the start of the file but is known only at the end. So space is reserved for it and padded with
+    space characters, which the format allows. Tensors that would break the alignment of later ones are written last.
     """
 
     def __init__(self, path: Path, header_room: int, metadata: dict[str, str] | None = None) -> None:
@@ -243,14 +243,14 @@ class ShardWriter:
         self._file.seek(8 + self._room)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor (any device)."""
+        """Write a tensor from any device."""
         if tensor.numel() * tensor.element_size() % 8:
             self._late.append((name, tensor))
         else:
             self._write(name, tensor)
 
     def copy(self, entry: TensorEntry, reader: FileReader) -> None:
-        """Write a tensor as it stands in another file, a piece at a time."""
+        """Copy a tensor from another file, piece by piece."""
         if entry.bytes % 8:
             self._late.append((entry.name, reader.tensor(entry)))
             return
@@ -261,7 +261,7 @@ class ShardWriter:
             self._file.write(_bytes_of(piece))
 
     def close(self) -> None:
-        """Finish the file: late tensors, header, name."""
+        """Write the remaining tensors and the header, and rename the file."""
         for name, tensor in sorted(self._late, key=lambda item: (-item[1].element_size(), item[0])):
             self._write(name, tensor)
         text = json.dumps(self._header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -273,7 +273,7 @@ class ShardWriter:
         self._partial.rename(self._path)
 
     def abandon(self) -> None:
-        """Drop an unfinished file."""
+        """Remove the unfinished file."""
         self._file.close()
         self._partial.unlink(missing_ok=True)
 
@@ -284,7 +284,7 @@ class ShardWriter:
 
     def _describe(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], size: int) -> None:
         if name in self._header:
-            # A kept tensor may have the name that a part of a packed weight gets.
+            # A kept tensor may have the same name as a part of a packed weight.
             raise FewbitError(f"{self._path}: two tensors would have the name {name}: rename one in the model")
         offsets = [self._offset, self._offset + size]
         stored = _NAMES[dtype]
@@ -295,10 +295,10 @@ class ShardWriter:
 
 
 def header_room(names: list[str]) -> int:
-    """Bytes that certainly hold the header of a file with these tensors."""
+    """A number of bytes that is certainly enough for the header of a file with these tensors."""
     return 256 + sum(200 + len(json.dumps(name, ensure_ascii=False).encode()) for name in names)
 
 
 def _bytes_of(flat: Tensor) -> memoryview:
-    """The bytes of a 1-D tensor on the CPU, shared with it."""
+    """The bytes of a 1-D CPU tensor, in shared memory."""
     return memoryview(flat.view(torch.uint8).numpy().data)

@@ -1,4 +1,4 @@
-"""Codes times scales: a tensor that is stored as numbers of few bits, with one scale for a block of them."""
+"""Tensors that are stored as low-bit codes with one scale per block, and read as the products of the two."""
 
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -13,7 +13,7 @@ Entry = TypeVar("Entry")
 class Scaled(Generic[Entry]):
     """How a tensor is read from codes.
 
-    dtype: of the codes. scale: where the scales lie. shape: of the scales, with one dimension for each of the tensor's.
+    dtype: of the codes. scale: location of the scales. shape: of the scales, with as many dimensions as the tensor.
     block: how many elements of each dimension share a scale.
     """
 
@@ -26,8 +26,8 @@ class Scaled(Generic[Entry]):
 def product(codes: Tensor, scale: Tensor, scaled: Scaled[Any], shape: tuple[int, ...], first: int) -> Tensor:
     """Some rows of a tensor: codes times their scales, float32.
 
-    codes: `(rows, columns)`, from row `first` on of the tensor of `shape`, all but its last dimension seen as one.
-    scale: of any shape, with the elements of `scaled.shape`.
+    codes: `(rows, columns)`, starting at row `first` of the tensor of `shape`, flattened except for its last dimension.
+    scale: of any shape with as many elements as `scaled.shape`.
     """
     rows = torch.arange(first, first + codes.shape[0])
     places: list[Tensor] = []

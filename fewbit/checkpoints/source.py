@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a list of tensors: which file holds each, checked before any work starts."""
+"""A Hugging Face folder as a list of tensors with their files, checked before any work starts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "open_checkpoint", "refuse
 class Checkpoint:
     """A model on disk: its folder, its config, and every tensor in storage order.
 
-    config: as it describes `entries`: where codes in FP8 are read as their products, without what described them.
-    companions, left: the files that go wherever the weights go, and the names of those that stay behind.
-    foreign: what another tool made of it, where that cannot be read.
+    config: as it describes `entries`; if FP8 codes are read as products, without the description of the codes.
+    companions, left: the files that are copied together with the weights, and the names of those that are not.
+    foreign: another tool's quantization that cannot be read, or None.
     """
 
     folder: Path
@@ -41,12 +41,12 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all weights files."""
+        """Bytes of all weight files."""
         return sum(path.stat().st_size for path in self.files)
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The `quantization_config` of a folder that is already quantized; the tool's name where it has none."""
+        """The `quantization_config` of a quantized folder, or the tool's name if it has none; None if not quantized."""
         found: dict[str, Any] | None = self.config.get("quantization_config")
         return found or ({"quant_method": self.foreign.tool} if self.foreign is not None else None)
 
@@ -57,12 +57,12 @@ class Checkpoint:
 
     @property
     def is_products(self) -> bool:
-        """Whether weights are read as products of codes and scales: not what other programs find in these files."""
+        """Whether weights are read as products of codes and scales, so that other programs read different values."""
         return any(entry.scaled is not None for entry in self.entries.values())
 
     @property
     def has_scaled_channels(self) -> bool:
-        """Whether scales were folded into the weights before they were rounded: none is its original's, rounded."""
+        """Whether scales were folded into the weights before rounding: they are then not rounded original weights."""
         recipe = (self.quantization or {}).get("recipe") or {}
         return any(recipe.get(key) in ("awq", "smoothquant") for key in ("transform", "channel_scales"))
 
@@ -118,7 +118,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 def _understood(
     folder: Path, config: dict[str, Any], entries: dict[str, TensorEntry]
 ) -> tuple[dict[str, Any], dict[str, TensorEntry], Foreign | None]:
-    """Config and tensors as 16-bit ones where they can be read so, and otherwise what they are."""
+    """Config and tensors as a 16-bit model if they can be read as one; otherwise unchanged, with the tool's name."""
     if _is_native(config):
         return config, _without_guards(config, entries), None
     described = described_in(config, folder)
@@ -133,7 +133,7 @@ def _understood(
 
 
 def _without_guards(config: dict[str, Any], entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The tensors of a native folder without those that only stand in the way of loaders that do not know it."""
+    """The tensors of a native folder without the guards, which only stop loaders that do not know the format."""
     weights = config["quantization_config"].get("weights")
     packed = weights if isinstance(weights, dict) else {}
     return {
@@ -144,7 +144,7 @@ def _without_guards(config: dict[str, Any], entries: dict[str, TensorEntry]) -> 
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config, and those of its parts, without what describes a quantization."""
+    """A config, including those of its parts, without descriptions of a quantization."""
     drop = ("quantization_config", "compression_config", "quantization")
     return {
         key: _without_quantization(value) if key.endswith("_config") and isinstance(value, dict) else value
@@ -163,7 +163,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("quantization_config", {}), dict | None):
         raise FewbitError(f"{path}: its quantization_config is not an object")
     if "configuration_files" in config:
-        # transformers then reads another file in place of this one, which one depends on its version.
+        # transformers then reads another file instead of this one; which one depends on its version.
         raise FewbitError(
             f"{path}: its configuration_files lists other configs that transformers may load: remove that key"
         )

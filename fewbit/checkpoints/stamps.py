@@ -1,4 +1,4 @@
-"""Detects changed files without reading them, and describes the differences between two jobs."""
+"""Detect changed files without reading them, and describe the differences between two jobs."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -12,8 +12,8 @@ _STAMP = ("bytes", "modified_ns", "changed_ns", "inode")
 def file_stamp(path: Path) -> dict[str, int]:
     """Size, times and inode of a file.
 
-    A file that is written again has another change time even where its size and its modification time are put back,
-    and one that is put in its place has another inode. Where a system has neither, size and modification time remain.
+    A file that is written again has a new change time, even if its size and modification time are restored, and a file
+    that replaces it has another inode. On systems with neither, only size and modification time are compared.
     """
     status = path.stat()
     values = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
@@ -21,12 +21,12 @@ def file_stamp(path: Path) -> dict[str, int]:
 
 
 def file_stamps(paths: Iterable[Path]) -> dict[str, dict[str, int]]:
-    """File name -> stamp of every file of one folder."""
+    """File name -> stamp of files that are all in one folder."""
     return {path.name: file_stamp(path) for path in sorted(set(paths))}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two jobs, for a message."""
+    """The differences between two jobs, as text for a message."""
     before, now = dict(_leaves(before)), dict(_leaves(now))
     keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     said = [_said(key, before.get(key), now.get(key)) for key in keys[:_SAID]]
@@ -53,7 +53,7 @@ def _is_stamp(value: Any) -> bool:
 
 
 def _leaves(data: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by their path, as in ``choice.lr``; the stamp of a file is one value."""
+    """Values with their path, such as ``choice.lr``; the stamp of a file counts as one value."""
     for key, value in data.items():
         if isinstance(value, dict) and not _is_stamp(value):
             yield from _leaves(value, f"{above}{key}.")

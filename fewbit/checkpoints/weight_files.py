@@ -1,4 +1,4 @@
-"""Which files of a folder are the model's weights: those that transformers loads, or none."""
+"""Find the files of a folder with the model's weights: exactly those that transformers loads."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from fewbit.printable import printable
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 NAMED_IN_CONFIG = "transformers_weights"
-"""The key of config.json that makes transformers load another file than these two."""
+"""The key of config.json that makes transformers load a file with another name than these two."""
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"^(?P<set>.*)-\d{5}-of-(?P<count>\d{5})\.safetensors$")
@@ -20,7 +20,7 @@ _SHARD = re.compile(r"^(?P<set>.*)-\d{5}-of-(?P<count>\d{5})\.safetensors$")
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files to read, each with the tensors that the index places there (None: no index), and that index."""
+    """The files to read, each with the tensors that the index lists for it (None: no index), and the index."""
 
     files: dict[Path, set[str] | None]
     index: Path | None = None
@@ -99,7 +99,7 @@ def _read_index(folder: Path, index: Path) -> WeightFiles:
 
 
 def _check_siblings(folder: Path, index: Path, named: set[str]) -> None:
-    """FewbitError for a shard that is numbered as one of the set but left out by the index."""
+    """Raise FewbitError if a shard with a name of the same set is not in the index."""
     sets = {(found["set"], found["count"]) for name in named if (found := _SHARD.match(name))}
     for path in sorted(folder.iterdir()):
         found = _SHARD.match(path.name)
@@ -110,7 +110,7 @@ def _check_siblings(folder: Path, index: Path, named: set[str]) -> None:
 
 
 def _under_another_name(folder: Path) -> WeightFiles:
-    """A lone file with a name of its own: transformers finds no weights there, so it finds no others either."""
+    """A single file with another name. transformers finds no weights in this folder, so it loads no others either."""
     found = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" and not p.name.startswith("adapter_"))
     pickled = [name for name in _PICKLES if (folder / name).is_file()]
     if pickled and found:

@@ -14,15 +14,15 @@ from fewbit.errors import DISK_FULL, WorkKeptError
 
 
 def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file by write-then-rename. Raises OSError when the disk is full, as plain writes do."""
-    # Several processes may write the same file, each its own copy.
+    """Write a safetensors file under a temporary name, then rename it. Raises OSError if the disk is full."""
+    # Several processes may write the same file; each writes its own copy.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     drop(partial)
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     except SafetensorError as error:
         drop(partial)
-        # The library wraps the system's error and keeps only its text.
+        # The library raises its own error, which contains only the text of the system's error.
         for number in DISK_FULL:
             if f"os error {number}" in str(error):
                 raise OSError(number, "the disk is full", str(path)) from error
@@ -31,14 +31,14 @@ def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, st
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Give an open file `size` bytes of disk. Raises OSError when there are none."""
+    """Reserve `size` bytes on the disk for an open file. Raises OSError if there is too little space."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
 
 
 @contextmanager
 def said_when_full(advice: str) -> Iterator[None]:
-    """Turns a full disk, met inside, into a WorkKeptError with the place and `advice`."""
+    """While inside, the error for a full disk is raised as a WorkKeptError with the path and `advice`."""
     try:
         yield
     except OSError as error:

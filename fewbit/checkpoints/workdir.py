@@ -1,8 +1,8 @@
 """An output folder that appears only when it is complete, and runs that resume after a kill.
 
-Work happens in a sibling folder, `.NAME.fewbit-partial`, which contains the job of the run and every finished shard. At
-the end everything that belongs to the output, and nothing else, is collected in a subfolder, and renaming that is the
-last step. Anything at either place that does not belong to the run is not touched, and the run is refused.
+A run works in a sibling folder, `.NAME.fewbit-partial`, which contains the job of the run and every finished shard. At
+the end, the files of the output, and nothing else, are collected in a subfolder; the last step renames this subfolder.
+If either place contains anything that does not belong to the run, it is not touched, and the run is refused.
 """
 
 import json
@@ -33,11 +33,11 @@ _FAILED = ".fewbit-failed.json"
 _PUBLISHING = ".fewbit-publishing.json"
 _OUTPUT = "output"
 SOLVED = ".solved"
-"""Ending of what is kept only until the work is whole."""
+"""Ending of files that are kept only until the output is complete."""
 SPILLED = ".states"
-"""Ending of files that have no name for longer than it takes to map them, unless the process was killed just then."""
+"""Ending of files that are deleted as soon as they are mapped; one remains only if the process is killed in between."""
 TOKENS = "tokens"
-"""Name of what is kept of the calibration text: its SHA-256, which by itself is no work."""
+"""Name of the file with the SHA-256 of the calibration tokens; by itself, it does not count as work to resume."""
 _OWN = (_JOB, _FAILED, _PUBLISHING)
 _ENDINGS = (SOLVED, SPILLED, ".partial", ".safetensors", ".safetensors.json")
 
@@ -124,7 +124,7 @@ class WorkFolder:
 
     @staticmethod
     def place(out: Path) -> Path:
-        """Where the work on `out` happens."""
+        """The work folder of `out`."""
         return out.absolute().with_name(f".{out.name}.fewbit-partial")
 
     def release(self) -> None:
@@ -150,7 +150,7 @@ class WorkFolder:
             elif self._failed_before if found == self._begun_with else not _goes_on(error):
                 write_json(self.path / _FAILED, {"error": f"{type(error).__name__}: {error}"[:500]})
         except (OSError, FewbitError):
-            # The error that ended the run is the one to tell of.
+            # The error that ended the run is the one to report.
             pass
         finally:
             self.release()
@@ -166,8 +166,9 @@ class WorkFolder:
         self._remove()
 
     def _refuse_foreign(self, begun: bool = True) -> None:
-        """Raises FewbitError if the folder contains files that no run wrote; not `begun`: anything but the start of a
-        job.
+        """Raise FewbitError if the folder contains files that no run wrote.
+
+        If no job has `begun`, only the temporary file of a job is allowed.
         """
         for path in self.path.iterdir():
             name = path.name
@@ -182,10 +183,10 @@ class WorkFolder:
                 )
 
     def _empty(self) -> None:
-        """Remove everything but the job.
+        """Remove everything except the job.
 
-        What says that the output was renamed goes last where it was, and first where it was not: killed on the way,
-        it is never wrong.
+        The file that states that the output was renamed is removed last if that is true, and first if it is not. So it
+        is never wrong, even if the process is killed in between.
         """
         published = not (self.path / _OUTPUT).exists()
         for path in sorted(self.path.iterdir(), key=lambda path: (path.name == _PUBLISHING) == published):
@@ -202,25 +203,25 @@ class WorkFolder:
         self.release()
 
     def shard(self, name: str) -> Path:
-        """The path for a file of weights. It is kept when a run is resumed, and published."""
+        """The path for a weight file. It is kept when a run is resumed, and it is published."""
         self._shards[name] = None
         return self.path / name
 
     def file(self, name: str) -> Path:
-        """The path for any other file of the output. Only paths from this and the function above are published."""
+        """The path for any other file of the output. Only paths from :meth:`shard` and this method are published."""
         self._files[name] = None
         path = self.path / _OUTPUT / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def written(self, shard: str) -> Path:
-        """The path of a shard. A run that was killed while it published may have moved some."""
+        """The path of a shard. A run that was killed while publishing may have moved it."""
         moved = self.path / _OUTPUT / shard
         return moved if moved.is_file() and not (self.path / shard).is_file() else self.path / shard
 
     @property
     def shard_bytes(self) -> int:
-        """Bytes of the shards that this run has written or found."""
+        """Total bytes of the shards that this run has written or found."""
         return sum(self.written(name).stat().st_size for name in self._shards)
 
     def finished(self, shard: str) -> list[dict[str, Any]] | None:
@@ -232,14 +233,14 @@ class WorkFolder:
         return record["tensors"]
 
     def finish(self, shard: str, tensors: list[dict[str, Any]]) -> None:
-        """Note that a shard is written."""
+        """Record that a shard has been written."""
         write_json(self.path / f"{shard}.json", {"bytes": self.written(shard).stat().st_size, "tensors": tensors})
 
     def publish(self) -> None:
         """Rename the work to its final name, and replace what was allowed to be replaced.
 
-        If it is killed at any point, either output is complete under `out`, or all of the new work is kept for the next
-        run. Raises WorkKeptError if something else has that name.
+        If the process is killed at any point, either an output is complete at `out`, or all of the new work is kept for
+        the next run. Raises WorkKeptError if something else has that name.
         """
         refuse_meanwhile(self.out, self._replaces)
         self._gather()
@@ -252,7 +253,7 @@ class WorkFolder:
                 old.rename(self.out)
             refuse_meanwhile(self.out, self._replaces)
             raise
-        # In this order: as long as the work folder is there, the rest of this is done by the next run.
+        # In this order, because as long as the work folder exists, the next run does the remaining steps.
         _remove_old(self.out)
         self._remove()
 
@@ -280,7 +281,7 @@ class WorkFolder:
         old = self.out.with_name(f"{_old(self.out)}{os.getpid()}")
         self.out.rename(old)
         try:
-            # Between the last look and the renaming, the name may have come to mean another folder.
+            # Between the last check and the renaming, another folder may have been put at this path.
             refuse_meanwhile(self.out, self._replaces, moved=old)
         except WorkKeptError:
             old.rename(self.out)
@@ -303,7 +304,7 @@ def _work_in(path: Path) -> set[str]:
 
 
 def _text(job: dict[str, Any] | None) -> str:
-    """A job as text, in which a NaN of a config is equal to itself."""
+    """A job as text, so that NaN in a config is equal to NaN."""
     return json.dumps(job, sort_keys=True)
 
 
@@ -321,7 +322,7 @@ def _old(out: Path) -> str:
 
 
 def _remove_old(out: Path) -> None:
-    """Remove outputs that were replaced, those of killed runs too."""
+    """Remove outputs that were replaced, including those of killed runs."""
     for path in list(out.parent.iterdir()):
         if path.name.startswith(_old(out)) and path.name.removeprefix(_old(out)).isdecimal() and made_by_fewbit(path):
             remove_made(path)
@@ -339,7 +340,7 @@ def lock_folder(folder: Path, out: Path) -> int | None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The process that had it may have removed the folder just now.
+        # The process that had the lock may have removed the folder in the meantime.
         if os.fstat(descriptor).st_ino == folder.stat().st_ino:
             return descriptor
         raise BlockingIOError
@@ -349,7 +350,7 @@ def lock_folder(folder: Path, out: Path) -> int | None:
             f"{out}: another run is writing to it: wait until that run ends, or choose another name"
         ) from error
     except OSError:
-        # Some network file systems know no locks.
+        # Some network file systems do not support locks.
         return descriptor
 
 
@@ -358,7 +359,7 @@ def copy_companions(companions: tuple[Companion, ...], work: WorkFolder) -> None
     for companion in companions:
         target = work.file(companion.name)
         target.parent.mkdir(exist_ok=True)
-        # It may be a link, which copying would follow.
+        # The target may be a link, which copying would follow.
         drop(target)
         shutil.copyfile(companion.path, target)
 

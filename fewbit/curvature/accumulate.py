@@ -1,12 +1,12 @@
-"""Sums that a curvature is made of, from what the watched layers see. All sums are float32, `(in, in)`.
+"""Accumulate curvatures from the inputs and output gradients of watched layers. All sums are float32, `(in, in)`.
 
-gram: ``sum_t x_t x_t^T``, the Hessian of a layer's squared output error (up to its factor 2).
-fisher, a whole sequence: ``sum_i G_i^T G_i`` with ``G_i = sum_t delta_t x_t^T`` the gradient of one sequence's loss
-(OAC, arXiv 2405.15025): what an error costs at the model's output.
-fisher, tokens: ``sum_t |delta_t|^2 x_t x_t^T``, the same without the terms between tokens, which are noise around 0
-where the contributions of different tokens are independent.
-fisher with a share s of the Gram: ``F + rho G`` with ``rho = s / (1 - s) tr(F) / tr(G)``, summed as one matrix: what a
-call adds is weighed by the rho of all calls up to it.
+gram: ``sum_t x_t x_t^T``, the Hessian of a layer's squared output error, without its factor 2.
+fisher with sequence terms: ``sum_i G_i^T G_i``, where ``G_i = sum_t delta_t x_t^T`` is the gradient of the loss of one
+sequence (OAC, arXiv 2405.15025): the cost of an error at the model's output.
+fisher with token terms: ``sum_t |delta_t|^2 x_t x_t^T``, the same without the terms between tokens. If the
+contributions of different tokens are independent, those terms are noise with mean 0.
+fisher with a share s of the Gram: ``F + rho G`` with ``rho = s / (1 - s) tr(F) / tr(G)``, accumulated as one matrix.
+Each call is weighted with the rho of all calls up to and including it.
 """
 
 from dataclasses import dataclass, field
@@ -23,15 +23,15 @@ _ADVICE = "run the model in float32 or bfloat16"
 
 @dataclass
 class Accumulator:
-    """Sums by layer, to be read through :meth:`curvature`.
+    """Sums by layer; read them with :meth:`curvature`.
 
-    Only Gram sums are made in parts (:meth:`another`, :meth:`add`): a Fisher's sequences come one after another.
+    Only Gram sums are computed in parts (:meth:`another`, :meth:`add`): a Fisher processes its sequences one by one.
 
-    shared: layers that see the very same inputs -> the one whose Gram they use.
-    tokens: how many each layer saw; for fisher those whose gradient is not 0 (that of a sequence's last token is).
-    live: for fisher, the columns that were active at any token but a sequence's last.
-    length: for fisher, tokens of a sequence; a call with another number of rows (an expert's, whose tokens come in any
-    order) has the columns judged that were active at tokens with a gradient.
+    shared: layer -> the layer with the same inputs whose Gram it uses.
+    tokens: number of tokens by layer; for fisher, only those whose gradient is not 0 (it is 0 for the last token of a
+    sequence). live: for fisher, mask of the columns that were not 0 for at least one token, other than the last of a
+    sequence. length: for fisher, tokens per sequence. For a call with another number of rows (an expert, whose tokens
+    come in any order), `live` counts the tokens with a gradient instead.
     """
 
     choice: CurvatureChoice
@@ -44,7 +44,7 @@ class Accumulator:
     _last: tuple[str, Tensor] | None = None
 
     def observe(self, key: str, x: Tensor, gradient: Tensor | None) -> None:
-        """Add one call of a layer: inputs `(tokens, in)` and, for fisher, output gradients `(tokens, out)`."""
+        """Add one call of a layer: its inputs `(tokens, in)` and, for fisher, its output gradients `(tokens, out)`."""
         if gradient is not None:
             self._observe_fisher(key, x, gradient)
             return
@@ -62,7 +62,7 @@ class Accumulator:
         felt = norms > 0
         count = int(felt.sum())
         self.tokens[key] = self.tokens.get(key, 0) + count
-        # As a product, since a comparison of every input takes as long as the curvature itself.
+        # As a matrix product, because comparing every input takes as long as computing the curvature.
         judged = felt
         if x.shape[0] == self.length:
             judged = torch.ones_like(felt)
@@ -87,7 +87,7 @@ class Accumulator:
             self._add(key, x * norms, precision)
 
     def _rho(self, key: str, fisher: Tensor, gram: Tensor) -> Tensor:
-        """What the Gram is weighed by, when a call adds these to the traces of the two."""
+        """The weight rho of the Gram, after adding the traces of one call to those of the calls before."""
         if key in self._traces:
             fisher, gram = self._traces[key][0] + fisher, self._traces[key][1] + gram
         self._traces[key] = fisher, gram
@@ -95,18 +95,18 @@ class Accumulator:
         return share / (1 - share) * fisher / gram.clamp(min=1e-30)
 
     def _tempered(self, x: Tensor) -> Tensor:
-        """Inputs divided by a power of their own length."""
+        """Inputs `(tokens, in)`, each token's divided by a power of its norm."""
         if not self.choice.tempering:
             return x
         x = x.to(torch.float32)
         return x / x.norm(dim=1, keepdim=True).clamp(min=1e-20).pow(self.choice.tempering)
 
     def another(self) -> "Accumulator":
-        """An empty one for the same curvature, for a part of the sequences."""
+        """An empty accumulator for the same curvature, to be used for a part of the sequences."""
         return Accumulator(self.choice)
 
     def add(self, other: "Accumulator") -> None:
-        """Take in the sums of another part of the sequences."""
+        """Add the sums of another part of the sequences."""
         self.shared.update(other.shared)
         for key, found in other.sums.items():
             self.sums[key] = self.sums[key] + found if key in self.sums else found
@@ -116,9 +116,9 @@ class Accumulator:
             self.live[key] = self.live[key] | live if key in self.live else live
 
     def curvature(self, key: str) -> Tensor | None:
-        """The whole sum of a layer, or None when it never ran (an expert that saw no token).
+        """The complete curvature of a layer, or None if it never ran (an expert that no token reached).
 
-        Raises FewbitError for an input Gram that is not finite: then the layer's inputs were not.
+        Raises FewbitError if an input Gram is not finite, because the layer's inputs were not.
         """
         matrix = self.sums.get(self.shared.get(key, key))
         if matrix is not None and self.choice.kind == "gram":
@@ -130,18 +130,19 @@ class Accumulator:
                 )
         half = 0 if matrix is None or matrix.dim() == 1 else _half(matrix.shape[0])
         if matrix is not None and half:
-            # The sums may be tensors of inference mode, which change only inside it.
+            # The sums may be inference tensors, which can be changed in place only in inference mode.
             with torch.inference_mode():
                 matrix[half:, :half] = matrix[:half, half:].t()
         return matrix
 
     def check_gradients(self) -> None:
-        """FewbitError when gradients underflowed: all of a layer's, or those of a column that was active.
+        """Raise FewbitError if gradients underflowed: all of a layer's, or those of a column that was active.
 
-        With a share of the Gram such a column is judged by its inputs, and only the loss of all gradients is found.
+        With a share of the Gram, the diagonal is not 0 in an active column, so only the loss of all gradients is found.
         """
         for key, live in self.live.items():
-            # In sequences of two tokens the one with a target attends to itself alone, whatever its query and key are.
+            # In a sequence of two tokens, only the first has a target. It attends only to itself, so the gradients of
+            # its query and key are 0.
             if not self.tokens[key] and self.length != 2 and bool(live.any()):
                 raise FewbitError(f"{key}: its gradients are all 0 although it had inputs: {_ADVICE}")
             matrix = self.sums.get(key)
@@ -171,13 +172,14 @@ class Accumulator:
 
 
 def _squares(x: Tensor) -> Tensor:
-    """Squared lengths of the rows, float32."""
+    """Squared norms of the rows, float32."""
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
 
 
 def _half(columns: int) -> int:
-    """Where a symmetric sum is cut: its lower left quarter mirrors the upper right one and is left out while summing.
+    """The column at which a symmetric sum is split into quarters.
 
-    0 where the three smaller products are not faster than the whole one.
+    The lower left quarter is the transpose of the upper right one, so it is not accumulated. 0 if the products of the
+    other quarters are not faster than one whole product.
     """
     return columns // 128 * 64 if columns >= 1024 else 0

@@ -8,7 +8,7 @@ KINDS = ("gram", "fisher")
 TERMS = ("sequence", "token")
 LABELS = ("data", "sampled")
 BEST_GRAM_SHARE = 0.5
-"""What wins at 2 bits (`benchmarks/calibrated_choices.py`, docs/experiments.md)."""
+"""The best share at 2 bits (`benchmarks/calibrated_choices.py`, docs/experiments.md)."""
 
 
 @dataclass(frozen=True)

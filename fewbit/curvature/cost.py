@@ -1,4 +1,4 @@
-"""What an error in a weight costs under a curvature."""
+"""The cost of an error in a weight under a curvature."""
 
 import torch
 from torch import Tensor

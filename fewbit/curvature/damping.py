@@ -1,8 +1,8 @@
-"""From a curvature matrix to the factor that the column solver runs on, with a ladder of dampings.
+"""Compute the factor of a curvature matrix that the column solver needs, with increasing damping if necessary.
 
-The solver needs U, upper triangular, with ``H^-1 = U^T U`` (OPTQ, arXiv 2210.17323, section 3.3). With P the reversal
-of the columns and ``P H P = L L^T``, U is the inverse of ``P L P``: one Cholesky factorisation and one triangular
-inverse, and H itself is never inverted.
+The solver needs U, upper triangular, with ``H^-1 = U^T U`` (OPTQ, arXiv 2210.17323, section 3.3). If P reverses the
+order of the columns and ``P H P = L L^T``, U is the inverse of ``P L P``. This takes one Cholesky factorisation and one
+triangular inverse; H itself is never inverted.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,10 @@ _FLOAT64_UP_TO = 4096
 
 @dataclass(frozen=True)
 class Factor:
-    """upper: U, float32 `(in, in)`. damping: the relative one that worked. step: its place on the ladder, from 0."""
+    """The factor of a damped curvature.
+
+    upper: U, float32 `(in, in)`. damping: the relative damping that was used. step: how often it was raised.
+    """
 
     upper: Tensor
     damping: float
@@ -26,9 +29,9 @@ class Factor:
 def prepare(curvature: Tensor) -> tuple[Tensor, Tensor]:
     """Scale a curvature `(in, in)` to a mean diagonal of 1 over its live columns; returns it and the mask of dead ones.
 
-    A column is dead when its diagonal is 0: its input was never active. It gets a diagonal of 1 and no ties to
-    others, so that the solver rounds it plainly. The scale of a curvature means nothing to the solver, but float32
-    sums of gradients can be so small that their products underflow.
+    A column is dead if its diagonal is 0: its input was always 0. It gets a diagonal of 1 and is 0 elsewhere, so that
+    the solver rounds it without compensation. The scale of a curvature does not affect the solver, but float32 sums of
+    gradients can be so small that their products underflow.
     """
     matrix = curvature.to(torch.float64)
     diagonal = matrix.diagonal()
@@ -42,9 +45,9 @@ def prepare(curvature: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factor(prepared: Tensor, damping: float) -> Factor | None:
-    """U of a curvature from :func:`prepare` (in the solver's column order), or None when no step of the ladder works.
+    """U of a curvature from :func:`prepare` (in the solver's column order), or None if no damping gives a factor.
 
-    `damping` is relative to the mean diagonal; a failed factorisation tries 10 and 100 times as much.
+    `damping` is relative to the mean diagonal. If the factorisation fails, 10 and 100 times as much are tried.
     """
     size = prepared.shape[0]
     dtype = torch.float64 if size <= _FLOAT64_UP_TO else torch.float32

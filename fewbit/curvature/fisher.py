@@ -1,4 +1,4 @@
-"""Output Fisher: run sequences forward and back, one gradient a sequence, with checkpointed blocks."""
+"""Output Fisher: forward and backward passes, one gradient per sequence, with activation checkpointing of blocks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,18 +26,18 @@ def measure_fisher(
     step: Step | None = None,
     recompute: bool = True,
 ) -> tuple[Accumulator, float]:
-    """Fisher sums of `layers` over the sequences `ids` `(samples, length)`; also the mean loss in nats a token.
+    """Fisher sums of `layers` over the sequences `ids` `(samples, length)`, and the mean loss in nats per token.
 
-    blocks: the decoder blocks, the first of them the first that holds a layer; whatever comes before takes no part in
-    the backward pass. recompute: blocks keep only their inputs and are run again on the way back, so that memory does
-    not grow with depth times length. The loss is summed over a sequence, so that 16-bit gradients do not underflow.
-    step(done, total) is called after every sequence.
+    blocks: the decoder blocks from the first that contains one of the layers; the backward pass ends there. recompute:
+    blocks keep only their inputs and are run again in the backward pass, so that memory does not grow with depth times
+    length. The loss is summed over a sequence, so that 16-bit gradients do not underflow. step(done, total) is called
+    after every sequence.
     """
     accumulator = Accumulator(choice, length=ids.shape[1])
     generator = torch.Generator().manual_seed(0)
     total, tokens = 0.0, 0
     seen = watching(layers, accumulator.observe, backward=True)
-    # The blocks before the first of `blocks` attend as they do when they are among them.
+    # The model is included, so that blocks before the first of `blocks` use the same attention.
     with _frozen(model), fast_attention([model, *blocks]), _begun(blocks, recompute), seen:
         for index, sequence in enumerate(ids):
             logits = model(sequence[None].to(model.device), use_cache=False).logits[0, :-1]
@@ -50,7 +50,7 @@ def measure_fisher(
 
 
 def _loss_gradient(logits: Tensor, targets: Tensor, labels: str, generator: torch.Generator) -> tuple[Tensor, float]:
-    """d(summed cross-entropy)/d(logits) in the logits' dtype, and the loss, a few tokens at a time."""
+    """d(summed cross-entropy)/d(logits) in the logits' dtype, and the summed loss; computed a few tokens at a time."""
     gradient = torch.empty_like(logits)
     loss = 0.0
     targets = targets.to(logits.device)
@@ -70,7 +70,7 @@ def _loss_gradient(logits: Tensor, targets: Tensor, labels: str, generator: torc
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient while inside."""
+    """While inside, no parameter requires a gradient."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -83,7 +83,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _begun(blocks: Sequence[nn.Module], recompute: bool) -> Iterator[None]:
-    """The first block's input begins the graph; with `recompute` every block runs under checkpointing."""
+    """The autograd graph begins at the first block's input; with `recompute`, every block is checkpointed."""
     try:
         for index, block in enumerate(blocks):
             block.forward = _Block(block.forward, first=index == 0, recompute=recompute)

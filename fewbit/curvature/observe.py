@@ -1,7 +1,8 @@
-"""Watch the linear layers of a running model: their inputs, and on the way back the gradients of their outputs.
+"""Observe the linear layers of a running model: their inputs, and in a backward pass the gradients of their outputs.
 
-Whatever the architecture, a linear layer is a call of ``linear`` (or ``addmm``, or a product) with a weight whose
-memory is known, be it a module's own or one expert's slice of a fused tensor. So calls are watched, not modules.
+In any architecture, a linear layer is a call of ``linear`` (or ``addmm``, or a matrix product) with a weight that can
+be recognised by its memory address, whether it is a module's own or one expert's slice of a fused tensor. So function
+calls are intercepted, not modules.
 """
 
 import threading
@@ -18,17 +19,17 @@ from fewbit.errors import FewbitError
 from fewbit.linear import linear
 
 Observer = Callable[[str, Tensor, Tensor | None], None]
-"""Called with a layer's key, its inputs `(tokens, in)` and, going back, gradients of its outputs `(tokens, out)`."""
+"""Called with a layer's key, inputs `(tokens, in)` and, in a backward pass, output gradients `(tokens, out)`."""
 Replacement = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
-"""Called with a layer's key, inputs `(..., in)`, weight `(out, in)` and bias; gives its outputs `(..., out)`."""
+"""Called with a layer's key, inputs `(..., in)`, weight `(out, in)` and bias; returns its outputs `(..., out)`."""
 
 
 @dataclass(frozen=True)
 class Watched:
     """One weight that is watched: the module that owns it, the parameter's name, and the expert (None: not fused).
 
-    transposed: it is stored (in, out), which every use is checked against (None: not known). scope: the module whose
-    forward uses it, where that is not the owner's own.
+    transposed: whether it is stored as (in, out); every use is checked against this (None: not known). scope: the
+    module whose forward uses it, if that is not the module that owns it.
     """
 
     key: str
@@ -52,8 +53,10 @@ class Watched:
 
 @contextmanager
 def watching(layers: list[Watched], observer: Observer, backward: bool) -> Iterator[None]:
-    """While inside, `observer` sees every use of the watched weights: their inputs, or with `backward` inputs and
-    gradients when a loss is differentiated. Works under activation checkpointing; weights get no gradients.
+    """While inside, `observer` is called for every use of the watched weights.
+
+    It gets the inputs, or with `backward`, in the backward pass, the inputs and the output gradients. This works with
+    activation checkpointing. The weights get no gradients.
     """
 
     def seen(key: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -68,14 +71,14 @@ def watching(layers: list[Watched], observer: Observer, backward: bool) -> Itera
 
 @contextmanager
 def replacing(layers: list[Watched], replacement: Replacement) -> Iterator[None]:
-    """While inside, every use of the watched weights gives what `replacement` makes of it instead."""
+    """While inside, every use of the watched weights is computed by `replacement` instead."""
     with _intercepting(layers, replacement, in_pieces=False):
         yield
 
 
 @contextmanager
 def _intercepting(layers: list[Watched], answer: "_Answer", in_pieces: bool = True) -> Iterator[None]:
-    """in_pieces: also answer for parts of a weight that is cut into row by row, each with inputs of its own."""
+    """in_pieces: also intercept a batched product with all parts of a weight that is split by rows."""
     found = {layer.weight.data_ptr(): layer for layer in layers}
     users = [module for layer in layers for module in (layer.module, layer.scope) if module is not None]
     owners = {id(module): module for module in users}
@@ -94,13 +97,13 @@ def _intercepting(layers: list[Watched], answer: "_Answer", in_pieces: bool = Tr
 
 
 _Answer = Callable[[str, Tensor, Tensor, Tensor | None], Tensor | None]
-"""As a Replacement, or None for what the call gives by itself."""
+"""Like a Replacement, but None leaves the call unchanged."""
 
 
 class _Watching:
-    """A module's forward, run under a mode that sees its calls of linear; again when a checkpoint recomputes it.
+    """A module's forward, run in a mode that intercepts calls of linear, also when a checkpoint recomputes it.
 
-    inside: whether a thread is in such a forward already: a module in a module, of which one mode sees all.
+    inside: whether the thread already runs such a forward. A module inside another needs no mode of its own.
     """
 
     def __init__(self, forward: Any, mode: "_LinearMode", inside: threading.local) -> None:
@@ -123,7 +126,7 @@ class _LinearMode(TorchFunctionMode):
         self._found, self._answer, self._in_pieces = found, answer, in_pieces
 
     def another(self) -> "_LinearMode":
-        """Its like: a mode holds what one thread entered."""
+        """A new mode with the same settings: a mode object has state, so every thread needs its own."""
         return _LinearMode(self._found, self._answer, self._in_pieces)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -140,14 +143,14 @@ class _LinearMode(TorchFunctionMode):
             return None
         layer = self._found[use.weight.data_ptr()]
         if use.weight.numel() != layer.weight.numel():
-            # The first rows only: nothing is known about the others.
+            # Only the first rows of the weight; the other rows could not be recognised.
             return None
         _check_side(layer, use)
         out = self._answer(layer.key, use.x, use.weight, use.bias)
         return None if out is None else use.finish(out)
 
     def _of_stack(self, use: "_Use") -> Tensor | None:
-        """All experts in one batched product, or all pieces of one weight; what is not watched gives what it gives."""
+        """A batched product with all experts, or with all pieces of one weight; unwatched weights are not affected."""
         whole = self._found[use.weight.data_ptr()]
         pieces = whole.expert is None and use.weight.numel() == whole.weight.numel()
         if (pieces and not self._in_pieces) or use.x.shape[0] != use.weight.shape[0]:
@@ -167,10 +170,10 @@ class _LinearMode(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Use:
-    """A call that is a linear layer.
+    """A function call that is a linear layer.
 
-    x: inputs `(..., in)`. weight: `(out, in)`, or one for each of a batch. bias: `(out,)`. finish: from `(..., out)`
-    to the form of the call's result.
+    x: inputs `(..., in)`. weight: `(out, in)`, or a batch of these. bias: `(out,)`. finish: converts `(..., out)` to
+    the form of the call's result.
     """
 
     x: Tensor
@@ -180,7 +183,7 @@ class _Use:
 
 
 def _check_side(layer: Watched, use: _Use) -> None:
-    """FewbitError where the network multiplies by the side of a weight that the checkpoint was not read by."""
+    """Raise FewbitError if the network uses a weight the other way round than the checkpoint was read."""
     stored, read = layer.weight, use.weight
     if layer.transposed is None or stored.shape[0] == 1 or stored.shape[1] == 1:
         return
@@ -233,11 +236,11 @@ _READERS: dict[Any, _Reader] = {
     torch.bmm: _of_product,
     torch.Tensor.bmm: _of_product,
 }
-"""The calls that are linear layers, by function. Each reader gives None for a call without a watched weight."""
+"""Functions that can be a linear layer, and their readers; a reader returns None if no weight is watched."""
 
 
 class _Observed(torch.autograd.Function):
-    """A linear layer that shows its inputs and output gradients, and asks for no gradient of its weight."""
+    """A linear layer that passes its inputs and output gradients to an observer and computes no weight gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, key: str, observer: Observer) -> Tensor:

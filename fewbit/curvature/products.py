@@ -1,4 +1,4 @@
-"""Float32 sums of products of 16-bit numbers at the speed of 16-bit products."""
+"""Float32 sums of products of 16-bit numbers, as fast as 16-bit matrix products."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ import torch
 
 @contextmanager
 def products(precision: torch.dtype) -> Iterator[None]:
-    """While inside, float32 matrix products may take their factors as bfloat16 if `precision` is a 16-bit dtype.
+    """While inside, float32 matrix products may round their factors to bfloat16 if `precision` is a 16-bit dtype.
 
-    They still sum and store in float32, so numbers from a bfloat16 network lose next to nothing. The setting is
-    torch's own and for the whole process; it is put back at the end.
+    Sums and results stay float32, so factors from a bfloat16 network lose almost nothing. This is torch's own setting
+    for the whole process; it is restored at the end.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if precision.itemsize == 2 else before)

@@ -1,4 +1,4 @@
-"""A measured curvature on disk: one file per block, written as soon as it is measured, and a checked description."""
+"""A measured curvature on disk: one file per block, written as soon as it is measured, and a description."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from fewbit.errors import FewbitError
 VERSION = 2
 _DESCRIPTION = "fewbit_curvature.json"
 _MEASURING = "fewbit_measuring.json"
-"""What the measurement reads, as it was when it began; there until the last block is."""
+"""File with the state of the model's files when the measurement began; removed after the last block is written."""
 _BLOCK = re.compile(r"block-\d{5,}\.safetensors")
 _SCRATCH = re.compile(rf"(fewbit_|block-).*\.partial|\.tmp.*|.*{re.escape(SPILLED)}")
 _SAMPLE_BYTES = 4096
@@ -44,7 +44,7 @@ def model_fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _sample(checkpoint: Checkpoint) -> str:
-    """SHA-256 of a slice from the middle of every tensor; it differs between fine-tunes and agrees between copies."""
+    """SHA-256 of a slice from the middle of every tensor; different for fine-tuned models and equal for copies."""
     digest = hashlib.sha256()
     with FileReader() as reader:
         for name in sorted(checkpoint.entries):
@@ -93,10 +93,10 @@ class CurvatureWriter:
     """A curvature folder that is being written; every block file in it is complete."""
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, choice: CurvatureChoice, calibration: dict[str, Any]):
-        """Start a folder or resume one, at whatever point the process that wrote it was killed.
+        """Start a folder, or resume one after an interruption at any point.
 
-        calibration: what is measured, with the number of `blocks`. Raises FewbitError if the folder contains blocks of
-        another measurement, or any other files.
+        calibration: describes what is measured, including the number of `blocks`. Raises FewbitError if the folder
+        contains blocks of another measurement, or any other files.
         """
         self.folder = folder
         self._blocks = int(calibration["blocks"])
@@ -146,7 +146,7 @@ class CurvatureWriter:
             )
 
     def has(self, index: int) -> bool:
-        """Whether a block is written."""
+        """Whether a block has been written."""
         return _block_path(self.folder, index).is_file()
 
     def put(self, index: int, sums: dict[str, Tensor], shared: dict[str, str]) -> None:
@@ -179,7 +179,7 @@ def check_curvature_place(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def open_curvature(folder: Path, checkpoint: Checkpoint) -> StoredCurvature:
-    """Open a stored curvature for a model. Raises FewbitError if it has another model, shape or version."""
+    """Open a stored curvature for a model. Raises FewbitError if it is of another model or version, or damaged."""
     path = folder / _DESCRIPTION
     if not path.is_file():
         raise FewbitError(f"{folder}: contains no curvature: make one with  fewbit curvature MODEL {folder}")
@@ -202,7 +202,7 @@ def open_curvature(folder: Path, checkpoint: Checkpoint) -> StoredCurvature:
         blocks = int(calibration["blocks"])
     except (ValueError, KeyError, TypeError) as error:
         raise FewbitError(f"{path}: damaged ({error}): measure it again") from error
-    # Counted from what is there: a number in a file may be any number.
+    # Limited by the number of files: the number of blocks in a damaged file can be arbitrarily large.
     there = {entry.name for entry in folder.iterdir()}
     missing = next((i for i in range(min(blocks, len(there) + 1)) if _block_path(folder, i).name not in there), None)
     if missing is not None or blocks < 1:

@@ -1,7 +1,7 @@
-"""Two one-sided t-tests (TOST; Schuirmann 1987): are the losses of two models equal within a margin?
+"""Two one-sided t-tests (TOST; Schuirmann 1987): whether the losses of two models are equal within a margin.
 
-A test that finds no difference does not show equality. TOST reverses the question: its null hypothesis is a difference
-of at least the margin, and a small p rejects that.
+A test that finds no difference does not show equality. In TOST, the null hypothesis is a difference of at least the
+margin, and a small p rejects it.
 """
 
 import math
@@ -15,11 +15,11 @@ _TINY = 1e-300
 
 @dataclass(frozen=True)
 class Equivalence:
-    """A mean difference against a margin.
+    """The result of a test of a mean difference against a margin.
 
-    p: of the two one-sided tests together (the larger one); below alpha the two are equivalent. low, high: the
-    (1 - 2 alpha) confidence interval, which lies inside the margin exactly when p < alpha. p_different: of the usual
-    two-sided test of no difference.
+    p: the larger p of the two one-sided tests; below alpha, the two models are equivalent. low, high: the (1 - 2 alpha)
+    confidence interval, which lies inside the margin exactly if p < alpha. p_different: of the usual two-sided test of
+    no difference.
     """
 
     mean: float
@@ -34,8 +34,8 @@ class Equivalence:
 
     @property
     def verdict(self) -> str:
-        """same: within the margin. worse, better: beyond it, above or below, for sure. near: significantly different
-        in a way that may lie within the margin. open: the data do not say.
+        """same: significantly within the margin. worse, better: significantly above or below the margin. near:
+        significantly different from 0, but possibly within the margin. open: undecided.
         """
         if self.p < self.alpha:
             return "same"
@@ -51,7 +51,7 @@ def equivalence(mean: float, standard_error: float, degrees: float, margin: floa
     if margin <= 0 or not 0 < alpha < 0.5 or degrees <= 0:
         raise FewbitError("an equivalence test needs a margin above 0, an alpha from 0 to 0.5 and at least 2 values")
     if standard_error <= 0:
-        # No spread at all: the difference is what it is.
+        # Without any variance, the difference is exact.
         inside = abs(mean) < margin
         different = 0.0 if mean else 1.0
         return Equivalence(mean, 0.0, degrees, margin, alpha, 0.0 if inside else 1.0, mean, mean, different)
@@ -65,7 +65,7 @@ def equivalence(mean: float, standard_error: float, degrees: float, margin: floa
 
 
 def paired(differences: Sequence[float], margin: float, alpha: float = 0.05) -> Equivalence:
-    """TOST of paired differences, e.g. of two models' losses window by window; at least two."""
+    """TOST of paired differences, such as those of two models' losses by window; at least two values."""
     mean, variance = moments(differences)
     count = len(differences)
     return equivalence(mean, math.sqrt(variance / count), count - 1, margin, alpha)
@@ -77,10 +77,10 @@ def paired_with_runs(
 ) -> Equivalence:  # fmt: skip
     """TOST of differences between means over several runs (seeds), paired over windows.
 
-    differences: window by window, of the two means over their runs. run_variance: of one run's mean loss between
-    seeds, with its degrees of freedom. runs: how many runs each side has. What a seed moves it moves in all windows, so
-    the windows alone do not see it: ``SE^2 = s_windows^2 / n + s_runs^2 (1/r_1 + 1/r_2)``, with the degrees of freedom
-    of Welch and Satterthwaite.
+    differences: for every window, the difference of the two means over runs. run_variance, run_degrees: variance
+    between seeds of a run's mean loss, and its degrees of freedom. runs: number of runs on each side. A seed changes
+    the loss of all windows together, so the variance over windows does not include it: ``SE^2 = s_windows^2 / n +
+    s_runs^2 (1/r_1 + 1/r_2)``, with the degrees of freedom of Welch and Satterthwaite.
     """
     mean, variance = moments(differences)
     count = len(differences)
@@ -93,7 +93,7 @@ def paired_with_runs(
 
 
 def moments(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and unbiased variance; FewbitError for fewer than two values."""
+    """Mean and unbiased variance; raises FewbitError for fewer than two values."""
     if len(values) < 2:
         raise FewbitError(f"an equivalence test needs at least 2 values, not {len(values)}: use more windows or seeds")
     mean = math.fsum(values) / len(values)
@@ -101,7 +101,7 @@ def moments(values: Sequence[float]) -> tuple[float, float]:
 
 
 def pooled_variance(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """Variance within groups of two or more values, pooled, and its degrees of freedom (0: there are none)."""
+    """Pooled variance within groups of two or more values, and its degrees of freedom (0 if there are no groups)."""
     squares, degrees = 0.0, 0
     for group in groups:
         if len(group) > 1:
@@ -117,7 +117,7 @@ def student_tail(t: float, degrees: float) -> float:
 
 
 def student_quantile(share: float, degrees: float) -> float:
-    """The t that T does not exceed with probability `share`, by bisection."""
+    """The t with P(T <= t) = `share`, by bisection."""
     if share < 0.5:
         return -student_quantile(1 - share, degrees)
     low, high = 0.0, 1.0

@@ -76,7 +76,7 @@ def evaluate(
     for name in names:
         extra: list[dict[str, Any]] = []
         if rounded is not None and windows is not None and name in originals:
-            # First, so that a calibration set that cannot be had ends the run before the work.
+            # First, so that an error in the calibration set ends the run before the other work.
             scoring = Scoring(windows, original, protocol.torch_dtype, device, shown.step, shown.say)
             extra = score_rounded(name, rounded, scoring)
         rows += [_evaluate_one(name, work, shown), *extra]
@@ -89,7 +89,7 @@ def evaluate(
 
 
 def describe_protocol(protocol: Protocol, windows: Tensor, bos: bool, text: Text) -> dict[str, Any]:
-    """What was scored, for the output: windows, BOS, tokens, data and its hash."""
+    """A description of what was scored, for the output: windows, BOS, tokens, data and its hash."""
     return {
         **asdict(protocol),
         "bos": "always" if bos else "never",
@@ -117,7 +117,7 @@ class _Counter:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is measured on every model: a loss on windows `(windows, tokens)`, the distance from an original, tasks."""
+    """What is measured on every model: loss on windows `(windows, tokens)`, divergence from an original, and tasks."""
 
     windows: Tensor | None
     original: Original | None

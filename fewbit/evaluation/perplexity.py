@@ -45,7 +45,7 @@ class Protocol:
 
     @property
     def torch_dtype(self) -> Any:
-        """The dtype as `fewbit.load` takes it."""
+        """The dtype as an argument for `fewbit.load`."""
         return DTYPES.get(self.dtype, "auto")
 
 
@@ -89,7 +89,7 @@ class Totals:
                 terms = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True)
                 divergence = terms.sum(dim=-1)
                 if bool(torch.isnan(divergence).any()):
-                    # A token that both rule out (a logit of -inf) costs nothing: 0 times the logarithm of 0 / 0.
+                    # A token with probability 0 in both (a logit of -inf) gives NaN, but contributes 0.
                     divergence = terms.masked_fill(log_p == float("-inf"), 0.0).sum(dim=-1)
                 self.divergences.append(divergence.cpu())
                 self.same_top += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
@@ -106,6 +106,6 @@ def check_finite(value: float, name: str, what: str = "loss") -> None:
 
 
 def quantile(values: Iterable[Tensor], share: float) -> float:
-    """The smallest value that at least `share` of the values do not exceed."""
+    """The smallest value that a fraction of at least `share` of the values do not exceed."""
     ordered = torch.cat(list(values)).sort().values
     return float(ordered[max(0, min(ordered.numel() - 1, -int(-share * ordered.numel() // 1) - 1))])

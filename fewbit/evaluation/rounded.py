@@ -24,7 +24,10 @@ from fewbit.pipeline.w8a8 import rounding_inputs
 
 @dataclass(frozen=True)
 class RoundedChoice:
-    """names: of :data:`fewbit.activations.choice.NAMED`. calibration: for static ranges and smoothing."""
+    """Which roundings of inputs to evaluate.
+
+    names: keys of :data:`fewbit.activations.choice.NAMED`. calibration: the set for static ranges and smoothing.
+    """
 
     names: tuple[str, ...]
     calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
@@ -38,7 +41,7 @@ class RoundedChoice:
 
     @property
     def calibrated(self) -> bool:
-        """Whether any of them needs calibration text."""
+        """Whether any of them needs a calibration set."""
         return any(NAMED[name].calibrated for name in self.names)
 
     @property
@@ -48,9 +51,9 @@ class RoundedChoice:
 
 
 def choose_rounded(names: str | None, text: dict[str, Any]) -> RoundedChoice | None:
-    """The choice behind `--w8a8 A,B` with the options of the calibration set (None where not given); None without it.
+    """The choice of `--w8a8 A,B` with the options of the calibration set (None if not given); None without `--w8a8`.
 
-    Raises FewbitError for options that would go unused.
+    Raises FewbitError for options that would not be used.
     """
     given = {key: value for key, value in text.items() if value is not None}
     wanted = tuple(name.strip() for name in (names or "").split(",") if name.strip())
@@ -62,7 +65,7 @@ def choose_rounded(names: str | None, text: dict[str, Any]) -> RoundedChoice | N
 
 @dataclass(frozen=True)
 class Scoring:
-    """How rows are scored: windows `(windows, tokens)`, the original's predictions, dtype and device as for a load.
+    """How rows are scored: windows `(windows, tokens)`, the original's predictions, dtype and device for loading.
 
     step(name) is called after each window, say(what) while inputs are measured.
     """
@@ -85,7 +88,7 @@ def _say(scoring: Scoring, name: str, done: int, total: int) -> None:
 
 
 def score_rounded(name: str | Path, rounded: RoundedChoice, scoring: Scoring) -> list[dict[str, Any]]:
-    """A row for each choice: the loss of an original whose linear layers round weights and inputs."""
+    """One row for each choice: the loss of an original model whose linear layers round weights and inputs."""
     started = time.perf_counter()
     checkpoint, network = open_original(name, scoring.device, dtype=scoring.dtype)
     drawn = None

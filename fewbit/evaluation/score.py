@@ -22,7 +22,7 @@ class Original:
     def __init__(
         self, name: str | Path, windows: Tensor, device: str | None, step: Step | None = None, dtype: Any = "auto"
     ) -> None:
-        """Load the model; where its logits fit, run it on `windows` `(windows, length)`, calling `step` after each."""
+        """Load the model; if its logits fit, run it on `windows` `(windows, length)` and call `step` after each."""
         self._model = load_decoder(name, dtype, device)
         self._windows, self._step, self.name = windows, step, str(name)
         vocabulary = self._model.get_output_embeddings().weight.shape[0]
@@ -43,14 +43,14 @@ class Original:
 
 
 def is_of_the_input(error: Exception) -> bool:
-    """Whether a model's error is about the tokens it was given: more than its positions, or not in its vocabulary."""
+    """Whether a model's error was caused by its input: too many tokens, or tokens outside its vocabulary."""
     said = str(error)
     return isinstance(error, IndexError) or "size of tensor" in said or "index out of range" in said
 
 
 @torch.inference_mode()
 def window_logits(model: Any, window: Tensor) -> Tensor:
-    """Logits `(tokens - 1, vocabulary)` that predict every token of a window but its first."""
+    """Logits `(tokens - 1, vocabulary)` that predict every token of a window except the first."""
     try:
         return model(window[None].to(model.device), use_cache=False).logits[0, :-1]
     except (IndexError, RuntimeError) as error:

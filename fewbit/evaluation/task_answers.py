@@ -19,8 +19,8 @@ _LARGEST_EXPONENT = 700.0
 class Answer:
     """The answer of a model to one question.
 
-    log_likelihoods: of each choice, in nats. greedy: whether the model would have generated each choice. metrics:
-    lm-eval's, by name.
+    log_likelihoods: of each choice, in nats. greedy: for each choice, whether greedy decoding would generate it.
+    metrics: lm-eval's metrics by name.
     """
 
     log_likelihoods: tuple[float, ...]
@@ -123,7 +123,7 @@ def _count_truncated(harness: Any, name: str, task: Any) -> int:
     """How many requests exceed the model's maximum length; lm-eval truncates those at their beginning."""
     cut = 0
     for context, continuation in (request.args for request in task.instances):
-        # No tokenizer makes more tokens than bytes, a special token at either end apart.
+        # No tokenizer makes more tokens than there are bytes, except for a special token at each end.
         if len((context + continuation).encode("utf-8")) + 2 <= harness.max_length:
             continue
         whole = len(harness.tok_encode(context + continuation))
@@ -136,7 +136,7 @@ def _count_truncated(harness: Any, name: str, task: Any) -> int:
 
 
 def _batch_size(model: Any) -> int:
-    """Choices at once: as many as keep their float32 log-probabilities, often larger than the model, in half a GB."""
+    """Number of choices per batch, so that their float32 log-probabilities fit into half a GB."""
     vocabulary = model.get_output_embeddings().weight.shape[0]
     return max(1, min(16, _LOGITS_BYTES // (4 * _TOKENS_A_CHOICE * vocabulary)))
 
@@ -146,6 +146,6 @@ def _mean(values: list[float]) -> float:
 
 
 def _standard_error(values: list[float]) -> float:
-    """Of the mean: the sample's standard deviation over the root of its size."""
+    """Standard error of the mean: the sample's standard deviation divided by the square root of its size."""
     mean = _mean(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

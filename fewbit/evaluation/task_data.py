@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class TaskSource:
-    """folder: where lm-eval keeps the task. needs: what a line must have. convert: a line to the hub's columns."""
+    """folder: lm-eval's folder of the task. needs: keys that a line must have. convert: a line to the hub's columns."""
 
     folder: str
     needs: str
@@ -154,8 +154,8 @@ def _hellaswag(row: Row) -> Row:
 def _split_context(context: str) -> Row:
     """The hub's columns from "activity: context".
 
-    lm-eval capitalizes the unfinished last sentence (`ctx_b`), so it has to be found again: what follows the last end
-    of a sentence when it begins in lower case. A context that ends with its sentence has none.
+    lm-eval capitalizes the unfinished last sentence (`ctx_b`), so it must be found: it is the text after the last end
+    of a sentence, if that begins in lower case. A context that ends with a complete sentence has none.
     """
     activity, colon, rest = context.partition(": ")
     if not colon:

@@ -1,6 +1,6 @@
-"""lm-eval's tasks with their questions, ready to be run on any number of models, zero-shot.
+"""lm-eval's tasks with their questions, ready to be run zero-shot on any number of models.
 
-The questions come from the hub or from local files. Only their source differs, not the prompts.
+The questions come from the hub or from local files; the prompts are the same.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ def open_tasks(choice: TaskChoice) -> OpenTasks:
     folders: list[str | Path] = [root / folder for folder in sorted({TASKS[name].folder for name in choice.names})]
     opened = OpenTasks(choice, {}, files)
     with asking(opened), contextlib.redirect_stderr(io.StringIO()):
-        # Only these folders: the index of all of lm-eval's tasks takes seconds.
+        # Only these folders, because indexing all of lm-eval's tasks takes seconds.
         manager = definitions.TaskManager(include_defaults=False, include_path=folders)
         for name in choice.names:
             opened.tasks[name] = _load(manager, name, files.get(name))
@@ -103,12 +103,12 @@ def open_tasks(choice: TaskChoice) -> OpenTasks:
 def _load(manager: Any, name: str, questions: Questions | None) -> Any:
     spec: Any = name
     if questions is not None:
-        # lm-eval's way to change one field of a task that it defines is to name it inside a group.
+        # To change a field of a task that lm-eval defines, the task must be named inside a group.
         spec = {"group": "local", "task": [{"task": name, "custom_dataset": _dataset(questions)}]}
     try:
         return manager.load(spec)["tasks"][name]
     except (OSError, ValueError, RuntimeError) as error:
-        # A data set that is a script is refused with a RuntimeError, and nothing else that is known.
+        # A RuntimeError is known only for data sets with a loading script, which are refused.
         if questions is not None or (isinstance(error, RuntimeError) and "script" not in str(error)):
             raise
         raise FewbitError(
@@ -118,7 +118,7 @@ def _load(manager: Any, name: str, questions: Questions | None) -> Any:
 
 
 def _dataset(questions: Questions) -> Callable[..., dict[str, Any]]:
-    """A data set whose every split is these questions; nothing but the one asked from is used without examples."""
+    """A data set in which every split contains these questions; without few-shot examples, only one split is used."""
     from datasets import Dataset
 
     rows = Dataset.from_list(questions.rows)
@@ -131,7 +131,7 @@ def _dataset(questions: Questions) -> Callable[..., dict[str, Any]]:
 
 @contextlib.contextmanager
 def asking(opened: OpenTasks) -> Iterator[None]:
-    """Keep lm-eval's notices away, and with local questions every request to a hub."""
+    """Suppress lm-eval's messages, and with local questions also every request to the hub."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_loggers("lm_eval", "datasets", "huggingface_hub"))
         if opened.choice.data is not None:
@@ -141,7 +141,7 @@ def asking(opened: OpenTasks) -> Iterator[None]:
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """While active, the hub's client and `datasets` refuse every request, whatever the environment says."""
+    """While active, the hub's client and `datasets` refuse every request, independently of environment variables."""
     from datasets import config
     from huggingface_hub import constants
 
@@ -154,5 +154,5 @@ def offline() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind."""
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

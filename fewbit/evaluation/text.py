@@ -20,10 +20,10 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Text:
-    """A text, where it is from, and its SHA-256.
+    """A text, its source, and its SHA-256.
 
-    sha256: of the bytes of a plain text; else of the documents as they are joined, with the messages of conversations
-    as JSON, which is the same for every model. documents: reads them anew, each time it is called.
+    sha256: of the bytes of a plain text; otherwise of the joined documents, with the messages of conversations as JSON,
+    so that it is the same for every model. documents: a function that reads the documents each time it is called.
     """
 
     name: str
@@ -31,7 +31,10 @@ class Text:
     documents: Callable[[], Iterable[Document]]
 
     def pieces(self, render: Render | None = None) -> Iterator[str]:
-        """The text in pieces, documents joined by blank lines; FewbitError for conversations without `render`."""
+        """The text in pieces, with documents joined by blank lines.
+
+        Raises FewbitError for conversations without `render`.
+        """
         for index, document in enumerate(self.documents()):
             if index:
                 yield DOCUMENT_BREAK
@@ -39,18 +42,18 @@ class Text:
 
     @property
     def content(self) -> str:
-        """The whole text at once."""
+        """The whole text as one string."""
         return "".join(self.pieces())
 
 
 def read_text(source: str | Path, progress: Progress | None = None) -> Text:
-    """Check a text from end to end and hash it; its documents stay where they are.
+    """Read a whole text to check and hash it; the documents of files are not kept in memory.
 
-    source: a `.txt` file (taken as it is), a `.jsonl`, `.json`, `.csv` or `.parquet` file or ``FILE:COLUMN`` (its
-    documents joined by blank lines), a folder of such files, `topics` (the help text that every CPython ships, for
-    demonstrations), or a hub data set: wikitext2, c4 or NAME[:COLUMN]. The column is "text"; else one of chat messages;
-    else the only one of strings. progress: called with characters, bytes and what is read.
-    Raises FewbitError when there is nothing to read, or something in it that cannot be read.
+    source: a `.txt` file (used unchanged), a `.jsonl`, `.json`, `.csv` or `.parquet` file or ``FILE:COLUMN`` (its
+    documents joined by blank lines), a folder of such files, `topics` (the help text that is part of every CPython, for
+    demonstrations), or a hub data set: wikitext2, c4 or NAME[:COLUMN]. The default column is "text", otherwise one with
+    chat messages, otherwise the only one with strings. progress: called with characters, bytes and a description.
+    Raises FewbitError if the text is empty or cannot be read.
     """
     words = str(source)
     if words == "topics" and not Path(words).exists():
@@ -64,7 +67,7 @@ def read_text(source: str | Path, progress: Progress | None = None) -> Text:
     for characters in found.steps(file_documents(path, column)):
         if progress and characters - told >= _TOLD_EVERY:
             told = characters
-            # Packed files have more characters than bytes, others fewer.
+            # Compressed files can have more characters than bytes; other files do not.
             progress(told, max(size, told), f"checking {path.name}")
     return found.text(path.name, words, lambda: file_documents(path, column))
 
@@ -77,13 +80,13 @@ def _kept(name: str, documents: Iterator[Document]) -> Text:
 
 
 class _Check:
-    """The hash of documents as they are joined, and whether there is anything in them but white space."""
+    """The hash of the joined documents, and whether they contain anything except white space."""
 
     def __init__(self) -> None:
         self._digest, self._blank = hashlib.sha256(), True
 
     def steps(self, documents: Iterable[Document]) -> Iterator[int]:
-        """Take the documents in; how many characters have been, again and again."""
+        """Process the documents; yields the number of characters so far."""
         characters = 0
         for index, document in enumerate(documents):
             if index:
@@ -101,7 +104,7 @@ class _Check:
                 yield characters
 
     def text(self, name: str, words: str, documents: Callable[[], Iterable[Document]]) -> Text:
-        """What was taken in, as a text; FewbitError when it is empty."""
+        """The processed documents as a text; raises FewbitError if it is empty."""
         if self._blank:
             raise FewbitError(f"{words}: the text is empty")
         return Text(name, self._digest.hexdigest(), documents)
@@ -114,7 +117,7 @@ def _topics() -> Iterator[str]:
 
 
 def _head(documents: Iterator[Document]) -> Iterator[Document]:
-    """The first documents of a data set that may have no end."""
+    """The first documents of a data set that may never end."""
     size = 0
     for document in documents:
         yield document

@@ -1,4 +1,4 @@
-"""The `quantization_config` of a native folder, checked at the boundary."""
+"""Read and check the `quantization_config` of a native folder."""
 
 import math
 from typing import Any
@@ -29,7 +29,10 @@ class _Config(BaseModel):
 
 
 def read_weights(config: dict[str, Any]) -> dict[str, StoredWeight]:
-    """Module name -> how its weight is stored; FewbitError for another format, version, or values out of range."""
+    """Module name -> how its weight is stored.
+
+    Raises FewbitError for another format or version, and for invalid values.
+    """
     if config.get("quant_method") != "fewbit":
         raise FewbitError(f"quantized by {config.get('quant_method')!r}, not by fewbit")
     if config.get("format_version") not in READ_VERSIONS:
@@ -47,7 +50,7 @@ def read_weights(config: dict[str, Any]) -> dict[str, StoredWeight]:
 
 
 def read_stored(data: dict[str, Any], scheme: Scheme) -> StoredWeight:
-    """One weight as it stands in the config, with the scheme that its number names; ValueError where it is damaged."""
+    """One weight from its entry in the config and its scheme; raises ValueError if the entry is damaged."""
     return _stored(_Weight.model_validate({**data, "scheme": 0}), [scheme])
 
 
@@ -67,12 +70,15 @@ def _stored(weight: _Weight, schemes: list[Scheme]) -> StoredWeight:
 
 
 def tuned_name(method: str) -> str:
-    """What a method is called after fine-tuning."""
+    """The name of a method after fine-tuning."""
     return f"{method.removesuffix(' + qaft')} + qaft"
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Method, bits per weight (of what was quantized, from the bytes that replaced it) and file size of a folder."""
+    """Method, bits per weight and file size of a folder.
+
+    Bits per weight are those of the quantized weights, from the bytes that replace them.
+    """
     quantization = checkpoint.quantization
     if quantization is None:
         widths = {entry.dtype.itemsize * 8 for entry in checkpoint.entries.values() if len(entry.shape) >= 2}

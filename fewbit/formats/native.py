@@ -1,7 +1,7 @@
 """The native format of one weight: named integer tensors <-> weights. `docs/format.md` is its specification.
 
-The grid defines how the core is stored, the outlier grid how outliers are stored, and the transform how a map of the
-inputs is stored. This module combines them.
+The grid defines how the core is stored, the outlier grid how outliers are stored, and the transform how the values of
+the transform are stored. This module combines them.
 """
 
 import math
@@ -19,14 +19,14 @@ from fewbit.transforms.transform import Values
 
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)
-"""Versions that this code reads. 2 has guards, and rows of logarithmic scales, which 1 never has."""
+"""Versions that this code reads. Version 2 added guards and rows with logarithmic scales."""
 GUARD = (torch.uint8, (0,))
-"""Dtype and shape of the tensor that stands under the name of the original one: it fits no network, so that a loader
-that does not know the format fails instead of filling the layer with random numbers."""
+"""Dtype and shape of the guard, a tensor with the name of the original one. It fits no network, so that a loader that
+does not know the format fails instead of filling the layer with random numbers."""
 
 
 def check_scheme(scheme: Scheme) -> Scheme:
-    """The scheme; ValueError unless its parts are known and go together."""
+    """Return the scheme; raise ValueError unless its parts are known and can be combined."""
     check_core(scheme)
     check_outliers(scheme)
     if scheme.transform not in TRANSFORMS or TRANSFORMS[scheme.transform].folded:
@@ -47,23 +47,23 @@ def part_layout(stored: StoredWeight) -> Layout:
 
 
 def original_name(module: str, stored: StoredWeight) -> str:
-    """The name of the tensor that a packed weight was made from: that of its guard."""
+    """The name of the original tensor of a packed weight, which is also the name of its guard."""
     return module if stored.original_shape is not None else f"{module}.weight"
 
 
 def stored_bytes(stored: StoredWeight) -> int:
-    """Bytes on disk of the tensors that replace the weight."""
+    """Size in bytes on disk of the tensors that replace the weight."""
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in part_layout(stored).values())
 
 
 def decode(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight matrix `(out, in)`, computed in float32 and rounded to `dtype` once; on the parts' device."""
+    """The weight matrix `(out, in)`, computed in float32 and then rounded to `dtype`; on the parts' device."""
     weight = decode_stored(parts, stored)
     return TRANSFORMS[stored.scheme.transform].back(weight, read_transform(parts, stored)).to(dtype)
 
 
 def decode_stored(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What the weight is for inputs that went through its transform, `(out, in)`."""
+    """The weight for transformed inputs, `(out, in)`."""
     scheme, (rows, columns) = stored.scheme, stored.shape
     grid, codes = grid_of(scheme), read_codes(parts, stored)
     weight = grid.decode(codes, grid.read(parts, scheme, stored.groups), scheme).reshape(rows * columns)
@@ -74,17 +74,17 @@ def decode_stored(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torc
 
 
 def read_transform(parts: Mapping[str, Tensor], stored: StoredWeight) -> Values:
-    """The values of the map that the weight's inputs go through; none for most."""
+    """The values of the transform of the weight's inputs; empty for most weights."""
     return TRANSFORMS[stored.scheme.transform].read(parts)
 
 
 def transform_inputs(x: Tensor, parts: Mapping[str, Tensor], stored: StoredWeight) -> Tensor:
-    """Inputs `(..., in)` as the stored weight takes them."""
+    """Inputs `(..., in)` after the weight's transform."""
     return TRANSFORMS[stored.scheme.transform].inputs(x, read_transform(parts, stored))
 
 
 def check_parts(parts: Mapping[str, Tensor], stored: StoredWeight) -> None:
-    """ValueError unless the tensors have exactly the names, dtypes and shapes of the stored weight."""
+    """Raise ValueError unless the tensors have exactly the names, dtypes and shapes of the stored weight."""
     expected = part_layout(stored)
     actual = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in parts.items()}
     if expected != actual:

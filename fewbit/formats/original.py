@@ -1,4 +1,4 @@
-"""The 16-bit model that a quantized folder was made from: where it may be, and whether another one was it."""
+"""Find the 16-bit model from which a quantized folder was made, and check whether a given model is it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +13,14 @@ from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
 
 MODEL_FOLDER = "model_folder"
-"""The original's absolute place, in the file of what changes from run to run."""
+"""Key for the absolute path of the original model, in the file with data that differ from run to run."""
 
 
 def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: bool = True) -> Checkpoint:
-    """The original: the one that was named, else the one of the folder's own run (without `fetch`: if it is here).
+    """The original model: `named` if it is given, else the one of the run that wrote the folder.
 
-    Raises FewbitError when there is none, or when what was named cannot be it.
+    fetch: download the run's model if necessary; otherwise it must be on the disk. Raises FewbitError if there is none,
+    or if the named model cannot be the original.
     """
     if named is not None:
         original = open_checkpoint(locate(named))
@@ -36,7 +37,7 @@ def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: b
             check_original(quantized, original)
         except FewbitError:
             continue
-        # What the user typed then may mean another folder here and now.
+        # The path that the user gave to that run may lead to another folder now.
         if original.quantization is None and original.bytes == size:
             return original
     lost = f"its original, {name}, cannot be found" if name else "its report names no original"
@@ -44,7 +45,7 @@ def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: b
 
 
 def check_original(quantized: Checkpoint, original: Checkpoint) -> None:
-    """FewbitError unless every tensor of the quantized folder has its like in the original, and they are of a kind."""
+    """Raise FewbitError unless both models have the same type, and their tensors match in name and shape."""
     kinds = (original.config.get("model_type"), quantized.config.get("model_type"))
     wrong = f"is a {kinds[0]}, not a {kinds[1]}" if kinds[0] != kinds[1] else _missing(quantized, original)
     if wrong:
@@ -70,7 +71,7 @@ def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
 
 
 def shape_of(stored: Any) -> tuple[int, ...]:
-    """The shape of a packed weight in its original."""
+    """The shape of a packed weight in the original model."""
     rows, columns = stored.shape
     plain = (columns, rows) if stored.transposed else (rows, columns)
     return tuple(stored.original_shape or plain)
@@ -89,6 +90,6 @@ def _here(place: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is none."""
+    """The object in a JSON file; an empty one if there is none."""
     found = read_json(path) if path.is_file() else None
     return found if isinstance(found, dict) else {}

@@ -1,8 +1,8 @@
-"""One sign a weight and a second plane (BiLLM, arXiv 2402.04291): what a block of columns is binarized to.
+"""Binarize a block of columns to a sign plane and a second plane, two bits per weight (BiLLM, arXiv 2402.04291).
 
-Salient columns get two signs, ``a1 s1 + a2 s2``. In the others the bell is split at a break point into concentrated
-and sparse weights, ``a_c s`` and ``a_s s``; the second plane says which. So a weight of a row and block is one of four
-levels, in both cases ``s * (one of two magnitudes)``: sign plane and second plane.
+Salient columns are approximated with two signs, ``a1 s1 + a2 s2``. In the other columns a break point splits the
+magnitudes into concentrated weights, ``a_c s``, and sparse weights, ``a_s s``; the second plane stores which. In both
+cases a weight is ``s * (one of two magnitudes)``, one of four levels.
 
 Scales are `(rows, 4)`: a_c, a_s, a1, a2.
 """
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 BREAKS = 40
-"""Break points that are tried, as even shares of the block's largest magnitude."""
+"""Number of equal steps into which the range from 0 to the block's largest magnitude is divided for break points."""
 
 
 def fit_block(block: Tensor, saliency: Tensor, most_salient: int) -> tuple[Tensor, Tensor]:
     """Choose salient columns and scales of a block `(rows, columns)` float32.
 
-    saliency: `(columns,)`; the columns that have most of it are salient, as many (up to `most_salient`) as give the
-    least squared error. Returns the mask of salient columns `(columns,)` and the scales `(rows, 4)`.
+    saliency: `(columns,)`. The columns with the largest saliency become salient; their number, at most `most_salient`,
+    is the one with the least squared error. Returns the mask of salient columns `(columns,)` and the scales
+    `(rows, 4)`.
     """
     columns = block.shape[1]
     order = torch.argsort(saliency, descending=True, stable=True)
@@ -34,10 +35,10 @@ def fit_block(block: Tensor, saliency: Tensor, most_salient: int) -> tuple[Tenso
 
 
 def _errors_by_count(magnitudes: Tensor, candidates: Tensor) -> Tensor:
-    """Squared error of a block when its first 0, 1, … `candidates` are salient, float64.
+    """Squared error of a block when the first 0, 1, 2, … of its `candidates` are salient, float64.
 
-    A mean magnitude a of n weights leaves ``sum w^2 - n a^2``, and two signs leave ``sum r^2 - n a2^2`` of the first
-    one's rest r: so prefix sums over the candidates are all that most of it needs.
+    One sign with the mean magnitude a of n weights leaves the error ``sum w^2 - n a^2``. A second sign for the residual
+    r of the first leaves ``sum r^2 - n a2^2``. So most of the errors follow from prefix sums over the candidates.
     """
     columns, count = magnitudes.shape[1], candidates.numel()
     first = magnitudes[:, candidates].to(torch.float64)
@@ -56,7 +57,7 @@ def _errors_by_count(magnitudes: Tensor, candidates: Tensor) -> Tensor:
 
 
 def residual_scales(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """a1 and a2 `(rows, 1)`: the mean magnitude, and that of what the first sign leaves."""
+    """a1 and a2 `(rows, 1)`: the mean magnitude of the weights, and that of the residual after the first sign."""
     a1 = weights.abs().mean(dim=1, keepdim=True)
     return a1, (weights.abs() - a1).abs().mean(dim=1, keepdim=True)
 
@@ -66,7 +67,7 @@ def split_scales(weights: Tensor) -> tuple[Tensor, Tensor]:
     magnitudes = weights.abs()
     largest = magnitudes.max() if magnitudes.numel() else magnitudes.new_zeros(())
     breaks = largest * torch.arange(1, BREAKS, device=weights.device, dtype=weights.dtype) / BREAKS
-    # How many weights, and how much of them, lie between two break points: all splits follow from that.
+    # The number and the sum of the magnitudes between two neighbouring break points: all splits follow from these.
     between = torch.bucketize(magnitudes, breaks)
     empty = torch.zeros(weights.shape[0], BREAKS, dtype=torch.float64, device=weights.device)
     exact = magnitudes.to(torch.float64)
@@ -91,7 +92,7 @@ def magnitudes_of(scales: Tensor, salient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode(x: Tensor, small: Tensor, large: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sign plane and second plane (uint8: 1 is negative, 1 is the larger magnitude) and decoded weights."""
+    """Sign plane (uint8, 1 for negative), second plane (uint8, 1 for the larger magnitude), and decoded weights."""
     negative = x < 0
     magnitude = x.abs()
     second = (magnitude - large).abs() < (magnitude - small).abs()

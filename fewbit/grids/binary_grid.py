@@ -1,4 +1,4 @@
-"""BiLLM's signs and split as a grid: a code has two bits, the sign and the choice of one of two magnitudes.
+"""The binary grid of BiLLM: a code has two bits, the sign and the choice of one of two magnitudes.
 
 Values: ``scale`` `(rows, groups, 4)`, the magnitudes of :mod:`fewbit.grids.binary`, and ``salient`` `(1, groups, g)`, 1
 in salient columns, which are the same for all rows of a weight.

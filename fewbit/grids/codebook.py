@@ -1,8 +1,8 @@
-"""Non-uniform codebooks: ``w = scale * levels[code]``, a signed scale a group, searched for the least error.
+"""Non-uniform codebooks: ``w = scale * levels[code]`` with a signed scale per group, searched for the least error.
 
-The levels are normal quantiles as in NF4 (QLoRA, arXiv 2305.14314, appendix E), which hold 0 and one more
-level on the positive side; the sign of a group's scale turns that side to where the longer tail is. With 1 bit
-there are only the two signs (XNOR-Net, arXiv 1603.05279, section 3.1).
+The levels are normal quantiles as in NF4 (QLoRA, arXiv 2305.14314, appendix E). They include 0, and one more positive
+level than negative ones. A negative scale gives a group the extra level on its negative side. With 1 bit there are only
+the two signs (XNOR-Net, arXiv 1603.05279, section 3.1).
 """
 
 from functools import lru_cache
@@ -18,7 +18,7 @@ from fewbit.grids.scales import divisor
 
 @lru_cache
 def normal_float(bits: int) -> tuple[float, ...]:
-    """2^b ascending levels in [-1, 1]: evenly spaced normal quantiles, 0 among them; for b = 1 the signs."""
+    """2^b ascending levels in [-1, 1]: evenly spaced normal quantiles that include 0; for b = 1 only -1 and 1."""
     if bits == 1:
         return (-1.0, 1.0)
     inverse = NormalDist().inv_cdf
@@ -53,7 +53,7 @@ def _error(x: Tensor, scale: Tensor, importance: Tensor | None, levels: tuple[fl
     residual = x / divisor(scale)
     residual = quantize(residual, levels).sub_(residual).mul_(scale)
     if power == 2.5:
-        # |r|^2.5 without the general power, which is an order of magnitude slower.
+        # |r|^2.5 as r^2 sqrt(|r|): the general power function is an order of magnitude slower.
         cost = residual.square().mul_(residual.abs_().sqrt_())
     else:
         cost = residual.square_() if power == 2.0 else residual.abs_().pow_(power)
@@ -63,10 +63,11 @@ def _error(x: Tensor, scale: Tensor, importance: Tensor | None, levels: tuple[fl
 
 
 def quantize(u: Tensor, levels: tuple[float, ...]) -> Tensor:
-    """The level nearest to each element of `u` (float32), as a value."""
+    """The value of the level nearest to each element of `u` (float32)."""
     out = torch.full_like(u, levels[0])
     for below, above in pairwise(levels):
-        # A step function by saturation: three contiguous passes, several times faster than a comparison and a select.
+        # A step function from a clamped steep line: three contiguous passes, several times faster than comparing and
+        # selecting.
         step = (u - 0.5 * (below + above)).mul_(_STEEP).clamp_(0.0, 1.0)
         out.add_(step, alpha=above - below)
     return out

@@ -1,6 +1,7 @@
-"""How the dense codes of a weight are packed. No other module knows this.
+"""How the dense codes of a weight are packed. No other module depends on this.
 
-Codes are a matrix: one for each weight `(rows, columns)`, or one for each run of weights that are rounded together.
+Codes are a matrix `(rows, columns)` with one code per weight, or a smaller matrix with one code for each set of weights
+that are rounded together.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,15 +14,16 @@ from fewbit.grids.packing import pack, packed_bytes, unpack
 from fewbit.grids.scheme import Layout
 
 CODES = "codes"
-"""Name of the part that holds dense codes, or the first of them where there are several."""
+"""Name of the part that holds the dense codes, or the first of these parts if there are several."""
 
 
 @dataclass(frozen=True)
 class CodeLayout:
     """A packing of dense codes.
 
-    room_bits: how many low bits of an outlier's code fit into the dense code at the outlier's position; 0 if none, and
-    outliers are then stored completely beside the codes. layout(rows, columns): the parts of a weight of that shape.
+    room_bits: how many low bits of an outlier's code fit into the dense code at the outlier's position; if 0, the
+    outliers' codes are stored entirely outside the dense codes. layout(rows, columns): the parts of a weight of that
+    shape.
     pack(codes): the parts of uint8 codes. unpack(parts, rows, columns): the codes of a weight of that shape,
     contiguous.
     """
@@ -37,16 +39,16 @@ class CodeLayout:
             codes.view(-1)[where] = (outlier_codes & (2**self.room_bits - 1)).to(torch.uint8)
 
     def low_bits(self, codes: Tensor, where: Tensor) -> Tensor:
-        """What :meth:`put` wrote, int32."""
+        """The low bits that :meth:`put` wrote, int32."""
         if not self.room_bits:
             return torch.zeros(where.shape, dtype=torch.int32, device=codes.device)
         return codes.view(-1)[where].to(torch.int32)
 
 
 def bit_planes(bits: int, down: int = 1, along: int = 1) -> CodeLayout:
-    """Codes of `bits` bits by rows, as :mod:`fewbit.grids.packing` has them.
+    """Codes of `bits` bits, each row packed by :mod:`fewbit.grids.packing`.
 
-    One code stands for `down` rows by `along` columns.
+    One code stands for a block of `down` rows by `along` columns.
     """
 
     def layout(rows: int, columns: int) -> Layout:
@@ -60,7 +62,7 @@ def bit_planes(bits: int, down: int = 1, along: int = 1) -> CodeLayout:
 
 
 def two_planes(second: str) -> CodeLayout:
-    """Codes of two bits in two tensors of one bit a weight: the low bits, and the high bits as the part `second`."""
+    """Two-bit codes in two tensors of one bit per weight: the low bits, and the high bits as the part `second`."""
     one = bit_planes(1)
 
     def layout(rows: int, columns: int) -> Layout:

@@ -23,9 +23,9 @@ from fewbit.grids.straight_through import round_evenly
 
 @dataclass(frozen=True)
 class _Offset:
-    """How an offset `(rows, groups)` is stored, and which one a range has.
+    """How an offset `(rows, groups)` is computed from a range and stored.
 
-    of_range(low, high, scale, bits): scale as a reader sees it.
+    of_range(low, high, scale, bits): the offset of a range; `scale` is the decoded scale.
     """
 
     kind: str
@@ -87,7 +87,7 @@ def _fit(trial: Callable[[], Grid], groups: Groups, scheme: Scheme, search: Scal
 def _search_range(
     grid: Grid, groups: Groups, widest: tuple[Tensor, Tensor], scheme: Scheme, search: ScaleSearch
 ) -> tuple[Tensor, Tensor]:
-    """The range of each group, shrunk by the ratio that gives the least weighted error of the core."""
+    """The range of each group, multiplied by the ratio with the least weighted error over the core weights."""
     low, high = widest
     exact = _exact(grid, scheme)
     best_error = torch.full_like(low, float("inf"))
@@ -205,7 +205,11 @@ def _neighbours(x: Tensor, values: Values, scheme: Scheme) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True)
 class _Rounding:
-    """How weights become whole codes, in place how these become weights, the same out of place, and with gradients."""
+    """How one family of grids rounds.
+
+    codes: weights to integer codes. back: codes to weights, in place. decode: the same, out of place. through: weights
+    to decoded weights, with gradients.
+    """
 
     codes: Callable[[Tensor, Values, Scheme], Tensor]
     back: Callable[[Tensor, Values, Scheme], Tensor]

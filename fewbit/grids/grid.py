@@ -22,7 +22,7 @@ Parts = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class ScaleSearch:
-    """Which ranges or scales to try, as fractions of the group's largest magnitude.
+    """Which ranges or scales to try, as fractions of a group's full range or largest magnitude.
 
     error_power: the exponent of the error, 2 for squared error.
     """
@@ -73,7 +73,7 @@ class Groups:
 class Fitted:
     """A grid fitted to the groups of some rows.
 
-    parts: the tensors that store it. values: its parameters as a reader decodes them, with the rounding of storage.
+    parts: the tensors that store it. values: its parameters as a reader decodes them, including storage rounding.
     """
 
     scheme: Scheme
@@ -101,21 +101,22 @@ class Grid:
     help. widths: the bit-widths that it supports; if there is only one, it is the default.
     codes(scheme): how dense codes are packed. layout(scheme, rows, groups): the parts stored beside the codes.
     fit(groups, scheme, search): the parameters, in full precision: values `(rows, groups, n)`.
-    settle(wanted, scheme, stored): these values with the rounding of storage; the parts are made only if `stored`.
-    restore(values, scheme): the parts for values from :meth:`read` that training has changed.
+    settle(wanted, scheme, stored): these values with storage rounding applied; the parts are made only if `stored`.
+    restore(values, scheme): the same, with parts, for values from :meth:`read` that training has changed.
     read(parts, scheme, groups): the values of a stored weight.
-    encode(x, values, scheme): codes (uint8) and decoded weights. round(x, values, scheme): only the decoded weights, as
-    one step of the solver. decode(codes, values, scheme): the inverse of encode; differentiable in the values.
+    encode(x, values, scheme): codes (uint8) and decoded weights. round(x, values, scheme): only the decoded weights;
+    the solver calls it at each step. decode(codes, values, scheme): the inverse of encode, differentiable in the
+    values.
     through(latent, values, scheme): the result of :attr:`round`, with gradients for `latent` and for the values.
     step(values, scheme): the distance between neighbouring levels; broadcasts over x.
     neighbours(x, values, scheme): for decoded x, the next lower and the next higher level.
-    refuses(scheme): why a scheme is not possible, or None. trial(scheme): the grid and scheme in which ranges are
-    searched, without the rounding of storage. levels(bits): the codebook of a scheme of that width.
-    span: which weights share one code. spread: the values of one group, with those that differ between columns
-    expanded column by column, under the names `by_column`.
-    joins_rows: something is stored once for all rows of a weight. block_by_block: the grid is fitted only when the
-    solver reaches a group. offset: what is stored beside scales: "" (nothing), zero (an integer zero-point), real (a
-    real-valued zero-point), or minimum (in units of the weights).
+    refuses(scheme): why a scheme is not possible, or None. trial(scheme): the grid and scheme with which ranges are
+    searched, without storage rounding. levels(bits): the codebook of a scheme of that width.
+    span: which weights share one code. spread(values): the values of one group; those that differ between columns are
+    expanded to one per column, under the names `by_column`.
+    joins_rows: some data is stored once for all rows of a weight. block_by_block: the grid is fitted only when the
+    solver reaches a group. offset: what is stored in addition to scales: "" (nothing), zero (an integer zero-point),
+    real (a real-valued zero-point), or minimum (in units of the weights).
     """
 
     name: str
@@ -146,7 +147,7 @@ class Grid:
 
     @property
     def choice(self) -> str:
-        """Its name in recipes."""
+        """The grid's name in recipes."""
         return self.called or self.name
 
 

@@ -1,7 +1,7 @@
-"""Integer grids: codes 0 .. 2^b - 1 on an evenly spaced line, one line a group.
+"""Evenly spaced grids with codes 0 .. 2^b - 1, one grid per group.
 
-Shapes: weights `x` are `(..., g)` float32, a group in the last dimension; a mask of that shape (bool) says which
-weights the grid is not fitted to; scales, zero-points and minima are `(..., 1)`.
+Shapes: weights `x` are `(..., g)` float32, with a group in the last dimension; a bool mask of that shape marks weights
+to which the grid is not fitted; scales, zero-points and minima are `(..., 1)`.
 """
 
 import torch
@@ -13,7 +13,7 @@ _LARGE = torch.finfo(torch.float32).max / 4
 
 
 def extremes(x: Tensor, outside: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Smallest and largest weight of each group, of those not in the mask `outside`; (0, 0) where there are none.
+    """Smallest and largest weight of each group, without those in the mask `outside`; (0, 0) if no weight is left.
 
     `x` must be 0 wherever `outside` is True.
     """
@@ -22,8 +22,8 @@ def extremes(x: Tensor, outside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return low, high
     flat, mask = x.reshape(-1, x.shape[-1]), outside.reshape(-1, x.shape[-1])
     lowest, highest = low.view(-1, 1), high.view(-1, 1)
-    # The zeros that stand for what is left out can only have been taken for an extreme of a group with no weight on
-    # one side of them, and such groups are few.
+    # A zero in place of an excluded weight can be a group's extreme only if an extreme is 0. Such groups are few, so
+    # only these are computed again.
     one_sided = ((lowest == 0) | (highest == 0)).view(-1).nonzero().squeeze(1)
     if one_sided.numel():
         left_out = mask[one_sided].to(x.dtype) * _LARGE
@@ -35,20 +35,20 @@ def extremes(x: Tensor, outside: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def extremes_of(values: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest of the `values` (1-D) that fall into each group, `(groups,)`; 0 for a group with none."""
+    """Smallest and largest of the `values` (1-D) in each group, `(groups,)` each; 0 for a group without values."""
     low = values.new_zeros(groups).scatter_reduce_(0, group, values, "amin", include_self=False)
     high = values.new_zeros(groups).scatter_reduce_(0, group, values, "amax", include_self=False)
     return low, high
 
 
 def zero_point_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and integer zero-point of ``w = scale * (code - zero)`` for the range [low, high] widened to hold 0.
+    """Scale and integer zero-point of ``w = scale * (code - zero)`` for the range [low, high], widened to include 0.
 
-    Zero is then always a level. A group of zeros gets scale 0.
+    0 is then always a level. A group of zeros gets scale 0.
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = (high - low) / (2**bits - 1)
-    # A step among the subnormal numbers is a rounded one, which would put 0 beyond the last code.
+    # A subnormal scale is itself rounded; without the clamp, the zero-point could then exceed the last code.
     zero = (-low / divisor(scale)).round_().clamp_(max=2**bits - 1)
     return scale, zero
 
@@ -64,7 +64,7 @@ def minimum_grid(low: Tensor, high: Tensor, bits: int) -> Tensor:
 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
-    """Codes (float32, whole numbers) of ``w = scale * (code - zero)``; a scale of 0 gives the code of 0."""
+    """Codes (float32, whole numbers) of ``w = scale * (code - zero)``; with a scale of 0, the code of weight 0."""
     return (x / divisor(scale)).round_().add_(zero).clamp_(0, 2**bits - 1)
 
 
@@ -74,5 +74,5 @@ def encode_minimum(x: Tensor, scale: Tensor, minimum: Tensor | float, bits: int)
 
 
 def encode_real_zero(x: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
-    """Codes (float32, whole numbers) of ``w = scale * (code - zero)`` with a zero-point that is no whole number."""
+    """Codes (float32, whole numbers) of ``w = scale * (code - zero)`` with a real-valued zero-point."""
     return (x / divisor(scale)).add_(zero).round_().clamp_(0, 2**bits - 1)

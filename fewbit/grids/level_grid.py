@@ -1,4 +1,4 @@
-"""Grids with arbitrary levels, ``w = scale * levels[code]``, with one scale per group; and the normal-float grid.
+"""Grids with arbitrary levels, ``w = scale * levels[code]`` with one scale per group, and the normal-float grid.
 
 Values: ``scale`` `(rows, groups, 1)`.
 """
@@ -29,7 +29,7 @@ def _table(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Ten
 
 
 def store_scale(values: Values, scheme: Scheme, stored: bool = True) -> Fitted:
-    """A grid whose only value is a scale `(rows, groups, 1)`, as stored."""
+    """Store a grid whose only value is a scale `(rows, groups, 1)`; its parts are made only if `stored`."""
     form, wanted = SCALE_FORMATS[scheme.scale_format], values["scale"].squeeze(-1)
     parts, seen = form.pack(wanted, "scale", scheme) if stored else ({}, form.see(wanted, scheme))
     return Fitted(scheme, parts, {"scale": seen.unsqueeze(-1)})
@@ -41,7 +41,7 @@ def read_scale(parts: Parts, scheme: Scheme, groups: int) -> Values:
 
 
 def scale_layout(scheme: Scheme, rows: int, groups: int) -> Layout:
-    """The parts of :func:`store_scale`."""
+    """Names, dtypes and shapes of the parts of :func:`store_scale`."""
     return SCALE_FORMATS[scheme.scale_format].layout("scale", scheme, rows, groups)
 
 

@@ -1,9 +1,9 @@
-"""Dense packing of b-bit codes: bit planes of 4, 2 and 1 bits, so that 3 bits take 3 bits.
+"""Dense packing of b-bit codes in bit planes of 4, 2 and 1 bits, without unused bits inside a plane.
 
-A code of b bits is cut into planes whose widths are powers of two, low bits first: 3 = 2 + 1, 5 = 4 + 1,
-6 = 4 + 2, 7 = 4 + 2 + 1 (8 stays whole). Inside a plane of p bits a byte holds 8/p neighbouring codes, the
-first in its low bits. A packed row is its planes one after the other, widest first; each plane is padded with
-zero bits to a whole byte. `docs/format.md` has the same in words.
+A code of b bits is split into planes whose widths are powers of two, low bits first: 3 = 2 + 1, 5 = 4 + 1,
+6 = 4 + 2, 7 = 4 + 2 + 1 (8 bits are one plane). In a plane of p bits, a byte holds 8/p neighbouring codes, the
+first in its low bits. A packed row is the concatenation of its planes, widest first; each plane is padded with
+zero bits to a whole byte. `docs/format.md` specifies the same.
 """
 
 import numpy as np
@@ -58,7 +58,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def small_integers(values: Tensor) -> Tensor:
-    """Whole numbers from 0 to 255 in float32 as uint8; on the CPU four times as fast as torch's own conversion."""
+    """Convert whole numbers from 0 to 255 in float32 to uint8; on the CPU four times as fast as torch's conversion."""
     if values.device.type == "cpu":
         return torch.from_numpy(values.numpy().astype(np.uint8))
     return values.to(torch.uint8)
@@ -71,8 +71,9 @@ def _pack_plane(plane: Tensor, width: int, columns: int) -> Tensor:
     padding = -columns % per_byte
     if padding:
         plane = torch.nn.functional.pad(plane, (0, padding))
-    # Seen as one little-endian word, the codes of a byte sit 8 bits apart; folding the word moves them together.
-    # This keeps every operation contiguous, which strided slices would not be.
+    # The codes that share a packed byte are read as one little-endian word, in which they are 8 bits apart. Each fold
+    # combines the word with a shifted copy of itself, which moves the codes together. Unlike strided slices, this
+    # keeps every operation contiguous.
     words = plane.contiguous().view(word)
     gap, folds = 8 - width, per_byte // 2
     while folds:
@@ -100,6 +101,6 @@ def _spread_mask(width: int, per_byte: int) -> int:
 
 
 def _fold_mask(width: int, folds: int, per_byte: int) -> int:
-    """Bits that hold codes when `folds` halvings are still to come: runs of `2 * folds` codes, spread apart."""
+    """Mask of the bits that hold codes when runs of `2 * folds` codes are still together and yet to be split."""
     run = 2 * folds * width
     return sum((2**run - 1) << (8 * 2 * folds * i) for i in range(per_byte // (2 * folds)))

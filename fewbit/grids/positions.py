@@ -1,11 +1,11 @@
-"""Positions of outliers, stored in as few bytes as they allow.
+"""Compact encodings of the positions of outliers.
 
-Three encodings, all vectorized both ways; :func:`choose` takes the smallest:
+There are three encodings, and :func:`choose` takes the smallest. Encoding and decoding are vectorized.
 
-- ``indices``: when every group has the same number of outliers, the index inside the group, ceil(log2(g)) bits each.
+- ``indices``: the index inside the group, ceil(log2(g)) bits each; only if every group has the same number of outliers.
 - ``elias-fano``: the sorted flat positions, low bits packed and high bits in unary (Elias 1974, Fano 1971): about
-  2 + log2(weights / outliers) bits each, whatever their spread over the groups.
-- ``bitmap``: one bit a weight, best above roughly one outlier in four.
+  2 + log2(weights / outliers) bits each, however they are distributed over the groups.
+- ``bitmap``: one bit per weight, the smallest when more than about a quarter of the weights are outliers.
 """
 
 import math
@@ -20,12 +20,12 @@ ENCODINGS = ("indices", "elias-fano", "bitmap")
 
 
 def index_bits(group_size: int) -> int:
-    """Bits of an index inside a group of `group_size` weights."""
+    """Number of bits of an index inside a group of `group_size` weights."""
     return max(1, (group_size - 1).bit_length())
 
 
 def low_bits(weights: int, outliers: int) -> int:
-    """Low bits that Elias-Fano stores verbatim for `outliers` positions below `weights`."""
+    """Number of low bits that Elias-Fano stores as they are, for `outliers` positions below `weights`."""
     return max(0, math.floor(math.log2(weights / outliers))) if outliers else 0
 
 
@@ -34,7 +34,7 @@ def _high_bytes(weights: int, outliers: int) -> int:
 
 
 def _low_bytes(weights: int, outliers: int) -> int:
-    """Low bits wider than a code of 8 bits are split over several packed runs of at most 8 bits."""
+    """Size of the packed low bits; more than 8 bits per position are packed in pieces of at most 8 bits."""
     return sum(packed_bytes(outliers, width) for width in _byte_widths(low_bits(weights, outliers)))
 
 
@@ -54,7 +54,7 @@ def encoded_bytes(encoding: str, weights: int, outliers: int, group_size: int) -
 
 
 def choose(weights: int, outliers: int, group_size: int, per_group: int | None) -> str:
-    """The smallest encoding; `per_group` is the number in every group where it is the same, else None."""
+    """The smallest encoding; `per_group` is the number of outliers in every group if it is the same, else None."""
     candidates = [e for e in ENCODINGS if e != "indices" or per_group]
     return min(candidates, key=lambda e: encoded_bytes(e, weights, outliers, group_size))
 
@@ -62,7 +62,7 @@ def choose(weights: int, outliers: int, group_size: int, per_group: int | None) 
 def flat_positions(mask: Tensor) -> Tensor:
     """Ascending flat positions (int64, 1-D) of the True elements of a mask of any shape."""
     if mask.device.type == "cpu":
-        # NumPy's search of a boolean array takes two thirds of the time of torch's.
+        # On a boolean array, NumPy's flatnonzero takes two thirds of the time of torch's nonzero.
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.view(-1).nonzero().squeeze(1)
 

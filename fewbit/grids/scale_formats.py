@@ -27,15 +27,15 @@ Parts = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class ScaleFormat:
-    """One way to store scales.
+    """One way to store scales and real-valued zero-points.
 
     pack(values, name, scheme): the parts, and the values as a reader decodes them. see(values, scheme): only the
     decoded values. read(parts, name, scheme, groups): the inverse of pack. layout(name, scheme, rows, groups): names,
     dtypes and shapes of the parts. floats: the number format of minima and outlier grids stored beside the scales.
     row_block(scheme): number of rows that share stored data. joins_groups: all groups of a row share stored data, so
     they cannot be stored one by one. offsets: the offsets of a grid (see :class:`fewbit.grids.grid.Grid`) with which
-    the format can be combined; "" is none. has_statistics: schemes state the bits and rows of its statistics. smallest:
-    scales below this lose precision.
+    the format can be combined; "" is none. has_statistics: the format uses the scheme's statistic_bits and
+    statistic_rows. smallest: scales below this lose precision.
     """
 
     name: str
@@ -62,7 +62,7 @@ class ScaleFormat:
 
     @property
     def word(self) -> torch.dtype:
-        """The integers that hold the bit patterns of :meth:`pack_floats`."""
+        """The integer dtype of the bit patterns of :meth:`pack_floats`."""
         return torch.int32 if self.floats == "float32" else torch.int16
 
 

@@ -1,7 +1,7 @@
-"""Scales and minima as stored: floating bit patterns held in integer tensors, or two levels.
+"""How scales and minima are stored: as bit patterns of floats in integer tensors, or as codes with a second level.
 
-Packed tensors are all of integer types because loaders cast floating tensors to whatever dtype the user asks for,
-which would change the scales, and so the weights.
+All packed tensors have integer dtypes, because loaders cast floating-point tensors to the dtype that the user asks for.
+That would change the scales, and so the weights.
 """
 
 import torch
@@ -17,7 +17,7 @@ _PATTERNS = {
 }
 
 TWO_LEVEL_BITS = 7
-"""Bits of a two-level scale code: a sign above six bits of magnitude."""
+"""Bits of a two-level scale code: six bits of magnitude, and the sign as the highest bit."""
 
 _MAGNITUDE_LEVELS = 63
 _SIGN = 64
@@ -27,7 +27,7 @@ _LOG_SCALES = (0.0, *(2.0 ** (-(_MAGNITUDE_LEVELS - code) / _LOG_STEPS) for code
 
 
 def to_pattern(values: Tensor, number_format: str) -> Tensor:
-    """Bit patterns of float32 `values` rounded to `number_format`; FewbitError if one does not fit its range."""
+    """Bit patterns of float32 `values` rounded to `number_format`; FewbitError if one is out of its range."""
     dtype, word = _PATTERNS[number_format]
     rounded = values.to(dtype)
     if not bool(torch.isfinite(rounded).all()):
@@ -41,12 +41,13 @@ def from_pattern(pattern: Tensor, number_format: str) -> Tensor:
 
 
 def to_two_level(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Signed scales `(rows, groups)` as 7-bit codes and one bfloat16 scale a row.
+    """Signed scales `(rows, groups)` as 7-bit codes and one bfloat16 scale per row.
 
-    ``scale = sign * magnitude / 63 * row_scale``. A scale that is not 0 keeps a magnitude of at least 1. In a row where
-    a scale would lose more than `_LINEAR_LOSS` of itself that way, beside one many times larger, magnitudes are
-    logarithmic instead, ``scale = sign * 2^(-(63 - magnitude) / 5) * row_scale`` (0 stays 0): none within 1/5000 of the
-    largest loses more than 7 %. Such a row's scale is stored as a negative number.
+    ``scale = sign * magnitude / 63 * row_scale``. A scale that is not 0 keeps a magnitude of at least 1. If a scale's
+    relative error would exceed `_LINEAR_LOSS`, because another scale of its row is many times larger, the magnitudes of
+    the row are logarithmic instead: ``scale = sign * 2^(-(63 - magnitude) / 5) * row_scale`` (0 stays 0). Scales of at
+    least 1/5000 of the largest then have a relative error of about 7 % or less. The scale of such a row is stored as a
+    negative number.
     Returns packed codes uint8 `(rows, bytes)` and row scale patterns int16 `(rows,)`.
     """
     size = scales.abs()
@@ -73,14 +74,14 @@ def from_two_level(packed: Tensor, row_scales: Tensor, groups: int) -> Tensor:
     magnitude = code * (row_scale / _MAGNITUDE_LEVELS)
     logarithmic = row_scale < 0
     if bool(logarithmic.any()):
-        # From a table, so that every machine sees the same numbers.
+        # From a table, so that the values are the same on every machine.
         table = torch.tensor(_LOG_SCALES, dtype=torch.float32, device=codes.device)
         magnitude = torch.where(logarithmic, table[code.to(torch.int32)] * -row_scale, magnitude)
     return torch.where(codes >= _SIGN, -magnitude, magnitude)
 
 
 def to_statistics(values: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
-    """Float32 statistics `(rows, groups)` in few bits (SpQR, arXiv 2306.03078, section 3.1).
+    """Quantize float32 statistics `(rows, groups)` to `bits` bits (SpQR, arXiv 2306.03078, section 3.1).
 
     The values of `block` neighbouring rows in one group share a float16 minimum and step. Returns packed codes uint8
     `(rows, bytes)` and second-level patterns int16 `(blocks, groups, 2)`: minimum, step.
@@ -90,7 +91,7 @@ def to_statistics(values: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor
 
 
 def as_statistics(values: Tensor, bits: int, block: int) -> Tensor:
-    """What a reader sees of :func:`to_statistics`, without packing and unpacking."""
+    """The values that a reader decodes from :func:`to_statistics`, without packing and unpacking."""
     codes, low, step = _statistics(values, bits, block)
     return _of_codes(codes, low, step, block)
 
@@ -107,7 +108,7 @@ def _statistics(values: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor, 
     largest = torch.finfo(torch.float16).max
     padded = values.clamp(-largest, largest)
     if rows % block:
-        # Rows that are not there repeat the last one, so that they widen no range.
+        # The last block is padded with copies of the last row, which do not widen its range.
         padded = torch.cat([padded, padded[-1:].expand(block - rows % block, groups)])
     blocks = padded.reshape(-1, block, groups)
     low = blocks.amin(dim=1).to(torch.float16)
@@ -124,5 +125,5 @@ def _of_codes(codes: Tensor, low: Tensor, step: Tensor, block: int) -> Tensor:
 
 
 def divisor(scale: Tensor) -> Tensor:
-    """The scale, or 1 where it is 0: a group that is constant zero divides by it and gets the code of 0."""
+    """The scale, or 1 where it is 0, so that a group of zeros can be divided by it and gets the code of weight 0."""
     return scale.masked_fill(scale == 0, 1.0)

@@ -19,9 +19,9 @@ class Scheme:
     codebook. scale_format: how scales (and minima) are stored, a name in
     :data:`fewbit.grids.scale_formats.SCALE_FORMATS`.
     outlier_grid: none, or a name in :data:`fewbit.outliers.grids.OUTLIER_GRIDS`. outlier_bits: bits of an outlier's
-    code; those that find no room among the dense codes are stored beside them. statistic_bits, statistic_rows: for the
+    code; bits that do not fit into the dense codes are stored beside them. statistic_bits, statistic_rows: for the
     scale format statistics, the bits of a scale and of a zero-point, and how many rows share the second level.
-    transform: what the layer's inputs go through before this weight, a name in
+    transform: the transform that is applied to the layer's inputs before this weight, a name in
     :data:`fewbit.transforms.table.TRANSFORMS`.
     """
 
@@ -43,7 +43,7 @@ class Scheme:
 
     @property
     def whole_bits(self) -> int:
-        """Bits of an integer that can hold a dense code."""
+        """The number of bits per code, rounded up."""
         return math.ceil(self.bits)
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,10 +66,10 @@ class Scheme:
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One quantized weight: its scheme, its logical shape (out, in), and how its outliers are placed.
+    """One quantized weight: its scheme, its logical shape (out, in), the number and position encoding of its outliers.
 
-    transposed: the checkpoint this came from stores (in, out). original_shape: the tensor's own shape where it is
-    not (out, in), such as fused experts (experts, out, in), which are stored as (experts * out, in).
+    transposed: the original checkpoint stores the weight as (in, out). original_shape: the tensor's original shape if
+    it is not (out, in), such as fused experts (experts, out, in), which are stored as (experts * out, in).
     """
 
     scheme: Scheme

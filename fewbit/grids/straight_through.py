@@ -1,13 +1,13 @@
-"""Rounding that a gradient passes: forward the stored value, backward as if rounding were not there.
+"""Straight-through rounding: the forward pass gives the stored value, the backward pass ignores the rounding.
 
 For an evenly spaced grid ``q = s (clamp(round(w / s + z), 0, top) - z)`` (LSQ, arXiv 1902.08153, with a zero-point
 as LSQ+, arXiv 2004.09576), with I = 1 where the code was not clamped and v = code - z:
 
     dq/dw = I        dq/ds = v - I w / s        dq/dz = -s (1 - I)
 
-Codebooks are the same with v the level and as many levels for top. Gradients of scales and offsets, which a group
-sums over its weights, are divided by ``sqrt(g top)`` (LSQ, section 2.2), so that clipping by norm sees them on the
-scale of single weights.
+For codebooks, v is the level, and top is replaced by the number of levels. Gradients of scales and offsets are sums
+over the weights of a group. They are divided by ``sqrt(g top)`` (LSQ, section 2.2), so that their size is comparable
+to that of the weights' gradients when gradients are clipped by norm.
 """
 
 from collections.abc import Callable
@@ -89,13 +89,13 @@ class _Nearest(torch.autograd.Function):
         magnitude = weight.abs()
         second = (magnitude - large).abs() < (magnitude - small).abs()
         signed = torch.where(weight < 0, -gradient, gradient)
-        # A weight beyond the outermost level already has all that its code can give.
+        # A weight beyond the outermost level is clamped, so it gets no gradient.
         passed = gradient * (magnitude <= torch.maximum(small, large))
         return passed, signed * ~second, signed * second
 
 
 class _Scaled(torch.autograd.Function):
-    """Any rounding that commutes with the scale of a group: only what is said of codebooks above is used."""
+    """Any rounding that commutes with the scale of a group; the gradients are those of codebooks without clamping."""
 
     @staticmethod
     def forward(context: Any, weight: Tensor, scale: Tensor, rounded: Any, levels: int) -> Tensor:
@@ -128,7 +128,7 @@ class _Through(torch.autograd.Function):
 def round_evenly(weight: Tensor, scale: Tensor, zero: Tensor, top: int, whole: bool) -> Tensor:
     """Values of an evenly spaced grid of codes 0 to `top`; scale and zero are `(..., 1)`, weight `(..., g)`, float32.
 
-    whole: the zero-point is a whole number and is added after rounding, as the packed codes do it.
+    whole: the zero-point is a whole number and is added after rounding, as in :func:`fewbit.grids.integer.encode`.
     """
     return _apply(_Even, weight, scale, zero, top, whole)
 
@@ -139,9 +139,9 @@ def round_to_levels(weight: Tensor, scale: Tensor, levels: tuple[float, ...]) ->
 
 
 def round_scaled(weight: Tensor, scale: Tensor, rounded: Callable[[Tensor, Tensor], Tensor], levels: int) -> Tensor:
-    """What `rounded(weight, scale)` gives, where ``rounded(a w, a s) = a rounded(w, s)``: for grids of any points.
+    """The values `rounded(weight, scale)`, for any grid with ``rounded(a w, a s) = a rounded(w, s)``.
 
-    scale is `(..., 1)`, weight `(..., g)`, float32. levels: about how many values a weight can have.
+    scale is `(..., 1)`, weight `(..., g)`, float32. levels: approximately how many values a weight can have.
     """
     return _apply(_Scaled, weight, scale, rounded, levels)
 
@@ -152,7 +152,7 @@ def round_to_magnitudes(weight: Tensor, small: Tensor, large: Tensor) -> Tensor:
 
 
 def seen_as(wanted: Tensor, seen: Tensor, damping: float = 1.0) -> Tensor:
-    """`seen` (what a storage format makes of `wanted`), with the gradient times `damping` going to `wanted`."""
+    """`seen` (the decoded value of `wanted`); the gradient, times `damping`, goes to `wanted`."""
     return _apply(_Through, wanted, seen, damping)
 
 

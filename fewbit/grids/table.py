@@ -22,7 +22,7 @@ GRIDS: dict[str, Grid] = {
         TERNARY,
     )
 }
-"""Grids by the name that files have."""
+"""Grids by their name in files."""
 
 
 def grid_of(scheme: Scheme) -> Grid:
@@ -42,7 +42,7 @@ def row_block(scheme: Scheme) -> int:
 
 
 def check_core(scheme: Scheme) -> None:
-    """Raises ValueError unless the grid, its width and its scales can be combined."""
+    """Raise ValueError unless the grid, its bit-width and its scales can be combined."""
     grid, form = GRIDS.get(scheme.grid), SCALE_FORMATS.get(scheme.scale_format)
     if grid is None or form is None:
         unknown = f"grid {scheme.grid!r}" if grid is None else f"scale format {scheme.scale_format!r}"

@@ -43,6 +43,6 @@ TERNARY = level_grid(
     "-1, 0 and 1 times a scale, five weights per byte",
     lambda scheme: _LEVELS,
     widths=(1.6,),
-    # A digit in base 3 has no room for the bits of an outlier's code.
+    # A base-3 digit cannot hold bits of an outlier's code.
     codes=lambda scheme: CodeLayout(0, _layout, _pack, _unpack),
 )

@@ -1,4 +1,4 @@
-"""`fewbit inspect`: statistics of a model's weights, and the errors that quantization made."""
+"""`fewbit inspect`: statistics of a model's weights, and their quantization errors."""
 
 from collections.abc import Callable
 from functools import partial

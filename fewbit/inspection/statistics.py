@@ -1,4 +1,4 @@
-"""Statistics of weights, one tensor in parts: moments, where the energy lies, entropy, divergences of histograms."""
+"""Statistics of a tensor that is read in parts: moments, energy shares, entropy, and divergences of histograms."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ Chunks = Sequence[Callable[[], Tensor]]
 
 @dataclass(frozen=True)
 class Range:
-    """Count, mean and extremes of a tensor; `finite` is False when it holds NaN or infinity."""
+    """Count, mean and extremes of a tensor; `finite` is False if it contains NaN or infinity."""
 
     count: int
     mean: float
@@ -34,7 +34,7 @@ class Range:
 
 
 def measure_range(chunks: Chunks) -> Range:
-    """One pass over the parts of a tensor (any floating dtype)."""
+    """Compute a tensor's range in one pass over its parts (any floating-point dtype)."""
     count, total, low, high, finite = 0, 0.0, math.inf, -math.inf, True
     for read in chunks:
         x = read().to(torch.float32)
@@ -48,7 +48,7 @@ def measure_range(chunks: Chunks) -> Range:
 
 
 def histogram(chunks: Chunks, span: Range) -> np.ndarray:
-    """Counts of BINS equal bins over the range `span`; values outside fall into the end bins."""
+    """Counts in BINS equal bins over the range `span`; values outside count in the first or last bin."""
     counts = np.zeros(BINS)
     for read in chunks:
         x = read().to(torch.float32).clamp(span.low, span.high)
@@ -67,7 +67,7 @@ def kurtosis(chunks: Chunks, span: Range) -> float:
 
 
 def energy_shares(chunks: Chunks, count: int) -> dict[str, float]:
-    """Share of the sum of squares that the largest 0.1, 1 and 5 % of the weights hold."""
+    """Share of the sum of squares in the largest 0.1, 1 and 5 % of the weights."""
     total = sum(float(read().float().square().sum(dtype=torch.float64)) for read in chunks)
     shares = {}
     for share in TOP_SHARES:

@@ -1,9 +1,9 @@
-"""Outliers by the adaptive LASSO (AdpQ, arXiv 2405.13358), with no data and no iteration.
+"""Outliers by the adaptive LASSO (AdpQ, arXiv 2405.13358), without calibration data and without iteration.
 
 With pseudo-activations ``X X^T = c I`` the problem ``min ||WX - QX||^2 + lambda sum |q_i / w_i|`` separates, and
 its solution is the soft threshold ``q = sign(w) max(|w| - lambda' / |w|, 0)``: a weight stays non-zero exactly when
-``|w| > sqrt(lambda')``. The weights that stay are the outliers, so lambda' for a share alpha of outliers is the
-square of the (1 - alpha) quantile of ``|w|``: one selection.
+``|w| > sqrt(lambda')``. The weights that stay non-zero are the outliers. So for a fraction alpha of outliers, lambda'
+is the square of the (1 - alpha) quantile of ``|w|``.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +20,13 @@ def outlier_count(weights: int, fraction: float) -> int:
 
 
 def threshold(chunks: Sequence[Callable[[], Tensor]], outliers: int, pool: Executor | None = None) -> float:
-    """sqrt(lambda') of a tensor: the smallest magnitude that at most `outliers` of its weights exceed, exact.
+    """sqrt(lambda') of a tensor, exactly: the smallest magnitude that at most `outliers` of its weights exceed.
 
-    Each of `chunks` gives a part of the tensor (bfloat16, float16 or float32, any shape) whenever it is called. The
-    bits of a positive float are ordered as the float, so counting selects: 16-bit floats by one pass over their 15
-    low bits, float32 by a pass over the upper half and one over the lower half of those that fall on the quantile.
-    Memory is that of one part for each thread of `pool`.
+    Each of `chunks` returns a part of the tensor (bfloat16, float16 or float32, any shape) each time it is called. The
+    bit patterns of positive floats are ordered like the floats, so the quantile is found by counting patterns. 16-bit
+    floats take one pass over the 15 low bits. float32 takes two passes: one over the upper halves of all patterns, and
+    one over the lower halves of those whose upper half is that of the quantile. Each thread of `pool` holds one part in
+    memory.
     """
     counts, dtype = _counts(chunks, None, pool)
     upper, below = _select(counts, outliers)
@@ -39,7 +40,11 @@ def threshold(chunks: Sequence[Callable[[], Tensor]], outliers: int, pool: Execu
 def _counts(
     chunks: Sequence[Callable[[], Tensor]], upper: int | None, pool: Executor | None
 ) -> tuple[np.ndarray, torch.dtype]:
-    """How often each magnitude pattern occurs: its upper half, or with `upper` given, the lower half of those."""
+    """How often each bit pattern of a magnitude occurs.
+
+    For float32: counts of the upper halves, or if `upper` is given, of the lower halves of patterns with that upper
+    half.
+    """
 
     def count(read: Callable[[], Tensor]) -> tuple[np.ndarray, torch.dtype]:
         chunk = read()
@@ -51,7 +56,7 @@ def _counts(
             bits = (bits >> 16) & 0x7FFF
         else:
             bits = bits[(bits >> 16) & 0x7FFF == upper] & 0xFFFF
-        # torch's count, unlike NumPy's, lets other threads run meanwhile and takes 16-bit integers as they are.
+        # Unlike NumPy's bincount, torch's lets other threads run meanwhile, and needs no conversion of 16-bit integers.
         return torch.bincount(bits, minlength=1 << 16).cpu().numpy(), chunk.dtype
 
     total = np.zeros(1 << 16, dtype=np.int64)
@@ -69,18 +74,19 @@ def _select(counts: np.ndarray, outliers: int) -> tuple[int, int]:
 
 
 def split(weights: Tensor, cut: float) -> tuple[Tensor, Tensor]:
-    """Split by the soft threshold's support: the core (0 where an outlier was) and the mask of ``|w| > cut``.
+    """Split weights at a threshold: the core (0 at the outliers) and the mask of the outliers, ``|w| > cut``.
 
-    Exact: hard shrinkage keeps outliers as they are, and ``w - w`` is 0. Both run vectorized, unlike a comparison.
+    This is exact: hard shrinkage leaves outliers unchanged, and ``w - w`` is 0. Both operations are vectorized, unlike
+    a comparison.
     """
     outliers = torch.nn.functional.hardshrink(weights, cut)
     return weights - outliers, outliers.to(torch.bool)
 
 
 def group_mask(magnitudes: Tensor, count: int) -> Tensor:
-    """Mask of the `count` largest of every group; `magnitudes` is `(groups, g)`.
+    """Mask of the `count` largest magnitudes of every group; `magnitudes` is `(groups, g)`.
 
-    Among equal magnitudes the first in storage order is taken, so that the choice does not depend on the machine.
+    Among equal magnitudes, the first in storage order is taken, so that the choice does not depend on the machine.
     """
     remaining = magnitudes.clone()
     mask = torch.zeros_like(magnitudes, dtype=torch.bool)

@@ -14,8 +14,8 @@ class OutlierChoice:
     rule: none, or a name in :data:`fewbit.outliers.rules.OUTLIER_RULES`. fraction: the largest fraction of weights that
     are outliers (in group scope rounded to a whole number per group, at least one). scope: tensor (one quantile for the
     whole tensor) or group (the same number in each group). grid: a name in :data:`fewbit.outliers.grids.OUTLIER_GRIDS`.
-    bits: bits per outlier; 0 means the same as the core. sensitivity: the threshold of that rule, as a multiple of the
-    mean variance over U_jj^2.
+    bits: bits per outlier; 0 means the same as the core. sensitivity: the threshold of the rule sensitivity, as a
+    multiple of the mean over the columns of their variance divided by U_jj^2.
     """
 
     rule: str = "none"
@@ -39,8 +39,8 @@ class OutlierChoice:
         return OUTLIER_GRIDS[self.grid]
 
     def per_group(self, group_size: int) -> int:
-        """Number of outliers per group in group scope: the fraction of the group, rounded, and at least one unless it
-        is 0.
+        """Number of outliers per group in group scope: the fraction of the group, rounded, at least one; 0 if there
+        is no group scope or the fraction is 0.
         """
         if self.scope != "group" or self.fraction == 0:
             return 0

@@ -25,11 +25,11 @@ Shape = tuple[int, int]
 class OutlierGrid:
     """One kind of grid for outliers; an entry of :data:`OUTLIER_GRIDS`.
 
-    bits(asked, core): bits per code if `asked` bits were requested (0: none were) and the core's codes have `core`
+    bits(asked, core): bits per code, if `asked` bits were requested (0: no request) and the core's codes have `core`
     bits. fit(values, where, shape, scheme): the grid, with the parts that store it. read(parts, stored): its values.
-    layout(stored): its parts. encode(values, scale, minimum, scheme): codes (int32) and decoded values. decode(codes,
-    scale, minimum, scheme): the inverse. apart: codes are bit patterns in a separate tensor. fewest_bits: the smallest
-    number of bits per code.
+    layout(stored): names, dtypes and shapes of its parts. encode(values, scale, minimum, scheme): codes (int32) and
+    decoded values. decode(codes, scale, minimum, scheme): the inverse. apart: codes are bit patterns in a separate
+    tensor. fewest_bits: the smallest number of bits per code.
     """
 
     name: str
@@ -48,7 +48,7 @@ def _half(scheme: Scheme) -> int:
     return int(2 ** (scheme.outlier_bits - 1))
 
 
-# Two grids with a scale and a minimum for each group: of the values, or of their magnitudes below a sign.
+# Two grids with a scale and a minimum for each group: one for the signed values, one for magnitudes with a sign bit.
 
 
 def _fit_groups(signed: bool, values: Tensor, where: Tensor, shape: Shape, scheme: Scheme) -> Fitted:
@@ -98,9 +98,8 @@ def _decode_magnitude(codes: Tensor, scale: Tensor, minimum: Tensor, scheme: Sch
     return torch.where(codes >= half, -magnitude, magnitude)
 
 
-# A grid around 0 with one bfloat16 scale for each row. Where a row's outliers are of very different sizes, evenly
-# spaced levels would lose the small ones: such a row has logarithmic levels, and its scale is stored as a negative
-# number.
+# A grid around 0 with one bfloat16 scale for each row. If the outliers of a row differ greatly in size, evenly spaced
+# levels would lose the small ones. Such a row has logarithmic levels, and its scale is stored as a negative number.
 
 _LINEAR_LOSS = 0.1
 _FEWEST_LOG_BITS = 7
@@ -147,17 +146,17 @@ def _decode_row(codes: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -
 
 
 def _log_levels(scheme: Scheme, device: torch.device) -> Tensor:
-    """0 and the magnitudes ``2^(-12.7 (n - m) / n)`` for m = 1 … n = half - 1, as shares of the row's largest."""
+    """0 and the magnitudes ``2^(-12.7 (n - m) / n)`` for m = 1 … n = half - 1, as fractions of the row's largest."""
     last = _half(scheme) - 1
     powers = (2.0 ** (-_OCTAVES * (last - m) / last) for m in range(1, last + 1))
     return torch.tensor((0.0, *powers), dtype=torch.float32, device=device)
 
 
-# 16 bits each.
+# A grid with 16 bits per outlier.
 
 
 def as_float16(values: Tensor) -> Tensor:
-    """Float32 values as float16 holds them; what is beyond its range becomes its largest number."""
+    """Float32 values rounded to float16; values beyond its range are clamped to it."""
     largest = torch.finfo(torch.float16).max
     return values.clamp(-largest, largest).to(torch.float16).to(torch.float32)
 
@@ -225,7 +224,7 @@ def at_positions(values: Values, where: Tensor, shape: Shape) -> tuple[Tensor, T
 
 
 def outlier_layout(stored: StoredWeight) -> Layout:
-    """The parts of a weight's outliers; none for a weight without."""
+    """Names, dtypes and shapes of the parts of a weight's outliers; empty if it has none."""
     scheme = stored.scheme
     if scheme.outlier_grid == "none":
         return {}
@@ -241,12 +240,12 @@ def outlier_layout(stored: StoredWeight) -> Layout:
 
 
 def _bits_beside(scheme: Scheme) -> int:
-    """Bits of an outlier's code that find no room among the dense codes."""
+    """Number of bits of an outlier's code that do not fit into the dense codes."""
     return max(0, scheme.outlier_bits - grid_of(scheme).codes(scheme).room_bits)
 
 
 def pack_outliers(codes: Tensor, where: Tensor, stored: StoredWeight) -> dict[str, Tensor]:
-    """Positions, and what of the outliers' codes (int32, 1-D) does not stand among the dense codes."""
+    """The parts for positions, and for the bits of the outliers' codes (int32, 1-D) that are not in the dense codes."""
     scheme = stored.scheme
     parts = {"outlier_positions": positions.encode(where, stored.positions, stored.weights, scheme.group_size)}
     beside = _bits_beside(scheme)
@@ -278,7 +277,7 @@ def read_values(parts: Parts, stored: StoredWeight, dense: Tensor, where: Tensor
 
 
 def check_outliers(scheme: Scheme) -> None:
-    """ValueError unless the outlier grid is known and has bits that it can have."""
+    """Raise ValueError unless the outlier grid is known and supports the scheme's number of bits."""
     if scheme.outlier_grid == "none":
         return
     grid = OUTLIER_GRIDS.get(scheme.outlier_grid)

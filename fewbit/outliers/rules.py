@@ -16,12 +16,12 @@ from fewbit.outliers.choice import OutlierChoice
 Chunks = Sequence[Callable[[], Tensor]]
 
 SENSITIVE_SHARE = 0.01
-"""About the share of outliers by sensitivity, which only the solver finds."""
+"""Estimated fraction of outliers by sensitivity; the exact number is known only after the solver has run."""
 
 
 @dataclass(frozen=True)
 class OutlierRule:
-    """One rule that finds outliers before codes are chosen; an entry of :data:`OUTLIER_RULES`.
+    """One rule that finds outliers; an entry of :data:`OUTLIER_RULES`.
 
     cut(chunks, weights, choice, pool): the threshold that all rows of a weight share, computed from chunks of the
     weight (or of its magnitudes, weighted by the cost of errors) that can be read repeatedly. divide(x, weighed, cut,
@@ -47,7 +47,7 @@ def _none(x: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _found_later(x: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
-    """No outliers: they are found later by the solver, and plain rounding, its fallback, has none."""
+    """No outliers yet: the solver finds them later. Its fallback, plain rounding, has none."""
     return x, torch.zeros(x.shape, dtype=torch.bool, device=x.device)
 
 

@@ -1,4 +1,4 @@
-"""Quantize with a curvature, stage by stage: measure it, solve the weights, put them into the network, continue.
+"""Quantize with a curvature, stage by stage: measure it, solve the weights, put them into the network, and continue.
 
 A stage is one block for the input Gram (which is measured on the outputs of the preceding quantized blocks), and
 `refresh` blocks for the output Fisher. Every solved weight is written immediately, so a killed run can resume.
@@ -39,7 +39,7 @@ def solve_model(
     walking = options.stored is not None or (recipe.curvature is not None and recipe.curvature.kind == "gram")
     network = open_network(checkpoint, plan.coverage, device, walking)
     if options.stored is None:
-        # Before the model writes its own text, which takes minutes.
+        # Checked before the model generates its calibration text, which takes minutes.
         stages_of(matrix_bytes(network.sites), options.refresh, options.memory)
     calibration = None if options.stored else calibration_set(checkpoint, options.choice, network.model, progress)
     if calibration is not None:
@@ -89,7 +89,7 @@ def _check_measured(run: BlockSolver, stored: StoredCurvature, max_fallback: int
     missing: list[str] = []
     for index, sites in enumerate(run.network.sites):
         layers = stored.layers(index)
-        # An expert may have seen no token.
+        # An expert may have received no token.
         lost = [s for s in sites if s.watched.key not in layers and s.watched.expert is None]
         missing += [site.tensor.entry.name for site in lost]
     if len(missing) > max_fallback:

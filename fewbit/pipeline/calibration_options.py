@@ -97,7 +97,7 @@ def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
 
 
 def flags(options: dict[str, Any]) -> str:
-    """The options that were given (not None) as the command line spells them, with commas."""
+    """The options that were given (not None), as on the command line, separated by commas."""
     names = {"sources": "calibration"}
     return ", ".join(
         f"--{names.get(key, key).replace('_', '-')}" for key, value in options.items() if value is not None
@@ -113,7 +113,7 @@ def refuse_unused(recipe: Recipe, text: dict[str, Any], others: dict[str, Any], 
     if tuned:
         text = {}
     if text.get("sources") == "none":
-        # What such methods do anyway.
+        # Methods without calibration do this anyway.
         text = {**text, "sources": None}
     given = flags({**text, **others})
     if given and recipe.curvature is None:
@@ -126,7 +126,7 @@ def refuse_unused(recipe: Recipe, text: dict[str, Any], others: dict[str, Any], 
 
 
 def parse_refresh(text: str) -> int:
-    """`once` -> 0, `block` -> 1, a number K -> K; FewbitError for anything else."""
+    """`once` -> 0, `block` -> 1, a number K -> K; raises FewbitError for anything else."""
     if text in ("once", "block"):
         return 0 if text == "once" else 1
     if text.isdecimal() and int(text) > 0:

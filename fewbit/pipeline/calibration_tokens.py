@@ -1,4 +1,4 @@
-"""The calibration tokens of a run, in the model's own tokenizer."""
+"""The calibration tokens of a run."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ from fewbit.progress import Progress
 def calibration_set(
     checkpoint: Checkpoint, choice: CalibrationChoice, model: Any, progress: Progress | None = None
 ) -> CalibrationSet:
-    """The calibration tokens, in the model's own tokenizer."""
+    """The calibration set, tokenized with the model's own tokenizer."""
     try:
         tokenizer = open_tokenizer(checkpoint.folder)
     except FewbitError:
-        # Said where one is needed: not every calibration set does.
+        # Not every calibration set needs a tokenizer. If this one does, the error is raised later.
         tokenizer = None
     check_length(model.config, choice.sequence_length)
     return make_set(choice, tokenizer, model.get_input_embeddings().weight.shape[0], model, progress)

@@ -1,7 +1,7 @@
-"""Yields the curvature of one block after another, from any source; used for quantizing and for measuring.
+"""Yield the curvature of one block after another, from any source; used for quantizing and for measuring.
 
-The weights of a block are available while it is yielded, and may be changed: a Gram of later blocks is measured on the
-outputs of the changed weights.
+The weights of a block are available while it is yielded, and may be changed: Grams of later blocks are then measured on
+the outputs of the changed weights.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,10 +26,10 @@ Known = Callable[[int], bool]
 
 @dataclass(frozen=True)
 class BlockCurvature:
-    """A block and what errors in its layers cost: of(site), `(in, in)`, None where a layer never ran.
+    """The curvatures of a block. of(site): `(in, in)`, or None if the layer never ran.
 
-    measured: all sums by layer, where they were measured here. fixed: of the original's own weights, which later blocks
-    go on seeing.
+    measured: all sums by layer, if they were measured in this run. fixed: they are measured with the original weights,
+    which stay in the network for later blocks.
     """
 
     index: int
@@ -40,9 +40,9 @@ class BlockCurvature:
 
 @dataclass(frozen=True)
 class Source:
-    """What a curvature is measured on: sequences `(samples, length)` through a network, within `memory` bytes.
+    """What a curvature is measured on: sequences `(samples, length)` that run through a network, with `memory` bytes.
 
-    spill: where hidden states go that memory does not hold. known(index): blocks that need not be measured.
+    spill: folder for hidden states that do not fit in memory. known(index): whether a block need not be measured.
     """
 
     network: Network
@@ -60,7 +60,7 @@ class Source:
 
 
 def gram_blocks(source: Source, original_inputs: bool) -> Iterator[BlockCurvature]:
-    """Block by block, from the inputs that the blocks before give as they are by then, or the original's own."""
+    """Grams block by block, with changed weights in the preceding blocks, or with `original_inputs` original ones."""
     network, samples = source.network, source.ids.shape[0]
     source.counter.total = (1 if original_inputs else 2) * len(network.blocks) * samples
     walk = Walk(network.model, network.blocks, source.ids, source.memory // 2, source.spill)
@@ -83,9 +83,12 @@ def gram_blocks(source: Source, original_inputs: bool) -> Iterator[BlockCurvatur
 
 
 def fisher_blocks(source: Source, stages: list[list[int]], refreshed: bool) -> Iterator[BlockCurvature]:
-    """Stage by stage, each by one pass over the sequences; `refreshed`: with the blocks before as they are by then."""
+    """Fishers stage by stage, each in one pass over the sequences.
+
+    refreshed: the changed weights of the preceding blocks count as part of the network.
+    """
     network, samples = source.network, source.ids.shape[0]
-    # To solve or store a block takes about as long as one sequence forward and back.
+    # Solving or storing a block takes about as long as the forward and backward pass of one sequence.
     source.counter.total = len(stages) * samples + len(network.blocks)
     for stage in stages:
         accumulator = Accumulator(source.choice)
@@ -100,13 +103,13 @@ def fisher_blocks(source: Source, stages: list[list[int]], refreshed: bool) -> I
             )
             accumulator.check_gradients()
         for index in stage:
-            # Measured once means with the original's weights, also where memory makes several passes of it.
+            # Without a refresh, the original weights are used even if limited memory requires several passes.
             yield _measured(index, accumulator, fixed=not refreshed)
             source.counter.step()
 
 
 def stored_blocks(network: Network, stored: StoredCurvature, counter: Counter) -> Iterator[BlockCurvature]:
-    """Block by block, as it was measured before."""
+    """Stored curvatures block by block."""
     counter.total = len(network.blocks)
     for index in range(len(network.blocks)):
         matrices = stored.block(index)

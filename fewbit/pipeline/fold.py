@@ -1,7 +1,7 @@
 """Transforms that are folded into the network.
 
-Channels become larger before a layer is rounded, and smaller in the module that feeds it (a norm, or the preceding
-linear layer).
+A layer's input channels are scaled in its weights before they are rounded, and scaled back in the module that produces
+its inputs (a norm, or the preceding linear layer).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,10 @@ from fewbit.transforms.transform import Inputs
 
 @dataclass(frozen=True)
 class Folding:
-    """choose: of a transform (:class:`fewbit.transforms.transform.Transform`). rounding: the decoded weights that a
-    layer's weights `(out, in)` round to.
+    """How channel scales are chosen.
+
+    choose: the function of a transform (:class:`fewbit.transforms.transform.Transform`). rounding(site, w): the decoded
+    weights that a layer's weights `(out, in)` round to.
     """
 
     choose: Callable[..., tuple[dict[str, Any], Tensor | None]]
@@ -35,9 +37,10 @@ def fold_block(
 ) -> list[dict[str, Any]]:
     """Scale the channels of a block in place, in the network's own dtype.
 
-    curvature: the input Gram of a layer. folding: how scales are chosen. run: what the block adds to a sample, to find
-    out what feeds what. Returns for the report, for every set of layers that share their inputs: their names, the
-    exponent (0: not scaled), or that no foldable module feeds them.
+    curvature: the input Gram of a layer. folding: how scales are chosen. run: the change that the block, in float32,
+    makes to a sample, used to find the module that produces a layer's inputs. Returns notes for the report: for every
+    set of layers that share their inputs, their names and the exponent (0: not scaled), or that no foldable module
+    feeds them.
     """
     shared: dict[int, list[Site]] = {}
     for site in sites:

@@ -27,7 +27,7 @@ _START_BYTES = 350_000_000
 _TRIAL_ROWS = 256
 _READ_BYTES_A_SECOND = 1e10
 _SOLVE_NANOSECONDS = 160.0
-"""A weight's share of the column solver, as `benchmarks/calibrated.py` measures it on two cores."""
+"""Time of the column solver per weight, as measured with `benchmarks/calibrated.py` on two cores."""
 
 
 def forecast(model: str | Path, recipe: Recipe, options: CalibrationOptions | None = None) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def forecast(model: str | Path, recipe: Recipe, options: CalibrationOptions | No
     """
     options = options or CalibrationOptions()
     checkpoint = open_checkpoint(locate(model))
-    # Layers whose groups do not divide are shown, not refused: they are planned with the size that fits them best.
+    # Layers that the group size does not divide are reported, not refused: they are planned with an automatic size.
     problem = group_size_problem(checkpoint, recipe)
     plan = make_plan(
         checkpoint, with_choices(recipe, {"group_size": f"{recipe.grid.group_size},auto"}) if problem else recipe
@@ -85,10 +85,10 @@ def forecast(model: str | Path, recipe: Recipe, options: CalibrationOptions | No
 
 
 def _zero_shot(checkpoint: Checkpoint, items: list[PlannedTensor], recipe: Recipe) -> tuple[float, int]:
-    """Seconds of rounding everything, from a trial on random weights, and the peak of memory."""
+    """Seconds to round all weights, estimated from a trial on random weights, and peak memory in bytes."""
     weights = sum(item.stored.weights for item in items)
     choices = items[0].choices
-    # Rows that are rounded together stay so.
+    # Rows that are rounded together must stay together.
     rows = max(_TRIAL_ROWS, row_block(choices.scheme))
     trial = torch.randn(rows, items[0].stored.shape[1], generator=torch.Generator().manual_seed(0))
     seconds = 0.0
@@ -105,9 +105,9 @@ def _zero_shot(checkpoint: Checkpoint, items: list[PlannedTensor], recipe: Recip
 def _calibrated(
     checkpoint: Checkpoint, items: list[PlannedTensor], recipe: Recipe, options: CalibrationOptions
 ) -> tuple[float, int, int]:
-    """Seconds of measuring and solving, the peak of memory, and bytes of hidden states on disk.
+    """Seconds to measure and solve, peak memory in bytes, and bytes of hidden states on disk.
 
-    Raises FewbitError for limits that the run would break.
+    Raises FewbitError for limits that the run would exceed.
     """
     if options.stored is None:
         check_length(checkpoint.config, options.choice.sequence_length)
@@ -121,7 +121,8 @@ def _calibrated(
         measuring = 0.0
         held = max(sizes)
     elif recipe.curvature is not None and recipe.curvature.kind == "fisher":
-        # Forward, forward again block by block, and back; with a refresh, for every stage, half of it on average.
+        # A forward pass, a second one block by block, and a backward pass. With a refresh, this is repeated for every
+        # stage, for half of the blocks on average.
         stages = stages_of(sizes, options.refresh, options.memory)
         measuring = 3.0 * forward * (1 if len(stages) == 1 else (len(stages) + 1) / 2)
         held = max(sum(sizes[index] for index in stage) for stage in stages)
@@ -149,7 +150,7 @@ def _matrix_bytes(items: list[PlannedTensor]) -> list[int]:
 
 
 def _writing(checkpoint: Checkpoint, options: CalibrationOptions, speed: float) -> float:
-    """Seconds in which the model generates the sequences of the source `self`, one token of a batch at a time."""
+    """Seconds that the model needs to generate the sequences of the source `self`, token by token in batches."""
     choice = options.choice
     sources = parse_sources(choice.sources)
     written = sum(n for one, n in zip(sources, shares(sources, choice.samples), strict=True) if one.kind == "self")
@@ -158,12 +159,13 @@ def _writing(checkpoint: Checkpoint, options: CalibrationOptions, speed: float) 
 
 
 def _speed() -> float:
-    """Floating-point operations a second of a network of bfloat16 weights on this machine."""
+    """Floating-point operations per second of a network with bfloat16 weights on this machine."""
     a, b = torch.ones(512, 1024, dtype=torch.bfloat16), torch.ones(1024, 1024, dtype=torch.bfloat16)
     linear(a, b)
     began = time.perf_counter()
     for _ in range(5):
         linear(a, b)
     product = 5 * 2 * a.numel() * b.shape[0] / (time.perf_counter() - began)
-    # Fast products leave two thirds of a forward pass to everything else; widened ones are most of it themselves.
+    # With native bfloat16 products, everything else takes two thirds of a forward pass; products that are converted to
+    # float32 take most of it themselves.
     return product / 3 if is_native(a.dtype) else product

@@ -1,4 +1,4 @@
-"""The places in a network where linear layers take their inputs: layers with the same inputs are one site."""
+"""The input sites of a network: linear layers with the same inputs form one site."""
 
 import re
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ _EXPERT = re.compile(r"experts\.(\d+)\.")
 
 @dataclass(frozen=True)
 class InputSite:
-    """Layers of one block that see the same inputs.
+    """Layers of one block with the same inputs.
 
-    label: attention or mlp, and in (its first layers), out (its last) or inner. key: the layer under which the inputs
-    are recorded.
+    label: attention or mlp, followed by in (its first layers), out (its last) or inner. key: the layer under which the
+    inputs are recorded.
     """
 
     block: int
@@ -26,7 +26,7 @@ class InputSite:
 
     @property
     def layers(self) -> str:
-        """Names of the layers in the block, without what they share."""
+        """Names of the layers in the block, joined by `+`; all but the first are shortened to their last part."""
         names = [name_in_block(site.tensor.entry.name).removesuffix(".weight") for site in self.consumers]
         return "+".join([names[0], *[name.rpartition(".")[2] for name in names[1:]]])
 
@@ -40,7 +40,8 @@ def watched_layers(network: Network, blocks: list[int] | None = None) -> list[Wa
 def input_sites(network: Network, order: list[str], shared: dict[str, str]) -> list[InputSite]:
     """Sites of a network, block by block in the order of their use.
 
-    order: keys under which inputs were recorded, as they came. shared: layers -> the key whose inputs they see.
+    order: keys under which inputs were recorded, in the order of recording. shared: layer -> the key with the same
+    inputs.
     """
     place = {key: index for index, key in enumerate(order)}
     found: list[InputSite] = []
@@ -63,7 +64,7 @@ def input_sites(network: Network, order: list[str], shared: dict[str, str]) -> l
 
 
 def _part(site: Site) -> tuple[str, str]:
-    """Attention or mlp, and which expert."""
+    """Attention or mlp, and the expert."""
     name = name_in_block(site.tensor.entry.name)
     match = _EXPERT.search(name)
     expert = match[1] if match else "" if site.watched.expert is None else str(site.watched.expert)

@@ -1,6 +1,6 @@
-"""Fixes for outliers tried on the layers of one site alone: what each gives back of the error of their outputs.
+"""Try fixes for outliers on the layers of a single site and measure the error of their outputs.
 
-Every fix starts from the same plain rounding in groups; nothing compensates for errors, so that the fixes compare.
+Every fix starts from the same plain rounding in groups. Errors are never compensated, so that the fixes are comparable.
 """
 
 from collections.abc import Sequence
@@ -44,9 +44,9 @@ class Fixed:
 def apply_fix(fix: str, consumers: Sequence[Site], record: SiteRecord, bits: int) -> Fixed:
     """Round the weights of a site's layers to `bits` bits in groups, with one of FIXES.
 
-    adaptive-lasso: 5 % of the weights get a grid of their own in each group (arXiv 2405.13358). smoothquant: scales of
-    exponent 0.5 (2211.10438). awq: scales by search (2306.00978). sensitivity: the 1 % of the weights whose rounding
-    costs most, ``(w - q)^2 / [H^-1]_jj``, are kept in float16 (2306.03078), with no compensation of the others.
+    adaptive-lasso: 5 % of the weights get a separate grid in each group (arXiv 2405.13358). smoothquant: scales with
+    exponent 0.5 (2211.10438). awq: scales by search (2306.00978). sensitivity: the 1 % of the weights with the largest
+    rounding cost, ``(w - q)^2 / [H^-1]_jj``, are kept in float16 (2306.03078), without compensation in the others.
     """
     weights = [site.read().float() for site in consumers]
     columns = weights[0].shape[1]
@@ -80,7 +80,7 @@ def _choices(columns: int, recipe: Recipe) -> WeightChoices:
 
 
 def inverse_diagonal(gram: Tensor) -> Tensor:
-    """``[H^-1]_jj`` of a damped Gram `(in, in)`, float32 `(in,)`; 1 for all where it has no factor."""
+    """``[H^-1]_jj`` of a damped Gram `(in, in)`, float32 `(in,)`; all 1 if it has no Cholesky factor."""
     prepared, _ = prepare(gram)
     found = factor(prepared, _DAMPING)
     if found is None:
@@ -89,7 +89,7 @@ def inverse_diagonal(gram: Tensor) -> Tensor:
 
 
 def keep_sensitive(weight: Tensor, inverse: Tensor, fraction: float, choices: WeightChoices) -> tuple[Tensor, Tensor]:
-    """Weights `(out, in)` rounded in groups but for the `fraction` whose rounding costs most, which become float16.
+    """Round a weight `(out, in)` in groups, except for the `fraction` with the largest rounding cost, kept in float16.
 
     Returns the decoded weights and the mask of those that were kept. The grids are fitted to the others.
     """
@@ -124,7 +124,7 @@ def output_error(
 ) -> float:
     """``sum |x' W'^T - x W^T|^2 / sum |x W^T|^2`` over the layers of a site and the sequences.
 
-    weights, inputs: as they were. found, seen: the layers' weights and their inputs after rounding.
+    weights, inputs: the original ones. found, seen: the layers' weights and inputs after rounding.
     """
     error = norm = 0.0
     stacked, rounded = torch.cat([w.float() for w in weights]), torch.cat(list(found))
@@ -138,10 +138,10 @@ def output_error(
 def fixed_error(
     consumers: Sequence[Site], fixed: Fixed, record: SiteRecord, inputs: Sequence[Tensor], input_bits: int | None
 ) -> float:
-    """Relative squared output error of a site under a fix, on held-out inputs, one tensor `(tokens, in)` a sequence.
+    """Relative squared output error of a site with a fix, on held-out inputs, one tensor `(tokens, in)` per sequence.
 
-    input_bits: inputs (scaled, where the fix scales them) are rounded too, with one range measured on calibration text;
-    None leaves them as they are.
+    input_bits: also round the inputs (scaled, if the fix scales them) to so many bits, with one range measured on
+    calibration text; None leaves them unchanged.
     """
     seen = [x.float() if fixed.scales is None else x.float() / fixed.scales for x in inputs]
     if input_bits is not None:
@@ -154,7 +154,7 @@ def w8a8_error(
 ) -> float:
     """Relative squared output error of a site whose inputs and weights are rounded to 8 bits, on held-out inputs.
 
-    Weights have one scale an output channel; the inputs' ranges are as in
+    Weights have one scale per output channel. granularity, ranges: of the inputs' ranges, as in
     :class:`fewbit.activations.choice.ActivationChoice`.
     """
     found = [round_weight(site.read(), _W8A8).decode() for site in consumers]

@@ -1,4 +1,4 @@
-"""`fewbit curvature`: measure a curvature of the original and store it for any method and bit-width."""
+"""`fewbit curvature`: measure a curvature of the original model and store it for any method and bit-width."""
 
 import time
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def measure(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Measure a curvature on the original's own weights and inputs into the folder `out`, or resume the measurement.
+    """Measure a curvature with the original weights and inputs and store it in the folder `out`, or resume this.
 
     include, exclude: patterns of tensor names to add to, and to remove from, the linear layers in the blocks. Returns
     tokens, bytes, seconds and peak_rss_bytes. Raises FewbitError for bad input.
@@ -43,7 +43,7 @@ def measure(
     checkpoint = open_checkpoint(locate(model))
     check_curvature_place(out, checkpoint)
     network = open_network(checkpoint, cover_original(checkpoint, include, exclude), device, choice.kind == "gram")
-    # Before the model writes its own text, which takes minutes.
+    # Checked before the model generates its calibration text, which takes minutes.
     stages_of(matrix_bytes(network.sites), 0, options.memory)
     calibration = calibration_set(checkpoint, options.choice, network.model, progress)
     with said_when_full("free some space and run the same command again; finished blocks are kept"):
@@ -69,9 +69,9 @@ def measure_tokens(
     options: CalibrationOptions,
     progress: Progress | None = None,
 ) -> None:
-    """Measure a curvature on given sequences into the folder `out`, or resume the measurement.
+    """Measure a curvature on the given sequences and store it in the folder `out`, or resume the measurement.
 
-    network: opened for running block by block if the kind is gram; its blocks are then empty afterwards.
+    network: must be opened for running block by block if the kind is gram; its blocks are then empty afterwards.
     """
     with CurvatureWriter(out, checkpoint, choice, {**calibration.describe(), "blocks": len(network.blocks)}) as writer:
         counter = Counter(progress)

@@ -1,4 +1,4 @@
-"""The original as a running network, with the location of every linear layer in it."""
+"""The original model as a running network, with the location of every linear layer in it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,9 @@ from fewbit.runtime.load import load_decoder
 
 @dataclass(frozen=True)
 class Network:
-    """The model that runs, its blocks, and where the linear layers of the checkpoint are in it, block by block.
+    """The running model, its blocks, and the location of the checkpoint's linear layers in it, block by block.
 
-    kept: for every block, the names of the other tensors of the checkpoint by their parameters in the block.
+    kept: for every block, parameter name in the block -> name in the checkpoint, for tensors that are not quantized.
     """
 
     model: Any
@@ -33,9 +33,9 @@ class Network:
     device: torch.device
 
     def take(self, index: int) -> None:
-        """Give a block its own copy of the weights, on the device that computes.
+        """Give a block its own copy of the weights, on the compute device.
 
-        Until then they are mapped from the checkpoint's files, so only the weights of one block are in memory.
+        Until then they are memory-mapped from the checkpoint's files, so only the weights of one block are in memory.
         """
         for tensor in _tensors(self.blocks[index]):
             tensor.data = tensor.data.to(self.device, copy=True)
@@ -53,7 +53,10 @@ def _tensors(block: Any) -> list[Tensor]:
 def open_original(
     model: str | Path, device: str | None, walking: bool = False, dtype: Any = "auto"
 ) -> tuple[Checkpoint, Network]:
-    """An original and its network, with every linear layer in the blocks as a site; options as for `open_network`."""
+    """An original checkpoint and its network, with every linear layer in the blocks as a site.
+
+    device, walking, dtype: as for :func:`open_network`.
+    """
     checkpoint = open_checkpoint(locate(model))
     return checkpoint, open_network(checkpoint, cover_original(checkpoint), device, walking, dtype)
 
@@ -61,14 +64,14 @@ def open_original(
 def open_network(
     checkpoint: Checkpoint, coverage: Coverage, device: str | None, walking: bool = False, dtype: Any = "auto"
 ) -> Network:
-    """Load the model and find in it the tensors that are to be quantized.
+    """Load the model and find the tensors in it that are to be quantized.
 
-    walking: only one block at a time will run, so the weights stay where they are mapped until a block is taken.
-    device, dtype: as for :func:`fewbit.load`.
+    walking: only one block at a time will run, so the weights stay memory-mapped until a block is taken. device, dtype:
+    as for :func:`fewbit.load`.
     """
     model = load_decoder(checkpoint.folder, dtype, "cpu" if walking else device)
     if hasattr(model, "set_experts_implementation"):
-        # One linear layer for each expert, which can be watched, in place of one fused product for all.
+        # One linear layer for each expert, which can be watched, instead of one fused product for all.
         model.set_experts_implementation("eager")
     blocks = list(find_blocks(model))
     with FileReader() as reader:

@@ -1,4 +1,4 @@
-"""What is shown the inputs of a block's layers while sequences run through it, one sequence a worker at a time."""
+"""Observers of the inputs of a block's layers, while each worker runs one sequence at a time through the block."""
 
 import threading
 from collections.abc import Callable
@@ -12,33 +12,33 @@ Step = Callable[[], None]
 
 
 class Observing(Protocol):
-    """Something that is shown what the layers of a block see."""
+    """An object that receives the inputs of a block's layers."""
 
     def observe(self, key: str, x: Tensor, gradient: Tensor | None) -> None:
-        """One call of a layer with inputs `(tokens, in)`."""
+        """Receive one call of a layer with inputs `(tokens, in)`."""
 
 
 @runtime_checkable
 class Divisible(Protocol):
-    """An observer whose sums can be made in parts."""
+    """An observer whose sums can be computed in parts."""
 
     def another(self) -> Any:
-        """An empty one of the same kind."""
+        """An empty observer of the same kind."""
 
     def add(self, other: Any) -> None:
-        """Take in the sums of another."""
+        """Add the sums of another observer."""
 
 
 class EnoughSeenError(Exception):
-    """Ends a run through a block: its last watched layer has been called."""
+    """Ends the run of a block after its last watched layer has been called."""
 
 
 class UntilLast:
-    """Shows an observer what layers see, and ends a run at the layer that is called last: what comes after it (a
-    quarter of a block, where it is a down projection) would be for nothing.
+    """Passes inputs to an observer, and ends the run of a block when its last watched layer is called.
 
-    Which one is last the first sequence tells, if it calls each layer once: experts that not every text reaches could
-    come in any order.
+    The rest of the block (a quarter of it, if it is a down projection) need not be computed. The order of the layers is
+    taken from the first sequence, if it calls each layer once. It is not used with fused experts, because not every
+    text reaches them, and they are called in any order.
     """
 
     def __init__(self, observer: Observing, layers: list[Watched]) -> None:
@@ -54,20 +54,20 @@ class UntilLast:
             raise EnoughSeenError
 
     def ended(self) -> None:
-        """A sequence is through."""
+        """Called at the end of a sequence."""
         if not self._fused and sorted(self._called) == self._keys:
             self._last = self._called[-1]
         self._called.clear()
 
 
 class PerThread:
-    """One observer for every worker; a thread's calls go to its own."""
+    """One observer for every worker; calls in a thread go to the observer of that thread's worker."""
 
     def __init__(self, observers: list[Any]) -> None:
         self._observers, self._mine = observers, threading.local()
 
     def begin(self, worker: int) -> Callable[[], None] | None:
-        """From here on the calling thread is this worker; returns what is to be called when a sequence is through."""
+        """Make the calling thread this worker; returns a function to call at the end of a sequence, or None."""
         self._mine.observer = self._observers[worker]
         return getattr(self._observers[worker], "ended", None)
 

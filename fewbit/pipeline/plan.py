@@ -31,17 +31,17 @@ class PlannedTensor:
 
     @property
     def bytes(self) -> int:
-        """The largest number of bytes that it can take."""
+        """The largest number of bytes that its stored form can take."""
         return stored_bytes(self.stored)
 
     @property
     def output(self) -> list[str]:
-        """Names of the tensors that it becomes."""
+        """Names of the tensors in the output."""
         return [self.tensor.entry.name, *(f"{self.tensor.module}.{part}" for part in part_layout(self.stored))]
 
     @property
     def choices(self) -> WeightChoices:
-        """How its rows are quantized."""
+        """How the tensor's rows are quantized."""
         return self.recipe.for_weight(self.stored.scheme)
 
 
@@ -53,12 +53,12 @@ class KeptTensor:
 
     @property
     def bytes(self) -> int:
-        """Bytes that it takes."""
+        """Size of the tensor in bytes."""
         return self.tensor.entry.bytes
 
     @property
     def output(self) -> list[str]:
-        """Its name."""
+        """Name of the tensor in the output."""
         return [self.tensor.entry.name]
 
 
@@ -92,7 +92,7 @@ class Plan:
 
 
 def cover_original(checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Coverage:
-    """What every tensor of an original is. Raises FewbitError if one is unknown, or none is to be quantized."""
+    """Classify every tensor of an original model. Raises FewbitError if one is unknown, or none is to be quantized."""
     refuse_quantized(checkpoint)
     coverage = cover(checkpoint.entries.values(), checkpoint.config, include, exclude)
     require_recognised(coverage, str(checkpoint.folder))

@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint, streamed: rows are read, quantized by several workers, and joined in order."""
+"""Quantize one tensor of a checkpoint in chunks: workers read and quantize rows, which are then joined in order."""
 
 import os
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from fewbit.pipeline.tensor_rows import TensorRows
 from fewbit.solvers.settled import Encoded, NotFiniteError, round_rows
 from fewbit.transforms.table import TRANSFORMS
 
-# Few enough that passes over them stay in a core's cache, many enough that Python's lock is rarely waited for.
+# Small enough for a core's cache, and large enough that threads rarely wait for Python's global lock.
 _CHUNK_WEIGHTS = 1 << 19
 
 
@@ -41,7 +41,7 @@ class SolvedWeight:
 
 @dataclass(frozen=True)
 class Workers:
-    """Where the computation runs: a pool of threads, and the device to which they move rows."""
+    """Where the computation runs: a pool of threads, and the device to which the rows are moved."""
 
     pool: ThreadPoolExecutor
     device: torch.device
@@ -57,8 +57,8 @@ def quantize_tensor(
 ) -> Callable[[], SolvedWeight]:
     """Quantize one planned tensor.
 
-    Returns a function that puts the rows together (another thread can call it while the next tensor is quantized).
-    Raises FewbitError naming the tensor when a weight is NaN or infinite or a scale cannot be stored.
+    Returns a function that joins the rows (another thread can call it while the next tensor is quantized). Raises
+    FewbitError, which names the tensor, if a weight is NaN or infinite or a scale cannot be stored.
     """
     stored, choices = item.stored, item.choices
     source = TensorRows(item, reader, _CHUNK_WEIGHTS)
@@ -97,7 +97,7 @@ def _too_small(parts: dict[str, Tensor], stored: StoredWeight) -> bool:
 
 
 def _importance(item: PlannedTensor, checkpoint: Checkpoint, reader: FileReader, device: torch.device) -> Tensor | None:
-    """c_j of each column: after a norm an input has about unit power times its squared gain."""
+    """c_j of each column, its squared norm gain: the mean square of a norm's output is about its squared gain."""
     if item.recipe.grid.column_weights == "none":
         return None
     entry = gain_before(item.tensor.entry.name, checkpoint.entries)
@@ -109,7 +109,7 @@ def _importance(item: PlannedTensor, checkpoint: Checkpoint, reader: FileReader,
 
 
 def assemble(item: PlannedTensor, results: list[Encoded], spans: list[tuple[int, int]]) -> SolvedWeight:
-    """Put rows `(first, count)` together: how the weight is stored, its parts on the CPU, its record for the report."""
+    """Join rows `(first, count)`: how the weight is stored, its parts on the CPU, and its record for the report."""
     stored, columns = item.stored, item.stored.shape[1]
     parts = {name: torch.cat([r.parts[name] for r in results]).cpu() for name in results[0].parts}
     if stored.scheme.outlier_grid != "none":

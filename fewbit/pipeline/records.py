@@ -1,4 +1,4 @@
-"""What a run reports about each tensor and about itself: typed here, plain JSON in `fewbit_report.json`."""
+"""What a run reports about each tensor and about itself; written as JSON to `fewbit_report.json`."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,10 +9,10 @@ from typing import Any
 class LayerRecord:
     """One quantized tensor.
 
-    bytes: on disk, of everything that replaces it. relative_squared_error: of all its weights. mean_group_error,
-    worst_group_error: the same for each group, so that a large group does not hide small ones. path: how a calibrated
-    run computed it. relative_curvature_error: ``tr(dW H dW^T) / tr(W H W^T)``. experts_without_input: experts that no
-    token reached.
+    bytes: size on disk of everything that replaces it. relative_squared_error: squared error of all its weights,
+    divided by their squared norm. mean_group_error, worst_group_error: the same for each group, so that groups with
+    large weights do not hide the others. path: how a calibrated run computed it. relative_curvature_error: ``tr(dW H
+    dW^T) / tr(W H W^T)``. experts_without_input: experts that no token reached.
     """
 
     name: str
@@ -31,7 +31,7 @@ class LayerRecord:
     relative_curvature_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, without unknown values."""
+        """The record as a dict of JSON values, without unknown values."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -46,10 +46,10 @@ class KeptRecord:
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """What a finished shard holds of one tensor: either it was kept, or it is a layer with its stored form.
+    """What a finished shard contains of one tensor: either it was kept, or it is a layer with its stored form.
 
-    module, parts: its tensors are ``module.part``, and a guard under the original's name. stored, scheme: as
-    `config.json` has them.
+    module, parts: its tensors are ``module.part``, and a guard under the original name. stored, scheme: as in
+    `config.json`.
     """
 
     kept: KeptRecord | None = None
@@ -68,7 +68,7 @@ class WrittenTensor:
         return [*guard, *(f"{self.module}.{part}" for part in self.parts)]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; :meth:`from_dict` is the inverse."""
+        """As a dict of JSON values; :meth:`from_dict` is the inverse."""
         if self.kept is not None:
             return {"kept": asdict(self.kept)}
         assert self.layer is not None
@@ -77,7 +77,7 @@ class WrittenTensor:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "WrittenTensor":
-        """What an interrupted run had written."""
+        """Inverse of :meth:`to_dict`, to read what an interrupted run has written."""
         if "kept" in data:
             return cls(kept=KeptRecord(**data["kept"]))
         layer = LayerRecord(**data["layer"])
@@ -86,7 +86,7 @@ class WrittenTensor:
 
 @dataclass(frozen=True)
 class Output:
-    """What was written: weights in quantized tensors, their bytes, those of the kept ones and of all files."""
+    """What was written: number of weights in quantized tensors, their bytes, bytes of kept tensors and of all files."""
 
     weights_quantized: int
     bytes: int
@@ -95,7 +95,7 @@ class Output:
     outliers: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, with the bits per weight."""
+        """As a dict of JSON values, with the bits per weight."""
         data = asdict(self)
         bits = {"bits_per_weight": 8 * self.bytes / self.weights_quantized}
         return {"weights_quantized": data.pop("weights_quantized"), "bytes": data.pop("bytes"), **bits, **data}
@@ -105,7 +105,7 @@ class Output:
 class Report:
     """The content of `fewbit_report.json`; the same for the same input, even if the run was interrupted.
 
-    left: files of the original that were not copied.
+    left: files of the original model that were not copied.
     """
 
     model: str
@@ -120,7 +120,7 @@ class Report:
     calibration: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """As a dict of JSON values."""
         data: dict[str, Any] = {
             "model": self.model,
             "method": self.method,

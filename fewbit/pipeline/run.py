@@ -1,4 +1,4 @@
-"""A data-free run from start to end: plan, stream every tensor, write shards, publish the folder."""
+"""A run from start to end: plan, quantize tensor by tensor, write shards, publish the folder."""
 
 import contextlib
 import json
@@ -128,7 +128,7 @@ def _calibrate(
 
 
 def _stream(plan: Plan, checkpoint: Checkpoint, run: _Run) -> list[list[WrittenTensor]]:
-    """Per shard, the records of its tensors; finished shards of an interrupted run are not done again."""
+    """Write all shards and return the records of their tensors; shards that an interrupted run finished are kept."""
     total = sum(item.tensor.entry.bytes for shard in plan.shards for item in shard)
     done = 0
     results = []
@@ -163,7 +163,7 @@ def _write_shard(
         with ThreadPoolExecutor(1) as behind:
             for item in shard:
                 write = _quantize_then_write(item, checkpoint, run, writer)
-                # Writing stays one tensor behind, so that no more than two are ever in memory.
+                # Writing is one tensor behind quantizing, so at most two tensors are in memory.
                 if pending:
                     pending[-1].result()
                 pending.append(behind.submit(write))
@@ -185,7 +185,7 @@ def _write_shard(
 def _quantize_then_write(
     item: PlannedTensor | KeptTensor, checkpoint: Checkpoint, run: _Run, writer: ShardWriter | None
 ) -> Callable[[], WrittenTensor]:
-    """Quantize a tensor now; the function that is returned writes it, or copies one that is kept, and describes it."""
+    """Quantize a tensor now; the returned function writes it (or copies a kept tensor) and returns its record."""
     run.reader.descriptor(item.tensor.entry.file)
     if isinstance(item, KeptTensor):
         return partial(_copy, item, run, writer)
@@ -222,7 +222,7 @@ def _write(item: PlannedTensor, assemble: Callable[[], SolvedWeight], writer: Sh
 
 @contextlib.contextmanager
 def _workers(options: RunOptions) -> Iterator[Workers]:
-    """A pool whose threads do not start threads of their own: chunks are small and there is one for every core."""
+    """A pool of threads in which torch uses one thread each: chunks are small, and there is a worker for every core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -235,7 +235,7 @@ def _workers(options: RunOptions) -> Iterator[Workers]:
 
 
 def job_of(model: str | Path, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
-    """What fixes the result of :func:`quantize`, as a JSON file has it."""
+    """Everything that determines the result of :func:`quantize`, as a dict of JSON values."""
     return dict(json.loads(json.dumps(_job(open_checkpoint(locate(model)), recipe, options))))
 
 
@@ -255,7 +255,7 @@ def _job(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> dict[st
 
 
 def _check_space(plan: Plan, folder: Path, twice: bool) -> None:
-    """FewbitError unless the output fits; solved weights are kept beside it until it is whole (`twice`)."""
+    """Raise FewbitError unless the output fits on the disk. twice: solved weights are stored in addition."""
     done = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", SOLVED))
     free = shutil.disk_usage(folder).free
     needed = plan.bytes + (sum(item.bytes for item in plan.quantized) if twice else 0)
@@ -276,7 +276,7 @@ def _write_companions(
 
 
 def quantization_config(recipe: Recipe, layers: list[WrittenTensor]) -> dict[str, Any]:
-    """The `quantization_config` of config.json: everything that a reader needs beside the tensors."""
+    """The `quantization_config` of config.json: everything that a reader needs in addition to the tensors."""
     schemes: list[dict[str, Any]] = []
     weights: dict[str, Any] = {}
     for one in layers:

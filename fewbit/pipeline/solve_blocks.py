@@ -33,10 +33,10 @@ _SAMPLE_TOKENS = 24
 
 @dataclass
 class BlockSolver:
-    """Solving one block after another.
+    """Solves one block after another.
 
-    items: what is planned, by the names of the tensors. paths: how each weight was found. notes: what the report says
-    of transforms. sample: a short text on its way through the network, where a transform is folded.
+    items: planned tensors by name. paths: how each weight was computed, for the report. notes: on folded transforms,
+    for the report. sample: hidden states of a short sample that runs through the network if a transform is folded.
     """
 
     recipe: Recipe
@@ -49,7 +49,7 @@ class BlockSolver:
     notes: list[dict[str, Any]] = field(default_factory=list)
 
     def begin(self) -> None:
-        """To be called while the whole network is on one device."""
+        """Must be called while the whole network is on one device."""
         if self.recipe.transform.kind.folded:
             ids = torch.arange(_SAMPLE_TOKENS).unsqueeze(0) + 5
             self.sample = Walk(self.network.model, self.network.blocks, ids, 1 << 30)
@@ -65,7 +65,7 @@ class BlockSolver:
         for names in self._together(by_tensor, curvature):
             found = [self.store.find(name) for name in names]
             if any(one is None for one in found):
-                # All of them, so that a run that was interrupted between two ends with the same bytes.
+                # All are solved again, so that a run that was interrupted in between ends with the same bytes.
                 found = self._solve_together({name: by_tensor[name] for name in names}, curvature)
             for name, one in zip(names, found, strict=True):
                 assert one is not None
@@ -75,7 +75,7 @@ class BlockSolver:
     def _together(
         self, by_tensor: dict[str, list[Site]], curvature: Callable[[Site], Tensor | None]
     ) -> list[list[str]]:
-        """Names of tensors that are solved together: plain layers that share their curvature and are stored alike."""
+        """Names of tensors that are solved together: layers that share a curvature and are stored in the same way."""
         groups: dict[Any, list[str]] = {}
         for name, sites in by_tensor.items():
             item, matrix = self.items[name], curvature(sites[0])
@@ -94,7 +94,7 @@ class BlockSolver:
                 first += site.rows
 
     def _fold(self, index: int, curvature: Callable[[Site], Tensor | None]) -> None:
-        """Scale the channels of a block; what is not quantized and changed by that is kept for the output."""
+        """Scale the channels of a block; unquantized tensors that this changes are stored for the output."""
         block, sites = self.network.blocks[index], self.network.sites[index]
         sample = self.sample
         assert sample is not None
@@ -104,7 +104,7 @@ class BlockSolver:
                 if changed is not None:
                     parameter.data.copy_(changed)
             self.notes += self.store.notes(index)
-            # The sample only has to reach the next block in some plausible form.
+            # The sample needs no exact values; it only has to reach the next block.
             sample.advance(index, _nothing)
             return
 
@@ -124,16 +124,16 @@ class BlockSolver:
         sample.advance(index, _nothing)
 
     def solved(self, index: int) -> bool:
-        """Whether an interrupted run has solved all of a block."""
+        """Whether an interrupted run has solved the whole block."""
         return all(self.store.find(site.tensor.entry.name) is not None for site in self.network.sites[index])
 
     def round_outside(self, item: PlannedTensor, checkpoint: Checkpoint) -> None:
-        """A weight outside the blocks has no curvature: it is rounded."""
+        """Round a weight outside the blocks, which has no curvature."""
         found = self.store.find(item.tensor.entry.name)
         if found is None:
             with FileReader() as reader:
                 whole = reader.tensor(item.tensor.entry)
-            # Only what was asked for by name goes without a word.
+            # This is reported as a fallback, unless the tensor was included by name.
             idle = item.tensor.reason != "included"
             found = self._solve(item, [(to_matrix(whole, item.tensor.transposed), None)], idle)
         self.paths[item.tensor.entry.name] = found.record.path or ""
@@ -141,7 +141,7 @@ class BlockSolver:
     def _solve_together(
         self, by_tensor: dict[str, list[Site]], curvature: Callable[[Site], Tensor | None]
     ) -> list[SolvedWeight | None]:
-        """Solve the tensors of one group and keep them."""
+        """Solve the tensors of one group and store them."""
         if len(by_tensor) > 1:
             sites = [found[0] for found in by_tensor.values()]
             items = [self.items[name] for name in by_tensor]
@@ -150,13 +150,13 @@ class BlockSolver:
                 solved = solve_alike(weights, curvature(sites[0]), items[0].recipe, items[0].stored.scheme)
                 return [self._keep(item, [one]) for item, one in zip(items, solved, strict=True)]
             except (NotFiniteError, FewbitError):
-                # One by one the error says which of them it is.
+                # Solved one by one below, so that the error names the tensor.
                 pass
         kept: list[SolvedWeight | None] = []
         for name, found in by_tensor.items():
             matrices = [(site.read(), curvature(site)) for site in found]
             idle = any(_idle(site, matrix) for site, (_, matrix) in zip(found, matrices, strict=True))
-            # One expert may go without tokens, not all of them.
+            # One expert may receive no tokens, but not all experts.
             idle = idle or (len(matrices) > 1 and all(matrix is None for _, matrix in matrices))
             kept.append(self._solve(self.items[name], matrices, idle))
         return kept
@@ -175,7 +175,7 @@ class BlockSolver:
         return self._keep(item, solved, idle)
 
     def _keep(self, item: PlannedTensor, solved: list[Solved], idle: bool = False) -> SolvedWeight:
-        """Store a tensor whose parts, one below the other, were solved."""
+        """Store a tensor whose parts were solved; the parts are joined along the rows."""
         spans: list[tuple[int, int]] = []
         for one in solved:
             first = spans[-1][0] + spans[-1][1] if spans else 0
@@ -199,9 +199,9 @@ def _error(found: SolvedWeight | None) -> float:
 
 
 def _idle(site: Site, matrix: Tensor | None) -> bool:
-    """Whether a layer saw no input though it is no expert, which may go without."""
+    """Whether a layer had no input although it is not an expert."""
     return matrix is None and site.watched.expert is None
 
 
 def _nothing() -> None:
-    """No progress to show."""
+    """A step of progress that is not shown."""

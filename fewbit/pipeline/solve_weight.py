@@ -1,4 +1,4 @@
-"""Weights by a recipe: for inputs as the recipe's transform gives them, the solver's part of it."""
+"""Solve weights as a recipe says: apply its transform, then its solver."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ from fewbit.transforms.table import TRANSFORMS
 
 
 def solve_weight(weight: Tensor, curvature: Tensor | None, recipe: Recipe, scheme: Scheme) -> Solved:
-    """Quantize `(out, in)` under a curvature `(in, in)` of its inputs, or by rounding where it is None."""
+    """Quantize a weight `(out, in)` with a curvature `(in, in)` of its inputs, or by rounding if it is None."""
     return solve_alike([weight], curvature, recipe, scheme)[0]
 
 
 def solve_alike(weights: Sequence[Tensor], curvature: Tensor | None, recipe: Recipe, scheme: Scheme) -> list[Solved]:
     """Quantize weights that share their inputs, their recipe and their scheme.
 
-    What is solved, and its decoded weights, are for inputs that went through the transform.
+    The results, including the decoded weights, are for transformed inputs.
     """
     transform = TRANSFORMS[scheme.transform]
     mapped = transform.fixed(weights[0].shape[1])

@@ -1,4 +1,4 @@
-"""Solved weights on disk, each written when it is found, until the shards are put together from them."""
+"""Solved weights on disk, each written when it is solved, until the shards are written from them."""
 
 import hashlib
 import json
@@ -24,10 +24,10 @@ _NOT_PLAIN = re.compile(r"[^a-z0-9_]")
 
 
 def file_name(name: str) -> str:
-    """A file's name for a tensor: its own where that is plain, else what is plain in it and a hash.
+    """The file name for a tensor: the tensor's name if it is safe, otherwise its safe characters and a hash.
 
-    Names come from strangers, and one may be a path, longer than a file's name may be, or another's in capitals. Names
-    without a dot are those of the other files that stand here.
+    Tensor names come from untrusted files: one may be a path, too long for a file name, or differ from another only in
+    case. Names without a dot are reserved for the other files in this folder.
     """
     if _PLAIN.fullmatch(name):
         return name
@@ -36,13 +36,13 @@ def file_name(name: str) -> str:
 
 
 class SolvedStore:
-    """A folder with one file for every solved weight; a file is there in full or not at all."""
+    """A folder with one file for every solved weight; a file is either complete or missing."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def put(self, name: str, solved: SolvedWeight) -> SolvedWeight:
-        """Keep a weight under the name of its tensor."""
+        """Store a weight under the name of its tensor."""
         described = {
             "name": name,
             "scheme": solved.stored.scheme.to_dict(),
@@ -54,7 +54,7 @@ class SolvedStore:
         return solved
 
     def find(self, name: str) -> SolvedWeight | None:
-        """A weight that was kept, or None."""
+        """A weight that was stored, or None."""
         path = self._path(name)
         if not path.is_file():
             return None
@@ -65,16 +65,16 @@ class SolvedStore:
         return SolvedWeight(stored, parts, LayerRecord(**described["record"]))
 
     def put_kept(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor that is not quantized but changed."""
+        """Store a tensor that is changed but not quantized."""
         save_whole({"kept": tensor}, self._path(name))
 
     def kept(self, name: str) -> Tensor | None:
-        """A changed tensor, or None when it is as the checkpoint has it."""
+        """A changed tensor, or None if it is unchanged."""
         path = self._path(name)
         return load_file(path)["kept"] if path.is_file() else None
 
     def same_tokens(self, sha256: str) -> None:
-        """FewbitError when an interrupted run here was calibrated on other tokens: its text has changed since."""
+        """Raise FewbitError if the interrupted run here was calibrated on other tokens: its text has changed since."""
         path = self._own(TOKENS)
         if path.is_file() and path.read_text(encoding="ascii") != sha256:
             raise FewbitError(
@@ -84,19 +84,19 @@ class SolvedStore:
         path.write_text(sha256, encoding="ascii")
 
     def put_notes(self, block: int, notes: list[dict[str, Any]]) -> None:
-        """Keep what the report will say of a block."""
+        """Store the notes on a block for the report."""
         path = self._own(f"notes-{block}")
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(notes), encoding="utf-8")
         partial.replace(path)
 
     def notes(self, block: int) -> list[dict[str, Any]]:
-        """What was kept for a block."""
+        """The stored notes on a block."""
         path = self._own(f"notes-{block}")
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
     def take(self, name: str) -> SolvedWeight:
-        """A weight that was kept."""
+        """A weight that was stored; it must exist."""
         found = self.find(name)
         assert found is not None
         return found

@@ -1,4 +1,4 @@
-"""How many blocks' curvatures fit in memory at a time, and what a run's limits allow."""
+"""How many blocks' curvatures fit in memory at a time, and checks of a run's limits."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ def matrix_bytes(sites: list[list[Site]]) -> list[int]:
 def stages_of(sizes: Sequence[int], refresh: int, memory_bytes: int) -> list[list[int]]:
     """Blocks whose curvature is measured in one pass: `refresh` of them, or as many as fit (`refresh` 0).
 
-    sizes: of :func:`matrix_bytes`. Raises FewbitError when the matrices of one block, or of one refresh, do not fit.
+    sizes: from :func:`matrix_bytes`. Raises FewbitError if the matrices of one block, or of one refresh, do not fit.
     """
     stages: list[list[int]] = [[]]
     filled = 0
@@ -43,14 +43,14 @@ def stages_of(sizes: Sequence[int], refresh: int, memory_bytes: int) -> list[lis
 
 
 def crowded(model: Any, length: int, memory_bytes: int) -> bool:
-    """Whether one sequence's activations would take more than a quarter of the memory that a run may have."""
+    """Whether one sequence's activations would take more than a quarter of a run's memory limit."""
     return activation_bytes(model.config, length) > memory_bytes // 4
 
 
 def check_length(config: Any, length: int) -> None:
-    """FewbitError when a model has no positions for sequences of `length` tokens. config: of transformers, or its JSON.
+    """Raise FewbitError if sequences of `length` tokens are too long for a model. config: of transformers, or its JSON.
 
-    A model with a table of positions fails beyond it; one with rotations was not trained there.
+    A model with a table of positions fails beyond it; one with rotary positions was not trained there.
     """
     positions = positions_of(config)
     if positions is not None and length > positions:
@@ -60,7 +60,7 @@ def check_length(config: Any, length: int) -> None:
 
 
 def positions_of(config: Any) -> int | None:
-    """The longest sequence that a model was made for, where its configuration says so."""
+    """The maximum sequence length of a model, or None if its configuration does not state it."""
     if isinstance(config, dict):
         config = config.get("text_config") or config
         found = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)

@@ -11,10 +11,10 @@ from fewbit.pipeline.plan import PlannedTensor
 
 
 class TensorRows:
-    """Rows of a planned tensor; several threads may read.
+    """Rows of a planned tensor; several threads may read at once.
 
-    One that is stored (in, out) is read a matrix at a time and turned: the whole of it, or one expert.
-    spans: first rows and numbers of rows, in pieces of about `at_once` weights that a worker takes.
+    A tensor that is stored as (in, out) is read and transposed as a whole, or one expert at a time. spans: first row
+    and number of rows of the chunks that workers process, each of about `at_once` weights.
     """
 
     def __init__(self, item: PlannedTensor, reader: FileReader, at_once: int) -> None:
@@ -25,7 +25,7 @@ class TensorRows:
         self._height = self.rows // math.prod(self._entry.shape[:-2]) if self._turned else self.rows
         self._expert, self._lock = -1, threading.Lock()
         self._matrix: Tensor | None = None
-        # What some rows share is stored once for them: they stay together.
+        # Rows that share stored data stay together.
         block = row_block(item.stored.scheme) or self._height
         step = max(1, at_once // self.columns // block) * block
         self.spans = [
@@ -35,7 +35,7 @@ class TensorRows:
         ]
 
     def read(self, first: int, count: int) -> Tensor:
-        """Rows `first` to `first + count`, of one expert where experts are stored (in, out)."""
+        """Rows `first` to `first + count`; they must be of one expert if experts are stored as (in, out)."""
         if not self._turned:
             return self._reader.read(self._entry, first * self.columns, count * self.columns).view(count, self.columns)
         expert, row = divmod(first, self._height)

@@ -1,7 +1,7 @@
-"""Simulate layers whose inputs and weights are both rounded (W8A8), plain or smoothed, in a model that is loaded.
+"""Simulate layers whose inputs and weights are both rounded (W8A8), plain or smoothed, in a loaded model.
 
-The rounding is real, in codes of the bits that are asked for (see :mod:`fewbit.activations.rounding`); what is
-simulated is only the speed.
+The rounding is exactly that of integer codes with the requested number of bits (see
+:mod:`fewbit.activations.rounding`); the speed is not that of integer kernels.
 """
 
 from collections.abc import Iterator
@@ -31,10 +31,7 @@ _SAMPLE_TOKENS = 24
 
 @dataclass(frozen=True)
 class Simulation:
-    """Rounded weights and static ranges by layer, and what smoothing did.
-
-    bits_per_weight: codes and scales of the rounded weights, over their number.
-    """
+    """Rounded weights and static ranges by layer, and notes on which sites were smoothed."""
 
     choice: ActivationChoice
     weights: dict[str, RoundedWeight]
@@ -43,13 +40,13 @@ class Simulation:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the weights as an integer kernel stores them: codes, and a float32 scale an output channel."""
+        """Bits per weight, as an integer kernel stores them: codes, and a float32 scale per output channel."""
         count = sum(weight.codes.numel() for weight in self.weights.values())
         scales = sum(weight.scale.numel() for weight in self.weights.values())
         return self.choice.weight_bits + _SCALE_BITS * scales / count
 
     def linear(self, key: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What layer `key` gives for inputs `(..., tokens, in)` of one sequence, in their dtype."""
+        """Outputs of layer `key` for inputs `(..., tokens, in)` of one sequence, in their dtype."""
         choice = self.choice
         out = rounded_linear(x, self.weights[key], self._range(key, x), choice.bits, choice.symmetric)
         if bias is not None:
@@ -59,7 +56,7 @@ class Simulation:
     def _range(self, key: str, x: Tensor) -> Range:
         found = self.ranges.of(key) if self.ranges is not None else None
         if found is None:
-            # Dynamic, or an expert that saw no calibration text.
+            # Dynamic ranges, or an expert that no calibration token reached.
             return range_of(x, self.choice.granularity)
         if self.choice.granularity == "token":
             low, high = found.at(x.shape[-2])
@@ -76,12 +73,12 @@ def rounding_inputs(
     step: Step | None = None,
     only: set[str] | None = None,
 ) -> Iterator[Simulation]:
-    """While inside, the linear layers of the decoder blocks round their inputs and weights; then all is as it was.
+    """While inside, the linear layers of the decoder blocks round their inputs and weights; afterwards all is restored.
 
-    network: its model loaded whole (:func:`fewbit.pipeline.calibrated.open_network` without `walking`). ids:
-    calibration sequences `(samples, length)`, for static ranges and for smoothing. only: keys of the layers that
-    round (default: all). With a range for each position one sequence at a time may run, else also batches.
-    Raises FewbitError when the choice needs calibration sequences and there are none.
+    network: with the whole model loaded (:func:`fewbit.pipeline.network.open_network` without `walking`). ids:
+    calibration sequences `(samples, length)`, for static ranges and for smoothing. only: keys of the layers that round
+    (default: all). With a range for each position, run one sequence at a time; otherwise batches are possible too.
+    Raises FewbitError if the choice needs calibration sequences and there are none.
     """
     if choice.calibrated and ids is None:
         raise FewbitError("static ranges and SmoothQuant need a calibration set: give one, or choose dynamic ranges")
@@ -118,9 +115,9 @@ def _matrix(network: Network, key: str) -> Tensor:
 def smooth(network: Network, largest: Recorder, choice: ActivationChoice) -> list[dict[str, Any]]:
     """Divide the inputs of the layers by SmoothQuant's scales and multiply their weights by them, in place.
 
-    The division is folded into what feeds the layers; where nothing foldable does, they stay as they are. largest:
-    :class:`Largest` of every site. Returns for every site its block, label, layers and whether it was smoothed. No
-    output changes, but for the rounding of weights to the network's own dtype.
+    The division is folded into the module that produces the inputs; layers without a foldable one stay unchanged.
+    largest: :class:`Largest` of every site. Returns for every site its block, label, layers and whether it was
+    smoothed. The network's outputs do not change, except by the rounding of weights to its own dtype.
     """
     assert choice.exponent is not None
     sites = input_sites(network, list(largest.found), largest.shared)
@@ -142,4 +139,4 @@ def smooth(network: Network, largest: Recorder, choice: ActivationChoice) -> lis
 
 
 def _nothing() -> None:
-    """No progress to show."""
+    """A step of progress that is not shown."""

@@ -1,5 +1,5 @@
-"""Run a network block by block: all sequences through one block, then through the next, with the hidden states stored
-in between.
+"""Run a network block by block: all sequences through one block, then through the next; hidden states are stored in
+between.
 
 The hidden states of all sequences are one tensor, in memory up to a limit and on disk beyond it. The other arguments of
 a block (masks, position embeddings) are the same for all sequences of one length, so they are recorded in one run.
@@ -36,8 +36,8 @@ class Walk:
     ) -> None:
         """Run the part before the blocks. ids: `(samples, length)`.
 
-        memory_bytes: above it, states live on disk, in the folder `spill` (None: that for temporary files).
-        Raises OSError when the disk cannot hold them.
+        memory_bytes: larger hidden states are stored on disk, in the folder `spill` (None: the folder for temporary
+        files). Raises OSError if the disk is too small, and FewbitError if the blocks cannot be run one by one.
         """
         self._blocks, self._memory = blocks, memory_bytes
         first, self._calls = self._record(model, ids[:1])
@@ -55,7 +55,7 @@ class Walk:
                 self._states[index : index + 1] = _until_first_block(model, blocks[0], ids[index : index + 1])
 
     def _record(self, model: Any, ids: Tensor) -> tuple[Tensor, list[Call]]:
-        """The states that enter the first block, and what every block is called with beside them."""
+        """The hidden states that enter the first block, and the other arguments of every block."""
         entering: list[Tensor] = []
         leaving: list[Tensor] = []
         calls: list[Call] = []
@@ -89,32 +89,35 @@ class Walk:
         return entering[0], calls
 
     def observe(self, index: int, layers: list[Watched], observer: Observing, step: Step) -> None:
-        """Run block `index` over all sequences for what its layers see; the states stay.
+        """Run block `index` over all sequences to observe the inputs of its layers; the states stay unchanged.
 
-        From the second sequence on a run ends where the last of the layers is called.
+        From the second sequence on, the block's run ends when the last of the layers is called.
         """
         self._watched(index, layers, observer, step, keep=False)
 
     def observe_and_advance(self, index: int, layers: list[Watched], observer: Observing, step: Step) -> None:
-        """Both in one pass: what the layers see and the next states are those of the weights as they are."""
+        """Both in one pass: observed inputs and next states are computed with the current weights."""
         self._watched(index, layers, observer, step, keep=True)
 
     def advance(self, index: int, step: Step) -> None:
-        """Run block `index` as it is now; its outputs become the states."""
+        """Run block `index` with its current weights; its outputs become the states."""
         self._run(index, step, True, self._workers(index))
 
     def states(self, sample: int) -> Tensor:
-        """What enters the next block of one sequence, `(1, length, hidden)`, on the CPU or where states are kept."""
+        """The states of one sequence that enter the next block, `(1, length, hidden)`, on the device of the states."""
         return self._states[sample : sample + 1]
 
     def call(self, index: int, states: Tensor) -> Tensor:
-        """Block `index` on any states `(1, length, hidden)` of its device, with gradients where they are wanted."""
+        """Outputs of block `index` for any states `(1, length, hidden)` on its device; gradients can be computed."""
         args, kwargs = _converted(self._calls[index], states.device)
         out = self._blocks[index](states, *args, **kwargs)
         return _states(out)
 
     def change(self, index: int) -> Tensor:
-        """What block `index`, its parameters in float32, adds to the first sequence; the states stay."""
+        """The change that block `index` makes to the first sequence's states, in float32; the states stay unchanged.
+
+        The block's parameters must be in float32.
+        """
         device = self._device(index)
         args, kwargs = _converted(self._calls[index], device, torch.float32)
         states = self._states[:1].to(device, torch.float32)
@@ -131,14 +134,15 @@ class Walk:
         parts: list[Any] = [observer, *(observer.another() for _ in range(workers - 1))]  # type: ignore[attr-defined]
         shown = [UntilLast(part, layers) for part in parts] if not keep else parts
         mine = PerThread(shown)
-        # Observers set the precision of products for the whole process: set before, none can undo another's choice.
+        # Observers set the precision of products for the whole process. It is set here first, so that no observer
+        # changes it while another is running.
         with products(self._states.dtype), watching(layers, mine.observe, backward=False):
             self._run(index, step, keep, workers, mine.begin)
         for part in parts[1:]:
             observer.add(part)  # type: ignore[attr-defined]
 
     def _workers(self, index: int) -> int:
-        """Sequences that run side by side: one a core, where there are many of them."""
+        """Number of sequences that run in parallel: one per core, if there are many sequences."""
         if self._device(index).type != "cpu" or self._states.shape[0] < 2 * _MOST_WORKERS:
             return 1
         return min(torch.get_num_threads(), _MOST_WORKERS)
@@ -168,12 +172,12 @@ class Walk:
 
 
 def _are_same(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors hold the same numbers; NaN, which is told of elsewhere, is the same as itself."""
+    """Whether two tensors contain the same numbers; NaN counts as equal to NaN, since it is reported elsewhere."""
     return torch.equal(left.nan_to_num(), right.nan_to_num())
 
 
 def _states(out: Any) -> Tensor:
-    """The states among what a block returns."""
+    """The states in the result of a block."""
     return out[0] if isinstance(out, tuple | list) else out
 
 
@@ -185,7 +189,7 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether nested arguments hold the same values; objects that are no tensors are taken for equal."""
+    """Whether nested arguments contain the same values; other objects than tensors are assumed to be equal."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
     if isinstance(one, dict):
@@ -223,15 +227,15 @@ def _allocate(
     if count * dtype.itemsize <= memory_bytes:
         return torch.empty(shape, dtype=dtype, device=device)
     with tempfile.NamedTemporaryFile(suffix=SPILLED, dir=spill) as file:
-        # A hole in a file that the disk cannot fill later ends the process, with no error to catch.
+        # The space is reserved now: if the disk filled up later, writing to the mapping would kill the process.
         reserve(file.fileno(), count * dtype.itemsize)
-        # The mapping outlives the name: nothing is left behind, however the process ends.
+        # The mapping remains valid after the file is deleted, so no file is left behind, however the process ends.
         flat = torch.from_file(str(Path(file.name)), shared=True, size=count, dtype=dtype)
     return flat.view(shape)
 
 
 def _converted(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """Nested arguments with every tensor on `device`, and every floating one in `dtype` where one is given."""
+    """Nested arguments with every tensor on `device`, and floating-point tensors in `dtype` if it is given."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if dtype and value.is_floating_point() else value.dtype)
     if isinstance(value, dict):

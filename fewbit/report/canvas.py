@@ -8,13 +8,13 @@ from fewbit.errors import missing_extra
 
 
 def new_figure(width: float = 6.2, height: float = 3.8) -> tuple[Any, Any]:
-    """A figure with one pair of axes; sizes in inches. FewbitError when matplotlib is not installed."""
+    """A figure with one pair of axes; sizes in inches. Raises FewbitError if matplotlib is not installed."""
     figure, grid = new_panels(1, 1, (width, height))
     return figure, grid[0][0]
 
 
 def new_panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure and its axes, `grid[row][column]`; size in inches, of the whole."""
+    """A figure and its axes, `grid[row][column]`; size of the whole figure in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -39,7 +39,7 @@ def to_svg(figure: Any) -> str:
 
 
 def _as_it_stands(figure: Any) -> None:
-    """Names of models and sets are no mathematics, whatever dollars they hold; powers of ten on an axis are."""
+    """Turn off mathematical notation in text, since names can contain dollar signs; tick labels of axes keep it."""
     from matplotlib.text import Text
     from matplotlib.ticker import LogFormatter, ScalarFormatter
 

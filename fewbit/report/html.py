@@ -19,7 +19,7 @@ from fewbit.versions import versions
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot and its caption; `wide` ones take the full width of the page."""
+    """A plot and its caption; a `wide` one takes the full width of the page."""
 
     svg: str
     caption: str
@@ -53,7 +53,7 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
         drop(partial)
-        # What has no encoding, as names of files may, is shown as an escape.
+        # Characters that cannot be encoded, as in some file names, are written as escapes.
         partial.write_bytes(text.encode("utf-8", "backslashreplace"))
         partial.replace(path)
     except OSError as error:
@@ -63,8 +63,8 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -
 def check_page(path: Path | None, out: Path | None = None, model: Path | None = None) -> None:
     """Raises FewbitError before the work starts if a page could not be written to `path` later; None means no page.
 
-    out: the folder that the run writes; the page may be in it, beside the model. model: the folder that the run reads,
-    in which it may not be. Creates nothing.
+    out: the folder that the run writes; the page may be in it. model: the folder that the run reads; the page must not
+    be in it. Creates nothing.
     """
     if path is None:
         return

@@ -11,12 +11,12 @@ _OTHERS = ["#2f8f6b", "#7a5195", "#ef5675", "#4f6d7a"]
 
 
 def colour(method: str) -> str:
-    """The same colour for a method in every plot."""
+    """The colour of a method, the same in every plot."""
     return COLOURS.get(method) or _OTHERS[sum(map(ord, method)) % len(_OTHERS)]
 
 
 def bits_against_perplexity(rows: Sequence[dict[str, Any]]) -> str:
-    """A point for each model, bits per weight on disk against perplexity (log scale); the original as a line."""
+    """A point for each model: bits per weight on disk against perplexity (log scale); the original is a line."""
     figure, axes = _figure()
     for row in rows:
         if row["method"] == "original":
@@ -37,7 +37,7 @@ def bits_against_perplexity(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def divergence_bars(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean KL per token from the original, a bar a model."""
+    """Mean KL per token from the original, with one bar per model."""
     shown = [row for row in rows if "kl_mean" in row and row["method"] != "original"]
     figure, axes = _figure()
     labels = [f"{row['method']}\n{row['bits_per_weight']:.2f} bits" for row in shown]
@@ -64,7 +64,7 @@ def task_accuracies(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str
 
 
 def layer_errors(reports: Sequence[dict[str, Any]]) -> str:
-    """Relative squared error of every layer in order, a line a run."""
+    """Relative squared error of every layer in order, with one line per run."""
     figure, axes = _figure(9.5, 3.4)
     for report in reports:
         errors = [layer["relative_squared_error"] for layer in report["layers"]]

@@ -8,18 +8,18 @@ _METRICS = (("acc", "accuracy", "standard_error"), ("acc_norm", "acc_norm", "acc
 
 
 def measured_tasks(result: dict[str, Any]) -> list[str]:
-    """The tasks of an evaluation, in the order of :data:`TASKS`; none when it had none."""
+    """The tasks of an evaluation, in the order of :data:`TASKS`; empty if it had none."""
     asked = result["protocol"].get("tasks", {}).get("data", {})
     return [name for name in TASKS if name in asked]
 
 
 def asked_models(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an evaluation that were asked questions: not those of rounded inputs."""
+    """The rows of an evaluation with answers to tasks; rows with rounded inputs have none."""
     return [row for row in result["models"] if "tasks" in row]
 
 
 def task_cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Column titles, and a row for each model and metric: per cent right ± one standard error."""
+    """Column titles, and a row for each model and metric: per cent correct ± one standard error."""
     names = measured_tasks(result)
     rows = []
     for row in asked_models(result):
@@ -36,7 +36,7 @@ def _cell(found: dict[str, Any], key: str, error: str) -> str:
 
 
 def task_notes(result: dict[str, Any]) -> str:
-    """What was asked and how, in a few words."""
+    """A short description of the questions and how they were asked."""
     protocol, first = result["protocol"]["tasks"], asked_models(result)[0]["tasks"]
     counts = ", ".join(f"{name} {first[name]['questions']}" for name in measured_tasks(result))
     source = "local files" if any("file" in data for data in protocol["data"].values()) else "the hub"

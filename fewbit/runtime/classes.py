@@ -1,4 +1,4 @@
-"""The transformers class for a folder: the one that its config.json names, from whichever Auto class has it."""
+"""The transformers class for a folder: the class that its config.json names, found through the Auto classes."""
 
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ _DECODERS = ("ForCausalLM", "LMHeadModel")
 def class_of(folder: Path, config: Any) -> Any:
     """The class whose `from_pretrained` loads the folder.
 
-    config: as transformers reads it. Without `architectures`, the class is that of a causal language model, or else the
-    base model's. Raises FewbitError with the name of a class that no Auto class of transformers has for this type of
-    model.
+    config: as transformers reads it. Without `architectures`, the class is that of a causal language model, or else of
+    the base model. Raises FewbitError, with the name of the class, if no Auto class has it for this type of model.
     """
     import transformers
 
@@ -26,7 +25,7 @@ def class_of(folder: Path, config: Any) -> Any:
             for candidate in classes:
                 if candidate.__name__ == wanted:
                     return candidate
-    # A decoder under a name that only its makers use, or that transformers has dropped, is still one.
+    # The name of a decoder may be one that only its authors use, or that transformers no longer has.
     if not named or named[0].endswith(_DECODERS):
         for auto in (*_FIRST, "AutoModel"):
             if found.get(auto):
@@ -45,7 +44,7 @@ def check_predicts_tokens(folder: Path, model: Any) -> None:
 
 
 def _classes(auto: Any, config: Any) -> tuple[Any, ...]:
-    """What an Auto class has for a config: one class, several, or none."""
+    """The classes that an Auto class has for a config: one, several, or none."""
     mapping = getattr(auto, "_model_mapping", None)
     if mapping is None or type(config) not in mapping:
         return ()

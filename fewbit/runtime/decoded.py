@@ -34,7 +34,7 @@ class DecodedWeight(Tensor):
 
 
 def to_look_at(weight: Tensor) -> Tensor:
-    """`weight` as one that cannot be changed in place, and that transformers does not take for one to initialize."""
+    """`weight` as a tensor that cannot be changed in place, and that transformers does not try to initialize."""
     decoded = weight.as_subclass(DecodedWeight)
     decoded._is_hf_initialized = True
     return decoded

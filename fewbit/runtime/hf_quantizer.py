@@ -18,21 +18,21 @@ from fewbit.runtime.whole import check_parts_of, read_entries
 
 
 class FewbitConfig(QuantizationConfigMixin):
-    """`quantization_config` of a native folder, kept as it was read."""
+    """The `quantization_config` of a native folder, unchanged."""
 
     def __init__(self, quant_method: str = "fewbit", **data: Any) -> None:
         self.quant_method = quant_method
         self.__dict__.update(data)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As a dictionary has it: transformers takes the config of a loaded model for one when it loads with it."""
+        """Like `dict.get`, because transformers can treat the config of a loaded model as a dict."""
         return self.__dict__.get(key, default)
 
 
 class FewbitQuantizer(HfQuantizer):
-    """Puts packed weights where the config lists them; transformers then loads their parts like any buffer.
+    """Replaces the weights that the config lists by packed ones; transformers then loads their parts like any buffer.
 
-    Raises FewbitError when a part is missing, has another dtype or shape, or belongs to no weight.
+    Raises FewbitError if a part is missing, has another dtype or shape, or belongs to no weight.
     """
 
     requires_calibration = True
@@ -48,7 +48,7 @@ class FewbitQuantizer(HfQuantizer):
         self._names = install(model, weights, entries, kwargs.get("dtype") or model.dtype)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """Parts go past what transformers does to weights."""
+        """Add conversions that protect parts from transformers' conversions of weights."""
         mark_used(weight_conversions, self._names.tensors)
         return [Hide(self._names), *weight_conversions, Settle(self._names)]
 
@@ -56,13 +56,13 @@ class FewbitQuantizer(HfQuantizer):
         missing = self._names.missing()
         if missing:
             raise FewbitError(f"{model.config.name_or_path}: {missing[0]} is missing: the folder is incomplete")
-        # It goes on with the model's own list of conversions, for saving.
+        # For saving, the model's own list of conversions keeps the names.
         self._names = PartNames()
         use_fast_products(model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        # Saving a model leaves the name of its dtype in the config.
+        # After a model was saved, its config contains the dtype by name.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [entry for entry in conversions if not isinstance(entry, Hide | Settle)]
@@ -73,17 +73,17 @@ class FewbitQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters can be trained on it; the packed weights themselves stay."""
+        """Adapters can be trained on the model; the packed weights themselves do not change."""
         return True
 
 
 def register() -> None:
-    """Add the format to transformers' registries, where it is not in them yet."""
+    """Add the format to transformers' registries, unless it is already in them."""
     if "fewbit" not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         auto.register_quantization_config("fewbit")(FewbitConfig)
     if "fewbit" not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer("fewbit")(FewbitQuantizer)
 
 
-# transformers' registry may have been imported by the lines above, while this module was not ready to be registered.
+# The imports above may have imported transformers' registry before this module was ready to be registered.
 register()

@@ -23,7 +23,7 @@ _UNPACK = "write plain 16-bit weights with  fewbit unpack FOLDER OUT  and load t
 
 @dataclass
 class _Network:
-    """The model, its parameters as they were, the checkpoint, and where parts go, as far as known."""
+    """The model, the shapes of its original parameters, the checkpoint, and the names that parts get in the model."""
 
     model: Any
     shapes: dict[str, tuple[int, ...]]
@@ -39,13 +39,13 @@ class _Network:
         return type(self.model).__name__
 
     def dtype_of(self, target: str) -> torch.dtype:
-        """The dtype in which transformers would hold a parameter: some stay in float32."""
+        """The dtype in which transformers would load a parameter: some stay in float32."""
         plan = self.model._get_dtype_plan(self.dtype) if hasattr(self.model, "_get_dtype_plan") else {}
         kept = (to for glob, to in plan.items() if re.search(glob.replace("*", ".*"), target))
         return next(kept, self.dtype)
 
     def owner(self, target: str) -> tuple[nn.Module, str]:
-        """The module that has the parameter `target`, and what it is called there."""
+        """The module that has the parameter `target`, and the parameter's name in it."""
         path, _, parameter = target.rpartition(".")
         return self.model.get_submodule(path), parameter
 
@@ -53,10 +53,10 @@ class _Network:
 def install(
     model: Any, weights: Mapping[str, StoredWeight], entries: Mapping[str, TensorEntry], dtype: torch.dtype
 ) -> PartNames:
-    """Make every parameter of `model` that `weights` give a packed one; returns where their parts go.
+    """Replace every parameter of `model` that is in `weights` by a packed one; returns the names of their parts.
 
-    entries: every tensor of the checkpoint, parts among them; empty where the files are not known.
-    Raises FewbitError when a weight does not fit, or has no place where something else is left without weights.
+    entries: every tensor of the checkpoint, including parts; empty if the files are not known. Raises FewbitError if a
+    weight does not fit, or if the model has no place for it while another of its parameters would get no weights.
     """
     parts = [f"{name}.{part}" for name, stored in weights.items() for part in part_layout(stored)]
     guards = {original_name(name, stored) for name, stored in weights.items()} & entries.keys()
@@ -85,13 +85,16 @@ def install(
 
 
 def _is_packed(network: _Network, members: list[str]) -> bool:
-    """Whether a parameter holds packed weights; of several tensors that would be it, transformers takes the first."""
+    """Whether a parameter gets packed weights; if several tensors have its name, transformers takes the first."""
     merged = network.places[members[0]].conversion is not None
     return any(name in network.weights for name in (members if merged else members[:1]))
 
 
 def _check_nothing_is_empty(network: _Network, groups: Mapping[str, list[str]]) -> None:
-    """A head that a class lacks, or a fresh one that it adds, is its own affair; a base model of noise is not."""
+    """Raise FewbitError if a parameter of the base model would get no weights while a packed weight has no place.
+
+    A head that a class does not have, or adds anew, is allowed.
+    """
     model = network.model
     targets = {name: network.places[name].target for name in network.weights}
     lost = [
@@ -114,7 +117,7 @@ def _check_nothing_is_empty(network: _Network, groups: Mapping[str, list[str]]) 
 
 
 def _check_rest_of_layers(network: _Network, packed: Mapping[str, list[str]], groups: Mapping[str, list[str]]) -> None:
-    """Checks that the bias of a packed layer is present too; otherwise transformers would initialise it randomly."""
+    """Raise FewbitError if the bias of a packed layer is missing; transformers would initialise it randomly."""
     for target in packed:
         module, _ = network.owner(target)
         path = target.rpartition(".")[0]
@@ -138,9 +141,9 @@ def _made_names(network: _Network, members: list[str], target: str) -> list[str]
 def _ties(
     network: _Network, packed: Mapping[str, list[str]], groups: Mapping[str, list[str]]
 ) -> Iterator[tuple[str, str]]:
-    """(parameter, the packed one that it is read from) for what is tied and not in the checkpoint itself.
+    """(parameter, the packed parameter to which it is tied) for tied parameters that are not in the checkpoint.
 
-    Two that both are there stay what they are, as transformers has it where their values differ.
+    If both are in the checkpoint, they stay separate, as in transformers if their values differ.
     """
     tied = getattr(network.model, "all_tied_weights_keys", {})
     before = dict(tied)
@@ -154,7 +157,7 @@ def _ties(
 
 
 def _pack(network: _Network, target: str, members: list[str], is_shared: bool) -> dict[str, PackedParameter]:
-    """Replace what `members` of the checkpoint become; returns the packed parameters, but for plain linear layers."""
+    """Replace the parameters that the tensors `members` become; returns the packed ones, except plain linear layers."""
     conversion = network.places[members[0]].conversion
     if conversion is None:
         return _pack_one(network, target, members[0], is_shared)
@@ -164,7 +167,7 @@ def _pack(network: _Network, target: str, members: list[str], is_shared: bool) -
     values: dict[str, PackedParameter] = {}
     for name, tensor in sorted(made.items(), key=lambda item: item[0] != target):
         _check_shape(network, name, members[0], tuple(tensor.shape))
-        # What one tensor is split into shares its parts: the first holds them, the others read them there.
+        # Parameters into which one tensor is split share its parts: the first stores them, the others read them there.
         origin = next(iter(values.values())) if values else sources
         values[name] = PackedParameter(name, origin, merge, network.dtype_of(name))
         _hold(network, name, values[name])
@@ -186,7 +189,7 @@ def _pack_one(network: _Network, target: str, name: str, is_shared: bool) -> dic
     ):
         packed = PackedLinear(stored, module.bias is not None, network.dtype_of(target), name=name)
         packed.requires_grad_(False)
-        # There is nothing left in it that transformers may set to random numbers.
+        # It contains nothing that transformers should initialise randomly.
         packed._is_hf_initialized = True  # type: ignore[assignment]
         path = target.removesuffix(".weight")
         parent, _, child = path.rpartition(".")
@@ -219,7 +222,7 @@ def _source(network: _Network, name: str) -> nn.Module:
 
 
 def _note(network: _Network, name: str, source: nn.Module, path: str) -> None:
-    """Where the parts of a source go, or the plain tensor that it is."""
+    """Record the names in the model of a source's parts, or of its plain tensor."""
     if isinstance(source, PackedWeight):
         _note_parts(network, name, source, path)
     else:
@@ -232,7 +235,7 @@ def _note_parts(network: _Network, name: str, packed: PackedLinear | PackedWeigh
     if guard in network.guards:
         network.names[guard] = f"{path}.{GUARD_BUFFER}"
     else:
-        # Folders of version 1 have none.
+        # Folders of version 1 have no guards.
         delattr(packed, GUARD_BUFFER)
 
 

@@ -16,7 +16,7 @@ from fewbit.runtime.whole import check_all_parts
 
 
 def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> Any:
-    """The transformers model of a native folder (weights stay packed) or of any original, in evaluation mode.
+    """The transformers model of a native folder (weights stay packed) or of any original model, in evaluation mode.
 
     Its class is the one that config.json names: a language model, a reward model, an encoder, and so on. model: as for
     :func:`fewbit.quantize`, or a folder that it wrote. dtype: a torch dtype, or "auto" for the one in config.json.
@@ -53,7 +53,7 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
         if cause is None:
             raise
         raise FewbitError(f"{folder}: transformers cannot load it ({cause})") from error
-    # transformers fills what is missing with random numbers and says so in a log; no figure may come from those.
+    # transformers initialises missing weights randomly and only logs that; such a model must not be used.
     for kind in ("missing_keys", "mismatched_keys"):
         if keys.get(kind):
             names = ", ".join(sorted(str(key) for key in keys[kind])[:3])

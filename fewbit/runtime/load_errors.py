@@ -1,4 +1,4 @@
-"""Which exceptions of transformers, while it builds a model, are known to be about the model's folder."""
+"""Recognise exceptions of transformers that are caused by the model's folder."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,9 +9,9 @@ from fewbit.errors import is_out_of_memory
 def known_cause(error: Exception, config: dict[str, Any]) -> str | None:
     """The first line of an exception that was caused by the folder or by what is installed; otherwise None.
 
-    transformers raises a ValueError, an OSError or an ImportError for what it cannot load, and an exception of its own
-    for invalid fields of a config. Lookups that it does not check raise exceptions of Python; these are recognised only
-    if they name a value of the config.
+    transformers raises a ValueError, an OSError or an ImportError if it cannot load something, and its own exception
+    for invalid fields of a config. Lookups that it does not check raise Python's own exceptions; these are recognised
+    only if they contain a value of the config.
     """
     if is_out_of_memory(error) or not _is_known(error, config):
         return None

@@ -13,40 +13,40 @@ from fewbit.linear import linear
 from fewbit.runtime.decoded import to_look_at
 
 _BUFFER = "packed_"
-"""Before a part's name: parts may be called what a module already has, such as `weight`."""
+"""Prefix of a buffer's name, because a part may have a name that a module already uses, such as `weight`."""
 GUARD_BUFFER = "guard"
-"""The buffer that a saved model's guard (:data:`fewbit.formats.native.GUARD`) comes from."""
+"""The buffer that is saved as the guard (:data:`fewbit.formats.native.GUARD`)."""
 
 
 def add_parts(module: nn.Module, stored: StoredWeight, device: torch.device | str) -> None:
-    """Give `module` a buffer for every part, so that `.to(device)`, device maps and offloading move them."""
+    """Register a buffer in `module` for every part, so that `.to(device)`, device maps and offloading move them."""
     for name, (dtype, shape) in part_layout(stored).items():
         module.register_buffer(buffer_name(name), torch.empty(shape, dtype=dtype, device=device))
     module.register_buffer(GUARD_BUFFER, torch.empty(GUARD[1], dtype=GUARD[0], device=device))
 
 
 def buffer_name(part: str) -> str:
-    """The buffer that holds a part."""
+    """The name of the buffer of a part."""
     return _BUFFER + part
 
 
 def parts_of(module: nn.Module) -> dict[str, Tensor]:
-    """The parts that `module` itself holds, by name."""
+    """The parts in `module` itself, by name."""
     buffers = module.named_buffers(recurse=False)
     return {name.removeprefix(_BUFFER): buffer for name, buffer in buffers if name.startswith(_BUFFER)}
 
 
 def remember_dtype(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let `module.like.dtype` be the module's floating-point type, which `.to(dtype)` changes."""
+    """Store the module's floating-point dtype as `module.like.dtype`, so that `.to(dtype)` changes it."""
     module.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
 
 class PackedLinear(nn.Linear):
     """``y = x W^T + b`` with W in its stored form.
 
-    The result equals that of a plain linear layer that holds the decoded weight in the dtype of `x`. Gradients reach
-    `x` and the bias; what is kept for them is the packed weight, not the decoded one.
-    name: what the weight is called in the checkpoint, without the names of its parts.
+    The result equals that of a plain linear layer with the decoded weight in the dtype of `x`. Gradients are computed
+    for `x` and the bias; the backward pass keeps the packed weight, not the decoded one. name: the weight's name in the
+    checkpoint, without the names of its parts.
     """
 
     like: Tensor
@@ -76,7 +76,7 @@ class PackedLinear(nn.Linear):
         return native.decode(parts_of(self), self.stored, dtype)
 
     def decode_stored(self, dtype: torch.dtype) -> Tensor:
-        """The weight `(out, in)` for inputs that went through its transform."""
+        """The weight `(out, in)` for transformed inputs, in `dtype`."""
         return native.decode_stored(parts_of(self), self.stored, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class PackedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """A packed layer's product; its weight is decoded again for the gradient, so that no 16-bit model is kept."""
+    """The product of a packed layer. The backward pass decodes the weight again, so that no 16-bit model is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:

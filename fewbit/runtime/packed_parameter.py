@@ -1,8 +1,8 @@
-"""Any parameter of a network, held packed: fused experts, embeddings, tied heads, what transformers makes from several.
+"""Packed parameters of any module: fused experts, embeddings, tied heads, or parameters made from several tensors.
 
-The module keeps its class, its name and its forward pass; only the parameter becomes a property that decodes. Within
-one call of the module each parameter is decoded once, and of experts that are packed one by one only those that the
-call routes tokens to. The numbers are those of the plain parameter, so the logits are too.
+The module keeps its name and its forward pass; only the parameter becomes a property that decodes. Each parameter is
+decoded once per call of the module. Of experts that are packed one by one, only those that receive tokens are decoded.
+The values are those of the plain parameter, so the logits are the same.
 """
 
 import functools
@@ -24,13 +24,13 @@ from fewbit.runtime.packed_linear import add_parts, parts_of, remember_dtype
 
 
 def checkpoint_shape(stored: StoredWeight) -> tuple[int, ...]:
-    """Shape of the tensor that the weight was made from."""
+    """Shape of the original tensor of the weight."""
     rows, columns = stored.shape
     return tuple(stored.original_shape or ((columns, rows) if stored.transposed else (rows, columns)))
 
 
 def as_in_checkpoint(weight: Tensor, stored: StoredWeight) -> Tensor:
-    """A decoded weight `(out, in)` in the shape of the tensor that it was made from; a view where it can be."""
+    """A view of a decoded weight `(out, in)` in the shape of its original tensor."""
     shape = checkpoint_shape(stored)
     if not stored.transposed:
         return weight.view(shape)
@@ -44,7 +44,7 @@ def as_matrix(tensor: Tensor, stored: StoredWeight) -> Tensor:
 
 
 class PackedWeight(nn.Module):
-    """A packed tensor of the checkpoint; called with a dtype, it gives the tensor as the checkpoint had it."""
+    """A packed tensor of the checkpoint; a call with a dtype returns the decoded tensor in its original shape."""
 
     def __init__(self, name: str, stored: StoredWeight) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class PackedWeight(nn.Module):
 
 
 class KeptWeight(nn.Module):
-    """A plain tensor of the checkpoint that becomes one parameter together with packed ones."""
+    """A plain tensor of the checkpoint that is merged with packed ones into one parameter."""
 
     value: Tensor
 
@@ -77,8 +77,8 @@ class KeptWeight(nn.Module):
 class Merge:
     """How transformers makes parameters of the network from tensors of the checkpoint.
 
-    conversion: its own converter, unused. patterns: for every source the converter's pattern that its name matches.
-    config: the network's.
+    conversion: transformers' converter, not yet used. patterns: for every source, the converter's pattern that its name
+    matches. config: of the network.
     """
 
     conversion: Any
@@ -88,14 +88,14 @@ class Merge:
     def __call__(
         self, target: str, tensors: Sequence[Tensor], chosen: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
-        """Parameters by name; gradients pass. `chosen`: which sources the tensors are, None for all."""
+        """Parameters by name, with gradients. chosen: the indices of the sources in `tensors`; None for all."""
         made: dict[str, Any] = {}
         for index, tensor in zip(range(len(tensors)) if chosen is None else chosen, tensors, strict=True):
             made.setdefault(self.patterns[index], []).append(tensor)
         facts = {"full_layer_name": target, "model": None, "config": self.config, "missing_keys": None}
         sources, targets = self.conversion.source_patterns, self.conversion.target_patterns
         for operation in self.conversion.operations:
-            # Unwrapped: transformers converts without gradients, which tuning needs.
+            # Unwrapped, because transformers converts without gradients, and tuning needs them.
             step = inspect.unwrap(type(operation).convert)
             made = step(operation, made, source_patterns=sources, target_patterns=targets, **facts)
         first = next((pattern for pattern in made if pattern in target), None)
@@ -103,9 +103,9 @@ class Merge:
         return {before + name + after: v[0] if isinstance(v, list) else v for name, v in made.items()}
 
     def experts(self) -> int | None:
-        """How many experts the sources are, one source of each pattern for each; None when they are not that.
+        """Number of experts, if every expert has one source per pattern and no step mixes experts; otherwise None.
 
-        Only where every step leaves experts apart can some of them be made without the others.
+        Only then can some experts be made without the others.
         """
         first, *rest = self.conversion.operations
         if type(first).__name__ != "MergeModulelist" or first.dim != 0 or not all(map(_leaves_first_axis, rest)):
@@ -123,8 +123,8 @@ def _leaves_first_axis(operation: Any) -> bool:
 class PackedParameter(nn.Module):
     """The parameter `target` of the network, from one source or from several that are merged.
 
-    Called, it gives the parameter in its own dtype (`like.dtype`). sources: or another parameter that is made from the
-    same ones, stores them, and moves them between devices.
+    A call returns the parameter in its own dtype (`like.dtype`). sources: the sources, or another parameter that is
+    made from the same sources, stores them, and moves them between devices.
     """
 
     like: Tensor
@@ -135,7 +135,7 @@ class PackedParameter(nn.Module):
         super().__init__()
         self.target, self.merge = target, merge
         if isinstance(sources, PackedParameter):
-            # In a tuple, which keeps it from being registered a second time.
+            # In a tuple, so that it is not registered a second time.
             self.shared = (sources,)
         else:
             self.stored_sources = nn.ModuleList(sources)
@@ -144,11 +144,11 @@ class PackedParameter(nn.Module):
 
     @property
     def sources(self) -> nn.ModuleList:
-        """What it is made from, in transformers' order."""
+        """The sources, in transformers' order."""
         return self.shared[0].sources if hasattr(self, "shared") else self.stored_sources
 
     def forward(self, experts: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The whole parameter; with `experts` (their numbers, ascending) others' places may hold zeros."""
+        """The whole parameter. experts: ascending indices of the experts that are needed; others may be all zeros."""
         dtype = dtype or self.like.dtype
         if self.merge is None:
             return self.sources[0](dtype)
@@ -169,27 +169,27 @@ class PackedParameter(nn.Module):
 
 
 class Held(nn.Module):
-    """The packed parameters of one module: its own, and those that it borrows from the one it is tied to."""
+    """The packed parameters of one module: its own, and those of modules to which it is tied."""
 
     def __init__(self) -> None:
         super().__init__()
         self.own = nn.ModuleDict()
         self.borrowed: dict[str, tuple[PackedParameter]] = {}
-        """In tuples, which keep them from being registered a second time."""
+        """In tuples, so that they are not registered a second time."""
 
     def of(self, name: str) -> PackedParameter:
         """The packed parameter called `name`."""
         return self.own[name] if name in self.own else self.borrowed[name][0]  # type: ignore[return-value]
 
     def all(self) -> list[tuple[str, PackedParameter]]:
-        """Every one by name."""
+        """All packed parameters with their names."""
         return [(name, self.of(name)) for name in [*self.own, *self.borrowed]]
 
 
 def hold(module: nn.Module, name: str, value: PackedParameter, borrowed: bool = False) -> None:
     """Replace the parameter `name` of `module` by a packed one, in place.
 
-    borrowed: it belongs to another module, which stores it and moves it between devices.
+    borrowed: the packed parameter belongs to another module, which stores it and moves it between devices.
     """
     held = getattr(module, "held", None)
     base = type(module)
@@ -204,7 +204,7 @@ def hold(module: nn.Module, name: str, value: PackedParameter, borrowed: bool = 
         held.own[name] = value
     module._parameters.pop(name, None)
     module.__class__ = _holding(base, tuple(sorted([*held.own, *held.borrowed])))  # type: ignore[arg-type]
-    # Nothing is left in it that transformers would have to initialize, but for buffers of its own (a scale).
+    # Then the module has nothing that transformers must initialise. It may have buffers of its own, such as a scale.
     if not list(module.named_buffers(recurse=False)):
         module._is_hf_initialized = True  # type: ignore[assignment]
 
@@ -219,7 +219,7 @@ def release(module: nn.Module, plain: Mapping[str, nn.Parameter]) -> None:
 
 _Running = tuple[dict[int, Tensor], Tensor | None]
 _DECODED: ContextVar[_Running | None] = ContextVar("decoded", default=None)
-"""While a module that holds packed parameters runs: what it has decoded so far, and the experts that it will use."""
+"""While a module with packed parameters runs: the parameters decoded so far, and the experts that it will use."""
 
 
 @contextmanager
@@ -244,7 +244,7 @@ def _read(module: nn.Module, name: str) -> Tensor:
 
 @functools.cache
 def _holding(base: type, names: tuple[str, ...]) -> type:
-    """The class of a module of class `base` whose parameters `names` are packed."""
+    """A subclass of `base` for modules whose parameters `names` are packed."""
     routed = "top_k_index" in inspect.signature(base.forward).parameters  # type: ignore[attr-defined]
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -256,7 +256,7 @@ def _holding(base: type, names: tuple[str, ...]) -> type:
             return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own; for gradients it is run again, so that no decoded weight is kept for them."""
+        """The module's forward pass; the backward pass runs it again, so that no decoded weight is kept."""
         if torch.is_grad_enabled() and any(
             isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())
         ):

@@ -1,9 +1,9 @@
-"""Parts between a checkpoint's names and the network's, past all that transformers does to names.
+"""Map the names of parts in a checkpoint to those in the network, without transformers' conversions.
 
-Its renamings and converters are meant for weights. One that turns `experts.gate_up_proj` or splits `attn.qkv` would do
-that to codes. So parts travel under names that none of them matches: `PartNames` gives each a number, the first
-renaming of a load puts the number in place of the name, and the last converter takes it out again. A save runs through
-the same list backwards.
+transformers' renamings and converters are meant for weights. One that transposes `experts.gate_up_proj` or splits
+`attn.qkv` would do the same to codes. So parts get temporary names that no converter matches: `PartNames` assigns each
+a number, the first renaming of a load replaces the name by the number, and the last converter replaces the number by
+the name in the network. Saving goes through the same list backwards.
 """
 
 import re
@@ -18,9 +18,9 @@ _NUMBERED = re.compile(rf"{_NUMBER}(\d+)_")
 
 @dataclass
 class PartNames:
-    """Names of parts in the checkpoint, and in the network ("" where it has no place for one).
+    """Names of parts in the checkpoint, and in the network ("" if it has no place for one).
 
-    tensors: what the packed weights were made from. seen: the parts that were loaded.
+    tensors: names of the original tensors of the packed weights. seen: the parts that were loaded.
     """
 
     checkpoint: list[str] = field(default_factory=list)
@@ -37,7 +37,7 @@ class PartNames:
         return _numbered(self._of_checkpoint.get(name))
 
     def place(self, name: str) -> str | None:
-        """The network's name for a numbered one."""
+        """The network's name for a numbered name."""
         number = _number(name)
         if number is None:
             return None
@@ -49,7 +49,7 @@ class PartNames:
         return _numbered(self._of_network.get(name))
 
     def show(self, name: str) -> str | None:
-        """The checkpoint's name for a numbered one."""
+        """The checkpoint's name for a numbered name."""
         number = _number(name)
         return None if number is None else self.checkpoint[number]
 
@@ -58,7 +58,7 @@ class PartNames:
         return [name for name, to in zip(self.checkpoint, self.network, strict=True) if to and name not in self.seen]
 
     def __deepcopy__(self, memo: Any) -> "PartNames":
-        """Itself: transformers copies a converter for every tensor."""
+        """Return itself: transformers copies a converter for every tensor, and the copies share the names."""
         return self
 
 
@@ -72,7 +72,7 @@ def _number(name: str) -> int | None:
 
 
 class Hide(WeightRenaming):
-    """Renames parts of the checkpoint to numbers; saving, numbers to parts of the checkpoint."""
+    """When loading, renames parts of the checkpoint to numbers; when saving, the reverse."""
 
     __slots__ = ("names", "saving")
 
@@ -90,7 +90,7 @@ class Hide(WeightRenaming):
 
 
 class Settle(WeightConverter):
-    """Renames numbers to parts of the network; saving, parts of the network to numbers."""
+    """When loading, renames numbers to parts of the network; when saving, the reverse."""
 
     __slots__ = ("names", "saving")
 
@@ -115,7 +115,7 @@ class Settle(WeightConverter):
 
 
 class _Nothing(ConversionOps):
-    """A converter must have an operation."""
+    """An operation that does nothing, because a converter must have one."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         return input_dict

@@ -1,4 +1,4 @@
-"""Where the weights of a checkpoint belong in a network that transformers has built, by transformers' own mapping."""
+"""Find the parameters for a checkpoint's weights in a network that transformers built, by transformers' own mapping."""
 
 import copy
 import re
@@ -13,8 +13,8 @@ from fewbit.grids.scheme import StoredWeight
 class Place:
     """A tensor of the checkpoint in the network.
 
-    name: the tensor's. target: the parameter that it becomes, or the first of those that are made from it. pattern,
-    conversion: of what makes them, None where the tensor is the parameter.
+    name: of the tensor. target: the parameter that it becomes, or the first of several that are made from it. pattern,
+    conversion: of the converter that makes them; None if the tensor is loaded as it is.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Place:
 
 
 def find_places(model: Any, names: Iterable[str]) -> dict[str, Place]:
-    """The place of every tensor, in the order in which transformers reads them; whether it exists is not checked."""
+    """The place of every tensor, in the order in which transformers reads them; the target may not exist."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -45,8 +45,8 @@ def find_places(model: Any, names: Iterable[str]) -> dict[str, Place]:
 def place_weights(model: Any, weights: Mapping[str, StoredWeight], kept: Iterable[str]) -> dict[str, Place]:
     """The place of every packed weight, by its own name, and of every kept tensor.
 
-    A packed weight is the `.weight` of the layer whose name it has, or the tensor of that name where its own shape is
-    stored.
+    A packed weight is the `.weight` of the layer with its name. If it has an `original_shape`, it is the tensor with
+    its name.
     """
     either = {name: (name, f"{name}.weight") for name in weights}
     found = find_places(model, [*kept, *(tensor for pair in either.values() for tensor in pair)])
@@ -61,7 +61,7 @@ def place_weights(model: Any, weights: Mapping[str, StoredWeight], kept: Iterabl
 
 
 def mark_used(conversions: Iterable[Any], tensors: Iterable[str]) -> None:
-    """Let transformers know which conversions tensors would have passed: it turns those back when it saves them."""
+    """Mark the conversions of these tensors as used, so that transformers reverses them when it saves the model."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -79,6 +79,6 @@ def is_inside(model: Any, target: str) -> bool:
 
 
 def is_ignored(model: Any, target: str) -> bool:
-    """Whether the model's class says that it does without this tensor of its checkpoints."""
+    """Whether the model's class states that it does not need this tensor of its checkpoints."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(pattern, target) for pattern in patterns)

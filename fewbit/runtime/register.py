@@ -1,7 +1,7 @@
-"""Registers the format with transformers without importing it: immediately if it is imported, otherwise later.
+"""Register the format with transformers without importing it: at once if it is already imported, otherwise later.
 
-transformers offers no way for a package to announce a format without being imported (no entry points; its two
-registries are dictionaries that are filled by calls).
+transformers has no entry points with which a package could announce a format without being imported; its two registries
+are dictionaries that are filled by calls.
 """
 
 import importlib
@@ -23,10 +23,10 @@ def register_when_imported() -> None:
 
 
 def _register() -> None:
-    """Import the hook and let it register.
+    """Import the hook module and let it register.
 
-    It may be what is importing the registry just now, in this thread or in another. Then it is not ready: it registers
-    by itself at its end.
+    The hook module may itself be importing the registry at this moment, in this thread or another. Then it is not
+    ready, and it registers by itself at the end of its import.
     """
     hook = importlib.import_module("fewbit.runtime.hf_quantizer")
     ready = getattr(hook, "register", None)

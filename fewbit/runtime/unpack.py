@@ -1,4 +1,4 @@
-"""Packed layers to plain ones, in memory or on disk, for whatever cannot use the packed form."""
+"""Convert packed layers to plain ones, in memory or on disk, for programs that cannot use the packed form."""
 
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ __all__ = ["check_all_parts", "read_parts", "read_weight", "unpack", "unpack_mod
 
 
 def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None, own_classes: bool = False) -> Any:
-    """Replace every packed weight of `model` by a plain one with the same numbers and logits, in place.
+    """Replace every packed weight of `model` by a plain one with the same values and logits, in place.
 
-    dtype: of the plain weights; None for the one that each packed one has. own_classes: layers of another class than
-    `Linear` get it back (GPT-2's, which hold their weight turned), as saving the model needs.
-    Takes the memory of the 16-bit model; worth it when the model runs over much text.
+    dtype: of the plain weights; None for that of each packed one. own_classes: restore the original class of layers
+    that are not `Linear` (such as GPT-2's, with transposed weights), which is necessary for saving the model. This
+    takes the memory of the 16-bit model; it is faster if the model runs over much text.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -65,7 +65,7 @@ def _plain_layer(packed: PackedLinear, dtype: torch.dtype, own_class: bool) -> n
 
 
 def read_parts(checkpoint: Checkpoint, reader: FileReader, module: str, stored: StoredWeight) -> dict[str, Any]:
-    """The parts of one packed weight; FewbitError when one is missing or has another dtype or shape."""
+    """The parts of one packed weight; raises FewbitError if one is missing or has another dtype or shape."""
     parts = {}
     for part in part_layout(stored):
         entry = checkpoint.entries.get(f"{module}.{part}")
@@ -85,7 +85,7 @@ def read_weight(checkpoint: Checkpoint, reader: FileReader, module: str, stored:
 
 
 def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_size: int = 5_000_000_000) -> Path:
-    """Convert a native folder to an ordinary 16-bit one that any tool loads, with one tensor in memory at a time.
+    """Convert a native folder to a plain 16-bit one that any tool can load, with one tensor in memory at a time.
 
     Returns `out`. Raises FewbitError if `folder` is not a complete native folder or `out` cannot be written.
     """
@@ -146,7 +146,7 @@ def _write_plain(
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What the config names; else that of the kept weights, which stood beside the packed ones."""
+    """The dtype that the config states; otherwise that of most kept weights."""
     configs = [checkpoint.config, *(value for value in checkpoint.config.values() if isinstance(value, dict))]
     for config in configs:
         for key in ("dtype", "torch_dtype"):

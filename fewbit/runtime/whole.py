@@ -1,4 +1,4 @@
-"""Checks that the files of a native folder contain exactly the parts that its config lists."""
+"""Check that the files of a native folder contain exactly the parts that its config lists."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ def check_all_parts(checkpoint: Checkpoint) -> None:
 
 
 def check_parts_of(where: str, entries: Mapping[str, TensorEntry], weights: Mapping[str, StoredWeight]) -> None:
-    """As :func:`check_all_parts`, for tensors and weights at hand; `where` begins the message."""
+    """Like :func:`check_all_parts`, for the given tensors and weights; `where` is the beginning of the message."""
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for module, stored in weights.items():
         expected |= {f"{module}.{part}": form for part, form in part_layout(stored).items()}
@@ -38,9 +38,9 @@ def check_parts_of(where: str, entries: Mapping[str, TensorEntry], weights: Mapp
 
 
 def read_entries(files: Iterable[str | Path] | None) -> dict[str, TensorEntry]:
-    """Every tensor of the weight files that a loader was given; none where they are not safetensors.
+    """Every tensor of the weight files that a loader was given; empty if they are not safetensors.
 
-    A folder's index is checked against its files. Raises FewbitError for a damaged file, or a tensor that is in two.
+    A folder's index is checked against its files. Raises FewbitError for a damaged file, or a tensor in two files.
     """
     paths = [Path(file) for file in files or ()]
     if not paths or any(path.suffix != ".safetensors" for path in paths):
@@ -59,7 +59,7 @@ def read_entries(files: Iterable[str | Path] | None) -> dict[str, TensorEntry]:
 
 
 def dtype_of_kept(entries: Iterable[TensorEntry]) -> Any:
-    """The floating-point type of most weights that stand beside the packed ones; None where there are none."""
+    """The floating-point dtype with the most elements among the kept weights; None if there are none."""
     sizes: dict[torch.dtype, int] = {}
     for entry in entries:
         if entry.dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -16,7 +16,7 @@ class SolverChoice:
     kind: round or column. damping: added to the diagonal of the curvature, as a fraction of its mean. act_order:
     process columns in order of decreasing diagonal (grids are then fitted before the first column). refit: fit a
     group's grid when the solver reaches it, to the compensated weights; otherwise all grids are fitted to the original
-    weights. importance: c_j for grids and outliers: none, diagonal (H_jj) or inverse (1 / [H^-1]_jj).
+    weights. importance: c_j for fitting grids and finding outliers: none, diagonal (H_jj) or inverse (1 / [H^-1]_jj).
     """
 
     kind: str = "round"

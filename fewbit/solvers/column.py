@@ -1,10 +1,11 @@
-"""The column solver (OPTQ/GPTQ, arXiv 2210.17323): round one column, make the later ones absorb its error.
+"""The column solver (OPTQ/GPTQ, arXiv 2210.17323): round one column, then let the later columns compensate its error.
 
     e = (w_j - quant(w_j)) / U_jj        w_k -= e U_jk  for k > j
 
-with ``H^-1 = U^T U``. Columns are taken in blocks: inside a block every later column is updated at once, the columns
-after the block once for the whole block. Neighbouring columns that one code stands for are rounded together, as they
-are before the first of them; what later ones take from each is then the same rule, by forward substitution.
+with ``H^-1 = U^T U``. Columns are processed in blocks. Later columns of the same block are updated after every column,
+columns after the block once per block. Neighbouring columns that share a code (a run) are rounded together, with their
+values from before the first of them is processed; their errors then update later columns by the same rule (forward
+substitution).
 """
 
 from collections.abc import Callable
@@ -33,15 +34,16 @@ def solve_columns(
     """The compensated weights `(out, in)` float32, each as it was when its column was rounded.
 
     weight: float32 `(out, in)` in the solver's column order. upper: U. run: how many neighbouring columns are rounded
-    together; it divides their number. quantize(columns, j): the decoded values `(out, run)` that column j and those
-    that follow it in its run are rounded to. enter(group, first): called with the compensated columns
-    `(out, group_size)` of a group before its first column is rounded, when `enter` is given.
-    Rounding the result with the same grids gives the solver's codes. Raises DivergedError.
+    together; it divides the number of columns. quantize(columns, j): the decoded values `(out, run)` to which the run
+    that starts at column j is rounded. enter(group, first): if given, called with the compensated columns
+    `(out, group_size)` of a group before its first column is rounded.
+    Rounding the result with the same grids gives the solver's codes. Raises DivergedError if a weight becomes NaN or
+    infinite.
     """
     columns = weight.shape[1]
-    # Columns are rows of a transposed copy, so that every access is contiguous.
+    # The solver works on a transposed copy: a column is then a row, and every access is contiguous.
     work = weight.t().contiguous()
-    # A group that is refitted must be up to date in all its columns: a block holds whole groups, and whole runs.
+    # When a group's grid is refitted, all its columns must be up to date. So a block holds whole groups and whole runs.
     whole = run if enter is None else group_size
     block = max(1, BLOCK // whole) * whole
     for start in range(0, columns, block):

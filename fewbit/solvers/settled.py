@@ -1,4 +1,4 @@
-"""Converts between weights and stored parts once grids and positions of outliers are fixed. Only this module rounds.
+"""Fit grids, find outliers, and convert between weights and stored parts once both are fixed.
 
 All functions take complete rows of a matrix and return what is stored for them, so rows can be processed in any order
 and by any number of workers with the same result.
@@ -32,7 +32,7 @@ class WeightChoices:
 
 @dataclass(frozen=True)
 class Settled:
-    """The grid of the core, and that of the outliers with their ascending flat positions, where there are any."""
+    """The grid of the core, and the ascending flat positions and grid of the outliers, if there are any."""
 
     core: Fitted
     where: Tensor | None = None
@@ -43,10 +43,11 @@ class Settled:
 class Encoded:
     """What is stored for some rows.
 
-    parts: by name; concatenated over rows they are the stored tensors, but for the outliers, of which there are
-    ascending flat positions (int64) and codes (int32) here, or None. decoded: the weights `(rows, in)` float32.
-    squared_error, squared_norm: of these rows. group_errors: of each group of each row the squared error as a share of
-    its squared norm, their sum, the largest, and how many groups are not 0.
+    parts: by name; concatenated over rows, they are the stored tensors, except for positions and codes of outliers.
+    where, outlier_codes: ascending flat positions (int64) and codes (int32) of the outliers, or None. decoded: the
+    weights `(rows, in)` float32. squared_error, squared_norm: of these rows. group_errors: each group of each row has a
+    relative squared error, its squared error divided by its squared norm; this is their sum, the largest of them, and
+    the number of groups that are not all 0.
     """
 
     parts: dict[str, Tensor]
@@ -63,7 +64,7 @@ class NotFiniteError(ValueError):
 
 
 def check_finite(weight: Tensor) -> None:
-    """Raises NotFiniteError when a weight is NaN or infinite."""
+    """Raise NotFiniteError if a weight is NaN or infinite."""
     if not bool(torch.isfinite(weight.sum())) and not bool(torch.isfinite(weight).all()):
         raise NotFiniteError
 
@@ -71,8 +72,8 @@ def check_finite(weight: Tensor) -> None:
 def settle(weight: Tensor, choices: WeightChoices, cut: float | None, importance: Tensor | None) -> Settled:
     """Find the outliers of rows `(rows, in)` float32 and fit all grids, before any code is chosen.
 
-    cut: of the outlier rule. importance: c_j of each column `(in,)`, or None for 1; outliers are found by
-    ``|w| sqrt(c_j)``: with a diagonal curvature lambda'_j is lambda / (2 c_j).
+    cut: the threshold of the outlier rule. importance: c_j of each column `(in,)`, or None for 1. Outliers are found by
+    ``|w| sqrt(c_j)``, because with a diagonal curvature lambda'_j is lambda / (2 c_j).
     """
     return _settle(weight, choices, cut, importance, importance)[0]
 
@@ -96,9 +97,10 @@ def _settle(
 
 
 def round_rows(weight: Tensor, choices: WeightChoices, cut: float | None, importance: Tensor | None) -> Encoded:
-    """Quantize whole rows `(rows, in)` of any floating dtype with no curvature, on their device.
+    """Quantize whole rows `(rows, in)` of any floating-point dtype without a curvature, on their device.
 
-    importance: c_j of each column `(in,)` for fitting grids, not for finding outliers. Raises NotFiniteError.
+    importance: c_j of each column `(in,)` for fitting grids, not for finding outliers. Raises NotFiniteError if a
+    weight is NaN or infinite.
     """
     x = weight.to(torch.float32)
     check_finite(x)
@@ -107,7 +109,7 @@ def round_rows(weight: Tensor, choices: WeightChoices, cut: float | None, import
 
 
 def encode(weight: Tensor, original: Tensor, settled: Settled) -> Encoded:
-    """Round rows `(rows, in)` float32 to settled grids; errors are against `original`."""
+    """Round rows `(rows, in)` float32 to the given grids; errors are relative to `original`."""
     core = weight.reshape(weight.shape[0], -1, settled.core.scheme.group_size)
     if settled.where is not None and settled.where.numel():
         core = weight.reshape(-1).index_fill(0, settled.where, 0.0).view(core.shape)
@@ -134,9 +136,9 @@ def _encode(weight: Tensor, original: Tensor, core: Tensor, settled: Settled) ->
 
 
 def _errors(decoded: Tensor, original: Tensor, group_size: int) -> tuple[float, float, tuple[float, float, int]]:
-    """Squared error, squared norm, and errors by group as in :class:`Encoded`.
+    """Squared error, squared norm, and the group errors of :class:`Encoded`.
 
-    Over groups in float32, over the rest in float64: a float64 copy of everything would cost more than the rest.
+    Sums inside a group are in float32, sums over groups in float64: a float64 copy of all weights would be slow.
     """
     error = (decoded - original).reshape(-1, group_size).square_().sum(dim=1)
     norm = original.reshape(-1, group_size).square().sum(dim=1)
@@ -146,7 +148,7 @@ def _errors(decoded: Tensor, original: Tensor, group_size: int) -> tuple[float, 
 
 
 def read_settled(parts: Mapping[str, Tensor], stored: StoredWeight) -> Settled:
-    """The grids and places of outliers of a stored weight."""
+    """The grids and the positions of outliers of a stored weight."""
     scheme, grid = stored.scheme, grid_of(stored.scheme)
     names = grid.layout(scheme, stored.shape[0], stored.groups)
     core = Fitted(scheme, {name: parts[name] for name in names}, grid.read(parts, scheme, stored.groups))
@@ -158,7 +160,7 @@ def read_settled(parts: Mapping[str, Tensor], stored: StoredWeight) -> Settled:
 
 
 def read_codes(parts: Mapping[str, Tensor], stored: StoredWeight) -> Tensor:
-    """Dense codes, uint8: `(rows, groups, g)` where each weight has one, else as the grid's span has them."""
+    """Dense codes, uint8 `(rows, groups, g)`; rows and g are divided by the grid's span where weights share a code."""
     grid, (rows, columns) = grid_of(stored.scheme), stored.shape
     codes = grid.codes(stored.scheme).unpack(parts, rows, columns)
     return codes.view(rows // grid.span.rows, stored.groups, stored.scheme.group_size // grid.span.columns)

@@ -1,4 +1,4 @@
-"""What a solver gives back for one weight."""
+"""The result of a solver for one weight."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from fewbit.solvers.settled import Encoded
 
 @dataclass(frozen=True)
 class Solved:
-    """What is stored for a weight `(out, in)`, and how it was found.
+    """What is stored for a weight `(out, in)`, and how it was computed.
 
-    path: solved, solved with raised damping, rounded (nothing was to be solved), or fallback with its reason.
-    predicted: ``tr(dW H dW^T) / tr(W H W^T)``, the relative error that the curvature sees.
+    path: solved, solved with raised damping, rounded (there was nothing to solve), or fallback with its reason.
+    predicted: ``tr(dW H dW^T) / tr(W H W^T)``, the relative error under the curvature.
     """
 
     rows: Encoded

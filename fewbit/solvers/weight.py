@@ -1,6 +1,6 @@
 """Quantize one weight matrix with a curvature: choose outliers and grids, then the column solver chooses the codes.
 
-`docs/methods.md` describes the method. With static grids, everything but the codes is fixed before the first column.
+`docs/methods.md` describes the method. With static grids, everything except the codes is fixed before the first column.
 With refitted grids, a group's grid is fitted when the solver reaches it, to weights that already compensate for earlier
 errors.
 """
@@ -30,18 +30,18 @@ NO_INPUT = "rounded: no input seen"
 
 
 def solve_weight(weight: Tensor, curvature: Tensor | None, choices: WeightChoices) -> Solved:
-    """Quantize `(out, in)`, any floating dtype, under a curvature `(in, in)`, or by rounding where it is None.
+    """Quantize a weight `(out, in)` of any floating-point dtype with a curvature `(in, in)`; None means rounding.
 
-    Raises NotFiniteError when a weight is NaN or infinite.
+    Raises NotFiniteError if a weight is NaN or infinite.
     """
     return solve_weights([weight], curvature, choices)[0]
 
 
 def solve_weights(weights: Sequence[Tensor], curvature: Tensor | None, choices: WeightChoices) -> list[Solved]:
-    """Quantize weights `(out, in)` that have one curvature in common, each as by itself.
+    """Quantize weights `(out, in)` that share a curvature; the result is the same as for each weight by itself.
 
-    Rows do not see each other in the column solver, so it goes over all of them at once: a third fewer columns to step
-    through in a block whose layers share their inputs.
+    The column solver treats rows independently, so it processes the rows of all weights at once. This leaves a third
+    fewer columns to process in a block whose layers share their inputs.
     """
     if len(weights) > 1 and not _stackable(weights, choices):
         return [solve_weight(weight, curvature, choices) for weight in weights]
@@ -85,7 +85,7 @@ def solve_weights(weights: Sequence[Tensor], curvature: Tensor | None, choices: 
 
 
 def _stackable(weights: Sequence[Tensor], choices: WeightChoices) -> bool:
-    """Whether the rows of weights can be solved as one: some are stored or rounded together."""
+    """Whether the weights can be solved as one matrix: rows stored or rounded together must be of the same weight."""
     block = row_block(choices.scheme)
     return block > 0 and all(weight.shape[0] % block == 0 for weight in weights[:-1])
 
@@ -93,12 +93,12 @@ def _stackable(weights: Sequence[Tensor], choices: WeightChoices) -> bool:
 def _rounded(
     weight: Tensor, choices: WeightChoices, importance: Tensor | None, path: str, live: Tensor | None
 ) -> Solved:
-    """Every weight to its nearest level."""
+    """Round every weight to its nearest level."""
     return _finish(weight, weight, _static(weight, choices, importance), path, live)
 
 
 def round_weight(weight: Tensor, choices: WeightChoices) -> Tensor:
-    """What a weight `(out, in)` float32 decodes to when it is rounded with no curvature, without its stored form."""
+    """The decoded weight of `(out, in)` float32, rounded without a curvature; its stored form is not made."""
     scheme = choices.scheme
     if scheme.outlier_grid != "none":
         return _rounded(weight, choices, None, "", None).decoded
@@ -107,7 +107,7 @@ def round_weight(weight: Tensor, choices: WeightChoices) -> Tensor:
 
 
 def _order(prepared: Tensor, choices: WeightChoices) -> Tensor:
-    """Places of the columns in the solver's order; columns that are rounded together stay so."""
+    """Indices of the columns in the solver's order; columns that are rounded together stay together."""
     columns = prepared.shape[0]
     if not choices.solver.act_order:
         return torch.arange(columns, device=prepared.device)
@@ -117,10 +117,10 @@ def _order(prepared: Tensor, choices: WeightChoices) -> Tensor:
 
 
 def _importance(prepared: Tensor, dead: Tensor, found: Factor | None, order: Tensor, kind: str) -> Tensor | None:
-    """c_j of each column, mean 1, for grids and outliers.
+    """c_j of each column, with mean 1, for fitting grids and finding outliers.
 
-    diagonal: H_jj, what an error in the column costs by itself. inverse: 1 / [H^-1]_jj, what it costs after the others
-    have made up for it. A dead column costs as little as the cheapest live one.
+    diagonal: H_jj, the cost of an error in the column by itself. inverse: 1 / [H^-1]_jj, its cost after the other
+    columns have compensated for it. A dead column gets the lowest cost of the live ones.
     """
     if kind == "none" or (kind == "inverse" and found is None):
         return None
@@ -135,7 +135,7 @@ def _importance(prepared: Tensor, dead: Tensor, found: Factor | None, order: Ten
 
 
 def _static(weight: Tensor, choices: WeightChoices, importance: Tensor | None) -> Settled:
-    """Outliers and grids from the weights as they are."""
+    """Outliers and grids of the original weights."""
     rule, columns = OUTLIER_RULES[choices.outliers.rule], weight.shape[1]
     magnitudes = weight.abs() if importance is None else weight.abs() * importance.view(1, columns).sqrt()
     cut = rule.cut([lambda: magnitudes], weight.numel(), choices.outliers, None)
@@ -144,7 +144,7 @@ def _static(weight: Tensor, choices: WeightChoices, importance: Tensor | None) -
 
 @dataclass(frozen=True)
 class _Columns:
-    """The solver's factor, the storage place of each of its columns, what a squared error in each costs, and c_j."""
+    """The solver's factor, the storage index of each of its columns, the cost of a squared error in each, and c_j."""
 
     factor: Factor
     order: Tensor
@@ -154,9 +154,10 @@ class _Columns:
 
 @dataclass
 class _Grids:
-    """The grids that columns are rounded to, group by group; refitted ones come in as the solver enters them.
+    """The grids to which columns are rounded.
 
-    values: `(groups, rows, n)`, so that a group's are contiguous; None while there are none yet.
+    values: those of static grids, `(groups, rows, n)`, so that the values of a group are contiguous; None if grids are
+    refitted. here: the values of the current refitted group. refitted: the values of all refitted groups so far.
     """
 
     values: dict[str, Tensor] | None
@@ -167,12 +168,12 @@ class _Grids:
 def _columns(
     weights: Sequence[Tensor], choices: WeightChoices, columns: _Columns
 ) -> tuple[list[Tensor], list[Settled]]:
-    """Run the column solver; returns the compensated weights in storage order and the grids they ended with."""
+    """Run the column solver; returns the compensated weights in storage order, and their final grids."""
     order, cost = columns.order, columns.costs
     scheme, importance, size = choices.scheme, columns.importance, choices.scheme.group_size
     grid, run, refit = grid_of(scheme), grid_of(scheme).span.columns, choices.solver.refit
     rule = OUTLIER_RULES[choices.outliers.rule]
-    # What is fitted block by block has no use for grids from before; where outliers are, all have.
+    # Grids that are fitted block by block need no static fit. All others do, if only for the outliers.
     each = [] if grid.block_by_block else [_static(weight, choices, importance) for weight in weights]
     weight = torch.cat(list(weights))
     mask = _masks(weights, each)
@@ -203,7 +204,7 @@ def _columns(
                 torch.gt((part[:, k] - decoded[:, k]).square() * cost[j + k], cut, out=mask[j + k])
         outside = mask[first : first + run].t()
         if grid.span.weights > 1:
-            # Weights beside an outlier are rounded without it, as they will be stored.
+            # Weights that share a code with an outlier are rounded without it, as they will be stored.
             decoded = grid.round(part.masked_fill(outside, 0.0), here, scheme)
         return torch.where(outside, kept(part, group), decoded)
 
@@ -221,7 +222,7 @@ def _columns(
             wanted = grid.fit(groups, scheme, choices.search)
             grids.here = grid.spread(of_group(grid.settle(wanted, scheme, False).values, 0))
         except FewbitError as error:
-            # Weights that ran away fit no storage format; the weight as it was does.
+            # Diverged weights can be too large for the storage format; the original weight is not.
             raise DivergedError from error
         grids.refitted.append(wanted)
 
@@ -248,12 +249,12 @@ def _columns(
 
 
 def _rows(value: Tensor, rows: slice) -> Tensor:
-    """Some rows of a value, which may be the same for all."""
+    """Some rows of a value; a value with one row is the same for all rows."""
     return value if value.shape[0] == 1 else value[rows]
 
 
 def _masks(weights: Sequence[Tensor], each: list[Settled]) -> Tensor | None:
-    """Outliers of all weights `(in, rows)`, or None where there are none."""
+    """The mask of the outliers of all weights, `(in, rows)`, or None if there are none."""
     if not each or each[0].where is None:
         return None
     masks = []
@@ -265,7 +266,7 @@ def _masks(weights: Sequence[Tensor], each: list[Settled]) -> Tensor | None:
 
 
 def _outlier_rounding(each: list[Settled], scheme: Scheme) -> Callable[[Tensor, int], Tensor]:
-    """What columns `(rows, k)` of one group round to as outliers."""
+    """The function that rounds columns `(rows, k)` of one group as outliers."""
     kind = OUTLIER_GRIDS[scheme.outlier_grid]
     values = stack([one.outliers.values for one in each if one.outliers is not None])
     scale, minimum = values["scale"], values["minimum"]
@@ -278,7 +279,7 @@ def _outlier_rounding(each: list[Settled], scheme: Scheme) -> Callable[[Tensor, 
 
 
 def _thresholds(weights: Sequence[Tensor], choices: WeightChoices, columns: _Columns) -> Tensor:
-    """What each row's weights may cost before they are outliers, `(rows,)`: one threshold for all rows of a weight."""
+    """The cost above which a weight is an outlier, for each row, `(rows,)`; all rows of a weight have the same."""
     cuts = []
     for weight in weights:
         cut = sensitivity_threshold(weight[:, columns.order], columns.costs, choices.outliers.sensitivity)
@@ -287,6 +288,6 @@ def _thresholds(weights: Sequence[Tensor], choices: WeightChoices, columns: _Col
 
 
 def _finish(weight: Tensor, compensated: Tensor, settled: Settled, path: str, prepared: Tensor | None) -> Solved:
-    """Codes of the compensated weights, packed, and the error against the weights as they were."""
+    """Packed codes of the compensated weights, and their error relative to the original weights."""
     encoded = encode(compensated, weight, settled)
     return Solved(encoded, path, relative_cost(encoded.decoded - weight, weight, prepared))

@@ -1,10 +1,11 @@
-"""Scales of input channels, folded into whatever feeds a layer: AWQ and SmoothQuant.
+"""Scales of input channels, folded into the operation that produces a layer's inputs: AWQ and SmoothQuant.
 
-    W' = W diag(s)    x' = diag(1/s) x    s_j = size of x_j to the power a
+    W' = W diag(s)    x' = diag(1/s) x
 
-AWQ (arXiv 2306.00978): channels with large inputs are rounded more finely; the exponent is that of least
-``tr(dW H dW^T)``. Published with the mean of ``|x_j|`` and the error on sampled outputs; the Gram H gives the root mean
-square and that error exactly. SmoothQuant (arXiv 2211.10438): ``s_j = max|x_j|^a / max|W_j|^(1-a)``.
+AWQ (arXiv 2306.00978): ``s_j = size(x_j)^a``, so channels with large inputs are rounded more finely. The exponent a is
+the one with the least error ``tr(dW H dW^T)``. The paper uses the mean of ``|x_j|`` as the size, and measures the error
+on sampled outputs. Here the size is the root mean square; the Gram H gives it and the error exactly.
+SmoothQuant (arXiv 2211.10438): ``s_j = max|x_j|^a / max|W_j|^(1-a)``.
 """
 
 from collections.abc import Sequence
@@ -24,9 +25,10 @@ _SMALLEST = 1e-5
 
 
 def best_scales(weights: Sequence[Tensor], gram: Tensor, rounding: Rounding) -> tuple[float, Tensor]:
-    """The exponent among 0, 0.05, … 0.95 with the least error of all weights together, and its scales `(in,)`.
+    """The exponent among 0, 0.05, … 0.95 with the least total error of all weights, and its scales `(in,)`.
 
-    weights: `(out, in)` each, in the dtype that they run in. gram: the input Gram that they share.
+    weights: `(out, in)` each, in the dtype in which they run. gram: the input Gram that they share. rounding(i, w): the
+    decoded weights that weight i rounds to.
     """
     prepared, dead = prepare(gram.to(weights[0].device))
     prepared = (prepared - torch.diag(dead.to(prepared.dtype))).to(torch.float32)
@@ -38,7 +40,7 @@ def best_scales(weights: Sequence[Tensor], gram: Tensor, rounding: Rounding) -> 
         scales = scales / (scales.max() * scales.min()).sqrt()
         scales = torch.where(dead, torch.ones_like(scales), scales)
         errors = [rounding(i, weight * scales).div_(scales).sub_(weight) for i, weight in enumerate(wide)]
-        # Exponents are only compared, and all are summed over the same matrix: 16-bit factors tell them apart.
+        # The errors are only compared with each other, and all use the same matrix: 16-bit factors are precise enough.
         with products(dtype):
             error = sum(curvature_cost(one, prepared) for one in errors)
         if error < best_error:
@@ -47,10 +49,10 @@ def best_scales(weights: Sequence[Tensor], gram: Tensor, rounding: Rounding) -> 
 
 
 def smoothing_scales(largest: Tensor, weights: Sequence[Tensor], exponent: float) -> Tensor:
-    """``s_j = max|X_j|^a / max|W_j|^(1-a)`` (section 4.1), float32 `(in,)`; inputs are divided by it.
+    """``s_j = max|X_j|^a / max|W_j|^(1-a)`` (SmoothQuant, section 4.1), float32 `(in,)`; inputs are divided by it.
 
     largest: largest magnitude of every input channel `(in,)`. weights: those of all layers with these inputs, each
-    `(out, in)`. A channel that is 0 on either side stays as it is.
+    `(out, in)`. A channel whose inputs or weights are all 0 gets the scale 1.
     """
     columns = torch.stack([weight.float().abs().amax(dim=0) for weight in weights]).amax(dim=0)
     inputs = largest.to(columns.device, torch.float32)

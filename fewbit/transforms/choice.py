@@ -9,7 +9,7 @@ from fewbit.transforms.transform import Transform
 
 @dataclass(frozen=True)
 class TransformChoice:
-    """name: a name in :data:`fewbit.transforms.table.TRANSFORMS`."""
+    """The transform of a recipe. name: a name in :data:`fewbit.transforms.table.TRANSFORMS`."""
 
     name: str = "none"
 

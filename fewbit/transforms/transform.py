@@ -2,7 +2,8 @@
 
     y = W x = (W T^-1) (T x)        W' = W T^-1        H' = T H T^T
 
-W' is what is rounded. T is applied to the inputs at run time, or folded into whatever feeds the layer.
+W' is the weight that is rounded. T is applied to the inputs at run time, or folded into the operation that produces
+them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ Rounding = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Measurements of the inputs that some layers share.
+    """Measurements of the inputs that one or more layers share.
 
     gram: `(in, in)`. largest: the largest magnitude of each channel `(in,)`, if it was measured.
     """
@@ -37,13 +38,13 @@ def _same(x: Tensor, values: Values) -> Tensor:
 class Transform:
     """One kind of transform; an entry of :data:`fewbit.transforms.table.TRANSFORMS`.
 
-    weight(w, values): W' of `(out, in)`. back(w, values): the inverse. curvature(h, values): H' of `(in, in)`.
-    inputs(x, values): T x of `(..., in)`.
-    Applied at run time: fixed(columns): the values of T. store(values), layout(columns), read(parts): their stored
-    form, parts whose names begin with ``transform``.
-    Folded into the layer before: choose(weights, inputs, rounding): what the report says, and the channel scales s of
-    ``T = diag(1 / s)``; rounding(i, w): the decoded weights that weight i rounds to. None where T is applied at run
-    time, or is the identity.
+    weight(w, values): W' of a weight `(out, in)`. back(w, values): the inverse. curvature(h, values): H' of a curvature
+    `(in, in)`. inputs(x, values): T x of inputs `(..., in)`.
+    If T is applied at run time: fixed(columns): the values of T. store(values), layout(columns), read(parts): their
+    stored form, as parts whose names begin with ``transform``.
+    If T is folded into the preceding layer: choose(weights, inputs, rounding): the values for the report, and the
+    channel scales s of ``T = diag(1 / s)``, or None for no scaling; rounding(i, w): the decoded weights that weight i
+    rounds to. `choose` is None if T is applied at run time or is the identity.
     """
 
     name: str
