@@ -46,7 +46,6 @@ TEXT = (
     Option("seed", int, "Random seed for drawing the sequences; default 0.", "text", TEXT_PANEL),
     Option("chat_template", bool, "Render each document as a user's turn in the chat template.", "text", TEXT_PANEL),
 )
-CLI_DEVICE = Option("device", str, "cpu, cuda, …; default: CUDA if available.", "run")
 
 _GRID, _OUTLIERS, _COST, _RUN = "Grid and scales", "Outliers", "Curvature and solver", "Run"
 _AXES = "(`fewbit axes` lists them)"

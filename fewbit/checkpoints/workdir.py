@@ -155,11 +155,6 @@ class WorkFolder:
         finally:
             self.release()
 
-    def discard_unbegun(self) -> None:
-        """Remove the folder if it contains no results yet, so that the output can be requested with other arguments."""
-        if self._open and not _work_in(self.path):
-            self.discard()
-
     def discard(self) -> None:
         """Remove the folder, because its work cannot be resumed or is finished."""
         self._refuse_foreign()
