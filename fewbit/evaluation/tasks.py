@@ -13,6 +13,7 @@ from typing import Any
 
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.evaluation.task_data import TASKS, Questions, read_questions
+from fewbit.printable import first_line
 from fewbit.quiet import quiet_loggers
 
 
@@ -151,8 +152,3 @@ def offline() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

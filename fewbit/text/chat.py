@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbit.errors import FewbitError, missing_extra
-from fewbit.text.shown import shown
+from fewbit.printable import one_line
 
 _SHAREGPT = {
     "human": "user",
@@ -114,8 +114,8 @@ def render(chat: Chat, tokenizer: Any, bos: int | None) -> str:
             raise
         raise FewbitError(
             f"{chat.where}: the tokenizer's chat template does not take this conversation "
-            f"({shown(', '.join(message['role'] for message in chat.messages[:6]))}): "
-            f"{shown(str(error) or type(error).__name__)}: give "
+            f"({one_line(', '.join(message['role'] for message in chat.messages[:6]), 300)}): "
+            f"{one_line(str(error) or type(error).__name__, 300)}: give "
             "conversations that it takes, or plain text without --chat-template"
         ) from error
     text = str(text)

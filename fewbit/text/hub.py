@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbit.errors import FewbitError, missing_extra
+from fewbit.printable import first_line
 from fewbit.text.chat import Chat
 from fewbit.text.columns import documents_of
 from fewbit.text.rows import Row
-from fewbit.text.shown import first_line
 
 
 @dataclass(frozen=True)

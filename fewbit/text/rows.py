@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.errors import FewbitError, missing_extra
+from fewbit.printable import first_line
 from fewbit.text.files import characters, decode, opened
-from fewbit.text.shown import first_line
 
 _LONGEST_FIELD = 2**31 - 1
 _SPACE = " \t\r\n"
