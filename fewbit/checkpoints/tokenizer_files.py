@@ -1,0 +1,97 @@
+"""Check the JSON files of a tokenizer: transformers uses their values without looking at them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fewbit.checkpoints.json_in import read_json_object
+from fewbit.errors import FewbitError
+from fewbit.printable import one_line
+
+_OTHERS = ("added_tokens.json", "chat_template.json")
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_token(value: Any) -> bool:
+    return _is_text(value) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+def _are_tokens(value: Any) -> bool:
+    values = value.values() if isinstance(value, dict) else value
+    return value is None or (isinstance(value, dict | list) and all(map(_is_token, values)))
+
+
+def _are_numbered(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and all(number.isdecimal() and isinstance(token, dict) and _is_token(token) for number, token in value.items())
+    )
+
+
+def _are_templates(value: Any) -> bool:
+    if not isinstance(value, list):
+        return True
+    return all(isinstance(one, dict) and {"name", "template"} <= one.keys() for one in value)
+
+
+def _are_added(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and isinstance(one.get("id"), int) and isinstance(one.get("content"), str)
+        for one in value
+    )
+
+
+def _is_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+_Rule = tuple[Callable[[Any], bool], str]
+_TEXT: _Rule = (_is_text, "a string")
+_CODE: _Rule = (lambda value: value is None or isinstance(value, dict | list), "an object")
+_TOKEN: _Rule = (_is_token, "a string, or an object with content")
+_TOKENS: _Rule = (_are_tokens, "a list of tokens, or an object of them")
+_SPECIAL: dict[str, _Rule] = {
+    **{f"{kind}_token": _TOKEN for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")},
+    "additional_special_tokens": _TOKENS,
+    "extra_special_tokens": _TOKENS,
+}
+_RULES: dict[str, dict[str, _Rule]] = {
+    "tokenizer_config.json": {
+        "tokenizer_class": _TEXT,
+        "auto_map": _CODE,
+        **_SPECIAL,
+        "model_specific_special_tokens": (lambda value: value is None or isinstance(value, dict), "an object"),
+        "added_tokens_decoder": (_are_numbered, "an object of tokens by their numbers"),
+        "chat_template": (_are_templates, "a string, or a list of objects with name and template"),
+        "model_input_names": (_is_names, "a list of strings"),
+        "split_special_tokens": (lambda value: isinstance(value, bool), "true or false"),
+    },
+    "special_tokens_map.json": _SPECIAL,
+    "config.json": {"tokenizer_class": _TEXT, "auto_map": _CODE},
+    "tokenizer.json": {
+        "model": (lambda value: isinstance(value, dict), "an object"),
+        "added_tokens": (_are_added, "a list of objects with id and content"),
+    },
+}
+"""File -> key -> what its value must be; files without some key are valid."""
+_NEEDED = {"tokenizer.json": ("added_tokens", "model")}
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raises FewbitError that names the file and the key if a value is of the wrong kind, or if a file is not JSON."""
+    for name in (*_RULES, *_OTHERS):
+        path = folder / name
+        if not path.is_file():
+            continue
+        data = read_json_object(path)
+        for key in _NEEDED.get(name, ()):
+            if key not in data:
+                raise FewbitError(f"{path}: has no {key}: the file is damaged: fetch it again")
+        for key, (is_valid, wanted) in _RULES.get(name, {}).items():
+            if key in data and not is_valid(data[key]):
+                found = one_line(json.dumps(data[key], ensure_ascii=False), 60)
+                raise FewbitError(f"{path}: its {key} must be {wanted}, not {found}: correct or fetch the file again")
