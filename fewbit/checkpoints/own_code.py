@@ -5,13 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoints.companions import check_link
-from fewbit.checkpoints.json_in import read_json_object
+from fewbit.checkpoints.json_in import Rule, check_values, read_json_object
 from fewbit.checkpoints.source import Checkpoint, refuse_quantized
 from fewbit.checkpoints.tokenizer_files import check_tokenizer_files
 from fewbit.errors import FewbitError, NoTokenizerError, is_out_of_memory, missing_extra, raised_in
 from fewbit.printable import first_line
 
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+_CONFIG: dict[str, Rule] = {
+    "architectures": (
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value)),
+        "a list of strings",
+    ),
+    "auto_map": (lambda value: value is None or isinstance(value, dict | list), "an object"),
+    "id2label": (lambda value: value is None or isinstance(value, dict), "an object"),
+    **dict.fromkeys(
+        ("dtype", "torch_dtype"), (lambda value: value is None or isinstance(value, str | dict), "a string")
+    ),
+}
+"""Values that transformers uses without looking at them."""
 _NEVER = "fewbit never runs code of a model"
 
 
@@ -31,6 +43,7 @@ def check_loadable(checkpoint: Checkpoint) -> None:
             f"{folder}: transformers does not know the architecture {kind!r}; it is code in the model's folder "
             f"(auto_map of config.json): {_NEVER}: only data-free methods, such as --method rtn, work for this model"
         )
+    check_values(folder / "config.json", config, _CONFIG)
     for kernel in _kernels(config):
         raise FewbitError(f"{folder}: config.json requests code from the hub ({kernel}): {_NEVER}: remove that line")
     foreign = checkpoint.foreign

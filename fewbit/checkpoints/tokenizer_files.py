@@ -1,13 +1,10 @@
 """Check the JSON files of a tokenizer: transformers uses their values without looking at them."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fewbit.checkpoints.json_in import read_json_object
+from fewbit.checkpoints.json_in import Rule, check_values, read_json_object
 from fewbit.errors import FewbitError
-from fewbit.printable import one_line
 
 _OTHERS = ("added_tokens.json", "chat_template.json")
 
@@ -49,17 +46,16 @@ def _is_names(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value))
 
 
-_Rule = tuple[Callable[[Any], bool], str]
-_TEXT: _Rule = (_is_text, "a string")
-_CODE: _Rule = (lambda value: value is None or isinstance(value, dict | list), "an object")
-_TOKEN: _Rule = (_is_token, "a string, or an object with content")
-_TOKENS: _Rule = (_are_tokens, "a list of tokens, or an object of them")
-_SPECIAL: dict[str, _Rule] = {
+_TEXT: Rule = (_is_text, "a string")
+_CODE: Rule = (lambda value: value is None or isinstance(value, dict | list), "an object")
+_TOKEN: Rule = (_is_token, "a string, or an object with content")
+_TOKENS: Rule = (_are_tokens, "a list of tokens, or an object of them")
+_SPECIAL: dict[str, Rule] = {
     **{f"{kind}_token": _TOKEN for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")},
     "additional_special_tokens": _TOKENS,
     "extra_special_tokens": _TOKENS,
 }
-_RULES: dict[str, dict[str, _Rule]] = {
+_RULES: dict[str, dict[str, Rule]] = {
     "tokenizer_config.json": {
         "tokenizer_class": _TEXT,
         "auto_map": _CODE,
@@ -91,7 +87,4 @@ def check_tokenizer_files(folder: Path) -> None:
         for key in _NEEDED.get(name, ()):
             if key not in data:
                 raise FewbitError(f"{path}: has no {key}: the file is damaged: fetch it again")
-        for key, (is_valid, wanted) in _RULES.get(name, {}).items():
-            if key in data and not is_valid(data[key]):
-                found = one_line(json.dumps(data[key], ensure_ascii=False), 60)
-                raise FewbitError(f"{path}: its {key} must be {wanted}, not {found}: correct or fetch the file again")
+        check_values(path, data, _RULES.get(name, {}))

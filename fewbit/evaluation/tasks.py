@@ -15,6 +15,7 @@ from fewbit.errors import FewbitError, missing_extra
 from fewbit.evaluation.task_data import TASKS, Questions, read_questions
 from fewbit.printable import first_line
 from fewbit.quiet import quiet_loggers
+from fewbit.text.hub import is_unreachable
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,8 @@ def _load(manager: Any, name: str, questions: Questions | None) -> Any:
         spec = {"group": "local", "task": [{"task": name, "custom_dataset": _dataset(questions)}]}
     try:
         return manager.load(spec)["tasks"][name]
-    except (OSError, ValueError, RuntimeError) as error:
-        # A RuntimeError is known only for data sets with a loading script, which are refused.
-        if questions is not None or (isinstance(error, RuntimeError) and "script" not in str(error)):
+    except Exception as error:
+        if questions is not None or not is_unreachable(error):
             raise
         raise FewbitError(
             f"{name}: its questions cannot be fetched from the hub ({first_line(error)}): give a folder with the "
