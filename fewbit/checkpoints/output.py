@@ -1,7 +1,6 @@
 """Output folders: where they may be, which ones fewbit made, and which ones a run may replace."""
 
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +8,12 @@ from typing import Any
 
 from fewbit.checkpoints.companions import find_companions
 from fewbit.checkpoints.json_file import read_json, write_json
+from fewbit.checkpoints.own_files import CONFIG, FILES, MODEL_FOLDER, REPORT, RUN, is_own
+from fewbit.checkpoints.shards import is_shard_name
 from fewbit.checkpoints.weight_files import INDEX_NAME
 from fewbit.errors import FewbitError, WorkKeptError
 
-CONFIG, REPORT, RUN = "config.json", "fewbit_report.json", "fewbit_run.json"
-FILES = "files"
-"""Key of the file `RUN`: the names of all files that belong to the folder."""
-MODEL_FOLDER = "model_folder"
-"""Key of the file `RUN`: the folder of the model that the weights were made from."""
 _PROOFS = (REPORT, CONFIG, RUN)
-_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _SAID = 4
 _LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
@@ -93,8 +88,7 @@ def made_by_fewbit(folder: Path) -> bool:
     quantization = _object(folder / CONFIG).get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "fewbit":
         return True
-    report = _object(folder / REPORT)
-    return {"fewbit_version", "recipe"} <= report.keys() or "unpacked_from" in report or not any(folder.iterdir())
+    return is_own(folder / REPORT) or not any(folder.iterdir())
 
 
 def remove_made(folder: Path) -> None:
@@ -140,7 +134,7 @@ def _refuse_added(out: Path, source: Path) -> None:
     names = {name for name in file_names(out) if not is_of_the_system(name)}
     listed, reason = _listed(out), "fewbit did not write"
     if listed is None:
-        listed = {name for name in names if _SHARD.fullmatch(name)} | {CONFIG, REPORT, INDEX_NAME}
+        listed = {name for name in names if is_shard_name(name)} | {CONFIG, REPORT, INDEX_NAME}
         listed |= _copied_from(source) | _copied_from(_made_from(out))
         reason = f"fewbit may not have written ({RUN} does not list the folder's files)"
     added = sorted(names - listed - {RUN})

@@ -7,13 +7,10 @@ from typing import Any
 from fewbit.checkpoints.json_file import read_json
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.named import NAMED_MODELS, named_folder
-from fewbit.checkpoints.output import REPORT, RUN
+from fewbit.checkpoints.output import MODEL_FOLDER, REPORT, RUN
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
-
-MODEL_FOLDER = "model_folder"
-"""Key for the absolute path of the original model, in the file with data that differ from run to run."""
 
 
 def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: bool = True) -> Checkpoint:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbit.architecture.coverage import Coverage, WeightTensor, cover, require_recognised
+from fewbit.checkpoints.shards import shard_name, split_by_size
 from fewbit.checkpoints.source import Checkpoint, refuse_quantized
 from fewbit.errors import FewbitError
 from fewbit.formats.native import check_scheme, part_layout, stored_bytes
@@ -86,9 +87,7 @@ class Plan:
 
     def shard_name(self, index: int) -> str:
         """File name of shard `index`, from 0."""
-        if len(self.shards) == 1:
-            return "model.safetensors"
-        return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
+        return shard_name(index, len(self.shards))
 
 
 def cover_original(checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Coverage:
@@ -108,16 +107,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int = DEFAULT_
     problem = _indivisible(coverage, recipe)
     if problem:
         raise FewbitError(problem)
-    shards: list[list[PlannedTensor | KeptTensor]] = [[]]
-    filled = 0
-    for tensor in coverage.tensors:
-        item = _plan_tensor(tensor, recipe)
-        if shards[-1] and filled + item.bytes > shard_size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(item)
-        filled += item.bytes
-    return Plan(coverage, shards)
+    items = [_plan_tensor(tensor, recipe) for tensor in coverage.tensors]
+    return Plan(coverage, split_by_size(items, lambda item: item.bytes, shard_size))
 
 
 def _check_patterns(coverage: Coverage, recipe: Recipe) -> None:

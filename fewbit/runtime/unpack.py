@@ -10,6 +10,7 @@ from fewbit.architecture.orientation import from_matrix, tensor_name, tensor_sha
 from fewbit.checkpoints.json_file import write_json
 from fewbit.checkpoints.output import CONFIG, REPORT
 from fewbit.checkpoints.safetensors_io import DTYPES, FileReader, ShardWriter, TensorEntry, header_room
+from fewbit.checkpoints.shards import shard_name, split_by_size
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.checkpoints.stamps import file_stamps
 from fewbit.checkpoints.whole_file import said_when_full
@@ -124,10 +125,7 @@ def _write_plain(
     dtype: torch.dtype,
     shards: list[list[str]],
 ) -> None:
-    names = [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        for i in range(len(shards))
-    ]
+    names = [shard_name(index, len(shards)) for index in range(len(shards))]
     written: list[list[str]] = []
     with FileReader() as reader:
         for shard, name in zip(shards, names, strict=True):
@@ -159,16 +157,11 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _split(order: dict[str, TensorEntry | StoredWeight], dtype: torch.dtype, shard_size: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, item in order.items():
-        size = item.bytes if isinstance(item, TensorEntry) else item.weights * dtype.itemsize
-        if shards[-1] and filled + size > shard_size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+    def size(name: str) -> int:
+        item = order[name]
+        return item.bytes if isinstance(item, TensorEntry) else item.weights * dtype.itemsize
+
+    return split_by_size(order, size, shard_size)
 
 
 def _write(
