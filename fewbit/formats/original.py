@@ -10,7 +10,7 @@ from fewbit.checkpoints.named import NAMED_MODELS, named_folder
 from fewbit.checkpoints.output import MODEL_FOLDER, REPORT, RUN
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
-from fewbit.formats.config import read_weights
+from fewbit.formats.config import weights_of
 
 
 def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: bool = True) -> Checkpoint:
@@ -50,7 +50,7 @@ def check_original(quantized: Checkpoint, original: Checkpoint) -> None:
 
 
 def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
-    weights = read_weights(quantized.quantization or {})
+    weights = weights_of(quantized)
     parts = tuple(f"{module}." for module in weights)
     for module, stored in weights.items():
         entry = original.entries.get(f"{module}.weight") or original.entries.get(module)

@@ -17,7 +17,7 @@ from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.checkpoints.workdir import WorkFolder, check_output, copy_companions, write_index
 from fewbit.errors import FewbitError
 from fewbit.formats import native
-from fewbit.formats.config import read_weights
+from fewbit.formats.config import weights_of
 from fewbit.formats.native import part_layout
 from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import Linear
@@ -94,7 +94,7 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
     if not checkpoint.is_native:
         raise FewbitError(f"{folder}: not quantized by fewbit, so there is nothing to unpack")
     check_all_parts(checkpoint)
-    weights = read_weights(checkpoint.quantization or {})
+    weights = weights_of(checkpoint)
     replaces = check_output(Path(out), checkpoint.folder, overwrite)
     dtype = _dtype(checkpoint)
     parts = {f"{module}.{part}": module for module, stored in weights.items() for part in part_layout(stored)}
@@ -151,7 +151,7 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
             named = getattr(torch, str(config.get(key)).removeprefix("torch."), None)
             if isinstance(named, torch.dtype) and named.is_floating_point and named in DTYPES.values():
                 return named
-    packed = {f"{module}." for module in read_weights(checkpoint.quantization or {})}
+    packed = {f"{module}." for module in weights_of(checkpoint)}
     kept = (entry for name, entry in checkpoint.entries.items() if f"{name.rpartition('.')[0]}." not in packed)
     return dtype_of_kept(kept) or torch.bfloat16
 

@@ -9,14 +9,14 @@ import torch
 from fewbit.checkpoints.safetensors_io import TensorEntry, read_header
 from fewbit.checkpoints.source import INDEX_NAME, Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
-from fewbit.formats.config import read_weights
+from fewbit.formats.config import weights_of
 from fewbit.formats.native import part_layout
 from fewbit.grids.scheme import StoredWeight
 
 
 def check_all_parts(checkpoint: Checkpoint) -> None:
     """Raises FewbitError unless every packed weight in the config is complete and no other parts are present."""
-    check_parts_of(str(checkpoint.folder), checkpoint.entries, read_weights(checkpoint.quantization or {}))
+    check_parts_of(str(checkpoint.folder), checkpoint.entries, weights_of(checkpoint))
 
 
 def check_parts_of(where: str, entries: Mapping[str, TensorEntry], weights: Mapping[str, StoredWeight]) -> None:

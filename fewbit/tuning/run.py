@@ -20,7 +20,7 @@ from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.checkpoints.workdir import SOLVED, WorkFolder, check_output
 from fewbit.device import check_device
 from fewbit.errors import FewbitError, WorkKeptError, missing_extra
-from fewbit.formats.config import read_weights
+from fewbit.formats.config import has_scaled_channels, weights_of
 from fewbit.formats.original import MODEL_FOLDER, original_of
 from fewbit.memory import activation_bytes, available_bytes, peak_rss_bytes
 from fewbit.pipeline.calibration_tokens import calibration_set
@@ -247,9 +247,9 @@ def _teacher(
 
 def _originals(quantized: Checkpoint, checkpoint: Checkpoint, reader: FileReader) -> Callable[[str], Tensor | None]:
     """The 16-bit weight `(out, in)` of a packed one, where the checkpoint has one that stands for the same function."""
-    if quantized.has_scaled_channels:
+    if has_scaled_channels(quantized):
         return lambda name: None
-    weights = read_weights(quantized.quantization or {})
+    weights = weights_of(quantized)
 
     def find(name: str) -> Tensor | None:
         entry = checkpoint.entries.get(f"{name}.weight") or checkpoint.entries.get(name)
@@ -262,9 +262,9 @@ def _relative_errors(
     quantized: Checkpoint, original: Checkpoint, reader: FileReader
 ) -> Callable[[str, Tensor], float | None]:
     """The relative squared error of a decoded weight of a tensor by its name, where the original has it."""
-    if quantized.has_scaled_channels:
+    if has_scaled_channels(quantized):
         return lambda name, decoded: None
-    weights = read_weights(quantized.quantization or {})
+    weights = weights_of(quantized)
 
     def error(name: str, decoded: Tensor) -> float | None:
         entry = original.entries.get(name)

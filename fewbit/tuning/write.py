@@ -13,7 +13,7 @@ from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_ro
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, copy_companions, write_index
 from fewbit.formats import native
-from fewbit.formats.config import describe, read_weights, tuned_name
+from fewbit.formats.config import describe, recipe_of, tuned_name, weights_of
 from fewbit.formats.native import GUARD, original_name, part_layout, stored_bytes
 from fewbit.formats.original import shape_of
 from fewbit.grids.scheme import StoredWeight
@@ -32,7 +32,7 @@ def write_tuned(
     "report", that of the untrained folder, "tuning", what the report and the config will say, and "run", what changes
     from run to run. relative_error: of a tensor's decoded weights, by name.
     """
-    stored = read_weights(checkpoint.quantization or {})
+    stored = weights_of(checkpoint)
     of_module = {module: parts[module] for module in stored if module in parts}
     replaced = {f"{module}.{part}": tensor for module, found in of_module.items() for part, tensor in found.items()}
     files = sorted({entry.file for entry in checkpoint.entries.values()})
@@ -85,7 +85,7 @@ def report_of(checkpoint: Checkpoint, original: Checkpoint) -> dict[str, Any]:
     if isinstance(kept, dict) and _is_whole(kept):
         return kept
     quantization = checkpoint.quantization or {}
-    stored = read_weights(quantization)
+    stored = weights_of(checkpoint)
     parts = tuple(f"{module}." for module in stored)
     others = [entry for name, entry in checkpoint.entries.items() if not name.startswith(parts)]
     weights, size = sum(one.weights for one in stored.values()), sum(map(stored_bytes, stored.values()))
@@ -93,7 +93,7 @@ def report_of(checkpoint: Checkpoint, original: Checkpoint) -> dict[str, Any]:
     return {
         "model": str(original.folder),
         "method": describe(checkpoint)["method"],
-        "recipe": quantization.get("recipe", {}),
+        "recipe": recipe_of(checkpoint),
         "source": {"bytes": original.bytes, "tensors": len(original.entries)},
         "output": {
             "weights_quantized": weights,
