@@ -13,9 +13,9 @@ from typing import Any
 
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.evaluation.task_data import TASKS, Questions, read_questions
+from fewbit.hub_errors import is_unreachable
 from fewbit.printable import first_line
 from fewbit.quiet import quiet_loggers
-from fewbit.text.hub import is_unreachable
 
 
 @dataclass(frozen=True)

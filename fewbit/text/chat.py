@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fewbit.errors import FewbitError, missing_extra
+from fewbit.errors import FewbitError, missing_extra, raised_in
 from fewbit.printable import one_line
 
 _SHAREGPT = {
@@ -130,7 +130,9 @@ def _from_template(error: Exception) -> bool:
 
     ValueError is how transformers says that it has no template to choose.
     """
-    if type(error).__module__.split(".")[0] == "jinja2" or isinstance(error, ValueError):
+    if type(error).__module__.split(".")[0] == "jinja2" or (
+        isinstance(error, ValueError) and raised_in(error, "transformers")
+    ):
         return True
     frames, trace = [], error.__traceback__
     while trace is not None:

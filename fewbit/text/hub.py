@@ -1,12 +1,11 @@
 """Rows of data sets on the hub, streamed."""
 
-import socket
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fewbit.errors import FewbitError, is_out_of_memory, missing_extra, raised_in
+from fewbit.errors import FewbitError, missing_extra
+from fewbit.hub_errors import is_unreachable
 from fewbit.printable import first_line
 from fewbit.text.chat import Chat
 from fewbit.text.columns import documents_of
@@ -42,11 +41,6 @@ HUB = {
 """Short names of data sets."""
 
 
-_LIBRARIES = ("datasets", "huggingface_hub", "fsspec", "pyarrow")
-_NETWORK_ERRORS = {"httpx": "HTTPError", "requests": "RequestException", "aiohttp": "ClientError"}
-"""Modules that fetch for `datasets`, and the exception that each raises."""
-
-
 def hub_documents(name: str, column: str | None, evaluated: bool, instead: str) -> Iterator[str | Chat]:
     """Documents of a data set in its order, as they come over the network.
 
@@ -78,19 +72,3 @@ def _rows(name: str, named: HubSet, split: str, instead: str) -> Iterator[Row]:
             f"{name}: no such file, and the data set cannot be fetched ({type(error).__name__}: {first_line(error)}): "
             f"without a network, use {instead}"
         ) from error
-
-
-def is_unreachable(error: Exception) -> bool:
-    """Whether an exception says that something on the hub is not there, cannot be reached, or cannot be read.
-
-    `datasets` and the hub's client say so with general exceptions; from anywhere else, and with the name of a file on
-    this machine, these are unknown.
-    """
-    if is_out_of_memory(error) or getattr(error, "filename", None) is not None:
-        return False
-    network = tuple(
-        getattr(sys.modules[module], name) for module, name in _NETWORK_ERRORS.items() if module in sys.modules
-    )
-    if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror, *network)):
-        return True
-    return isinstance(error, OSError | ValueError | RuntimeError) and raised_in(error, *_LIBRARIES)

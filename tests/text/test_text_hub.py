@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fewbit.errors import FewbitError
-from fewbit.text.hub import hub_documents, is_unreachable
+from fewbit.hub_errors import is_unreachable
+from fewbit.text.hub import hub_documents
 
 datasets = pytest.importorskip("datasets")
 
