@@ -7,7 +7,7 @@ from typing import Any
 from fewbit.checkpoints.companions import check_link
 from fewbit.checkpoints.json_in import Rule, check_values, read_json_object
 from fewbit.checkpoints.source import Checkpoint, refuse_quantized
-from fewbit.checkpoints.tokenizer_files import check_tokenizer_files
+from fewbit.checkpoints.tokenizer_files import check_tokenizer_files, check_whole_tokenizer
 from fewbit.errors import FewbitError, NoTokenizerError, is_out_of_memory, missing_extra, raised_in
 from fewbit.printable import first_line
 
@@ -72,7 +72,10 @@ def open_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        if is_out_of_memory(error) or not _is_refusal(error):
+        if is_out_of_memory(error):
+            raise
+        check_whole_tokenizer(folder)
+        if not _is_refusal(error):
             raise
         for name in ("tokenizer_config.json", "config.json"):
             if (folder / name).is_file() and "AutoTokenizer" in _named_code(read_json_object(folder / name)):

@@ -68,23 +68,33 @@ _RULES: dict[str, dict[str, Rule]] = {
     },
     "special_tokens_map.json": _SPECIAL,
     "config.json": {"tokenizer_class": _TEXT, "auto_map": _CODE},
-    "tokenizer.json": {
-        "model": (lambda value: isinstance(value, dict), "an object"),
-        "added_tokens": (_are_added, "a list of objects with id and content"),
-    },
 }
 """File -> key -> what its value must be; files without some key are valid."""
-_NEEDED = {"tokenizer.json": ("added_tokens", "model")}
+_WHOLE: dict[str, Rule] = {
+    "model": (lambda value: isinstance(value, dict), "an object"),
+    "added_tokens": (_are_added, "a list of objects with id and content"),
+}
+"""Keys that tokenizer.json must have."""
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raises FewbitError that names the file and the key if a value is of the wrong kind, or if a file is not JSON."""
+    """Raises FewbitError that names the file and the key if a value is of the wrong kind, or if a file is not JSON.
+
+    tokenizer.json is left to :func:`check_whole_tokenizer`.
+    """
     for name in (*_RULES, *_OTHERS):
         path = folder / name
-        if not path.is_file():
-            continue
-        data = read_json_object(path)
-        for key in _NEEDED.get(name, ()):
-            if key not in data:
-                raise FewbitError(f"{path}: has no {key}: the file is damaged: fetch it again")
-        check_values(path, data, _RULES.get(name, {}))
+        if path.is_file():
+            check_values(path, read_json_object(path), _RULES.get(name, {}))
+
+
+def check_whole_tokenizer(folder: Path) -> None:
+    """As :func:`check_tokenizer_files`, for tokenizer.json. Large ones take seconds, so only after a failure."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    data = read_json_object(path)
+    for key in _WHOLE:
+        if key not in data:
+            raise FewbitError(f"{path}: has no {key}: the file is damaged: fetch it again")
+    check_values(path, data, _WHOLE)
