@@ -11,7 +11,8 @@ from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
-from fewbit.options import EVALUATE, PLAN, QUANTIZE, TUNE, check_names, described_by, given_of
+from fewbit.option_values import checked
+from fewbit.options import EVALUATE, PLAN, QUANTIZE, TUNE, described_by, given_of
 from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh, refuse_unused, share_of_stored
 from fewbit.pipeline.run import RunOptions
 from fewbit.pipeline.run import quantize as run_quantize
@@ -72,11 +73,9 @@ def quantize_request(
     model: str | Path, method: str, choices: dict[str, Any], progress: Progress | None = None
 ) -> QuantizeRequest:
     """The recipe, options and training for flat choices. Raises FewbitError for choices that cannot be combined."""
-    check_names("quantize", QUANTIZE, choices)
+    choices = checked("quantize", QUANTIZE, choices)
     flat = given_of(QUANTIZE, choices, "recipe")
-    flat["sets"] = tuple(flat.pop("set", ()))
-    for name in ("include", "exclude"):
-        flat[name] = (flat[name],) if isinstance(flat.get(name), str) else tuple(flat.get(name, ()))
+    flat["sets"] = flat.pop("set", ())
     file = flat.pop("recipe", None)
     recipe = recipe_from_choices(method, flat) if file is None else _recipe_in(Path(file), flat)
     text, others = _text(QUANTIZE, choices), given_of(QUANTIZE, choices, "curvature")
@@ -132,7 +131,7 @@ def plan(model: str | Path, method: str = "adpq+", **choices: Any) -> dict[str, 
     """
     from fewbit.pipeline.forecast import forecast
 
-    check_names("plan", PLAN, choices)
+    choices = checked("plan", PLAN, choices)
     request = quantize_request(model, method, choices)
     return forecast(model, request.recipe, request.options.calibration)
 
@@ -159,7 +158,7 @@ def tune(
         if choices:
             raise FewbitError("give either a TuningChoice and TuneOptions, or single choices, not both")
         return run(folder, out, choice, options, progress)
-    check_names("tune", TUNE, choices)
+    choices = checked("tune", TUNE, choices)
     text, chosen = _text(TUNE, choices), given_of(TUNE, choices, "choice")
     if text.get("seed") is not None:
         chosen["seed"] = text["seed"]
@@ -192,7 +191,7 @@ def evaluate(
     from fewbit.evaluation.rounded import choose_rounded
     from fewbit.evaluation.tasks import choose_tasks
 
-    check_names("evaluate", EVALUATE, choices)
+    choices = checked("evaluate", EVALUATE, choices)
     windows = given_of(EVALUATE, choices, "protocol")
     if windows:
         if protocol is not None:

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewbit.choices import nearest
-from fewbit.errors import FewbitError
-
 COMMON = "Options"
 
 
@@ -262,14 +259,6 @@ def given_of(options: Sequence[Option], choices: Mapping[str, Any], part: str) -
     """The options of one part that were given (that is, are not None)."""
     names = [option.name for option in options if option.part == part]
     return {name: choices[name] for name in names if choices.get(name) is not None}
-
-
-def check_names(what: str, options: Sequence[Option], choices: Mapping[str, Any]) -> None:
-    """Raises FewbitError for an unknown option and suggests the nearest known name."""
-    known = [option.name for option in options]
-    for name in choices:
-        if name not in known:
-            raise FewbitError(f"{what} has no option {name!r}{nearest(name, known)}")
 
 
 def described_by(options: Sequence[Option]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

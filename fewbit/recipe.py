@@ -226,6 +226,8 @@ def sets_of(given: Any) -> tuple[TensorChoices, ...]:
     found: list[TensorChoices] = []
     for one in pairs:
         pattern, choices = _parse_set(one) if isinstance(one, str) else one
+        if not isinstance(choices, Mapping):
+            raise FewbitError(f"choices for {pattern!r} must be names and values, e.g. {{'bits': 4}}, not {choices!r}")
         found.append((pattern, tuple(dict(choices).items())))
     return tuple(found)
 

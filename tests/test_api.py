@@ -85,6 +85,40 @@ def test_errors_suggest_the_nearest_name(tiny: Path, tmp_path: Path, call: Any, 
         call(tiny, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"bits": "four"}, "bits must be a number, not 'four'"),
+        ({"samples": 1.5}, "samples must be a whole number, not 1.5"),
+        ({"samples": float("nan")}, "samples must be a whole number, not nan"),
+        ({"overwrite": "yes"}, "overwrite must be True or False, not 'yes'"),
+        ({"outlier_fraction": "x"}, "outlier_fraction must be a number, not 'x'"),
+        ({"include": 5}, "include must be a string or a list of strings, not 5"),
+        ({"calibration": ["a.txt"]}, r"calibration must be a string, not \['a.txt'\]"),
+        ({"curvature": 3}, "curvature must be a path, not 3"),
+    ],
+)
+def test_values_of_another_kind_are_named(tiny: Path, tmp_path: Path, choices: dict[str, Any], message: str) -> None:
+    with pytest.raises(FewbitError, match=message):
+        fewbit.quantize(tiny, tmp_path / "out", "rtn", **choices)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [option.name for option in QUANTIZE])
+def test_no_value_of_any_option_is_a_bug_report(tiny: Path, name: str) -> None:
+    for value in (object(), -1, 0.5, "", "x", [], ["x"], {}, {"x": 1}, True, float("nan"), 10**30):
+        try:
+            fewbit.plan(tiny, "precal+oac", **{name: value})
+        except FewbitError as error:
+            assert "\n" not in str(error)
+
+
+def test_numbers_paths_and_single_patterns_are_taken_as_they_are_meant(tiny: Path) -> None:
+    given = {"group_size": 32, "bits": 3, "exclude": "*.o_proj.weight", "set": {"*.q_proj.weight": {"bits": 5}}}
+    said = {"group_size": "32", "bits": 3.0, "exclude": ["*.o_proj.weight"], "set": ["*.q_proj.weight:bits=5"]}
+    assert fewbit.plan(tiny, "rtn", **given)["tensors"] == fewbit.plan(tiny, "rtn", **said)["tensors"]
+
+
 @pytest.mark.parametrize("method", ["adpq+", "precal+oac", "rtn"])
 def test_tensors_with_choices_of_their_own(tiny: Path, tmp_path: Path, method: str) -> None:
     text = {} if method != "precal+oac" else {**TEXT, "max_fallback": 99}

@@ -17,29 +17,17 @@ _TO_HIDDEN = re.compile(r"(down|w2|output_linear|fc2|wo|c_proj|linear_2|4h_to_h)
 
 
 def to_matrix(whole: Tensor, transposed: bool) -> Tensor:
-    """A tensor `(..., out, in)`, or `(..., in, out)` if it is transposed, as a matrix `(... * out, in)`."""
+    """A tensor `(..., out, in)`, or `(..., in, out)` if it is transposed, as a contiguous matrix `(... * out, in)`."""
     turned = whole.transpose(-1, -2) if transposed else whole
-    return turned.reshape(-1, turned.shape[-1])
+    return turned.reshape(-1, turned.shape[-1]).contiguous()
 
 
 def from_matrix(matrix: Tensor, shape: Sequence[int], transposed: bool) -> Tensor:
-    """Inverse of :func:`to_matrix`: the tensor of `shape`, contiguous."""
+    """Inverse of :func:`to_matrix`: the tensor of `shape`, which is not contiguous if it is transposed."""
     if not transposed:
         return matrix.reshape(tuple(shape))
     *lead, columns, rows = shape
-    return matrix.reshape(*lead, rows, columns).transpose(-1, -2).contiguous()
-
-
-def tensor_name(module: str, original_shape: Sequence[int] | None) -> str:
-    """A packed weight's name in the checkpoint: `module` itself if it has an `original_shape`, else `module.weight`."""
-    return module if original_shape is not None else f"{module}.weight"
-
-
-def tensor_shape(shape: Sequence[int], transposed: bool, original_shape: Sequence[int] | None) -> tuple[int, ...]:
-    """The shape in the checkpoint of a packed weight with a matrix of `shape`, (out, in)."""
-    if original_shape is not None:
-        return tuple(original_shape)
-    return tuple(reversed(shape)) if transposed else tuple(shape)
+    return matrix.reshape(*lead, rows, columns).transpose(-1, -2)
 
 
 def matrices_in_out(entries: Iterable[TensorEntry], biases: dict[str, tuple[int, ...]]) -> bool:

@@ -1,6 +1,5 @@
 """Calibration text that the original model generates itself, without external data."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,13 +8,13 @@ from torch import Tensor
 from fewbit.attention import SharedKeys
 from fewbit.calibration.growing_cache import grow_in_place
 from fewbit.errors import FewbitError
+from fewbit.progress import Progress
 
 BATCH = 32
 NOT_FINITE_ADVICE = (
     "save the model in bfloat16 or float32 first (float16 overflows in many models trained in bfloat16); otherwise its "
     "weights are damaged"
 )
-Progress = Callable[[int, int, str], None]
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 import hashlib
 import random
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -15,14 +15,13 @@ from fewbit.calibration.choice import CalibrationChoice
 from fewbit.calibration.documents import unread_documents
 from fewbit.calibration.source import DOCUMENTS, Source, parse_sources, shares
 from fewbit.errors import FewbitError
+from fewbit.progress import Progress
 from fewbit.text.chat import Chat, check_template
 from fewbit.text.chat import render as render_chat
 from fewbit.text.documents import Document, pieces_of
 from fewbit.text.files import TextFile
 from fewbit.text.tokenizer import bos_id, check_ids, check_tokenizer
 from fewbit.text.tokens import first_tokens
-
-Progress = Callable[[int, int, str], None]
 
 # Documents are drawn from the beginning of a source, because it may never end (a streamed data set of the hub).
 _HEAD_DOCUMENTS = 20_000

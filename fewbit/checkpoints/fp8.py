@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fewbit.checkpoints.config_dtype import stated_dtype
 from fewbit.checkpoints.quantized_by import modelopt_config, quantization_configs
 from fewbit.checkpoints.safetensors_io import TensorEntry
 from fewbit.checkpoints.scaled import Scaled
@@ -45,7 +46,7 @@ def described_fp8(config: Mapping[str, Any], folder: Path) -> Fp8 | None:
         return None
     block = blocks.pop()
     assert block is not None
-    return Fp8(block, _compute_dtype(config))
+    return Fp8(block, stated_dtype(config) or torch.bfloat16)
 
 
 def _block_of(description: dict[str, Any]) -> tuple[int, int] | None:
@@ -99,16 +100,6 @@ def _pair(block: Any) -> tuple[int, int] | None:
     if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
         return (block[0], block[1])
     return None
-
-
-def _compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The 16 or 32-bit dtype that a config states for the model or its text part; bfloat16 if it states none."""
-    places = [config, *(v for k, v in config.items() if k in ("text_config", "llm_config") and isinstance(v, dict))]
-    for place in places:
-        named = str(place.get("dtype") or place.get("torch_dtype") or "").removeprefix("torch.")
-        if named in ("bfloat16", "float16", "float32"):
-            return getattr(torch, named)
-    return torch.bfloat16
 
 
 def read_as_products(entries: Mapping[str, TensorEntry], described: Fp8, where: Path) -> dict[str, TensorEntry]:

@@ -169,6 +169,7 @@ class FileReader:
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
+        self._last_scale: tuple[TensorEntry, Tensor] | None = None
 
     def __enter__(self) -> "FileReader":
         return self
@@ -177,6 +178,7 @@ class FileReader:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+        self._last_scale = None
 
     def descriptor(self, path: Path) -> int:
         """The open descriptor of `path`; call once from one thread before sharing."""
@@ -193,18 +195,25 @@ class FileReader:
         columns = max(1, entry.shape[-1])
         # Computed in pieces, because the products take four bytes each.
         step = columns * max(1, _AT_ONCE // columns)
+        scale = self._scale(entry.scaled.scale)
         for start in range(first // columns * columns, first + count, step):
-            piece = self._products(entry, start // columns, min(step, entry.numel - start) // columns)
+            piece = self._products(entry, scale, start // columns, min(step, entry.numel - start) // columns)
             low, high = max(first, start), min(first + count, start + step)
             data[low - first : high - first] = piece[low - start : high - start]
         return data
 
-    def _products(self, entry: TensorEntry, row: int, rows: int) -> Tensor:
+    def _scale(self, entry: TensorEntry) -> Tensor:
+        """The scales of a tensor, float32. The last ones are kept, because a tensor is read in many parts."""
+        last = self._last_scale
+        if last is None or last[0] != entry:
+            self._last_scale = last = (entry, self.tensor(entry).to(torch.float32))
+        return last[1]
+
+    def _products(self, entry: TensorEntry, scale: Tensor, row: int, rows: int) -> Tensor:
         """Products of codes and scales for whole rows, flat; the row number selects the scales."""
         assert entry.scaled is not None
         columns = entry.shape[-1]
         codes = self._read(entry, entry.scaled.dtype, row * columns, rows * columns).view(rows, columns)
-        scale = self.tensor(entry.scaled.scale)
         return product(codes, scale, entry.scaled, entry.shape, row).view(-1)
 
     def _read(self, entry: TensorEntry, dtype: torch.dtype, first: int, count: int) -> Tensor:

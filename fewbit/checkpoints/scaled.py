@@ -27,14 +27,14 @@ def product(codes: Tensor, scale: Tensor, scaled: Scaled[Any], shape: tuple[int,
     """Some rows of a tensor: codes times their scales, float32.
 
     codes: `(rows, columns)`, starting at row `first` of the tensor of `shape`, flattened except for its last dimension.
-    scale: of any shape with as many elements as `scaled.shape`.
+    scale: float32, of any shape with as many elements as `scaled.shape`.
     """
     rows = torch.arange(first, first + codes.shape[0])
     places: list[Tensor] = []
     for size, block in zip(reversed(shape[:-1]), reversed(scaled.block[:-1]), strict=True):
         places.insert(0, torch.remainder(rows, size) // block)
         rows = rows // size
-    factors = scale.to(torch.float32).reshape(scaled.shape)[tuple(places)].view(codes.shape[0], -1)
+    factors = scale.reshape(scaled.shape)[tuple(places)].view(codes.shape[0], -1)
     if factors.shape[1] != 1:
         factors = factors.repeat_interleave(scaled.block[-1], dim=1)[:, : codes.shape[1]]
     return codes.to(torch.float32) * factors

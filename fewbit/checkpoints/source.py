@@ -1,7 +1,7 @@
 """A Hugging Face folder as a list of tensors with their files, checked before any work starts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ class Checkpoint:
 
     config: as it describes `entries`; if FP8 codes are read as products, without the description of the codes.
     companions, left: the files that are copied together with the weights, and the names of those that are not.
-    foreign: another tool's quantization that cannot be read, or None.
+    foreign: another tool's quantization that cannot be read, or None. guards: the tensors of a native folder that only
+    stop loaders that do not know the format; they are not among `entries`.
     """
 
     folder: Path
@@ -33,6 +34,7 @@ class Checkpoint:
     companions: tuple[Companion, ...]
     left: tuple[str, ...] = ()
     foreign: Foreign | None = None
+    guards: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
@@ -90,12 +92,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         check_tensors(file, expected, set(header))
     config.pop(NAMED_IN_CONFIG, None)
     read = {config_path, *found.files, *([found.index] if found.index else [])}
-    config, entries, foreign = _understood(folder, config, entries)
+    guards = _guards(config, entries)
+    config, rest, foreign = _understood(folder, config, {n: entry for n, entry in entries.items() if n not in guards})
     if (folder / MODELOPT_FILE).is_file():
         check_link(folder, folder / MODELOPT_FILE)
         read.add(folder / MODELOPT_FILE)
     others = find_companions(folder, read)
-    return Checkpoint(folder, config, entries, others.carried, others.left, foreign)
+    return Checkpoint(folder, config, rest, others.carried, others.left, foreign, guards)
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -114,7 +117,7 @@ def _understood(
 ) -> tuple[dict[str, Any], dict[str, TensorEntry], Foreign | None]:
     """Config and tensors as a 16-bit model if they can be read as one; otherwise unchanged, with the tool's name."""
     if _is_native(config):
-        return config, _without_guards(config, entries), None
+        return config, entries, None
     described = described_in(config, folder)
     fp8 = described_fp8(config, folder) if described is not None else None
     if fp8 is None:
@@ -126,14 +129,14 @@ def _understood(
     return _without_quantization(config), products, None
 
 
-def _without_guards(config: dict[str, Any], entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The tensors of a native folder without the guards, which only stop loaders that do not know the format."""
-    weights = config["quantization_config"].get("weights")
+def _guards(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The guards of a native folder; its config is not checked yet."""
+    weights = config["quantization_config"].get("weights") if _is_native(config) else None
     packed = weights if isinstance(weights, dict) else {}
     return {
         name: entry
         for name, entry in entries.items()
-        if entry.shape != (0,) or not {name, name.removesuffix(".weight")} & packed.keys()
+        if entry.shape == (0,) and {name, name.removesuffix(".weight")} & packed.keys()
     }
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewbit.errors import FewbitError
+from fewbit.progress import Progress
 from fewbit.text.chat import Chat
 from fewbit.text.documents import Document, Render, file_documents, pieces_of, place_of
 from fewbit.text.files import ACCEPTED, TextFile, text_files
@@ -14,8 +15,6 @@ from fewbit.text.hub import hub_documents
 DOCUMENT_BREAK = "\n\n"
 _HUB_CHARACTERS = 20_000_000
 _TOLD_EVERY = 1_000_000
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

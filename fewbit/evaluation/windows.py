@@ -1,6 +1,5 @@
 """The windows of an evaluation text, tokenized by a model's own tokenizer."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.evaluation.perplexity import Protocol, cut_windows
 from fewbit.evaluation.text import Text
+from fewbit.progress import Progress
 from fewbit.text.chat import render
 from fewbit.text.tokenizer import bos_id, check_ids, check_tokenizer
 from fewbit.text.tokens import first_tokens
-
-Progress = Callable[[int, int, str], None]
 
 
 def read_tokenizer(folder: Path) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbit.grids.scheme import Layout, Scheme, StoredWeight
 from fewbit.grids.table import check_core, grid_of
-from fewbit.outliers.grids import check_outliers, outlier_layout, read_positions, read_values
+from fewbit.outliers.grids import check_outlier_values, check_outliers, outlier_layout, read_positions, read_values
 from fewbit.solvers.settled import read_codes
 from fewbit.transforms.table import TRANSFORMS
 from fewbit.transforms.transform import Values
@@ -46,11 +46,6 @@ def part_layout(stored: StoredWeight) -> Layout:
     }
 
 
-def original_name(module: str, stored: StoredWeight) -> str:
-    """The name of the original tensor of a packed weight, which is also the name of its guard."""
-    return module if stored.original_shape is not None else f"{module}.weight"
-
-
 def stored_bytes(stored: StoredWeight) -> int:
     """Size in bytes on disk of the tensors that replace the weight."""
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in part_layout(stored).values())
@@ -78,6 +73,11 @@ def read_transform(parts: Mapping[str, Tensor], stored: StoredWeight) -> Values:
     return TRANSFORMS[stored.scheme.transform].read(parts)
 
 
+def transform_weight(weight: Tensor, parts: Mapping[str, Tensor], stored: StoredWeight) -> Tensor:
+    """A weight `(out, in)` float32 for inputs after the weight's transform, as :func:`decode_stored` gives it."""
+    return TRANSFORMS[stored.scheme.transform].weight(weight, read_transform(parts, stored))
+
+
 def transform_inputs(x: Tensor, parts: Mapping[str, Tensor], stored: StoredWeight) -> Tensor:
     """Inputs `(..., in)` after the weight's transform."""
     return TRANSFORMS[stored.scheme.transform].inputs(x, read_transform(parts, stored))
@@ -89,3 +89,17 @@ def check_parts(parts: Mapping[str, Tensor], stored: StoredWeight) -> None:
     actual = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in parts.items()}
     if expected != actual:
         raise ValueError(f"parts of a stored weight do not fit it: expected {expected}, found {actual}")
+
+
+def check_content(parts: Mapping[str, Tensor], stored: StoredWeight) -> None:
+    """Raise ValueError if the tensors, which fit the stored weight, contain values that fewbit does not write.
+
+    These are positions of outliers that are too many or too few, do not ascend or lie outside the weight; and scales or
+    other values of the grids that are NaN or infinite.
+    """
+    values = [*grid_of(stored.scheme).read(parts, stored.scheme, stored.groups).values()]
+    values += read_transform(parts, stored).values()
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise ValueError("values of the grid are not finite")
+    if stored.outliers:
+        check_outlier_values(parts, stored)

@@ -11,6 +11,7 @@ from fewbit.checkpoints.output import MODEL_FOLDER, REPORT, RUN
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.config import weights_of
+from fewbit.formats.native import part_layout
 
 
 def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: bool = True) -> Checkpoint:
@@ -51,27 +52,20 @@ def check_original(quantized: Checkpoint, original: Checkpoint) -> None:
 
 def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
     weights = weights_of(quantized)
-    parts = tuple(f"{module}." for module in weights)
+    parts = {f"{module}.{part}" for module, stored in weights.items() for part in part_layout(stored)}
     for module, stored in weights.items():
-        entry = original.entries.get(f"{module}.weight") or original.entries.get(module)
-        if entry is None or tuple(entry.shape) != shape_of(stored):
+        entry = original.entries.get(stored.tensor_name(module))
+        if entry is None or entry.shape != stored.tensor_shape:
             return f"has no {module} of that shape"
     for name, entry in quantized.entries.items():
         other = original.entries.get(name)
-        if other is None and name.startswith(parts):
+        if other is None and name in parts:
             continue
         if other is None or other.shape != entry.shape:
             return f"has no {name} of that shape"
-    packed = {name for module in weights for name in (module, f"{module}.weight")}
+    packed = {stored.tensor_name(module) for module, stored in weights.items()}
     more = [name for name in original.entries if name not in quantized.entries and name not in packed]
     return f"has an additional {more[0]}" if more else ""
-
-
-def shape_of(stored: Any) -> tuple[int, ...]:
-    """The shape of a packed weight in the original model."""
-    rows, columns = stored.shape
-    plain = (columns, rows) if stored.transposed else (rows, columns)
-    return tuple(stored.original_shape or plain)
 
 
 def _places(quantized: Checkpoint, name: str | None) -> Iterator[str]:

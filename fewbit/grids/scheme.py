@@ -86,3 +86,19 @@ class StoredWeight:
     @property
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of the original tensor in its checkpoint."""
+        if self.original_shape is not None:
+            return self.original_shape
+        rows, columns = self.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def tensor_name(self, module: str) -> str:
+        """The name of the original tensor in its checkpoint, which is also the name of the guard.
+
+        module: the name under which the parts are stored: of the tensor itself if there is an `original_shape`,
+        otherwise of the layer with this `.weight`.
+        """
+        return module if self.original_shape is not None else f"{module}.weight"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fewbit.architecture.coverage import cover
-from fewbit.architecture.orientation import tensor_name, tensor_shape, to_matrix
+from fewbit.architecture.orientation import to_matrix
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader, TensorEntry
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint, refuse_quantized
@@ -101,10 +101,10 @@ def _compare(
     checkpoint: Checkpoint, original: Checkpoint | None, reader: FileReader, module: str, stored: StoredWeight
 ) -> dict[str, Any]:
     weight = read_weight(checkpoint, reader, module, stored)
-    name = tensor_name(module, stored.original_shape)
+    name = stored.tensor_name(module)
     row: dict[str, Any] = {
         "name": name,
-        "shape": list(tensor_shape(stored.shape, stored.transposed, stored.original_shape)),
+        "shape": list(stored.tensor_shape),
         "action": "quantized",
         "bits": 8 * stored_bytes(stored) / stored.weights,
         **_describe([lambda: weight.view(-1)]),

@@ -14,7 +14,15 @@ from fewbit.grids import integer, positions
 from fewbit.grids.grid import Fitted, Parts, Values
 from fewbit.grids.packing import pack, packed_bytes, unpack
 from fewbit.grids.scale_formats import SCALE_FORMATS
-from fewbit.grids.scales import divisor, from_pattern, to_pattern
+from fewbit.grids.scales import (
+    divisor,
+    from_pattern,
+    logarithmic_levels,
+    logarithmic_patterns,
+    relative_error,
+    spread_of,
+    to_pattern,
+)
 from fewbit.grids.scheme import Layout, Scheme, StoredWeight
 from fewbit.grids.table import grid_of
 
@@ -115,8 +123,19 @@ def _fit_row(values: Tensor, where: Tensor, shape: Shape, scheme: Scheme) -> Fit
         seen = _encode_row(values, scale[where // columns], values, scheme)[1]
         lost = ((seen - values).abs() > _LINEAR_LOSS * values.abs()).to(values.dtype)
         _, any_lost = integer.extremes_of(lost, where // columns, rows)
-        pattern = to_pattern(torch.where(any_lost > 0, -scale, scale), "bfloat16")
+        pattern = torch.where(any_lost > 0, _logarithmic(values, where // columns, scale, scheme), pattern)
     return Fitted(scheme, {"outlier_scales": pattern}, _row_values(pattern))
+
+
+def _logarithmic(values: Tensor, row: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """Patterns `(rows,)` of logarithmic rows with the spread that has the least squared relative error."""
+    patterns, costs = logarithmic_patterns(scale), []
+    for pattern in patterns:
+        seen = _encode_row(values, from_pattern(pattern, "bfloat16")[row], values, scheme)[1]
+        # Whole numbers, so that the order of the sum does not matter.
+        cost = (relative_error(seen, values) * 2**20).to(torch.int64)
+        costs.append(cost.new_zeros(len(scale)).index_add_(0, row, cost))
+    return patterns.gather(0, torch.stack(costs).argmin(dim=0, keepdim=True)).squeeze(0)
 
 
 def _row_values(pattern: Tensor) -> Values:
@@ -128,10 +147,12 @@ def _encode_row(values: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) 
     half = _half(scheme)
     codes = ((values / divisor(scale)).round_() + half).clamp_(0, 2**scheme.outlier_bits - 1)
     if bool((scale < 0).any()):
-        levels = _log_levels(scheme, values.device)
-        middles = (levels[1:] + levels[:-1]) * 0.5
-        size = torch.bucketize((values / divisor(scale)).abs() / (half - 1), middles).to(values.dtype)
-        codes = torch.where(scale < 0, torch.where(values < 0, size + half, size), codes)
+        levels, spread = _log_levels(scheme, values.device), _spread(scale)
+        share = (values / divisor(scale)).abs() / (half - 1)
+        for which, row in enumerate(levels):
+            size = torch.bucketize(share, (row[1:] + row[:-1]) * 0.5).to(values.dtype)
+            signed = torch.where(values < 0, size + half, size)
+            codes = torch.where((scale < 0) & (spread == which), signed, codes)
     whole = codes.to(torch.int32)
     return whole, _decode_row(whole, scale, minimum, scheme)
 
@@ -141,15 +162,18 @@ def _decode_row(codes: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -
     linear = (codes.to(torch.float32) - float(half)) * scale
     if not bool((scale < 0).any()):
         return linear
-    size = _log_levels(scheme, codes.device)[codes % half] * (scale * -(half - 1))
+    size = _log_levels(scheme, codes.device)[_spread(scale), codes.to(torch.int64) % half] * (scale * -(half - 1))
     return torch.where(scale < 0, torch.where(codes >= half, -size, size), linear)
 
 
+def _spread(scale: Tensor) -> Tensor:
+    return spread_of(scale.to(torch.bfloat16).view(torch.int16))
+
+
 def _log_levels(scheme: Scheme, device: torch.device) -> Tensor:
-    """0 and the magnitudes ``2^(-12.7 (n - m) / n)`` for m = 1 … n = half - 1, as fractions of the row's largest."""
+    """By spread s: 0 and the magnitudes ``2^(-12.7 2^s (n - m) / n)`` for m = 1 … n = half - 1; the largest is 1."""
     last = _half(scheme) - 1
-    powers = (2.0 ** (-_OCTAVES * (last - m) / last) for m in range(1, last + 1))
-    return torch.tensor((0.0, *powers), dtype=torch.float32, device=device)
+    return logarithmic_levels(_OCTAVES / last, last, device)
 
 
 # A grid with 16 bits per outlier.
@@ -229,8 +253,10 @@ def outlier_layout(stored: StoredWeight) -> Layout:
     if scheme.outlier_grid == "none":
         return {}
     grid = OUTLIER_GRIDS[scheme.outlier_grid]
-    size = positions.encoded_bytes(stored.positions, stored.weights, stored.outliers, scheme.group_size)
-    layout: Layout = {"outlier_positions": (torch.uint8, (size,))}
+    encoding, where = positions.ENCODINGS.get(stored.positions), _where(stored)
+    if encoding is None or not encoding.fits(where):
+        raise ValueError(f"positions of {stored.outliers} outliers cannot be stored as {stored.positions!r}")
+    layout: Layout = {"outlier_positions": (torch.uint8, (encoding.bytes(where),))}
     if grid.apart:
         return {**layout, "outlier_values": (torch.int16, (stored.outliers,)), **grid.layout(stored)}
     beside = _bits_beside(scheme)
@@ -247,7 +273,7 @@ def _bits_beside(scheme: Scheme) -> int:
 def pack_outliers(codes: Tensor, where: Tensor, stored: StoredWeight) -> dict[str, Tensor]:
     """The parts for positions, and for the bits of the outliers' codes (int32, 1-D) that are not in the dense codes."""
     scheme = stored.scheme
-    parts = {"outlier_positions": positions.encode(where, stored.positions, stored.weights, scheme.group_size)}
+    parts = {"outlier_positions": positions.ENCODINGS[stored.positions].encode(where, _where(stored))}
     beside = _bits_beside(scheme)
     if OUTLIER_GRIDS[scheme.outlier_grid].apart:
         parts["outlier_values"] = codes.to(torch.int16)
@@ -257,9 +283,24 @@ def pack_outliers(codes: Tensor, where: Tensor, stored: StoredWeight) -> dict[st
 
 
 def read_positions(parts: Parts, stored: StoredWeight) -> Tensor:
-    """Ascending flat positions (int64) of the outliers."""
-    data = parts["outlier_positions"]
-    return positions.decode(data, stored.positions, stored.weights, stored.outliers, stored.scheme.group_size)
+    """Ascending flat positions (int64) of the outliers; ValueError if there are fewer or more."""
+    return positions.ENCODINGS[stored.positions].decode(parts["outlier_positions"], _where(stored))
+
+
+def _where(stored: StoredWeight) -> positions.Where:
+    return positions.Where(stored.weights, stored.outliers, stored.scheme.group_size)
+
+
+def check_outlier_values(parts: Parts, stored: StoredWeight) -> None:
+    """Raise ValueError if positions or values of outliers cannot have been written by :func:`pack_outliers`."""
+    scheme = stored.scheme
+    positions.check(read_positions(parts, stored), _where(stored))
+    grid = OUTLIER_GRIDS[scheme.outlier_grid]
+    values = list(grid.read(parts, stored).values())
+    if grid.apart:
+        values.append(from_pattern(parts["outlier_values"], "float16"))
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise ValueError("values of outliers are not finite")
 
 
 def read_values(parts: Parts, stored: StoredWeight, dense: Tensor, where: Tensor) -> Tensor:

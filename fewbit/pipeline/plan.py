@@ -132,7 +132,8 @@ def place_outliers(stored_shape: tuple[int, int], choices: WeightChoices, outlie
         return "none"
     even = OUTLIER_RULES[choices.outliers.rule].evenly(choices.outliers)
     per_group = choices.outliers.per_group(scheme.group_size) if even else None
-    return positions.choose(stored_shape[0] * stored_shape[1], outliers, scheme.group_size, per_group)
+    where = positions.Where(stored_shape[0] * stored_shape[1], outliers, scheme.group_size)
+    return positions.choose(where, per_group)
 
 
 def _plan_tensor(tensor: WeightTensor, recipe: Recipe) -> PlannedTensor | KeptTensor:

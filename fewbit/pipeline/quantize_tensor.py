@@ -14,14 +14,13 @@ from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats import native
-from fewbit.formats.native import stored_bytes
 from fewbit.grids.scale_formats import SCALE_FORMATS
 from fewbit.grids.scheme import StoredWeight
 from fewbit.grids.table import grid_of
 from fewbit.outliers.grids import pack_outliers
 from fewbit.outliers.rules import OUTLIER_RULES
 from fewbit.pipeline.plan import PlannedTensor, place_outliers
-from fewbit.pipeline.records import LayerRecord
+from fewbit.pipeline.records import LayerRecord, relative_errors
 from fewbit.pipeline.tensor_rows import TensorRows
 from fewbit.solvers.settled import Encoded, NotFiniteError, round_rows
 from fewbit.transforms.table import TRANSFORMS
@@ -128,23 +127,9 @@ def assemble(item: PlannedTensor, results: list[Encoded], spans: list[tuple[int,
     parts.update(transform.store(transform.fixed(columns)))
     native.check_parts(parts, stored)
     parts = {name: parts[name] for name in native.part_layout(stored)}
-    norm, error = sum(r.squared_norm for r in results), sum(r.squared_error for r in results)
-    if error > 0.1 * norm and _too_small(parts, stored):
+    errors = relative_errors([(r.squared_error, r.squared_norm, r.group_errors) for r in results])
+    if errors["relative_squared_error"] > 0.1 and _too_small(parts, stored):
         raise FewbitError(
             f"{item.tensor.entry.name}: its weights are too small for float16 scales: use --scale-format float32"
         )
-    size, groups = stored_bytes(stored), max(1, sum(r.group_errors[2] for r in results))
-    record = LayerRecord(
-        name=item.tensor.entry.name,
-        shape=list(item.tensor.entry.shape),
-        weights=stored.weights,
-        bits=stored.scheme.bits,
-        group_size=stored.scheme.group_size,
-        outliers=stored.outliers,
-        bytes=size,
-        bits_per_weight=8 * size / stored.weights,
-        relative_squared_error=error / norm if norm else 0.0,
-        mean_group_error=sum(r.group_errors[0] for r in results) / groups,
-        worst_group_error=max(r.group_errors[1] for r in results),
-    )
-    return SolvedWeight(stored, parts, record)
+    return SolvedWeight(stored, parts, LayerRecord.of(item.tensor.module, stored, errors))

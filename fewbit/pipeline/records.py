@@ -1,8 +1,16 @@
 """What a run reports about each tensor and about itself; written as JSON to `fewbit_report.json`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from fewbit.formats.native import stored_bytes
+from fewbit.grids.scheme import StoredWeight
+
+RowErrors = tuple[float, float, tuple[float, float, int]]
+"""Squared error, squared norm and group errors of some rows, as :func:`fewbit.solvers.settled.errors_of` gives them."""
 
 
 @dataclass(frozen=True)
@@ -12,7 +20,7 @@ class LayerRecord:
     bytes: size on disk of everything that replaces it. relative_squared_error: squared error of all its weights,
     divided by their squared norm. mean_group_error, worst_group_error: the same for each group, so that groups with
     large weights do not hide the others. path: how a calibrated run computed it. relative_curvature_error: ``tr(dW H
-    dW^T) / tr(W H W^T)``. experts_without_input: experts that no token reached.
+    dW^T) / tr(W H W^T)``. experts_without_input: experts that no token reached. Errors that are not known are None.
     """
 
     name: str
@@ -23,16 +31,43 @@ class LayerRecord:
     outliers: int
     bytes: int
     bits_per_weight: float
-    relative_squared_error: float
-    mean_group_error: float
-    worst_group_error: float
+    relative_squared_error: float | None = None
+    mean_group_error: float | None = None
+    worst_group_error: float | None = None
     path: str | None = None
     experts_without_input: list[int] | None = None
     relative_curvature_error: float | None = None
 
+    @classmethod
+    def of(cls, module: str, stored: StoredWeight, errors: Mapping[str, Any] | None = None) -> "LayerRecord":
+        """The record of a weight whose parts are stored under `module`. errors: see :func:`relative_errors`."""
+        size = stored_bytes(stored)
+        return cls(
+            name=stored.tensor_name(module),
+            shape=list(stored.tensor_shape),
+            weights=stored.weights,
+            bits=stored.scheme.bits,
+            group_size=stored.scheme.group_size,
+            outliers=stored.outliers,
+            bytes=size,
+            bits_per_weight=8 * size / stored.weights,
+            **(errors or {}),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The record as a dict of JSON values, without unknown values."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def relative_errors(rows: Sequence[RowErrors]) -> dict[str, Any]:
+    """The errors of a :class:`LayerRecord` by name, from those of all its rows."""
+    error, norm = sum(one[0] for one in rows), sum(one[1] for one in rows)
+    groups = [one[2] for one in rows]
+    return {
+        "relative_squared_error": error / norm if norm else 0.0,
+        "mean_group_error": sum(one[0] for one in groups) / max(1, sum(one[2] for one in groups)),
+        "worst_group_error": max(one[1] for one in groups),
+    }
 
 
 @dataclass(frozen=True)
@@ -94,6 +129,13 @@ class Output:
     file_bytes: int
     outliers: int
 
+    @classmethod
+    def of(cls, layers: Sequence[LayerRecord], kept_bytes: int) -> "Output":
+        """Sums over the layers, with files that contain nothing else but the kept tensors."""
+        size = sum(layer.bytes for layer in layers)
+        weights, outliers = sum(layer.weights for layer in layers), sum(layer.outliers for layer in layers)
+        return cls(weights, size, kept_bytes, size + kept_bytes, outliers)
+
     def to_dict(self) -> dict[str, Any]:
         """As a dict of JSON values, with the bits per weight."""
         data = asdict(self)
@@ -105,7 +147,8 @@ class Output:
 class Report:
     """The content of `fewbit_report.json`; the same for the same input, even if the run was interrupted.
 
-    left: files of the original model that were not copied.
+    left: files of the original model that were not copied. fewbit_version: None if it is not known. tuning: of a
+    fine-tuned model, the choices and losses of the tuning.
     """
 
     model: str
@@ -115,9 +158,10 @@ class Report:
     output: Output
     layers: Sequence[LayerRecord]
     kept: Sequence[KeptRecord]
-    fewbit_version: str
+    fewbit_version: str | None
     left: Sequence[str] = ()
     calibration: dict[str, Any] | None = None
+    tuning: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As a dict of JSON values."""
@@ -132,4 +176,13 @@ class Report:
             "left": list(self.left),
             "fewbit_version": self.fewbit_version,
         }
-        return data if self.calibration is None else {**data, "calibration": self.calibration}
+        more = {"calibration": self.calibration, "tuning": self.tuning}
+        return data | {name: value for name, value in more.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Report":
+        """Inverse of :meth:`to_dict`; raises ValueError if something is missing or of another type."""
+        try:
+            return TypeAdapter(cls).validate_python(data)
+        except ValidationError as error:
+            raise ValueError(f"not a whole report: {error}") from error

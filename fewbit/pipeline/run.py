@@ -302,14 +302,12 @@ def _report(
 ) -> Report:
     records = [record for shard in results for record in shard]
     layers = [record.layer for record in records if record.layer]
-    size, kept_bytes = sum(layer.bytes for layer in layers), sum(item.bytes for item in plan.kept)
-    weights, outliers = sum(layer.weights for layer in layers), sum(layer.outliers for layer in layers)
     return Report(
         model=model,
         method=recipe.method,
         recipe=recipe.to_dict(),
         source={"bytes": checkpoint.bytes, "tensors": len(checkpoint.entries)},
-        output=Output(weights, size, kept_bytes, size + kept_bytes, outliers),
+        output=Output.of(layers, sum(item.bytes for item in plan.kept)),
         layers=layers,
         kept=[record.kept for record in records if record.kept],
         fewbit_version=__version__,

@@ -195,7 +195,7 @@ class BlockSolver:
 
 
 def _error(found: SolvedWeight | None) -> float:
-    return found.record.relative_squared_error if found is not None else 0.0
+    return found.record.relative_squared_error or 0.0 if found is not None else 0.0
 
 
 def _idle(site: Site, matrix: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ from fewbit.runtime.install import install
 from fewbit.runtime.part_names import Hide, PartNames, Settle
 from fewbit.runtime.places import mark_used
 from fewbit.runtime.unpack import unpack_modules
-from fewbit.runtime.whole import check_parts_of, read_entries
+from fewbit.runtime.whole import check_content_of, check_parts_of, read_entries
 
 
 class FewbitConfig(QuantizationConfigMixin):
@@ -32,7 +32,7 @@ class FewbitConfig(QuantizationConfigMixin):
 class FewbitQuantizer(HfQuantizer):
     """Replaces the weights that the config lists by packed ones; transformers then loads their parts like any buffer.
 
-    Raises FewbitError if a part is missing, has another dtype or shape, or belongs to no weight.
+    Raises FewbitError if a part is missing, has another dtype or shape, belongs to no weight, or is damaged.
     """
 
     requires_calibration = True
@@ -59,6 +59,7 @@ class FewbitQuantizer(HfQuantizer):
         missing = self._names.missing()
         if missing:
             raise FewbitError(f"{model.config.name_or_path}: {missing[0]} is missing: the folder is incomplete")
+        check_content_of(model)
         # For saving, the model's own list of conversions keeps the names.
         self._names = PartNames()
         use_fast_products(model)

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbit.architecture.names import Placement
 from fewbit.checkpoints.safetensors_io import TensorEntry
 from fewbit.errors import FewbitError
-from fewbit.formats.native import original_name, part_layout
+from fewbit.formats.native import part_layout
 from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import Linear
 from fewbit.runtime.packed_linear import GUARD_BUFFER, PackedLinear, buffer_name
-from fewbit.runtime.packed_parameter import KeptWeight, Merge, PackedParameter, PackedWeight, checkpoint_shape, hold
+from fewbit.runtime.packed_parameter import KeptWeight, Merge, PackedParameter, PackedWeight, hold
 from fewbit.runtime.part_names import PartNames
-from fewbit.runtime.places import Place, is_ignored, is_inside, place_weights
+from fewbit.runtime.places import is_ignored, is_inside, place_weights
 
 _UNPACK = "write plain 16-bit weights with  fewbit unpack FOLDER OUT  and load those"
 
@@ -30,7 +31,7 @@ class _Network:
     dtype: torch.dtype
     weights: Mapping[str, StoredWeight]
     entries: Mapping[str, TensorEntry]
-    places: Mapping[str, Place]
+    places: Mapping[str, Placement]
     guards: frozenset[str]
     names: dict[str, str] = field(default_factory=dict)
 
@@ -59,7 +60,7 @@ def install(
     weight does not fit, or if the model has no place for it while another of its parameters would get no weights.
     """
     parts = [f"{name}.{part}" for name, stored in weights.items() for part in part_layout(stored)]
-    guards = {original_name(name, stored) for name, stored in weights.items()} & entries.keys()
+    guards = {stored.tensor_name(name) for name, stored in weights.items()} & entries.keys()
     entries = {name: entry for name, entry in entries.items() if name not in guards}
     places = place_weights(model, weights, entries.keys() - set(parts))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -124,18 +125,9 @@ def _check_rest_of_layers(network: _Network, packed: Mapping[str, list[str]], gr
         for name, _ in module.named_parameters(recurse=False):
             full = f"{path}.{name}" if path else name
             if full not in groups and full not in getattr(network.model, "all_tied_weights_keys", {}):
-                made = any(full in _made_names(network, members, of) for of, members in packed.items())
+                made = any(full in network.places[members[0]].parameters for members in packed.values())
                 if not made:
                     raise FewbitError(f"{full} is missing: the folder is incomplete")
-
-
-def _made_names(network: _Network, members: list[str], target: str) -> list[str]:
-    """The parameters that a group of tensors becomes."""
-    conversion = network.places[members[0]].conversion
-    if conversion is None:
-        return [target]
-    first, *rest = conversion.target_patterns
-    return [target, *(target.replace(first, other) for other in rest)]
 
 
 def _ties(
@@ -179,7 +171,7 @@ def _pack(network: _Network, target: str, members: list[str], is_shared: bool) -
 def _pack_one(network: _Network, target: str, name: str, is_shared: bool) -> dict[str, PackedParameter]:
     stored = network.weights[name]
     module, parameter = network.owner(target)
-    _check_shape(network, target, name, checkpoint_shape(stored))
+    _check_shape(network, target, name, stored.tensor_shape)
     turned = type(module).__name__ == "Conv1D"
     if (
         parameter == "weight"
@@ -231,7 +223,7 @@ def _note(network: _Network, name: str, source: nn.Module, path: str) -> None:
 
 def _note_parts(network: _Network, name: str, packed: PackedLinear | PackedWeight, path: str) -> None:
     network.names |= {f"{name}.{part}": f"{path}.{buffer_name(part)}" for part in part_layout(packed.stored)}
-    guard = original_name(name, packed.stored)
+    guard = packed.stored.tensor_name(name)
     if guard in network.guards:
         network.names[guard] = f"{path}.{GUARD_BUFFER}"
     else:
@@ -240,7 +232,7 @@ def _note_parts(network: _Network, name: str, packed: PackedLinear | PackedWeigh
 
 
 def _shape_of(source: nn.Module) -> tuple[int, ...]:
-    return checkpoint_shape(source.stored) if isinstance(source, PackedWeight) else tuple(source.value.shape)  # type: ignore
+    return source.stored.tensor_shape if isinstance(source, PackedWeight) else tuple(source.value.shape)  # type: ignore
 
 
 def _check_shape(network: _Network, target: str, name: str, shape: tuple[int, ...]) -> None:

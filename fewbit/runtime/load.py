@@ -12,7 +12,6 @@ from fewbit.device import check_device
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.quiet import quiet_transformers
 from fewbit.runtime.load_errors import known_cause
-from fewbit.runtime.whole import check_all_parts
 
 
 def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> Any:
@@ -35,8 +34,6 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
     checkpoint = open_checkpoint(folder)
     if carries_adapter(folder):
         raise FewbitError(cannot_tell(folder))
-    if checkpoint.is_native:
-        check_all_parts(checkpoint)
     check_loadable(checkpoint)
     target = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     place = folder_to_load(checkpoint)

@@ -17,30 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fewbit.architecture.orientation import from_matrix
 from fewbit.formats import native
 from fewbit.grids.scheme import StoredWeight
 from fewbit.runtime.decoded import to_look_at
 from fewbit.runtime.packed_linear import add_parts, parts_of, remember_dtype
-
-
-def checkpoint_shape(stored: StoredWeight) -> tuple[int, ...]:
-    """Shape of the original tensor of the weight."""
-    rows, columns = stored.shape
-    return tuple(stored.original_shape or ((columns, rows) if stored.transposed else (rows, columns)))
-
-
-def as_in_checkpoint(weight: Tensor, stored: StoredWeight) -> Tensor:
-    """A view of a decoded weight `(out, in)` in the shape of its original tensor."""
-    shape = checkpoint_shape(stored)
-    if not stored.transposed:
-        return weight.view(shape)
-    return weight.view(*shape[:-2], shape[-1], shape[-2]).transpose(-2, -1)
-
-
-def as_matrix(tensor: Tensor, stored: StoredWeight) -> Tensor:
-    """Inverse of :func:`as_in_checkpoint`."""
-    turned = tensor.transpose(-2, -1) if stored.transposed else tensor
-    return turned.reshape(stored.shape).contiguous()
 
 
 class PackedWeight(nn.Module):
@@ -52,7 +33,7 @@ class PackedWeight(nn.Module):
         add_parts(self, stored, "meta")
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        return as_in_checkpoint(self.decode(dtype), self.stored)
+        return from_matrix(self.decode(dtype), self.stored.tensor_shape, self.stored.transposed)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The weight `(out, in)` in `dtype`."""

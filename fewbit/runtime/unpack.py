@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewbit.architecture.orientation import from_matrix, tensor_name, tensor_shape
+from fewbit.architecture.orientation import from_matrix
 from fewbit.checkpoints.json_file import write_json
 from fewbit.checkpoints.output import CONFIG, REPORT
-from fewbit.checkpoints.safetensors_io import DTYPES, FileReader, ShardWriter, TensorEntry, header_room
+from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, TensorEntry, header_room
 from fewbit.checkpoints.shards import shard_name, split_by_size
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.checkpoints.stamps import file_stamps
@@ -23,7 +23,7 @@ from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import Linear
 from fewbit.runtime.packed_linear import PackedLinear
 from fewbit.runtime.packed_parameter import Held, PackedParameter, release
-from fewbit.runtime.whole import check_all_parts, dtype_of_kept
+from fewbit.runtime.whole import check_all_parts, plain_dtype
 
 __all__ = ["check_all_parts", "read_parts", "read_weight", "unpack", "unpack_modules"]
 
@@ -66,7 +66,7 @@ def _plain_layer(packed: PackedLinear, dtype: torch.dtype, own_class: bool) -> n
 
 
 def read_parts(checkpoint: Checkpoint, reader: FileReader, module: str, stored: StoredWeight) -> dict[str, Any]:
-    """The parts of one packed weight; raises FewbitError if one is missing or has another dtype or shape."""
+    """The parts of one packed weight; raises FewbitError if one is missing, does not fit, or has damaged content."""
     parts = {}
     for part in part_layout(stored):
         entry = checkpoint.entries.get(f"{module}.{part}")
@@ -75,8 +75,9 @@ def read_parts(checkpoint: Checkpoint, reader: FileReader, module: str, stored: 
         parts[part] = reader.tensor(entry)
     try:
         native.check_parts(parts, stored)
+        native.check_content(parts, stored)
     except ValueError as error:
-        raise FewbitError(f"{checkpoint.folder}: {module}: {error}") from error
+        raise FewbitError(f"{checkpoint.folder}: {module}: {error}: the folder is damaged") from error
     return parts
 
 
@@ -96,7 +97,7 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
     check_all_parts(checkpoint)
     weights = weights_of(checkpoint)
     replaces = check_output(Path(out), checkpoint.folder, overwrite)
-    dtype = _dtype(checkpoint)
+    dtype = plain_dtype(checkpoint)
     parts = {f"{module}.{part}": module for module, stored in weights.items() for part in part_layout(stored)}
     order: dict[str, TensorEntry | StoredWeight] = {}
     for name, entry in checkpoint.entries.items():
@@ -143,19 +144,6 @@ def _write_plain(
     write_index(work, dict(zip(names, written, strict=True)))
 
 
-def _dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that the config states; otherwise that of most kept weights."""
-    configs = [checkpoint.config, *(value for value in checkpoint.config.values() if isinstance(value, dict))]
-    for config in configs:
-        for key in ("dtype", "torch_dtype"):
-            named = getattr(torch, str(config.get(key)).removeprefix("torch."), None)
-            if isinstance(named, torch.dtype) and named.is_floating_point and named in DTYPES.values():
-                return named
-    packed = {f"{module}." for module in weights_of(checkpoint)}
-    kept = (entry for name, entry in checkpoint.entries.items() if f"{name.rpartition('.')[0]}." not in packed)
-    return dtype_of_kept(kept) or torch.bfloat16
-
-
 def _split(order: dict[str, TensorEntry | StoredWeight], dtype: torch.dtype, shard_size: int) -> list[list[str]]:
     def size(name: str) -> int:
         item = order[name]
@@ -176,7 +164,6 @@ def _write(
         writer.copy(item, reader)
         return name
     weight = read_weight(checkpoint, reader, name, item).to(dtype)
-    own = tensor_name(name, item.original_shape)
-    shape = tensor_shape(item.shape, item.transposed, item.original_shape)
-    writer.add(own, from_matrix(weight, shape, item.transposed))
-    return own
+    original = item.tensor_name(name)
+    writer.add(original, from_matrix(weight, item.tensor_shape, item.transposed))
+    return original

@@ -132,11 +132,11 @@ def _encode(weight: Tensor, original: Tensor, core: Tensor, settled: Settled) ->
         layout.put(codes, where, outlier_codes)
         decoded.view(-1)[where] = values
     parts.update(layout.pack(codes))
-    return Encoded(parts, settled.where, outlier_codes, decoded, *_errors(decoded, original, scheme.group_size))
+    return Encoded(parts, settled.where, outlier_codes, decoded, *errors_of(decoded, original, scheme.group_size))
 
 
-def _errors(decoded: Tensor, original: Tensor, group_size: int) -> tuple[float, float, tuple[float, float, int]]:
-    """Squared error, squared norm, and the group errors of :class:`Encoded`.
+def errors_of(decoded: Tensor, original: Tensor, group_size: int) -> tuple[float, float, tuple[float, float, int]]:
+    """Squared error, squared norm, and the group errors of :class:`Encoded`, of rows `(rows, in)` float32.
 
     Sums inside a group are in float32, sums over groups in float64: a float64 copy of all weights would be slow.
     """

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbit.architecture.network import find_blocks
+from fewbit.architecture.orientation import to_matrix
 from fewbit.attention import fast_attention
 from fewbit.calibration.choice import CalibrationChoice
 from fewbit.checkpoints.safetensors_io import FileReader
@@ -27,15 +27,16 @@ from fewbit.pipeline.calibration_tokens import calibration_set
 from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.progress import Progress
 from fewbit.runtime.load import load_decoder
-from fewbit.runtime.packed_parameter import as_matrix
+from fewbit.runtime.whole import plain_dtype
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.loop import Sequences, Trainer, held_out_last
 from fewbit.tuning.not_finite import TrainingStoppedError
 from fewbit.tuning.reconstruct import reconstruct_blocks
+from fewbit.tuning.report import Originals, report_of
 from fewbit.tuning.snapshots import Snapshots, whole_state
 from fewbit.tuning.teacher import Teacher, keep_predictions
 from fewbit.tuning.tuned_model import make_trainable, stored_parts, without_dropout
-from fewbit.tuning.write import report_of, write_tuned
+from fewbit.tuning.write import TuningFacts, write_tuned
 from fewbit.version import __version__
 
 _TEACHER = f"tuning-teacher{SOLVED}"
@@ -162,9 +163,9 @@ def _train(run: _Run, started: float, progress: Progress | None) -> dict[str, An
     facts: dict[str, Any] = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
     facts[MODEL_FOLDER] = str(reference.resolve())
     with FileReader() as reader:
-        errors = _relative_errors(checkpoint, run.original, reader)
-        report = write_tuned(checkpoint, run.work, parts, {"report": known, "tuning": tuning, "run": facts}, errors)
-    return {**report, "run": facts}
+        weights = _originals(checkpoint, run.original, reader)
+        report = write_tuned(checkpoint, run.work, parts, TuningFacts(known, tuning, facts), weights)
+    return {**report.to_dict(), "run": facts}
 
 
 def _check_space(checkpoint: Checkpoint, folder: Path) -> None:
@@ -208,8 +209,7 @@ def _job(checkpoint: Checkpoint, original: Checkpoint, choice: TuningChoice, opt
 
 def _training_dtype(checkpoint: Checkpoint) -> Any:
     """The model's own, but for float16 bfloat16: gradients of a mean loss would underflow."""
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    return torch.bfloat16 if named == "float16" else "auto"
+    return torch.bfloat16 if plain_dtype(checkpoint) == torch.float16 else "auto"
 
 
 def check_enough(sequences: int, choice: TuningChoice) -> None:
@@ -245,36 +245,17 @@ def _teacher(
     return Teacher(ids, keep_predictions(original, ids, choice.top, folder / _TEACHER, step))
 
 
-def _originals(quantized: Checkpoint, checkpoint: Checkpoint, reader: FileReader) -> Callable[[str], Tensor | None]:
-    """The 16-bit weight `(out, in)` of a packed one, where the checkpoint has one that stands for the same function."""
+def _originals(quantized: Checkpoint, checkpoint: Checkpoint, reader: FileReader) -> Originals:
+    """Original weights, unless channels were scaled before rounding: a packed weight then stands for another one."""
     if has_scaled_channels(quantized):
-        return lambda name: None
+        return lambda module: None
     weights = weights_of(quantized)
 
-    def find(name: str) -> Tensor | None:
-        entry = checkpoint.entries.get(f"{name}.weight") or checkpoint.entries.get(name)
-        return None if entry is None else as_matrix(reader.tensor(entry), weights[name])
+    def find(module: str) -> Tensor:
+        stored = weights[module]
+        return to_matrix(reader.tensor(checkpoint.entries[stored.tensor_name(module)]), stored.transposed)
 
     return find
-
-
-def _relative_errors(
-    quantized: Checkpoint, original: Checkpoint, reader: FileReader
-) -> Callable[[str, Tensor], float | None]:
-    """The relative squared error of a decoded weight of a tensor by its name, where the original has it."""
-    if has_scaled_channels(quantized):
-        return lambda name, decoded: None
-    weights = weights_of(quantized)
-
-    def error(name: str, decoded: Tensor) -> float | None:
-        entry = original.entries.get(name)
-        if entry is None or entry.numel != decoded.numel():
-            return None
-        whole = reader.tensor(entry).float()
-        before = whole.t() if weights[name.removesuffix(".weight")].transposed else whole
-        return float((decoded - before).double().square().sum() / before.double().square().sum().clamp(min=1e-300))
-
-    return error
 
 
 def _crowded(model: Any, choice: TuningChoice, ids: Tensor) -> bool:

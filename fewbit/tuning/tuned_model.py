@@ -1,17 +1,19 @@
 """Put trainable weights into a loaded network in place of its packed layers, and take their stored form out again."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewbit.architecture.orientation import from_matrix
 from fewbit.errors import FewbitError
 from fewbit.linear import linear
 from fewbit.runtime.packed_linear import PackedLinear, parts_of
-from fewbit.runtime.packed_parameter import PackedWeight, as_in_checkpoint
+from fewbit.runtime.packed_parameter import PackedWeight
 from fewbit.tuning.choice import TuningChoice
+from fewbit.tuning.report import Originals
 from fewbit.tuning.tuned_weight import TunedWeight
 
 
@@ -35,14 +37,14 @@ class TunedTensor(nn.Module):
         self.tuned = weight
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        return as_in_checkpoint(self.tuned.plain().to(dtype), self.tuned.stored)
+        stored = self.tuned.stored
+        return from_matrix(self.tuned.plain().to(dtype), stored.tensor_shape, stored.transposed)
 
 
-def make_trainable(model: nn.Module, choice: TuningChoice, original: Callable[[str], Tensor | None]) -> dict[str, str]:
+def make_trainable(model: nn.Module, choice: TuningChoice, original: Originals) -> dict[str, str]:
     """Replace every packed weight of `model` by a trainable one, in place; nothing else of it will be trained.
 
-    original: the 16-bit weight `(out, in)` of a packed one by its name in the checkpoint, or None. Returns these names,
-    and the modules of the network that each is now in.
+    Returns the names of the packed weights in the checkpoint, and the module of the network that each is now in.
     """
     model.requires_grad_(False)
     places = {}

@@ -99,7 +99,8 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
     elif s["scale_format"] == "two-level":
         code = bits_of(parts["scales"], 7, groups)
         row = floats(parts["row_scales"], "bfloat16")[:, None]
-        log = np.where(code & 63, 2.0 ** ((code & 63) / 5 - 63 / 5), 0).astype(np.float32) * -row
+        wide = 2.0 ** (parts["row_scales"][:, None] & 3)
+        log = np.where(code & 63, 2.0 ** (wide * ((code & 63) / 5 - 63 / 5)), 0).astype(np.float32) * -row
         size = np.where(row < 0, log, (code & 63).astype(np.float32) * (row / np.float32(63)))
         scale = np.where(code >= 64, -1, 1).astype(np.float32) * size
     else:
@@ -126,7 +127,8 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
             weight[place] = floats(parts["outlier_values"], "float16")
         elif s["outlier_grid"] == "row":
             row, size = floats(parts["outlier_scales"], "bfloat16")[place // columns], code % half
-            level = np.where(size, 2.0 ** (-12.7 * (half - 1 - size) / (half - 1)), 0).astype(np.float32)
+            spread = 2.0 ** (parts["outlier_scales"] & 3)[place // columns]
+            level = np.where(size, 2.0 ** (-12.7 * spread * (half - 1 - size) / (half - 1)), 0).astype(np.float32)
             log = level * (-row * (half - 1))
             weight[place] = np.where(row < 0, np.where(code >= half, -log, log), (value - half) * row)
         else:
@@ -236,6 +238,16 @@ def test_config_of_another_version_or_damaged_is_refused(tiny: Path, tmp_path: P
         read_weights({**config, "weights": {"a": {"scheme": 7, "shape": [4, 64]}}})
     with pytest.raises(FewbitError, match="damaged"):
         read_weights({**config, "weights": {"a": {"scheme": 0, "shape": [4, 65]}}})
+    scheme = {"bits": 4, "group_size": 32, "grid": "zero-point", "outlier_grid": "row", "outlier_bits": 8}
+    one = {"scheme": 0, "shape": [4, 64], "outliers": 8}
+    assert read_weights({**config, "schemes": [scheme], "weights": {"a": {**one, "positions": "indices"}}})
+    for change in (
+        {"positions": "indices", "outliers": 7},
+        {"positions": "indices", "outliers": 0},
+        {"positions": "x"},
+    ):
+        with pytest.raises(FewbitError, match=r"damaged quantization_config: positions of \d outliers cannot be"):
+            read_weights({**config, "schemes": [scheme], "weights": {"a": {**one, **change}}})
 
 
 def test_schemes_check_themselves() -> None:
@@ -246,15 +258,16 @@ def test_schemes_check_themselves() -> None:
             check_scheme(replace(good, **change))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("larger", [500, 30_000, 1e7])
 @pytest.mark.parametrize("method", ["adpq+", "precal+oac"])
-def test_rows_with_groups_of_very_different_sizes(tmp_path: Path, method: str) -> None:
+def test_rows_with_groups_of_very_different_sizes(tmp_path: Path, method: str, larger: float) -> None:
     """Channels that were made large and small before: scales and outliers of such rows are logarithmic."""
     model = build_tiny(tmp_path / "model")
     for path in model.glob("*.safetensors"):
         tensors = load_file(path)
         for name, tensor in tensors.items():
             if "mlp" in name:
-                tensor[:, :32] *= 500
+                tensor[:, 32:] /= larger
         save_file(tensors, path, {"format": "pt"})
     read_again(model, tmp_path, method, {"bits": 4, "group_size": "16"})
     report = json.loads((tmp_path / "out" / "fewbit_report.json").read_text())

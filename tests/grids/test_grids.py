@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -103,10 +105,32 @@ def test_scale_search_is_the_best_of_its_candidates_in_float64() -> None:
 def test_two_level_scales(values: list[list[float]]) -> None:
     wanted = torch.tensor(values, dtype=torch.float32)
     seen = scales.from_two_level(*scales.to_two_level(wanted), 5)
-    largest = wanted.abs().amax(dim=1, keepdim=True)
-    assert bool(((seen - wanted).abs() <= largest * (1 / 63 + 0.005) + 0.08 * wanted.abs() + 1e-38).all())
-    normal = (wanted.abs() > 1e-30) & (largest < 1e30)
-    assert bool((torch.sign(seen) == torch.sign(wanted))[normal & (largest > 1e-30)].all())
+    for found, row in zip(seen.double().numpy(), wanted.double().numpy(), strict=True):
+        evenly, slack = two_level_levels(row, None), 0.03 * float((row != 0).sum())
+        if (np.abs(nearest(evenly, row) - row) <= 0.1 * np.abs(row)).all():
+            assert lost(found, row) <= lost(nearest(evenly, row), row) + slack
+        else:
+            assert lost(found, row) <= min(lost(nearest(two_level_levels(row, s), row), row) for s in range(4)) + slack
+    # A scale that is not 0 stays what it is, or becomes a larger one of its own sign.
+    normal = wanted.abs().amax(dim=1, keepdim=True) > 1e-30
+    assert bool((torch.sign(seen) == torch.sign(wanted))[normal & (wanted.abs() > 1e-30)].all())
+
+
+def two_level_levels(row: np.ndarray, spread: int | None) -> np.ndarray:
+    """The 63 magnitudes of a row, evenly spaced or logarithmic; in float64, without the rounding of the row's scale."""
+    code = np.arange(1, 64)
+    return np.abs(row).max() * (code / 63 if spread is None else 2.0 ** ((code - 63) / 5 * 2**spread))
+
+
+def nearest(levels: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """The nearest level to each value, with its sign; 0 for 0."""
+    return np.sign(row) * levels[np.abs(levels[None] - np.abs(row)[:, None]).argmin(1)]
+
+
+def lost(found: np.ndarray, row: np.ndarray) -> float:
+    """Squared relative error, 1 at most for each value."""
+    part = np.abs(found - row)[row != 0] / np.abs(row[row != 0])
+    return float((np.minimum(part, 1.0) ** 2).sum())
 
 
 def test_scales_that_do_not_fit_are_refused() -> None:
@@ -130,6 +154,18 @@ def test_no_two_level_scale_beside_a_large_one_is_lost(exponents: list[float], s
     wanted = torch.tensor([[sign * 2.0**e for e in (0.0, *exponents)]])
     seen = scales.from_two_level(*scales.to_two_level(wanted), wanted.shape[1])
     assert bool(((seen - wanted).abs() <= 0.101 * wanted.abs()).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(exponents=st.lists(st.floats(-49, 0), min_size=2, max_size=9), size=st.floats(-40, 20))
+def test_the_loss_of_a_two_level_scale_has_a_bound_at_any_ratio(exponents: list[float], size: float) -> None:
+    wanted = torch.tensor([[2.0 ** (e + size) for e in (0.0, *exponents)]])
+    seen = scales.from_two_level(*scales.to_two_level(wanted), wanted.shape[1])
+    # At most half a step of the spread that reaches the smallest (1/10, 1/5 or 2/5 of an octave), and the row scale's
+    # rounding.
+    spread = max(0, math.ceil(math.log2(max(-min(exponents), 1e-9) / 12.4)))
+    worst = 2.0 ** (0.1 * 2**spread + 0.03) - 1
+    assert lost(seen.double().numpy()[0], wanted.double().numpy()[0]) <= wanted.shape[1] * worst**2
 
 
 def test_two_level_rows_of_one_size_stay_linear() -> None:

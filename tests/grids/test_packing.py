@@ -57,22 +57,53 @@ def test_positions_round_trip(groups: int, size: int, share: float, seed: int, d
     weights = groups * size
     generator = torch.Generator().manual_seed(seed)
     where = (torch.rand(weights, generator=generator) < share).nonzero().squeeze(1)
-    for encoding in ("elias-fano", "bitmap"):
-        coded = positions.encode(where, encoding, weights, size)
-        assert coded.numel() == positions.encoded_bytes(encoding, weights, where.numel(), size)
-        assert torch.equal(positions.decode(coded, encoding, weights, where.numel(), size), where)
+    counts = positions.Where(weights, where.numel(), size)
+    for encoding in (positions.ENCODINGS["elias-fano"], positions.ENCODINGS["bitmap"]):
+        coded = encoding.encode(where, counts)
+        assert coded.numel() == encoding.bytes(counts)
+        assert torch.equal(encoding.decode(coded, counts), where)
     per_group = data.draw(st.integers(1, size))
     inside = torch.stack([torch.randperm(size, generator=generator)[:per_group].sort().values for _ in range(groups)])
     where = (inside + torch.arange(groups).unsqueeze(1) * size).view(-1)
-    coded = positions.encode(where, "indices", weights, size)
-    assert coded.numel() == positions.encoded_bytes("indices", weights, where.numel(), size)
-    assert torch.equal(positions.decode(coded, "indices", weights, where.numel(), size), where)
+    counts, encoding = positions.Where(weights, where.numel(), size), positions.ENCODINGS["indices"]
+    coded = encoding.encode(where, counts)
+    assert encoding.fits(counts)
+    assert coded.numel() == encoding.bytes(counts)
+    assert torch.equal(encoding.decode(coded, counts), where)
+
+
+@given(
+    name=st.sampled_from([*positions.ENCODINGS]),
+    count=st.integers(1, 60),
+    damage=st.binary(min_size=1),
+    at=st.floats(0, 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_damaged_positions_are_the_right_number_in_order_or_refused(
+    name: str, count: int, damage: bytes, at: float
+) -> None:
+    encoding, size = positions.ENCODINGS[name], 24
+    counts = positions.Where(size * 10, 10 * (count % 6 + 1) if encoding.even else count, size)
+    step = counts.weights // counts.outliers
+    data = encoding.encode(torch.arange(counts.outliers) * step, counts)
+    start = int(at * (data.numel() - 1))
+    bad = torch.tensor(list(damage), dtype=torch.uint8)[: data.numel() - start]
+    data[start : start + bad.numel()] = bad
+    try:
+        found = encoding.decode(data, counts)
+        positions.check(found, counts)
+    except ValueError as error:
+        assert "positions of outliers" in str(error)
+    else:
+        assert sorted(set(found.tolist())) == found.tolist()
+        assert len(found) == counts.outliers
+        assert 0 <= int(found[0]) <= int(found[-1]) < counts.weights
 
 
 def test_the_smallest_encoding_is_chosen() -> None:
-    assert positions.choose(64 * 100, 200, 64, 2) == "indices"
-    assert positions.choose(6400, 320, 64, None) == "elias-fano"
-    assert positions.choose(6400, 3000, 64, None) == "bitmap"
+    assert positions.choose(positions.Where(64 * 100, 200, 64), 2) == "indices"
+    assert positions.choose(positions.Where(6400, 320, 64), None) == "elias-fano"
+    assert positions.choose(positions.Where(6400, 3000, 64), None) == "bitmap"
 
 
 @pytest.mark.parametrize("share", [0.001, 0.01, 0.05, 0.1])
@@ -80,5 +111,5 @@ def test_positions_cost_little_more_than_their_entropy(share: float) -> None:
     weights = 1 << 20
     count = int(share * weights)
     entropy = -(share * np.log2(share) + (1 - share) * np.log2(1 - share)) * weights / 8
-    chosen = positions.encoded_bytes(positions.choose(weights, count, 128, None), weights, count, 128)
-    assert chosen < 1.12 * entropy
+    counts = positions.Where(weights, count, 128)
+    assert positions.ENCODINGS[positions.choose(counts, None)].bytes(counts) < 1.12 * entropy

@@ -184,6 +184,33 @@ def test_a_packed_mixture_is_copied_and_pickled(tmp_path: Path) -> None:
     assert logits(model.to(torch.float32)).dtype == torch.float32
 
 
+def plain_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("train", ["all", "scales"])
+def test_a_tuned_mixture_reports_its_own_errors(kind: str, train: str, tmp_path: Path) -> None:
+    made(tmp_path, kind, "adpq+", 2, dtype="float32", vocab_size=256)
+    choice = TuningChoice(epochs=1, lr=0.5, scale_lr=0.1, held_out=0, batch_size=2, train=train)
+    text = CalibrationChoice("random-tokens", samples=4, sequence_length=32)
+    report = tune(tmp_path / "packed", tmp_path / "tuned", choice, TuneOptions(calibration=text, device="cpu"))
+    started = json.loads((tmp_path / "packed" / "fewbit_report.json").read_text())
+    plain, original = plain_tensors(unpack(tmp_path / "tuned", tmp_path / "plain")), plain_tensors(tmp_path / "model")
+    assert [layer["name"] for layer in report["layers"]] == [layer["name"] for layer in started["layers"]]
+    for before, layer in zip(started["layers"], report["layers"], strict=True):
+        name = layer["name"]
+        assert layer.keys() == before.keys() and layer["shape"] == list(original[name].shape)
+        error, norm = (plain[name] - original[name]).square(), original[name].square()
+        if kind == "gpt_oss" and norm.dim() == 3:
+            error, norm = error.mT, norm.mT
+        shares = error.reshape(-1, 32).sum(dim=1) / norm.reshape(-1, 32).sum(dim=1)
+        assert layer["relative_squared_error"] == pytest.approx(float(error.sum() / norm.sum()), rel=1e-3), name
+        assert layer["mean_group_error"] == pytest.approx(float(shares.mean()), rel=1e-3), name
+        assert layer["worst_group_error"] == pytest.approx(float(shares.max()), rel=1e-3), name
+        assert layer["relative_squared_error"] != before["relative_squared_error"], name
+
+
 def test_packed_experts_are_tuned_and_evaluated(tmp_path: Path) -> None:
     made(tmp_path, "qwen3_moe", "rtn", 3, dtype="float32", vocab_size=256)
     text = CalibrationChoice("random-tokens", samples=8, sequence_length=32)

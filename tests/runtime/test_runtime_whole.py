@@ -233,3 +233,47 @@ def test_the_format_is_registered_in_any_order_of_imports(order: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr
+
+
+POSITIONS = {
+    "elias-fano": ("adpq", {}),
+    "indices": ("adpq+", {"outlier_fraction": 0.1}),
+    "bitmap": ("adpq", {"outlier_fraction": 0.4}),
+}
+
+
+@pytest.mark.parametrize("fill", [0, 255])
+@pytest.mark.parametrize("encoding", POSITIONS)
+def test_damaged_positions_of_outliers_are_refused(tmp_path: Path, encoding: str, fill: int) -> None:
+    method, choices = POSITIONS[encoding]
+    build(tmp_path / "model")
+    folder = quantized(tmp_path / "model", tmp_path / "packed", method, 4, **choices)
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]["weights"][UP]
+    assert stored["positions"] == encoding
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{UP}.outlier_positions"].fill_(fill)
+
+    place = damaged(folder, tmp_path / "damaged", change)
+    refused_by_all(place, tmp_path / "plain", f"{UP}: .*positions of outliers.*: the folder is damaged")
+
+
+@pytest.mark.parametrize("method", ["rtn", "adpq", "adpq+"])
+def test_scales_that_are_not_finite_are_refused(tmp_path: Path, method: str) -> None:
+    build(tmp_path / "model")
+    folder = quantized(tmp_path / "model", tmp_path / "packed", method, 4)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        patterns = [n for n in tensors if n.startswith(f"{UP}.") and tensors[n].dtype in (torch.int16, torch.int32)]
+        tensors[patterns[0]].view(-1)[-1] = {torch.int16: 0x7FFF, torch.int32: 0x7FFFFFFF}[tensors[patterns[0]].dtype]
+
+    place = damaged(folder, tmp_path / "damaged", change)
+    refused_by_all(place, tmp_path / "plain", f"{UP}: .*not finite: the folder is damaged")
+
+
+def refused_by_all(place: Path, out: Path, said: str) -> None:
+    """Every loader, and unpacking, stop with an error; unpacking leaves nothing."""
+    for load in (fewbit.load, AutoModelForCausalLM.from_pretrained, lambda path: fewbit.unpack(path, out)):
+        with pytest.raises(FewbitError, match=said):
+            load(place)
+    assert not out.exists()

@@ -1,0 +1,89 @@
+"""The report of a tuned folder: that of the untrained folder with what the tuning changed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.checkpoints.json_file import read_json
+from fewbit.checkpoints.output import REPORT
+from fewbit.checkpoints.safetensors_io import FileReader
+from fewbit.checkpoints.source import Checkpoint
+from fewbit.formats import native
+from fewbit.formats.config import describe, recipe_of, tuned_name, weights_of
+from fewbit.grids.scheme import StoredWeight
+from fewbit.pipeline.records import KeptRecord, LayerRecord, Output, Report, relative_errors
+from fewbit.runtime.unpack import read_parts
+from fewbit.solvers.settled import errors_of
+
+Originals = Callable[[str], Tensor | None]
+"""The 16-bit weight `(out, in)` of a packed one by the name of its module, or None if there is none to compare with."""
+
+
+def report_of(checkpoint: Checkpoint, original: Checkpoint) -> Report:
+    """The report of a quantized folder; if it is missing or not whole, one of what the folder itself says."""
+    try:
+        return Report.from_dict(read_json(checkpoint.folder / REPORT))
+    except ValueError:
+        pass
+    quantization = checkpoint.quantization or {}
+    stored = weights_of(checkpoint)
+    parts = {f"{module}.{part}" for module, one in stored.items() for part in native.part_layout(one)}
+    others = [entry for name, entry in checkpoint.entries.items() if name not in parts]
+    layers = [LayerRecord.of(module, one) for module, one in stored.items()]
+    return Report(
+        model=str(original.folder),
+        method=str(describe(checkpoint)["method"]),
+        recipe=recipe_of(checkpoint),
+        source={"bytes": original.bytes, "tensors": len(original.entries)},
+        output=Output.of(layers, sum(entry.bytes for entry in others)),
+        layers=layers,
+        kept=[KeptRecord(entry.name, list(entry.shape), "not quantized") for entry in others],
+        fewbit_version=quantization.get("fewbit_version"),
+    )
+
+
+def tuned_report(
+    report: Report,
+    checkpoint: Checkpoint,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    original: Originals,
+    tuning: dict[str, Any],
+) -> Report:
+    """The report after the tuning.
+
+    report, checkpoint: of the untrained folder. parts: of every trained weight by its module. tuning: its entry.
+    """
+    weights = weights_of(checkpoint)
+    modules = {weights[module].tensor_name(module): module for module in parts}
+    layers = []
+    with FileReader() as reader:
+        for record in report.layers:
+            module = modules.get(record.name)
+            if module is not None:
+                stored = weights[module]
+                before = read_parts(checkpoint, reader, module, stored)
+                record = _tuned(record, stored, before, parts[module], original(module))
+            layers.append(record)
+    return replace(report, method=tuned_name(report.method), layers=layers, tuning=tuning)
+
+
+def _tuned(
+    record: LayerRecord,
+    stored: StoredWeight,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    original: Tensor | None,
+) -> LayerRecord:
+    """The record of a weight with other parts; errors that cannot be computed again are no longer known."""
+    if original is not None:
+        wanted = native.transform_weight(original.float(), after, stored)
+        found = errors_of(native.decode_stored(after, stored), wanted, stored.scheme.group_size)
+        record = replace(record, **relative_errors([found]))
+    if all(torch.equal(before[name], part) for name, part in after.items()):
+        return record
+    if original is None:
+        record = replace(record, relative_squared_error=None, mean_group_error=None, worst_group_error=None)
+    return replace(record, relative_curvature_error=None)
