@@ -193,7 +193,7 @@ def fetch_model(
     if as_json:
         print_json({"models": [{"name": name, "folder": str(folder)}], "protocol": None, "versions": versions()})
     else:
-        print(folder)
+        print(printable(str(folder)))
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -211,7 +211,7 @@ def run(arguments: list[str] | None = None) -> int:
         if hidden is not None:
             raise hidden from None
         if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
+            print(printable(end.code), file=sys.stderr)
             return 1
         return int(end.code or 0)
     except BrokenPipeError:

@@ -56,7 +56,7 @@ def quantize(
     with progress_line(f"{method} {model}") as progress, resumable():
         report = run(model, out, method, progress=progress, **choices)
     if (left := say_left(report.get("left", ()))) and not choices["report_only"]:
-        print(left, file=sys.stderr)
+        print(printable(left), file=sys.stderr)
     if as_json:
         print_json(quantize_json(report))
     elif "tuning" in report and out is not None:

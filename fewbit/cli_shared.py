@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fewbit.options import Option
+from fewbit.printable import is_invisible, printable
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
 HtmlFlag = Annotated[Path | None, typer.Option("--html", help="Write a self-contained HTML page to this file.")]
@@ -25,14 +25,19 @@ MethodOption = Annotated[
     ),
 ]
 
-_NOT_SHOWN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
 
 def print_json(data: Any) -> None:
     """Print one JSON object on standard output."""
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-    # Names may contain terminal control characters or unencodable ones; JSON escapes keep their value.
-    print(_NOT_SHOWN.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    # Names may contain characters that control a terminal, or cannot be encoded; JSON escapes keep their value.
+    print("".join(_escaped(letter) if letter >= "\x7f" else letter for letter in text))
+
+
+def _escaped(letter: str) -> str:
+    """A letter after ASCII's visible ones, as JSON escape if it is invisible."""
+    if not is_invisible(letter):
+        return letter
+    return r"\u007f" if letter == "\x7f" else json.dumps(letter)[1:-1]
 
 
 def announce(*models: str | None) -> None:
@@ -43,10 +48,10 @@ def announce(*models: str | None) -> None:
 
     for name in models:
         if name in NAMED_MODELS and not Path(name).exists() and not named_folder(NAMED_MODELS[name]).is_dir():
-            size = show_size(NAMED_MODELS[name].download_bytes)
-            print(f"fetching {name} ({size}) and converting it (only once, about a minute) …", file=sys.stderr)
+            what = f"{name} ({show_size(NAMED_MODELS[name].download_bytes)})"
+            print(printable(f"fetching {what} and converting it (only once, about a minute) …"), file=sys.stderr)
         if name is not None and carries_adapter(Path(name)) and (Path(name) / "config.json").is_file():
-            print(f"fewbit: {left_out(Path(name))}", file=sys.stderr)
+            print(printable(f"fewbit: {left_out(Path(name))}"), file=sys.stderr)
 
 
 def with_options(options: Sequence[Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:

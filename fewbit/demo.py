@@ -24,6 +24,7 @@ from fewbit.errors import FewbitError
 from fewbit.evaluation.evaluate import evaluate
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.formats.config import describe
+from fewbit.printable import printable
 from fewbit.progress import progress_line
 from fewbit.report import plots
 from fewbit.report.html import Figure, Section, evaluation_section, write_page
@@ -63,10 +64,10 @@ def demo(out: Path, windows: int = WINDOWS, sequence_length: int = SEQUENCE_LENG
     _print_table(result)
     print(f"\nAsked: {PROMPT}")
     for quote in quotes:
-        print(f"\n{quote['who']}: {quote['text']}")
+        print(f"\n{quote['who']}:", *map(printable, quote["text"].splitlines()), sep="\n")
     _write_page(out / "report.html", result, reports, quotes)
     (out / "report.json").write_text(json.dumps({**result, "generations": quotes}, indent=1) + "\n", encoding="utf-8")
-    print(f"\nReport: {out / 'report.html'}")
+    print("\nReport:", printable(str(out / "report.html")))
     return result
 
 

@@ -3,14 +3,49 @@
 import torch
 
 from fewbit.errors import FewbitError
+from fewbit.printable import first_line
 
 
 def check_device(name: str) -> torch.device:
-    """The device with that name. Raises FewbitError if torch does not know it or cannot use it here."""
+    """The device with that name. Raises FewbitError if torch does not know it or cannot compute on it here."""
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise FewbitError(f"device {name!r} cannot be used here: torch does not know it: {_possible()}") from error
+    count = device_count(device.type)
+    if not count:
+        raise FewbitError(f"device {name!r} cannot be used here: {_possible()}")
+    if device.type != "cpu" and (device.index or 0) >= count:
+        raise FewbitError(
+            f"device {name!r} cannot be used here: the {device.type} devices of this machine are "
+            f"{', '.join(f'{device.type}:{index}' for index in range(count))}"
+        )
+    try:
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise FewbitError(f"device {name!r} cannot be used here ({first}): use cpu") from error
+    except RuntimeError as error:
+        # Drivers report their errors as, for example, "CUDA error: all devices are busy".
+        if not str(error).lower().startswith(f"{device.type} error"):
+            raise
+        raise FewbitError(f"device {name!r} cannot be used here ({first_line(error)}): {_possible()}") from error
     return device
+
+
+def device_count(kind: str) -> int:
+    """The number of devices of a type on which torch can compute here; 1 for the CPU, 0 for types without any."""
+    module = getattr(torch, kind, None)
+    available = getattr(module, "is_available", None)
+    if available is None or not available():
+        return 0
+    return int(getattr(module, "device_count", lambda: 1)())
+
+
+def _possible() -> str:
+    found = [kind for kind in ("cpu", "cuda", "xpu", "mps", _accelerator()) if kind and device_count(kind)]
+    return f"use {' or '.join(dict.fromkeys(found))}"
+
+
+def _accelerator() -> str | None:
+    """The type of this machine's accelerator, where torch has a module for it under that name."""
+    accelerators = getattr(torch, "accelerator", None)
+    found = accelerators.current_accelerator() if accelerators is not None else None
+    return found.type if found is not None else None

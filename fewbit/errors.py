@@ -29,6 +29,24 @@ class WorkKeptError(FewbitError):
     """
 
 
+class NoTokenizerError(FewbitError):
+    """A model's folder has no tokenizer that transformers can read. The model itself may be usable."""
+
+
+def raised_in(error: BaseException, *packages: str) -> bool:
+    """Whether code of one of these packages itself raised an exception, and not something that it called.
+
+    Libraries report what they refuse with general exceptions such as ValueError. The same exception from anywhere else
+    is unknown.
+    """
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] in packages
+
+
 def missing_extra(package: str, extra: str) -> FewbitError:
     """The error for an optional dependency that is not installed; it names the extra that provides it.
 

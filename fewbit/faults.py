@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewbit.errors import FewbitError, is_out_of_memory
+from fewbit.printable import first_line, one_line
 from fewbit.versions import versions
 
 _ADVICE = {
@@ -39,7 +40,7 @@ def line_for(error: BaseException, words: Sequence[str]) -> str | None:
     if is_out_of_memory(error):
         command = next((word for word in words if word in _ADVICE), "")
         advice = _ADVICE.get(command, _ELSE)
-        return f"not enough memory ({_first_line(error)}): {advice}, or free some memory on this machine"
+        return f"not enough memory ({first_line(error, _LONGEST)}): {advice}, or free some memory on this machine"
     # Libraries raise OSError for much else: only the system's own come with a number and the file that it refused.
     if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM and (error.filename or error.errno == errno.ENOSPC):
         name = error.filename or "output"
@@ -66,27 +67,15 @@ def fault_report(error: BaseException) -> str:
     found = {**versions(), "system": f"{platform.system()} {platform.machine()}"}
     return "\n".join(
         [
-            f"fewbit: a bug in fewbit: {type(error).__name__}: {_first_line(error)}",
+            f"fewbit: a bug in fewbit: {type(error).__name__}: {first_line(error, _LONGEST)}",
             f"  where: {where}",
             f"  trace: {way}",
-            *(f"  raised from: {type(one).__name__}: {_first_line(one)}" for one in _causes(error)),
+            *(f"  raised from: {type(one).__name__}: {first_line(one, _LONGEST)}" for one in _causes(error)),
             f"  versions: {', '.join(f'{name} {version}' for name, version in found.items())}",
             "  Please report these lines together with the command. No partial output blocks it: you can run it again,",
             "  with the same arguments or with others.",
         ]
     )
-
-
-def one_line(text: str) -> str:
-    """Text from files and libraries as one line for a terminal, with non-printable and control characters escaped."""
-    joined = " ".join(part.strip() for part in text.splitlines() if part.strip())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in joined)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    text = one_line(lines[0]) if lines else type(error).__name__
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _shown(frame: traceback.FrameSummary) -> str:

@@ -108,11 +108,6 @@ def row_of(method: str, bits: float) -> dict[str, Any]:
     return row
 
 
-def of_one_bit() -> list[str]:
-    """Methods whose grid supports 1 bit."""
-    return [name for name, row in PRESETS.items() if row.get("grid") in ("binary", "normal-float")]
-
-
 def fingerprint() -> str:
     """SHA-256 of all presets, to detect results that were made with other defaults."""
     rows = repr((PRESETS, PRESETS_FROM_5_BITS, PRESETS_AT_2_BITS, PRESETS_AT_1_BIT))

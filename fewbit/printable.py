@@ -15,6 +15,18 @@ def printable(text: str) -> str:
     return "".join(_shown(letter) for letter in text)
 
 
+def one_line(text: object, longest: int | None = None) -> str:
+    """Text from files and libraries as one printable line, without blank lines; cut off after `longest` characters."""
+    line = printable(" ".join(part.strip() for part in str(text).splitlines() if part.strip()))
+    return line if longest is None or len(line) <= longest else f"{line[: longest - 1]}…"
+
+
+def first_line(error: BaseException, longest: int = 300) -> str:
+    """The first line of an error's message that is not blank, as :func:`one_line`; its type if there is no message."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return one_line(lines[0] if lines else type(error).__name__, longest)
+
+
 def check_name(name: str) -> None:
     """Raises FewbitError for a file name that is not UTF-8, since no report, job or page could contain it."""
     if "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
@@ -28,7 +40,10 @@ def markup_free(text: str) -> str:
     return escape(printable(text))
 
 
+def is_invisible(letter: str) -> bool:
+    """Whether a character is escaped by :func:`printable`."""
+    return unicodedata.category(letter) in _INVISIBLE
+
+
 def _shown(letter: str) -> str:
-    if unicodedata.category(letter) not in _INVISIBLE:
-        return letter
-    return letter.encode("unicode_escape").decode("ascii")
+    return letter.encode("unicode_escape").decode("ascii") if is_invisible(letter) else letter

@@ -14,7 +14,8 @@ from conftest import build_tiny, run_cli
 import fewbit
 from fewbit import cli, faults
 from fewbit.errors import FewbitError, WorkKeptError, is_out_of_memory
-from fewbit.faults import fault_report, line_for, one_line
+from fewbit.faults import fault_report, line_for
+from fewbit.printable import one_line
 from fewbit.runtime.load_errors import known_cause
 
 

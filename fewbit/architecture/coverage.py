@@ -291,13 +291,6 @@ def _owner(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[0]
 
 
-def prefix_of_block(name: str) -> str:
-    """The part of a tensor's name before the block's number."""
-    place = place_of(name)
-    assert place is not None
-    return place.prefix
-
-
 def name_in_block(name: str) -> str:
     """The part of a tensor's name after the block's number."""
     place = place_of(name)

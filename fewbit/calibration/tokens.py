@@ -85,10 +85,7 @@ def make_set(
 
             parts[index] = generate_sequences(model, first, (count, choice.sequence_length), seed, progress)
         elif tokenizer is None:
-            raise FewbitError(
-                f"--calibration {source}: the model's folder has no tokenizer that transformers can read: add one, or "
-                "use random-tokens"
-            )
+            raise FewbitError(f"--calibration {source}: needs a tokenizer: give one, or use random-tokens")
         else:
             parts[index] = _from_documents(source, count, choice, tokenizer, seed, progress)
             check_ids(parts[index], tokenizer, vocabulary, "the model")

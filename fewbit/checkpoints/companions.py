@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewbit.checkpoints.adapter import is_adapter_file
+from fewbit.checkpoints.own_files import CONFIG, REPORT, RUN, is_own
 from fewbit.errors import FewbitError
 from fewbit.printable import printable
 
@@ -18,7 +19,8 @@ _WEIGHTS = {
 }
 """Weights in some form, pickle files, and archives that may contain either."""
 _CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".ipynb", ".exe", ".bat", ".cu", ".cpp"}
-_OURS = ("fewbit_", ".fewbit")
+_WRITTEN = (CONFIG, REPORT, RUN)
+"""Names of files that every output has: copies of others would replace them, also where case makes no difference."""
 _SCRATCH = (".safetensors.json", ".index.json", ".solved", ".states", ".partial")
 _UNTOLD = {".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store", "__pycache__"}
 _SAID = 8
@@ -44,14 +46,19 @@ def find_companions(folder: Path, read: Iterable[Path]) -> Companions:
     """Sort the files of a model's folder, other than those in `read`, into those that are copied and those that are
     not.
 
-    Everything is copied except weights, code, files that fewbit wrote itself, and subfolders that transformers does not
-    read. Raises FewbitError and names a link that points out of the folder.
+    Everything is copied except weights, code, files with names that the output needs, and subfolders that transformers
+    does not read. Reports that fewbit wrote itself are in neither list. Raises FewbitError and names a link that points
+    out of the folder.
     """
     read = set(read)
     carried, left = [], []
     for path in sorted(folder.iterdir()):
-        if path in read or path.name in _UNTOLD or path.name.startswith(_OURS):
+        if path in read or path.name in _UNTOLD:
             continue
+        if path.name in (REPORT, RUN):
+            check_link(folder, path)
+            if is_own(path):
+                continue
         if path.is_dir():
             if path.name != TEMPLATES:
                 left.append(f"{printable(path.name)}/")
@@ -95,7 +102,9 @@ def _allowed(folder: Path) -> Iterator[Path]:
 
 def _is_carried(path: Path) -> bool:
     name = path.name
-    if is_adapter_file(name) or name.startswith(".") or name.endswith(_SCRATCH) or printable(name) != name:
+    if name.lower() in _WRITTEN or is_adapter_file(name) or name.startswith("."):
+        return False
+    if name.endswith(_SCRATCH) or printable(name) != name:
         return False
     return path.suffix.lower() not in _WEIGHTS | _CODE
 

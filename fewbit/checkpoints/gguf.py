@@ -1,6 +1,7 @@
 """Read GGUF: transformers converts a `.gguf` file to a Hugging Face folder with bfloat16 safetensors."""
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -8,43 +9,78 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoints.cache import build_once, cache_folder
-from fewbit.errors import FewbitError, missing_extra
+from fewbit.checkpoints.gguf_header import MAGIC, GgufHeader, read_gguf_header
+from fewbit.checkpoints.stamps import file_stamp
+from fewbit.errors import FewbitError, is_out_of_memory, missing_extra, raised_in
+from fewbit.printable import first_line
 from fewbit.quiet import quiet_transformers
 
 _ALONE = "model.gguf"
+_HEAD = 1 << 20
+_ARCHITECTURE, _PARTS = "general.architecture", "split.count"
+_TOKENIZER = ("tokenizer.ggml.model", "tokenizer.ggml.tokens")
 
 
 def folder_of_gguf(path: Path) -> Path:
     """The converted folder of a GGUF file, from the cache if the same file was converted before."""
-    stat = path.stat()
     with path.open("rb") as file:
-        head = file.read(1 << 20)
-    if head[:4] != b"GGUF":
+        head = file.read(_HEAD)
+    if not head.startswith(MAGIC):
         raise FewbitError(f"{path}: not a GGUF file (it does not start with the bytes GGUF)")
-    key = hashlib.sha256(head + f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(head + json.dumps(file_stamp(path)).encode()).hexdigest()[:16]
     return build_once(cache_folder() / "gguf" / f"{path.stem}-{key}", lambda out: convert_gguf(path, out))
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Write config, tokenizer and bfloat16 weights of a GGUF file into `folder`."""
+    """Write config, tokenizer and bfloat16 weights of a GGUF file into `folder`, which exists.
+
+    Raises FewbitError for a file that is damaged, truncated or incomplete, or that transformers does not support.
+    """
     try:
-        import gguf  # noqa: F401
         import torch
+        from gguf import GGML_QUANT_SIZES
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise missing_extra(error.name or "transformers", "hf") from error
+    header = read_gguf_header(path, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
+    _check_complete(path, header)
     # The file is put into a folder of its own, because transformers also reads a config or an adapter beside it.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as alone, quiet_transformers():
+    with tempfile.TemporaryDirectory(dir=folder) as alone, quiet_transformers():
         _link(path, Path(alone) / _ALONE)
         source: dict[str, Any] = {"gguf_file": _ALONE, "trust_remote_code": False}
         try:
             tokenizer = AutoTokenizer.from_pretrained(alone, **source)
             model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.bfloat16, **source, **_dequantized())
-        except (ValueError, KeyError, OSError, NotImplementedError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise FewbitError(f"{path}: transformers cannot read this GGUF file ({first})") from error
+        except Exception as error:
+            if is_out_of_memory(error) or not _is_refusal(error, header):
+                raise
+            raise FewbitError(f"{path}: transformers cannot read this GGUF file ({first_line(error)})") from error
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _check_complete(path: Path, header: GgufHeader) -> None:
+    """Raises FewbitError for a file without what transformers needs and does not look for."""
+    if not isinstance(header.values.get(_ARCHITECTURE), str):
+        raise FewbitError(f"{path}: has no {_ARCHITECTURE}: the file is damaged or not a language model")
+    if not header.tensors:
+        raise FewbitError(f"{path}: contains no tensors: give the file with the weights")
+    for key in _TOKENIZER:
+        if key not in header.values:
+            raise FewbitError(f"{path}: contains no tokenizer ({key} is missing), which transformers needs to read it")
+    if header.values.get(_PARTS, 1) > 1:
+        raise FewbitError(f"{path}: is one of {header.values[_PARTS]} parts: join them with  llama-gguf-split --merge")
+
+
+def _is_refusal(error: Exception, header: GgufHeader) -> bool:
+    """Whether an exception is how transformers says that it does not support a valid file."""
+    if isinstance(error, KeyError):
+        # Its tables by architecture are read without a check.
+        return raised_in(error, "transformers") and header.values[_ARCHITECTURE] in map(str, error.args)
+    # The tokenizers library has no exception of its own: it raises plain ones.
+    return type(error) is Exception or (
+        isinstance(error, ValueError | NotImplementedError | ImportError | OSError) and raised_in(error, "transformers")
+    )
 
 
 def _link(path: Path, place: Path) -> None:

@@ -2,15 +2,19 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fewbit.errors import FewbitError
+from fewbit.printable import one_line
 
 MOST_BYTES = 256 << 20
 _DEEPEST = 100
 _LONGEST_NUMBER = 400
+
+Rule = tuple[Callable[[Any], bool], str]
+"""What a value must be: a test, and its description for a message."""
 
 
 def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
@@ -29,6 +33,14 @@ def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]
     if not isinstance(data, dict):
         raise FewbitError(f"{path}: not a JSON object")
     return data
+
+
+def check_values(path: Path, data: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """Raises FewbitError that names the file and the key if a value of a JSON object is of the wrong kind."""
+    for key, (is_valid, wanted) in rules.items():
+        if key in data and not is_valid(data[key]):
+            found = one_line(json.dumps(data[key], ensure_ascii=False), 60)
+            raise FewbitError(f"{path}: its {key} must be {wanted}, not {found}: correct or fetch the file again")
 
 
 def parse_json(text: bytes | str, strict: bool = False) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 from fewbit.checkpoints.gguf import folder_of_gguf
 from fewbit.checkpoints.named import NAMED_MODELS, fetch_named
 from fewbit.errors import FewbitError, missing_extra
+from fewbit.hub_errors import is_unreachable
 from fewbit.printable import check_name
 
 _HUB_FILES = [
@@ -57,9 +58,8 @@ def _from_hub(name: str) -> Path:
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise FewbitError(f"{name}: no such folder, and no such model on the hub (named models: {known})") from error
-    except (LocalEntryNotFoundError, OSError) as error:
-        if getattr(error, "filename", None) is not None:
-            # The disk is the cause, not the network.
+    except Exception as error:
+        if not isinstance(error, LocalEntryNotFoundError) and not is_unreachable(error):
             raise
         raise FewbitError(
             f"{name}: no such folder, and the hub cannot be reached: give a local folder, a .gguf file, or a named "

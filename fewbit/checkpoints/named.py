@@ -96,7 +96,8 @@ def fetch_named(name: str) -> Path:
     model = NAMED_MODELS[name]
 
     def build(folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        # Inside the folder that is being built, because what a killed process left of that is removed.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
             gguf = Path(scratch) / f"{name}.gguf"
             with gguf.open("wb") as file:
                 for package, suffix, digest in model.parts:

@@ -2,24 +2,25 @@
 
 import os
 import shutil
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewbit.checkpoints.companions import find_companions
 from fewbit.checkpoints.json_file import read_json, write_json
+from fewbit.checkpoints.own_files import CONFIG, FILES, MODEL_FOLDER, REPORT, RUN, is_own
+from fewbit.checkpoints.shards import is_shard_name
+from fewbit.checkpoints.weight_files import INDEX_NAME
 from fewbit.errors import FewbitError, WorkKeptError
 
-CONFIG, REPORT, RUN = "config.json", "fewbit_report.json", "fewbit_run.json"
-FILES = "files"
-"""Key of the file `RUN`: the names of all files that belong to the folder."""
 _PROOFS = (REPORT, CONFIG, RUN)
+_SAID = 4
 _LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A folder that a run may replace, in its state when the run begins: its identity, and the file names in it."""
+    """A folder that a run may replace, in its state when the run begins: its identity, and all file names below it."""
 
     device: int
     inode: int
@@ -33,8 +34,7 @@ def standing_at(path: Path) -> Standing | None:
     except FileNotFoundError:
         return None
     is_folder = path.is_dir() and not path.is_symlink()
-    names = frozenset(entry.name for entry in path.iterdir()) if is_folder else frozenset()
-    return Standing(status.st_dev, status.st_ino, names)
+    return Standing(status.st_dev, status.st_ino, frozenset(file_names(path) if is_folder else ()))
 
 
 def refuse_meanwhile(out: Path, allowed: Standing | None, moved: Path | None = None) -> None:
@@ -45,7 +45,7 @@ def refuse_meanwhile(out: Path, allowed: Standing | None, moved: Path | None = N
     advice = f"the finished work is kept: move {out.name} elsewhere and run the same command again"
     if allowed is None or (now.device, now.inode) != (allowed.device, allowed.inode):
         raise WorkKeptError(f"{out}: something with this name appeared during the run; {advice}")
-    added = sorted(now.names - allowed.names - {*_LEFT_BY_SYSTEMS})
+    added = sorted(name for name in now.names - allowed.names if not is_of_the_system(name))
     if added:
         raise WorkKeptError(f"{out}: {added[0]} was added to it during the run; {advice}")
 
@@ -63,8 +63,11 @@ def check_place(out: Path, source: Path) -> None:
         raise FewbitError(f"{out}: contains the model's folder {source}: choose another place")
 
 
-def check_replaceable(out: Path, overwrite: bool) -> Standing | None:
-    """What a run may replace at `out`, or None. Raises FewbitError if anything else exists there."""
+def check_replaceable(out: Path, source: Path, overwrite: bool) -> Standing | None:
+    """What a run on the model in `source` may replace at `out`.
+
+    Raises FewbitError if something exists there that it may not replace.
+    """
     found = standing_at(out)
     if found is None:
         return None
@@ -74,12 +77,7 @@ def check_replaceable(out: Path, overwrite: bool) -> Standing | None:
         raise FewbitError(
             f"{out}: fewbit did not make this folder, so --overwrite does not replace it: remove it first"
         )
-    added = _added(out)
-    if added:
-        raise FewbitError(
-            f"{out}: contains {added[0]}, which fewbit did not write, so --overwrite does not replace it: move that "
-            "file first"
-        )
+    _refuse_added(out, source)
     return found
 
 
@@ -90,8 +88,7 @@ def made_by_fewbit(folder: Path) -> bool:
     quantization = _object(folder / CONFIG).get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "fewbit":
         return True
-    report = _object(folder / REPORT)
-    return {"fewbit_version", "recipe"} <= report.keys() or "unpacked_from" in report or not any(folder.iterdir())
+    return is_own(folder / REPORT) or not any(folder.iterdir())
 
 
 def remove_made(folder: Path) -> None:
@@ -108,9 +105,9 @@ def remove_made(folder: Path) -> None:
 
 def list_file(out: Path, name: str) -> None:
     """Add a file that was written into a finished folder to the folder's list of files."""
-    run = _object(out / RUN)
-    if name not in run.get(FILES, ()):
-        write_json(out / RUN, {**run, FILES: sorted([*run.get(FILES, ()), name])})
+    listed = _listed(out)
+    if listed is not None and name not in listed:
+        write_json(out / RUN, {**_object(out / RUN), FILES: sorted({*listed, name})})
 
 
 def file_names(folder: Path) -> set[str]:
@@ -124,17 +121,48 @@ def file_names(folder: Path) -> set[str]:
 
 def is_of_the_system(name: str) -> bool:
     """Whether a file is one that file systems and file managers create on their own."""
-    return name in _LEFT_BY_SYSTEMS or name.startswith((".nfs", "._"))
+    last = name.rpartition("/")[2]
+    return last in _LEFT_BY_SYSTEMS or last.startswith((".nfs", "._"))
 
 
-def _added(out: Path) -> list[str]:
-    """Files that fewbit did not write in a folder that fewbit made, as far as that can be determined."""
-    names = {name for name in file_names(out) if not is_of_the_system(name.rpartition("/")[2])}
-    listed: Collection[str] = _object(out / RUN).get(FILES, ())
-    if listed:
-        return sorted(names - set(listed) - {RUN})
-    # Older versions wrote no list of files, and they made no subfolders.
-    return sorted(name for name in names if "/" in name)
+def _refuse_added(out: Path, source: Path) -> None:
+    """Raises FewbitError if a folder that fewbit made contains files that fewbit did not write.
+
+    A folder whose list of files is lost, or was never written, is judged by names: those that fewbit writes itself, and
+    those of the files that it copies from the original.
+    """
+    names = {name for name in file_names(out) if not is_of_the_system(name)}
+    listed, reason = _listed(out), "fewbit did not write"
+    if listed is None:
+        listed = {name for name in names if is_shard_name(name)} | {CONFIG, REPORT, INDEX_NAME}
+        listed |= _copied_from(source) | _copied_from(_made_from(out))
+        reason = f"fewbit may not have written ({RUN} does not list the folder's files)"
+    added = sorted(names - listed - {RUN})
+    if added:
+        more = f" and {len(added) - _SAID} more" if len(added) > _SAID else ""
+        raise FewbitError(
+            f"{out}: contains {', '.join(added[:_SAID])}{more}, which {reason}, so --overwrite does not replace the "
+            f"folder: move {'that file' if len(added) == 1 else 'those files'} elsewhere first"
+        )
+
+
+def _listed(out: Path) -> set[str] | None:
+    """The names of all files of a finished folder, as its own list has them; None without a list."""
+    listed = _object(out / RUN).get(FILES)
+    return set(listed) if isinstance(listed, list) and listed and all(isinstance(one, str) for one in listed) else None
+
+
+def _made_from(out: Path) -> Path | None:
+    folder = _object(out / RUN).get(MODEL_FOLDER)
+    return Path(folder) if isinstance(folder, str) else None
+
+
+def _copied_from(folder: Path | None) -> set[str]:
+    """The names of the files that go wherever the weights of a model go; none where the folder is gone."""
+    try:
+        return {one.name for one in find_companions(folder, ()).carried} if folder is not None else set()
+    except (FewbitError, OSError, ValueError):
+        return set()
 
 
 def _object(path: Path) -> dict[str, Any]:

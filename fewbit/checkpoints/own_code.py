@@ -5,12 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoints.companions import check_link
-from fewbit.checkpoints.json_in import read_json_object
+from fewbit.checkpoints.json_in import Rule, check_values, read_json_object
 from fewbit.checkpoints.source import Checkpoint, refuse_quantized
-from fewbit.errors import FewbitError, missing_extra
+from fewbit.checkpoints.tokenizer_files import check_tokenizer_files, check_whole_tokenizer
+from fewbit.errors import FewbitError, NoTokenizerError, is_out_of_memory, missing_extra, raised_in
+from fewbit.printable import first_line
 
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
-_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
+_CONFIG: dict[str, Rule] = {
+    "architectures": (
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value)),
+        "a list of strings",
+    ),
+    "auto_map": (lambda value: value is None or isinstance(value, dict | list), "an object"),
+    "id2label": (lambda value: value is None or isinstance(value, dict), "an object"),
+    **dict.fromkeys(
+        ("dtype", "torch_dtype"), (lambda value: value is None or isinstance(value, str | dict), "a string")
+    ),
+}
+"""Values that transformers uses without looking at them."""
 _NEVER = "fewbit never runs code of a model"
 
 
@@ -30,6 +43,7 @@ def check_loadable(checkpoint: Checkpoint) -> None:
             f"{folder}: transformers does not know the architecture {kind!r}; it is code in the model's folder "
             f"(auto_map of config.json): {_NEVER}: only data-free methods, such as --method rtn, work for this model"
         )
+    check_values(folder / "config.json", config, _CONFIG)
     for kernel in _kernels(config):
         raise FewbitError(f"{folder}: config.json requests code from the hub ({kernel}): {_NEVER}: remove that line")
     foreign = checkpoint.foreign
@@ -44,28 +58,39 @@ def check_loadable(checkpoint: Checkpoint) -> None:
 def open_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model's folder.
 
-    Raises FewbitError if there is none that transformers can read without running code from the folder.
+    Raises NoTokenizerError if there is none that transformers can read without running code from the folder, and
+    FewbitError for a file with invalid values.
     """
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise missing_extra("transformers", "hf") from error
-    for name in _TOKENIZER_FILES:
-        _check_json(folder, name)
     for path in sorted(folder.iterdir()):
         if path.is_file():
             check_link(folder, path)
+    check_tokenizer_files(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except RecursionError as error:
-        raise FewbitError(f"{folder}: tokenizer.json is nested too deeply") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        check_whole_tokenizer(folder)
+        if not _is_refusal(error):
+            raise
         for name in ("tokenizer_config.json", "config.json"):
             if (folder / name).is_file() and "AutoTokenizer" in _named_code(read_json_object(folder / name)):
-                raise FewbitError(
+                raise NoTokenizerError(
                     f"{folder}: its tokenizer is code in the model's folder (auto_map of {name}): {_NEVER}"
                 ) from error
-        raise FewbitError(f"{folder}: no tokenizer that transformers can read") from error
+        raise NoTokenizerError(f"{folder}: no tokenizer that transformers can read ({first_line(error)})") from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether an exception is how transformers and its tokenizers library say that files cannot be used."""
+    # The tokenizers library has no exception of its own: it raises plain ones.
+    return type(error) is Exception or (
+        isinstance(error, OSError | ValueError | ImportError) and raised_in(error, "transformers", "huggingface_hub")
+    )
 
 
 def _named_code(config: Mapping[str, Any]) -> Any:

@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 from fewbit.checkpoints.cache import build_once, cache_folder
-from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, TensorEntry, header_room
+from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
+from fewbit.checkpoints.shards import shard_name, split_by_size
 from fewbit.checkpoints.source import Checkpoint
-from fewbit.checkpoints.weight_files import INDEX_NAME, SINGLE_NAME
+from fewbit.checkpoints.stamps import file_stamp
+from fewbit.checkpoints.weight_files import INDEX_NAME
 from fewbit.errors import FewbitError
 
 _SHARD = 5_000_000_000
@@ -28,11 +30,7 @@ def folder_to_load(checkpoint: Checkpoint) -> Path:
 
 def write_plain(checkpoint: Checkpoint, out: Path, shard_size: int = _SHARD) -> None:
     """Write the tensors of a checkpoint as fewbit reads them, its config, and its other files into the folder `out`."""
-    shards: list[list[TensorEntry]] = [[]]
-    for entry in checkpoint.entries.values():
-        if shards[-1] and sum(other.bytes for other in shards[-1]) + entry.bytes > shard_size:
-            shards.append([])
-        shards[-1].append(entry)
+    shards = split_by_size(checkpoint.entries.values(), lambda entry: entry.bytes, shard_size)
     needed, free = sum(entry.bytes for entry in checkpoint.entries.values()), shutil.disk_usage(out).free
     if needed > free:
         raise FewbitError(
@@ -41,16 +39,16 @@ def write_plain(checkpoint: Checkpoint, out: Path, shard_size: int = _SHARD) -> 
         )
     placed: dict[str, str] = {}
     with FileReader() as reader:
-        for number, shard in enumerate(shards, 1):
-            name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for index, shard in enumerate(shards):
+            name = shard_name(index, len(shards))
             writer = ShardWriter(out / name, header_room([entry.name for entry in shard]))
             for entry in shard:
                 writer.copy(entry, reader)
                 placed[entry.name] = name
             writer.close()
     if len(shards) > 1:
-        index = {"metadata": {"total_size": needed}, "weight_map": placed}
-        (out / INDEX_NAME).write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+        listed = {"metadata": {"total_size": needed}, "weight_map": placed}
+        (out / INDEX_NAME).write_text(json.dumps(listed, ensure_ascii=False), encoding="utf-8")
     for companion in checkpoint.companions:
         (out / companion.name).parent.mkdir(exist_ok=True)
         shutil.copyfile(companion.path, out / companion.name)
@@ -61,6 +59,5 @@ def _key(checkpoint: Checkpoint) -> str:
     """A key that changes with the config, and with the size, times or inode of any weight file."""
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     for path in checkpoint.files:
-        found = path.stat()
-        digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}".encode())
+        digest.update(f"{path.name} {json.dumps(file_stamp(path))}".encode())
     return digest.hexdigest()[:16]

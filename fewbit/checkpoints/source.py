@@ -62,12 +62,6 @@ class Checkpoint:
         """Whether weights are read as products of codes and scales, so that other programs read different values."""
         return any(entry.scaled is not None for entry in self.entries.values())
 
-    @property
-    def has_scaled_channels(self) -> bool:
-        """Whether scales were folded into the weights before rounding: they are then not rounded original weights."""
-        recipe = (self.quantization or {}).get("recipe") or {}
-        return any(recipe.get(key) in ("awq", "smoothquant") for key in ("transform", "channel_scales"))
-
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the config and all headers of a folder. Raises FewbitError for what is missing, invalid or ambiguous."""

@@ -49,7 +49,7 @@ def check_output(out: Path, source: Path, overwrite: bool) -> Standing | None:
     """
     check_place(out, source)
     tidy(out)
-    return check_replaceable(out, overwrite)
+    return check_replaceable(out, source, overwrite)
 
 
 def tidy(out: Path) -> None:
@@ -154,11 +154,6 @@ class WorkFolder:
             pass
         finally:
             self.release()
-
-    def discard_unbegun(self) -> None:
-        """Remove the folder if it contains no results yet, so that the output can be requested with other arguments."""
-        if self._open and not _work_in(self.path):
-            self.discard()
 
     def discard(self) -> None:
         """Remove the folder, because its work cannot be resumed or is finished."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from fewbit.errors import FewbitError
 from fewbit.evaluation.perplexity import Totals, check_finite, quantile
 from fewbit.memory import available_bytes
+from fewbit.printable import first_line
 from fewbit.runtime.load import load_decoder
 
 Step = Callable[[str], None]
@@ -56,8 +57,7 @@ def window_logits(model: Any, window: Tensor) -> Tensor:
     except (IndexError, RuntimeError) as error:
         if not is_of_the_input(error):
             raise
-        first = str(error).strip().splitlines()[0]
-        raise FewbitError(f"the model cannot run a window of {window.numel()} tokens ({first})") from error
+        raise FewbitError(f"the model cannot run a window of {window.numel()} tokens ({first_line(error)})") from error
 
 
 def window_losses(model: Any, windows: Tensor, name: str, step: Step | None = None) -> list[float]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from fewbit.errors import FewbitError
 from fewbit.evaluation.score import is_of_the_input
-from fewbit.evaluation.tasks import OpenTasks, asking, first_line
+from fewbit.evaluation.tasks import OpenTasks, asking
+from fewbit.printable import first_line
 
 _LOGITS_BYTES = 1 << 29
 _TOKENS_A_CHOICE = 256

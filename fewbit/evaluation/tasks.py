@@ -14,6 +14,8 @@ from typing import Any
 from fewbit.choices import check_values
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.evaluation.task_data import TASKS, Questions, read_questions
+from fewbit.hub_errors import is_unreachable
+from fewbit.printable import first_line
 from fewbit.quiet import quiet_loggers
 
 
@@ -109,9 +111,8 @@ def _load(manager: Any, name: str, questions: Questions | None) -> Any:
         spec = {"group": "local", "task": [{"task": name, "custom_dataset": _dataset(questions)}]}
     try:
         return manager.load(spec)["tasks"][name]
-    except (OSError, ValueError, RuntimeError) as error:
-        # A RuntimeError is known only for data sets with a loading script, which are refused.
-        if questions is not None or (isinstance(error, RuntimeError) and "script" not in str(error)):
+    except Exception as error:
+        if questions is not None or not is_unreachable(error):
             raise
         raise FewbitError(
             f"{name}: its questions cannot be fetched from the hub ({first_line(error)}): give a folder with the "
@@ -153,8 +154,3 @@ def offline() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

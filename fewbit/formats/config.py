@@ -9,6 +9,8 @@ from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.native import READ_VERSIONS, check_scheme, part_layout, stored_bytes
 from fewbit.grids.scheme import Scheme, StoredWeight
+from fewbit.printable import first_line, one_line
+from fewbit.transforms.table import TRANSFORMS
 
 
 class _Weight(BaseModel):
@@ -21,17 +23,54 @@ class _Weight(BaseModel):
     original_shape: list[PositiveInt] | None = None
 
 
+class _Recipe(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+    method: str = "fewbit"
+    bits: float | None = None
+    transform: str | None = None
+    channel_scales: str | None = None
+    """The transform in folders of earlier versions."""
+
+
 class _Config(BaseModel):
     quant_method: str
     format_version: int
     schemes: list[dict[str, Any]]
     weights: dict[str, _Weight]
+    recipe: _Recipe | None = None
+
+
+def weights_of(checkpoint: Checkpoint) -> dict[str, StoredWeight]:
+    """As :func:`read_weights`, for a quantized folder; errors name the folder."""
+    try:
+        return read_weights(checkpoint.quantization or {})
+    except FewbitError as error:
+        raise FewbitError(f"{checkpoint.folder}: {error}") from error
+
+
+def recipe_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The recipe in the config of a native folder; empty if there is none. Raises FewbitError if it is damaged."""
+    recipe = (checkpoint.quantization or {}).get("recipe")
+    if recipe is None:
+        return {}
+    try:
+        _Recipe.model_validate(recipe)
+    except ValidationError as error:
+        raise FewbitError(f"{checkpoint.folder}: damaged quantization_config: recipe{_first(error)}") from error
+    return dict(recipe)
+
+
+def has_scaled_channels(checkpoint: Checkpoint) -> bool:
+    """Whether scales were folded into the weights before rounding: they are then not rounded original weights."""
+    recipe = recipe_of(checkpoint)
+    kinds = (TRANSFORMS.get(recipe.get(key) or "none") for key in ("transform", "channel_scales"))
+    return any(kind is not None and kind.folded for kind in kinds)
 
 
 def read_weights(config: dict[str, Any]) -> dict[str, StoredWeight]:
     """Module name -> how its weight is stored.
 
-    Raises FewbitError for another format or version, and for invalid values.
+    Raises FewbitError for another format or version, for invalid values, and if there are no weights.
     """
     if config.get("quant_method") != "fewbit":
         raise FewbitError(f"quantized by {config.get('quant_method')!r}, not by fewbit")
@@ -42,11 +81,20 @@ def read_weights(config: dict[str, Any]) -> dict[str, StoredWeight]:
         )
     try:
         checked = _Config.model_validate(config)
+        if not checked.weights:
+            raise FewbitError("damaged quantization_config: weights lists none: fetch or write the folder again")
         schemes = [check_scheme(Scheme.from_dict(scheme)) for scheme in checked.schemes]
         return {name: _stored(weight, schemes) for name, weight in checked.weights.items()}
-    except (ValidationError, ValueError, IndexError, TypeError) as error:
-        first = str(error).replace("\n", " ")[:200]
-        raise FewbitError(f"damaged quantization_config: {first}") from error
+    except ValidationError as error:
+        raise FewbitError(f"damaged quantization_config: {_first(error).removeprefix('.')}") from error
+    except (ValueError, IndexError, TypeError) as error:
+        raise FewbitError(f"damaged quantization_config: {first_line(error)}") from error
+
+
+def _first(error: ValidationError) -> str:
+    """The first invalid value: its path, each part after a dot, and what is wrong with it."""
+    first = error.errors(include_url=False)[0]
+    return one_line(f"{''.join(f'.{part}' for part in first['loc'])}: {first['msg']}", 200)
 
 
 def read_stored(data: dict[str, Any], scheme: Scheme) -> StoredWeight:
@@ -89,9 +137,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         }
     if quantization.get("quant_method") != "fewbit":
         return {"method": str(quantization.get("quant_method")), "bytes": checkpoint.bytes}
-    weights = read_weights(quantization).values()
+    weights = weights_of(checkpoint).values()
     bits = 8 * sum(stored_bytes(w) for w in weights) / sum(w.weights for w in weights)
-    method = quantization.get("recipe", {}).get("method", "fewbit")
+    method = recipe_of(checkpoint).get("method", "fewbit")
     if "tuning" in quantization:
         method = tuned_name(method)
     return {"method": method, "bits_per_weight": bits, "bytes": checkpoint.bytes}

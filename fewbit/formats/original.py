@@ -7,14 +7,11 @@ from typing import Any
 from fewbit.checkpoints.json_file import read_json
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.named import NAMED_MODELS, named_folder
-from fewbit.checkpoints.output import REPORT, RUN
+from fewbit.checkpoints.output import MODEL_FOLDER, REPORT, RUN
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
-from fewbit.formats.config import read_weights
+from fewbit.formats.config import weights_of
 from fewbit.formats.native import part_layout
-
-MODEL_FOLDER = "model_folder"
-"""Key for the absolute path of the original model, in the file with data that differ from run to run."""
 
 
 def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: bool = True) -> Checkpoint:
@@ -54,7 +51,7 @@ def check_original(quantized: Checkpoint, original: Checkpoint) -> None:
 
 
 def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
-    weights = read_weights(quantized.quantization or {})
+    weights = weights_of(quantized)
     parts = {f"{module}.{part}" for module, stored in weights.items() for part in part_layout(stored)}
     for module, stored in weights.items():
         entry = original.entries.get(stored.tensor_name(module))

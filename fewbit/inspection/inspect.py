@@ -13,7 +13,7 @@ from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader, TensorEntry
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint, refuse_quantized
 from fewbit.errors import FewbitError
-from fewbit.formats.config import describe, read_weights
+from fewbit.formats.config import describe, has_scaled_channels, weights_of
 from fewbit.formats.native import part_layout, stored_bytes
 from fewbit.formats.original import original_of
 from fewbit.grids.scheme import StoredWeight
@@ -75,7 +75,7 @@ def _original(checkpoint: Checkpoint, reader: FileReader, progress: Progress | N
 def _quantized(
     checkpoint: Checkpoint, original: Checkpoint | None, reader: FileReader, progress: Progress | None
 ) -> list[dict[str, Any]]:
-    weights = read_weights(checkpoint.quantization or {})
+    weights = weights_of(checkpoint)
     parts = {f"{module}.{part}" for module, stored in weights.items() for part in part_layout(stored)}
     kept = [e for name, e in checkpoint.entries.items() if name not in parts and _is_described(e)]
     rows = []
@@ -112,7 +112,7 @@ def _compare(
     if original is None:
         return row
     entry = original.entries[name]
-    if checkpoint.has_scaled_channels:
+    if has_scaled_channels(checkpoint):
         return row
     before = to_matrix(reader.tensor(entry).float(), stored.transposed)
     squared = float(before.double().square().sum())

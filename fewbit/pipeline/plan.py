@@ -7,6 +7,7 @@ from typing import Any
 
 from fewbit.architecture.coverage import Coverage, WeightTensor, cover, require_recognised
 from fewbit.architecture.patterns import matches
+from fewbit.checkpoints.shards import shard_name, split_by_size
 from fewbit.checkpoints.source import Checkpoint, refuse_quantized
 from fewbit.errors import FewbitError
 from fewbit.formats.native import check_scheme, part_layout, stored_bytes
@@ -87,9 +88,7 @@ class Plan:
 
     def shard_name(self, index: int) -> str:
         """File name of shard `index`, from 0."""
-        if len(self.shards) == 1:
-            return "model.safetensors"
-        return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
+        return shard_name(index, len(self.shards))
 
 
 def cover_original(checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Coverage:
@@ -113,16 +112,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int = DEFAULT_
 
 def plan_tensors(coverage: Coverage, recipe: Recipe, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     """Plan a run of classified tensors, whose group sizes divide."""
-    shards: list[list[PlannedTensor | KeptTensor]] = [[]]
-    filled = 0
-    for tensor in coverage.tensors:
-        item = _plan_tensor(tensor, recipe, coverage.exact_names)
-        if shards[-1] and filled + item.bytes > shard_size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(item)
-        filled += item.bytes
-    return Plan(coverage, shards)
+    items = [_plan_tensor(tensor, recipe, coverage.exact_names) for tensor in coverage.tensors]
+    return Plan(coverage, split_by_size(items, lambda item: item.bytes, shard_size))
 
 
 def _check_patterns(coverage: Coverage, recipe: Recipe) -> None:

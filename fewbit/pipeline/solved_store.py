@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fewbit.checkpoints.json_file import write_whole
 from fewbit.checkpoints.whole_file import save_whole
 from fewbit.checkpoints.workdir import SOLVED, TOKENS
 from fewbit.errors import FewbitError
@@ -81,14 +82,11 @@ class SolvedStore:
                 f"{self.folder}: the calibration text has changed since this run was interrupted: restore the old "
                 "text, or remove that folder to start again"
             )
-        path.write_text(sha256, encoding="ascii")
+        write_whole(path, sha256.encode("ascii"))
 
     def put_notes(self, block: int, notes: list[dict[str, Any]]) -> None:
         """Store the notes on a block for the report."""
-        path = self._own(f"notes-{block}")
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(notes), encoding="utf-8")
-        partial.replace(path)
+        write_whole(self._own(f"notes-{block}"), json.dumps(notes).encode())
 
     def notes(self, block: int) -> list[dict[str, Any]]:
         """The stored notes on a block."""

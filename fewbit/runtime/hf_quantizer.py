@@ -41,7 +41,10 @@ class FewbitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not hasattr(HfQuantizer, "update_weight_conversions"):
             raise FewbitError("this version of transformers is too old for packed weights: install 5.9 or newer")
-        weights = read_weights(self.quantization_config.to_dict())
+        try:
+            weights = read_weights(self.quantization_config.to_dict())
+        except FewbitError as error:
+            raise FewbitError(f"{model.config.name_or_path}: {error}") from error
         entries = read_entries(kwargs.get("checkpoint_files"))
         if entries:
             check_parts_of(str(model.config.name_or_path), entries, weights)

@@ -3,15 +3,19 @@
 from collections.abc import Iterator
 from typing import Any
 
-from fewbit.errors import is_out_of_memory
+from fewbit.errors import is_out_of_memory, raised_in
+
+_LIBRARIES = ("transformers", "huggingface_hub")
+_PHRASES = ("ignore_mismatched_sizes", "negative dimension", "Padding_idx must be within num_embeddings")
+"""What transformers and torch say of sizes in a config that cannot be."""
 
 
 def known_cause(error: Exception, config: dict[str, Any]) -> str | None:
     """The first line of an exception that was caused by the folder or by what is installed; otherwise None.
 
-    transformers raises a ValueError, an OSError or an ImportError if it cannot load something, and its own exception
-    for invalid fields of a config. Lookups that it does not check raise Python's own exceptions; these are recognised
-    only if they contain a value of the config.
+    transformers raises a ValueError, an OSError or an ImportError if it cannot load something; from anywhere else,
+    these are unknown. The hub's client has its own exceptions for invalid fields of a config. Lookups that transformers
+    does not check raise Python's own exceptions; these are recognised only if they contain a value of the config.
     """
     if is_out_of_memory(error) or not _is_known(error, config):
         return None
@@ -24,10 +28,12 @@ def known_cause(error: Exception, config: dict[str, Any]) -> str | None:
 
 
 def _is_known(error: Exception, config: dict[str, Any]) -> bool:
-    if isinstance(error, ValueError | ImportError | OSError) or type(error).__name__.startswith("StrictDataclass"):
+    if isinstance(error, ValueError | ImportError | OSError) and raised_in(error, *_LIBRARIES):
         return True
-    if isinstance(error, RuntimeError):
-        return "ignore_mismatched_sizes" in str(error)
+    if type(error).__name__.startswith("StrictDataclass"):
+        return True
+    if isinstance(error, RuntimeError | AssertionError):
+        return any(phrase in str(error) for phrase in _PHRASES)
     if isinstance(error, KeyError | AttributeError):
         return any(f"'{value}'" in str(error) for value in _texts(config))
     return isinstance(error, ZeroDivisionError) and 0 in config.values()

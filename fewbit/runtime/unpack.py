@@ -10,13 +10,14 @@ from fewbit.architecture.orientation import from_matrix
 from fewbit.checkpoints.json_file import write_json
 from fewbit.checkpoints.output import CONFIG, REPORT
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, TensorEntry, header_room
+from fewbit.checkpoints.shards import shard_name, split_by_size
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.checkpoints.stamps import file_stamps
 from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.checkpoints.workdir import WorkFolder, check_output, copy_companions, write_index
 from fewbit.errors import FewbitError
 from fewbit.formats import native
-from fewbit.formats.config import read_weights
+from fewbit.formats.config import weights_of
 from fewbit.formats.native import part_layout
 from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import Linear
@@ -94,7 +95,7 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
     if not checkpoint.is_native:
         raise FewbitError(f"{folder}: not quantized by fewbit, so there is nothing to unpack")
     check_all_parts(checkpoint)
-    weights = read_weights(checkpoint.quantization or {})
+    weights = weights_of(checkpoint)
     replaces = check_output(Path(out), checkpoint.folder, overwrite)
     dtype = plain_dtype(checkpoint)
     parts = {f"{module}.{part}": module for module, stored in weights.items() for part in part_layout(stored)}
@@ -125,10 +126,7 @@ def _write_plain(
     dtype: torch.dtype,
     shards: list[list[str]],
 ) -> None:
-    names = [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        for i in range(len(shards))
-    ]
+    names = [shard_name(index, len(shards)) for index in range(len(shards))]
     written: list[list[str]] = []
     with FileReader() as reader:
         for shard, name in zip(shards, names, strict=True):
@@ -147,16 +145,11 @@ def _write_plain(
 
 
 def _split(order: dict[str, TensorEntry | StoredWeight], dtype: torch.dtype, shard_size: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, item in order.items():
-        size = item.bytes if isinstance(item, TensorEntry) else item.weights * dtype.itemsize
-        if shards[-1] and filled + size > shard_size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+    def size(name: str) -> int:
+        item = order[name]
+        return item.bytes if isinstance(item, TensorEntry) else item.weights * dtype.itemsize
+
+    return split_by_size(order, size, shard_size)
 
 
 def _write(

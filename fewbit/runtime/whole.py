@@ -10,7 +10,7 @@ from fewbit.checkpoints.config_dtype import stated_dtype
 from fewbit.checkpoints.safetensors_io import TensorEntry, read_header
 from fewbit.checkpoints.source import INDEX_NAME, Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
-from fewbit.formats.config import read_weights
+from fewbit.formats.config import weights_of
 from fewbit.formats.native import check_content, part_layout
 from fewbit.grids.scheme import StoredWeight
 from fewbit.runtime.packed_linear import PackedLinear, parts_of
@@ -19,7 +19,7 @@ from fewbit.runtime.packed_parameter import PackedWeight
 
 def check_all_parts(checkpoint: Checkpoint) -> None:
     """Raises FewbitError unless every packed weight in the config is complete and no other parts are present."""
-    check_parts_of(str(checkpoint.folder), checkpoint.entries, read_weights(checkpoint.quantization or {}))
+    check_parts_of(str(checkpoint.folder), checkpoint.entries, weights_of(checkpoint))
 
 
 def check_parts_of(where: str, entries: Mapping[str, TensorEntry], weights: Mapping[str, StoredWeight]) -> None:
@@ -86,7 +86,7 @@ def plain_dtype(checkpoint: Checkpoint) -> torch.dtype:
     stated = stated_dtype(checkpoint.config)
     if stated is not None:
         return stated
-    packed = read_weights(checkpoint.quantization or {})
+    packed = weights_of(checkpoint)
     sizes: dict[torch.dtype, int] = {}
     for name, entry in checkpoint.entries.items():
         if entry.dtype in (torch.bfloat16, torch.float16, torch.float32) and name.rpartition(".")[0] not in packed:

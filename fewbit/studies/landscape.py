@@ -16,7 +16,7 @@ from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
-from fewbit.formats.config import describe
+from fewbit.formats.config import describe, recipe_of
 from fewbit.pipeline.network import open_original
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.directions import KINDS, Direction, norm, plane_of, random_direction
@@ -176,7 +176,7 @@ def _ray(name: str, opened: Opened, tell: Tell) -> list[Row]:
     move = opened.move_to(name)
     length = norm(move) / opened.movable.norm
     config = open_checkpoint(locate(opened.folders[name]))
-    recipe = (config.quantization or {}).get("recipe", {})
+    recipe = recipe_of(config)
     common = {"table": "ray", "name": name, "method": describe(config)["method"], "bits": recipe.get("bits")}
     near = STEP / length if length else 0.0
     # Evenly from t = -0.25 to 1.5 in steps of 1.75/n, with 0, 1 and the step of the second difference among them.

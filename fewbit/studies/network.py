@@ -12,7 +12,7 @@ from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
-from fewbit.formats.config import read_weights
+from fewbit.formats.config import weights_of
 from fewbit.grids.scheme import StoredWeight
 from fewbit.runtime.unpack import check_all_parts, read_weight
 
@@ -62,7 +62,7 @@ def _check_folder(folder: str | Path, original: Checkpoint) -> tuple[Checkpoint,
     if not checkpoint.is_native:
         raise FewbitError(f"{folder}: not quantized by fewbit: give a folder that fewbit quantize wrote")
     check_all_parts(checkpoint)
-    weights = read_weights(checkpoint.quantization or {})
+    weights = weights_of(checkpoint)
     for module, stored in weights.items():
         entry = original.entries.get(f"{module}.weight") or original.entries.get(module)
         if entry is None or entry.numel != stored.weights:

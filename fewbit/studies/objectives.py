@@ -21,7 +21,7 @@ from fewbit.errors import FewbitError
 from fewbit.evaluation.score import Original, score
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
-from fewbit.formats.config import describe
+from fewbit.formats.config import describe, recipe_of
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.measure_curvature import measure_tokens
 from fewbit.pipeline.network import Network, open_original
@@ -152,7 +152,7 @@ def _sites(network: Network) -> list[Site]:
 
 
 def _bits(quantized: QuantizedFolder) -> int:
-    recipe = (quantized.checkpoint.quantization or {}).get("recipe", {})
+    recipe = recipe_of(quantized.checkpoint)
     return int(recipe.get("bits") or next(iter(quantized.weights.values())).scheme.bits)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fewbit.errors import FewbitError, missing_extra
+from fewbit.printable import first_line
 from fewbit.studies.cells import Finish, cell_error, show_cell
 from fewbit.studies.choice import StudyChoice
 from fewbit.studies.study import Cell, Progress, Row
@@ -79,8 +80,7 @@ def _result(ray: Any, reference: Any, cell: Cell) -> tuple[list[Row], float]:
             raise cell_error(cell, error.cause) from error
         raise
     except ray.exceptions.RayError as error:
-        first = str(error).strip().splitlines()[0]
         raise FewbitError(
-            f"--engine ray: {show_cell(cell)}: {first}: run the same command again, finished cells are kept"
+            f"--engine ray: {show_cell(cell)}: {first_line(error)}: run the same command again, finished cells are kept"
         ) from error
     return rows, seconds

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fewbit.errors import FewbitError, missing_extra
-from fewbit.text.shown import shown
+from fewbit.errors import FewbitError, missing_extra, raised_in
+from fewbit.printable import one_line
 
 _SHAREGPT = {
     "human": "user",
@@ -114,8 +114,8 @@ def render(chat: Chat, tokenizer: Any, bos: int | None) -> str:
             raise
         raise FewbitError(
             f"{chat.where}: the tokenizer's chat template does not take this conversation "
-            f"({shown(', '.join(message['role'] for message in chat.messages[:6]))}): "
-            f"{shown(str(error) or type(error).__name__)}: give "
+            f"({one_line(', '.join(message['role'] for message in chat.messages[:6]), 300)}): "
+            f"{one_line(str(error) or type(error).__name__, 300)}: give "
             "conversations that it takes, or plain text without --chat-template"
         ) from error
     text = str(text)
@@ -130,7 +130,9 @@ def _from_template(error: Exception) -> bool:
 
     ValueError is how transformers says that it has no template to choose.
     """
-    if type(error).__module__.split(".")[0] == "jinja2" or isinstance(error, ValueError):
+    if type(error).__module__.split(".")[0] == "jinja2" or (
+        isinstance(error, ValueError) and raised_in(error, "transformers")
+    ):
         return True
     frames, trace = [], error.__traceback__
     while trace is not None:

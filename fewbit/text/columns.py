@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbit.errors import FewbitError
+from fewbit.printable import one_line
 from fewbit.text.chat import Chat, chat_of, chat_of_pair, looks_like_turns
 from fewbit.text.rows import Row
-from fewbit.text.shown import shown
 
 TEXT = "text"
 _CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -29,7 +29,7 @@ def choose_columns(name: str, first: Mapping[str, Any], asked: str | None) -> Co
     conversation; else prompt and completion; else the one column of strings.
     Raises FewbitError that lists the columns.
     """
-    there = shown(", ".join(map(str, first))) or "none"
+    there = one_line(", ".join(map(str, first)), 300) or "none"
     if asked is not None:
         if asked not in first:
             raise FewbitError(f"{name}: no column {asked!r}: it has {there}")
@@ -68,7 +68,9 @@ def document_of(row: Row, columns: Columns) -> str | Chat | None:
     """
     missing = [name for name in columns.names if name not in row.values]
     if missing:
-        raise FewbitError(f"{row.where}: no column {missing[0]!r}: it has {shown(', '.join(map(str, row.values)))}")
+        raise FewbitError(
+            f"{row.where}: no column {missing[0]!r}: it has {one_line(', '.join(map(str, row.values)), 300)}"
+        )
     values = [row.values[name] for name in columns.names]
     if any(value is None or value == [] for value in values):
         return None

@@ -1,7 +1,6 @@
 """Text files: their names, which files may be opened, and their characters, read in chunks."""
 
 import codecs
-import hashlib
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -192,11 +191,3 @@ class TextFile:
             file.seek(0)
             for piece in raw_pieces(file):
                 digest.update(piece)
-
-
-def sha256_of(texts: Iterable[str]) -> str:
-    """SHA-256 of pieces of text as UTF-8."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode("utf-8"))
-    return digest.hexdigest()

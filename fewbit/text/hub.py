@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbit.errors import FewbitError, missing_extra
+from fewbit.hub_errors import is_unreachable
+from fewbit.printable import first_line
 from fewbit.text.chat import Chat
 from fewbit.text.columns import documents_of
 from fewbit.text.rows import Row
-from fewbit.text.shown import first_line
 
 
 @dataclass(frozen=True)
@@ -61,21 +62,13 @@ def _rows(name: str, named: HubSet, split: str, instead: str) -> Iterator[Row]:
     if str(getattr(datasets, "__version__", "4")).split(".")[0] in ("2", "3"):
         # Later versions have no loading scripts, and do not know the option.
         options["trust_remote_code"] = False
-    unreachable: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *_network_errors())
     try:
         for number, values in enumerate(datasets.load_dataset(named.path, named.configuration, **options), 1):
             yield Row(f"{name}: row {number}", values)
-    except unreachable as error:
+    except Exception as error:
+        if not is_unreachable(error):
+            raise
         raise FewbitError(
             f"{name}: no such file, and the data set cannot be fetched ({type(error).__name__}: {first_line(error)}): "
             f"without a network, use {instead}"
         ) from error
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises beside OSError."""
-    try:
-        from httpx import HTTPError
-    except ImportError:
-        return ()
-    return (HTTPError,)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewbit.errors import FewbitError, missing_extra
+from fewbit.errors import FewbitError, is_out_of_memory, missing_extra, raised_in
+from fewbit.printable import first_line
 from fewbit.text.files import characters, decode, opened
-from fewbit.text.shown import first_line
 
 _LONGEST_FIELD = 2**31 - 1
 _SPACE = " \t\r\n"
@@ -131,7 +131,10 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[R
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}: row {number}", values)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except Exception as error:
+        known = isinstance(error, pyarrow.ArrowException | OSError | ValueError) and raised_in(error, "pyarrow")
+        if is_out_of_memory(error) or not known:
+            raise
         raise FewbitError(f"{path}: not a readable Parquet file ({_reason(error)})") from error
 
 

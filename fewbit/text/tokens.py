@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbit.errors import FewbitError
-from fewbit.text.shown import first_line
+from fewbit.printable import first_line
 
 Pieces = Callable[[], Iterable[str]]
 """A text in pieces, as often as it is called."""

@@ -12,7 +12,7 @@ from fewbit.checkpoints.output import REPORT
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.formats import native
-from fewbit.formats.config import describe, read_weights, tuned_name
+from fewbit.formats.config import describe, recipe_of, tuned_name, weights_of
 from fewbit.grids.scheme import StoredWeight
 from fewbit.pipeline.records import KeptRecord, LayerRecord, Output, Report, relative_errors
 from fewbit.runtime.unpack import read_parts
@@ -29,14 +29,14 @@ def report_of(checkpoint: Checkpoint, original: Checkpoint) -> Report:
     except ValueError:
         pass
     quantization = checkpoint.quantization or {}
-    stored = read_weights(quantization)
+    stored = weights_of(checkpoint)
     parts = {f"{module}.{part}" for module, one in stored.items() for part in native.part_layout(one)}
     others = [entry for name, entry in checkpoint.entries.items() if name not in parts]
     layers = [LayerRecord.of(module, one) for module, one in stored.items()]
     return Report(
         model=str(original.folder),
         method=str(describe(checkpoint)["method"]),
-        recipe=quantization.get("recipe", {}),
+        recipe=recipe_of(checkpoint),
         source={"bytes": original.bytes, "tensors": len(original.entries)},
         output=Output.of(layers, sum(entry.bytes for entry in others)),
         layers=layers,
@@ -56,7 +56,7 @@ def tuned_report(
 
     report, checkpoint: of the untrained folder. parts: of every trained weight by its module. tuning: its entry.
     """
-    weights = read_weights(checkpoint.quantization or {})
+    weights = weights_of(checkpoint)
     modules = {weights[module].tensor_name(module): module for module in parts}
     layers = []
     with FileReader() as reader:

@@ -20,7 +20,7 @@ from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.checkpoints.workdir import SOLVED, WorkFolder, check_output
 from fewbit.device import check_device
 from fewbit.errors import FewbitError, WorkKeptError, missing_extra
-from fewbit.formats.config import read_weights
+from fewbit.formats.config import has_scaled_channels, weights_of
 from fewbit.formats.original import MODEL_FOLDER, original_of
 from fewbit.memory import activation_bytes, available_bytes, peak_rss_bytes
 from fewbit.pipeline.calibration_tokens import calibration_set
@@ -247,9 +247,9 @@ def _teacher(
 
 def _originals(quantized: Checkpoint, checkpoint: Checkpoint, reader: FileReader) -> Originals:
     """Original weights, unless channels were scaled before rounding: a packed weight then stands for another one."""
-    if quantized.has_scaled_channels:
+    if has_scaled_channels(quantized):
         return lambda module: None
-    weights = read_weights(quantized.quantization or {})
+    weights = weights_of(quantized)
 
     def find(module: str) -> Tensor:
         stored = weights[module]

@@ -12,7 +12,7 @@ from fewbit.checkpoints.output import CONFIG, REPORT, RUN
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, copy_companions, write_index
-from fewbit.formats.config import read_weights
+from fewbit.formats.config import weights_of
 from fewbit.formats.native import GUARD, part_layout
 from fewbit.pipeline.records import Report
 from fewbit.tuning.report import Originals, tuned_report
@@ -42,7 +42,7 @@ def write_tuned(
 
     parts: of every trained weight by its module; what the network does not use (a draft head) keeps its own.
     """
-    stored = read_weights(checkpoint.quantization or {})
+    stored = weights_of(checkpoint)
     replaced = {f"{module}.{part}": tensor for module, found in parts.items() for part, tensor in found.items()}
     first_parts = {
         f"{module}.{next(iter(part_layout(one)))}": one.tensor_name(module) for module, one in stored.items()

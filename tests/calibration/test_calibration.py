@@ -222,4 +222,5 @@ def test_a_model_without_tokenizer(tmp_path: Path) -> None:
         path.unlink()
     run_cli("quantize", model, tmp_path / "out", *CALIBRATED, *RANDOM)
     line = refused(model, tmp_path / "more", *CALIBRATED, *RANDOM[2:], "--calibration", "nonsense")
-    assert "no tokenizer that transformers can read: add one, or use random-tokens" in line
+    assert "no tokenizer that transformers can read (Couldn.t instantiate" in line.replace("'", ".")
+    assert line.endswith("): add one, or use --calibration random-tokens")

@@ -162,20 +162,44 @@ def test_companions_travel_and_the_rest_is_named(single: Path, tmp_path: Path) -
     carried += ["LICENSE-2.0", "README.md", "preprocessor_config.json", "additional_chat_templates/rag.jinja"]
     left = ["modeling_x.py", "1_Pooling/config.json", "training_args.bin", "rng_state.pth", "model.onnx", "x.gguf"]
     left += ["additional_chat_templates/x.py", "old.zip", "events.partial"]
-    silent = ["fewbit_report.json", ".gitattributes"]
+    left += ["fewbit_report.json", "fewbit_run.json", ".fewbit-notes"]
+    carried += ["fewbit_notes.md", "fewbit_report.txt"]
+    silent = [".gitattributes"]
     for name in carried + left + silent:
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("{}")
     result = run_cli("quantize", model, tmp_path / "q", "--method", "rtn", "--json")
     report = json.loads(result.stdout)["report"]
     assert report["left"] == sorted("1_Pooling/" if name.startswith("1_") else name for name in left)
-    assert result.stderr.startswith("not copied from the model's folder: 1_Pooling/, additional_chat_templates/x.py")
+    assert result.stderr.startswith(
+        "not copied from the model's folder: .fewbit-notes, 1_Pooling/, additional_chat_templates/x.py"
+    )
     assert result.stderr.count("\n") == 1
     out = {str(path.relative_to(tmp_path / "q")) for path in (tmp_path / "q").rglob("*") if path.is_file()}
-    assert set(carried) <= out and not set(left) & out
+    # Reports of its own that have these names.
+    ours = {"fewbit_report.json", "fewbit_run.json"}
+    assert set(carried) | ours <= out and not (set(left) - ours) & out
+    assert "recipe" in json.loads((tmp_path / "q" / "fewbit_report.json").read_text())
     # What was carried goes on being carried.
     run_cli("unpack", tmp_path / "q", tmp_path / "u")
     assert {name for name in carried if (tmp_path / "u" / name).is_file()} == set(carried)
+
+
+def test_reports_of_fewbit_are_no_companions_and_other_files_of_these_names_are_said(
+    single: Path, tmp_path: Path
+) -> None:
+    run_cli("quantize", single, tmp_path / "q", "--method", "rtn")
+    run_cli("unpack", tmp_path / "q", tmp_path / "u")
+    for folder in (tmp_path / "q", tmp_path / "u"):
+        found = open_checkpoint(folder)
+        assert not found.left and not {one.name for one in found.companions} & {"fewbit_report.json", "fewbit_run.json"}
+    assert "not copied" not in run_cli("quantize", tmp_path / "u", tmp_path / "again", "--method", "rtn").stderr
+    (tmp_path / "u" / "fewbit_report.json").write_text('{"my": "own notes"}')
+    (tmp_path / "u" / "Fewbit_Run.json").write_text("{}")
+    (tmp_path / "u" / "fewbit_notes.txt").write_text("my own notes")
+    said = run_cli("quantize", tmp_path / "u", tmp_path / "more", "--method", "rtn").stderr
+    assert said == "not copied from the model's folder: Fewbit_Run.json, fewbit_report.json\n"
+    assert (tmp_path / "more" / "fewbit_notes.txt").read_text() == "my own notes"
 
 
 def test_what_is_said_stays_short() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import socket
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from conftest import run_cli
 
 from fewbit.checkpoints import named
 from fewbit.checkpoints.cache import build_once
+from fewbit.checkpoints.locate import locate
 from fewbit.errors import FewbitError
 
 
@@ -118,3 +120,23 @@ def test_a_model_from_the_hub(hub: str, tiny: Path, tmp_path: Path) -> None:
     ).read_bytes()
     result = run_cli("quantize", "org/other", tmp_path / "x", env=env, code=2)
     assert "org/other: no such folder, and no such model on the hub" in result.stderr
+
+
+@pytest.mark.parametrize("error", [ConnectionError("reset"), TimeoutError("odd"), socket.gaierror("no name")])
+def test_a_hub_that_cannot_be_reached(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(FewbitError, match=r"^some/model: no such folder, and the hub cannot be reached"):
+        locate("some/model")
+
+
+@pytest.mark.parametrize("error", [kind("odd") for kind in (OSError, ValueError, RuntimeError, KeyError, MemoryError)])
+def test_unknown_exceptions_are_not_the_hubs(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(type(error), match="odd"):
+        locate("some/model")

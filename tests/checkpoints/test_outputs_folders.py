@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,71 @@ def test_only_what_overwrite_allowed_at_the_start_is_replaced(tiny: Path, tmp_pa
     with pytest.raises(FewbitError, match=r"contains sub/thesis\.txt"):
         fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True))
     assert siblings(tmp_path) == ["notes.md", "out"]
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "new/thesis.txt", "additional_chat_templates/deep/thesis.txt"])
+def test_what_is_added_during_a_run_is_kept_at_any_depth(tmp_path: Path, name: str) -> None:
+    model, out = build_tiny(tmp_path / "model"), tmp_path / "out"
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tools.jinja").write_text("x")
+    fewbit.quantize(model, out, RTN)
+
+    def change(done: int, total: int, what: str) -> None:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("precious")
+        (out / "additional_chat_templates" / ".DS_Store").write_text("of the system")
+
+    with pytest.raises(WorkKeptError, match=rf"out: {re.escape(name)} was added to it during the run"):
+        fewbit.quantize(model, out, RTN, RunOptions(overwrite=True, progress=change))
+    assert (out / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("run", ["no list", "list of another kind", "damaged", "gone"])
+@pytest.mark.parametrize("name", ["my_notes.txt", "my.safetensors", "page.html", "fewbit_notes.json", "sub/a.txt"])
+def test_without_a_list_only_names_that_fewbit_writes_are_replaced(
+    tiny: Path, tmp_path: Path, run: str, name: str
+) -> None:
+    out = tmp_path / "out"
+    fewbit.quantize(tiny, out, RTN, SHARDS)
+    kept = json.loads((out / "fewbit_run.json").read_text())
+    listed = kept.pop("files")
+    if run == "gone":
+        (out / "fewbit_run.json").unlink()
+    elif run == "damaged":
+        (out / "fewbit_run.json").write_text("{")
+    else:
+        write_json(out / "fewbit_run.json", {**kept, **({"files": {"a": 1}} if run != "no list" else {})})
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("precious")
+    said = rf"contains {re.escape(name)}, which fewbit may not have written \(.*\), .*: move that file elsewhere first"
+    with pytest.raises(FewbitError, match=said):
+        fewbit.quantize(tiny, out, RTN, RunOptions(overwrite=True))
+    assert (out / name).read_text() == "precious"
+    (out / name).rename(tmp_path / "kept")
+    (out / ".DS_Store").write_text("of the system")
+    fewbit.quantize(tiny, out, RTN, replace(SHARDS, overwrite=True))
+    assert json.loads((out / "fewbit_run.json").read_text())["files"] == listed
+
+
+def test_without_a_list_what_was_copied_from_the_original_is_replaced(tmp_path: Path) -> None:
+    first, second, out = (tmp_path / name for name in ("first", "second", "out"))
+    build_tiny(first)
+    build_tiny(second)
+    (first / "LICENSE").write_text("of the first")
+    (first / "additional_chat_templates").mkdir()
+    (first / "additional_chat_templates" / "tools.jinja").write_text("x")
+    fewbit.quantize(first, out, RTN)
+    run = json.loads((out / "fewbit_run.json").read_text())
+    del run["files"]
+    # The original is known by its folder, or is the model that is given; gone, its files are nobody's.
+    write_json(out / "fewbit_run.json", {**run, "model_folder": "\0"})
+    names = r"contains LICENSE, additional_chat_templates/tools\.jinja, which .*: move those files elsewhere first"
+    with pytest.raises(FewbitError, match=names):
+        fewbit.quantize(second, out, RTN, RunOptions(overwrite=True))
+    for model in (first, second):
+        write_json(out / "fewbit_run.json", run if model == second else {})
+        fewbit.quantize(model, out, RTN, RunOptions(overwrite=True))
+        assert (out / "LICENSE").exists() == (model == first)
 
 
 def test_a_name_alone_is_no_proof_that_fewbit_made_a_folder(tiny: Path, tmp_path: Path) -> None:

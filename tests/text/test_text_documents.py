@@ -271,7 +271,7 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*arguments: Any, **options: Any) -> list[dict[str, Any]]:
         asked.append(options)
         if arguments[0] == "some/failing":
-            raise ValueError("Bad split: test.\nMore about it")
+            raise ConnectionError("Bad line: test.\nMore about it")
         return [{"body": "a", "id": 1}, {"body": None, "id": 2}, {"body": "b", "id": 3}]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, __version__="3.1"))
@@ -280,7 +280,7 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(one["trust_remote_code"] for one in asked)
     assert "column 'id' holds a value of the kind int" in refused("some/set:id")
     assert refused("some/set:x") == "some/set: no column 'x': it has body, id"
-    with pytest.raises(FewbitError, match=r"some/failing: no such file, .*ValueError: Bad split: test\.\)"):
+    with pytest.raises(FewbitError, match=r"some/failing: no such file, .*ConnectionError: Bad line: test\.\)"):
         read_text("some/failing")
 
 
