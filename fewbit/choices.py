@@ -59,14 +59,22 @@ def check_values(choice: Any, names: Mapping[str, str] | None = None) -> None:
     """Raises FewbitError if a plain field of a dataclass does not hold its type, or a number that is not finite.
 
     Choices come from the command line, from JSON files and from Python alike, so types alone do not hold. names: what
-    users call a field, if different. Fields of other types than numbers, text and bool are not checked.
+    users call a field, if different. What a tuple contains is not checked.
     """
     for field in fields(choice):
         kinds = get_args(field.type) if get_origin(field.type) is UnionType else (field.type,)
         value = getattr(choice, field.name)
-        if all(kind in _FITS for kind in kinds) and not any(_FITS[kind][1](value) for kind in kinds):
-            words = " or ".join(_FITS[kind][0] for kind in kinds)
+        described = [_FITS.get(kind) or _instance_of(kind) for kind in kinds]
+        if not any(fits(value) for _, fits in described):
+            words = " or ".join(words for words, _ in described)
             raise FewbitError(f"{(names or {}).get(field.name, field.name)} must be {words}, not {value!r}")
+
+
+def _instance_of(kind: Any) -> tuple[str, Callable[[Any], bool]]:
+    origin = get_origin(kind) or kind
+    if kind is Any or not isinstance(origin, type):
+        return "", lambda value: True
+    return f"a {origin.__name__}", lambda value: isinstance(value, origin)
 
 
 def flag_names(choice: Any) -> dict[str, str]:

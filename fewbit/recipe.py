@@ -4,12 +4,12 @@ On the command line, in files and in :func:`preset` a recipe is flat, with the n
 for some of the tensors.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from fewbit.architecture.patterns import matches
-from fewbit.choices import nearest
+from fewbit.choices import check_values, nearest
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.errors import FewbitError
 from fewbit.grids.choice import GridChoice, ScaleChoice
@@ -42,6 +42,8 @@ FIELDS: dict[str, tuple[str, str]] = {
 """Flat name -> axis and parameter of that axis."""
 _AXES = {"transform": TransformChoice, "grid": GridChoice, "scales": ScaleChoice, "outliers": OutlierChoice}
 _WHOLE = ("method", "curvature", "solver", "include", "exclude", "sets")
+_BY_KIND: dict[str, Any] = {"solver": SolverChoice, "curvature": CurvatureChoice}
+"""Choices whose kind may be given alone."""
 _EARLIER = {"channel_scales": "transform"}
 """Names of fields in folders of earlier versions -> names now."""
 
@@ -72,6 +74,7 @@ class Recipe:
     sets: tuple[TensorChoices, ...] = ()
 
     def __post_init__(self) -> None:
+        check_values(self)
         problems = (
             self.grid.refuses(self),
             check_outlier_choice(self),
@@ -167,7 +170,17 @@ def with_choices(recipe: Recipe, choices: Mapping[str, Any]) -> Recipe:
             axis, parameter = FIELDS[name]
             axes.setdefault(axis, {})[parameter] = value
     changed: dict[str, Any] = {axis: replace(getattr(recipe, axis), **new) for axis, new in axes.items()}
-    return replace(recipe, **changed, **{name: choices[name] for name in _WHOLE if name in choices})
+    whole = {name: _whole(name, choices[name], getattr(recipe, name)) for name in _WHOLE if name in choices}
+    return replace(recipe, **changed, **whole)
+
+
+def _whole(name: str, value: Any, before: Any) -> Any:
+    """A choice that is not a parameter of an axis; a kind or a pattern may be given by itself."""
+    if isinstance(value, str) and name in _BY_KIND:
+        return replace(before or _BY_KIND[name](), kind=value)
+    if name in ("include", "exclude"):
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else value
+    return value
 
 
 def preset(method: str, **choices: Any) -> Recipe:
@@ -180,7 +193,9 @@ def preset(method: str, **choices: Any) -> Recipe:
         choices["sets"] = sets_of(choices["sets"])
     bits = choices.get("bits")
     width = bits if isinstance(bits, int | float) else GridChoice.bits or 4
-    return with_choices(Recipe(), {"method": method, **row_of(method, width), **choices})
+    row = row_of(method, width)
+    choices = {name: _whole(name, value, row.get(name)) for name, value in choices.items()}
+    return with_choices(Recipe(), {"method": method, **row, **choices})
 
 
 def check_method(method: str) -> None:

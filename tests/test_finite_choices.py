@@ -121,3 +121,24 @@ def test_group_sizes_of_single_tensors(tiny: Path, tmp_path: Path) -> None:
     assert "group size 100 does not divide 2 layers" in run_cli("plan", tiny, *given).stdout
     with pytest.raises(FewbitError, match=r"--set \*: group size must be a number, auto, row"):
         fewbit.preset("rtn", sets=["*:group_size=big"])
+
+
+def test_a_kind_or_a_pattern_may_be_given_alone() -> None:
+    recipe = fewbit.preset("gptq", solver="round", curvature="fisher", include="lm_head.weight", group_size=64)
+    assert recipe.solver == dataclasses.replace(fewbit.preset("gptq").solver, kind="round")
+    assert recipe.curvature == dataclasses.replace(fewbit.preset("gptq").curvature, kind="fisher")
+    assert (recipe.include, recipe.grid.group_size) == (("lm_head.weight",), "64")
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"solver": "colunm"}, "solver must be one of .*did you mean column"),
+        ({"curvature": 3}, "curvature must be a CurvatureChoice or None, not 3"),
+        ({"search": "x"}, "search must be a ScaleSearch or None, not 'x'"),
+        ({"include": 5}, "include must be a tuple, not 5"),
+    ],
+)
+def test_axes_are_of_their_type(choices: dict[str, Any], message: str) -> None:
+    with pytest.raises(FewbitError, match=message):
+        fewbit.preset("gptq", **choices)
