@@ -36,7 +36,7 @@ def recipe_from_choices(method: str, choices: dict[str, Any]) -> Recipe:
     if "grid" in given:
         check_name("grid", given["grid"], [grid.choice for grid in GRIDS.values()])
         chosen = chosen_grid(given["grid"])
-        if chosen is not None and chosen.offset not in base.scales.kind.offsets:
+        if chosen is not None and not chosen.scales and chosen.offset not in base.scales.kind.offsets:
             given.setdefault("scale_format", "float16")
     if given.get("outlier_fraction") == 0:
         given["outliers"] = "none"
