@@ -55,6 +55,8 @@ def quantize(
     announce(model)
     with progress_line(f"{method} {model}") as progress, resumable():
         report = run(model, out, method, progress=progress, **choices)
+    for note in report.get("notes", ()):
+        print(printable(f"fewbit: {note}"), file=sys.stderr)
     if (left := say_left(report.get("left", ()))) and not choices["report_only"]:
         print(printable(left), file=sys.stderr)
     if as_json:

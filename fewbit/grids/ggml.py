@@ -6,6 +6,7 @@ A group is what shares a scale, 16 or 32 weights (tq2_0: 256). Weights decode to
 
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def _listed(
 ) -> Grid:
     """``levels[code] * scale`` with a signed scale."""
     known = tuple(float(level) for level in levels)
-    middles = [(a + b) / 2 for a, b in zip(known, known[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in pairwise(known)]
 
     def snap(u: Tensor) -> Tensor:
         return u.new_tensor(known)[torch.bucketize(u, u.new_tensor(middles))]

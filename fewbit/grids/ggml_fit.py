@@ -67,7 +67,7 @@ class _Cost:
 def fit_scale(
     steps: Steps, nested: Nested | None, groups: Groups, scheme: Scheme, search: ScaleSearch | None
 ) -> Values:
-    """Signed scales `(rows, groups, 1)`. Without a search, the weight of the largest magnitude gets the lowest level."""
+    """Signed scales `(rows, groups, 1)`. Without a search, the largest magnitude gets the lowest level."""
     x = groups.x
     if search is None:
         largest = x.gather(-1, x.abs().argmax(dim=-1, keepdim=True))

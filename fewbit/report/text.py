@@ -44,9 +44,19 @@ def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
     paths = Counter(layer["path"] for layer in report["layers"] if "path" in layer)
     if paths:
         lines.append("weights: " + ", ".join(f"{count} {path}" for path, count in paths.most_common()))
+    if "export" in report and out is not None:
+        return "\n".join([*map(printable, lines), export_summary(report["export"], out)])
     lines.append(f"wrote {out}" if out is not None else "nothing written (--report-only)")
     if out is not None:
         lines.append(f"measure it:  fewbit eval {out} --data FILE --reference {report['model']}")
+    return "\n".join(map(printable, lines))
+
+
+def export_summary(report: dict[str, Any], dest: Path) -> str:
+    """A summary of a few lines."""
+    types = ", ".join(f"{count} {name}" for name, count in sorted(report["tensors"].items(), key=lambda one: -one[1]))
+    lines = [f"wrote {dest / report['file']}: {show_size(report['bytes'])}; tensors: {types}"]
+    lines += [f"{name}: relative squared error {error:.2g}" for name, error in report["rounded"].items()]
     return "\n".join(map(printable, lines))
 
 
