@@ -5,7 +5,8 @@
 For each model and grid: quantize, export without rounding anything else, and compare llama.cpp (the wheel `xllamacpp`,
 in an environment that this script makes) with transformers in float32 on the weights of the native folder:
 
-- perplexity on the same windows, which must differ by less than 0.3 %;
+- perplexity on the same windows, once against our model as it is, and once against our model with the inputs of every
+  quantized layer rounded to 8 bits in blocks as llama.cpp rounds them: this must differ by less than 0.3 %;
 - 24 greedy tokens of 20 prompts, which must be equal except where our two largest logits nearly tie. llama.cpp rounds
   activations to 8 bits, so that logits differ; a tie is near within TIE. Each token is compared after the tokens that
   llama.cpp chose before it;
@@ -28,9 +29,11 @@ import torch
 
 import fewbit
 from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.source import open_checkpoint
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_tokenizer, read_windows
+from fewbit.formats.config import weights_of
 from fewbit.linear import use_fast_products
 from fewbit.runtime.unpack import unpack_modules
 
@@ -70,6 +73,49 @@ def our_logits(model: Any, tokens: list[int]) -> torch.Tensor:
     return model(torch.tensor([tokens])).logits[0].float()
 
 
+def round_inputs(model: Any, kinds: dict[str, str]) -> list[Any]:
+    """Round the inputs of layers to 8 bits as llama.cpp does for their types; returns the hooks.
+
+    A block has 32 weights and a float16 scale, with k-quants 256 and a float32 scale.
+    """
+
+    def hook(size: int, dtype: torch.dtype) -> Any:
+        def rounded(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            blocks = inputs[0].reshape(-1, size)
+            scale = blocks.abs().amax(dim=1, keepdim=True) / 127
+            codes = (blocks / scale.masked_fill(scale == 0, 1.0)).round()
+            return ((codes * scale.to(dtype).float()).view(inputs[0].shape),)
+
+        return rounded
+
+    found = []
+    for name, module in model.named_modules():
+        kind = kinds.get(f"{name}.weight")
+        if kind is not None:
+            nested = kind.endswith(("_k", "_xs"))
+            found.append(
+                module.register_forward_pre_hook(hook(*((256, torch.float32) if nested else (32, torch.float16))))
+            )
+    return found
+
+
+def grids_of(folder: Path) -> dict[str, str]:
+    """Names of quantized tensors -> their grids."""
+    checkpoint = open_checkpoint(folder)
+    weights = weights_of(checkpoint) if checkpoint.is_native else {}
+    return {stored.tensor_name(module): stored.scheme.grid for module, stored in weights.items()}
+
+
+def losses(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The negative log-likelihood of every token but the first, and every most likely token, of all windows."""
+    nll, top = [], []
+    for row in ids:
+        logits = our_logits(model, row.tolist())
+        nll.append(torch.nn.functional.cross_entropy(logits[:-1].double(), row[1:], reduction="none"))
+        top.append(logits.argmax(dim=1))
+    return torch.cat(nll), torch.cat(top)
+
+
 def compare(folder: Path, file: Path, data: str, windows: int, python: Path) -> dict[str, Any]:
     """The comparison of a native folder and its .gguf file, as a row of results."""
     text = read_text(data)
@@ -83,14 +129,9 @@ def compare(folder: Path, file: Path, data: str, windows: int, python: Path) -> 
         answers = ask(python, file, requests, Path(scratch))
     model = unpack_modules(fewbit.load(folder, dtype=torch.float32, device="cpu"))
     use_fast_products(model)
-    ours, theirs, same_top, tops = 0.0, 0.0, 0, 0
-    for row, answer in zip(ids, answers, strict=False):
-        logits = our_logits(model, row.tolist())
-        nll = torch.nn.functional.cross_entropy(logits[:-1].double(), row[1:], reduction="sum")
-        ours, theirs = ours + float(nll), theirs + sum(answer["nll"])
-        top = logits.argmax(dim=1)
-        same_top, tops = same_top + int((top == torch.tensor(answer["top"])).sum()), tops + len(top)
-    count = ids.numel() - len(ids)
+    theirs = torch.tensor([value for answer in answers[: len(ids)] for value in answer["nll"]], dtype=torch.float64)
+    their_top = torch.tensor([token for answer in answers[: len(ids)] for token in answer["top"]])
+    ours, top = losses(model, ids)
     unequal: list[float] = []
     for prompt, answer in zip(prompts, answers[len(ids) :], strict=False):
         chosen = answer["generated"]
@@ -98,19 +139,26 @@ def compare(folder: Path, file: Path, data: str, windows: int, python: Path) -> 
         for step, token in enumerate(chosen):
             if int(logits[step].argmax()) != token:
                 unequal.append(float(logits[step].max() - logits[step][token]))
-    ratio = math.exp((theirs - ours) / count)
+    hooks = round_inputs(model, grids_of(folder))
+    rounded, _ = losses(model, ids)
+    for hook in hooks:
+        hook.remove()
     row = {
-        "perplexity": math.exp(ours / count),
-        "perplexity_llama_cpp": math.exp(theirs / count),
-        "difference": ratio - 1,
-        "top1_agreement": same_top / tops,
+        "perplexity": math.exp(ours.mean()),
+        "perplexity_8_bit_inputs": math.exp(rounded.mean()),
+        "perplexity_llama_cpp": math.exp(theirs.mean()),
+        "difference": math.expm1((theirs - ours).mean()),
+        "standard_error": float((theirs - ours).std() / len(ours) ** 0.5),
+        "difference_8_bit_inputs": math.expm1((theirs - rounded).mean()),
+        "standard_error_8_bit_inputs": float((theirs - rounded).std() / len(ours) ** 0.5),
+        "top1_agreement": float((top == their_top).double().mean()),
         "greedy_tokens": PROMPTS * GREEDY,
         "greedy_unequal": len(unequal),
         "greedy_largest_gap": max(unequal, default=0.0),
         "same_tokens": answers[-1]["tokens"] == tokenizer(said).input_ids,
         "bytes": file.stat().st_size,
     }
-    row["within"] = abs(row["difference"]) < LARGEST_DIFFERENCE and row["greedy_largest_gap"] < TIE
+    row["within"] = abs(row["difference_8_bit_inputs"]) < LARGEST_DIFFERENCE and row["greedy_largest_gap"] < TIE
     row["within"] = row["within"] and row["same_tokens"]
     return row
 

@@ -13,13 +13,13 @@ PLAIN = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: (
 """Dtypes of kept tensors -> name and number of their type."""
 _GROUP = 32
 _EVEN = {
-    ("symmetric", 4): "q4_0",
-    ("symmetric", 5): "q5_0",
-    ("symmetric", 8): "q8_0",
-    ("minimum", 4): "q4_1",
-    ("minimum", 5): "q5_1",
+    ("symmetric", 4, "float16"): "q4_0",
+    ("symmetric", 5, "float16"): "q5_0",
+    ("symmetric", 8, "float16"): "q8_0",
+    ("minimum", 4, "float16"): "q4_1",
+    ("minimum", 5, "float16"): "q5_1",
 }
-"""Grids of ours whose levels are those of a type, if the scales are float16 and a group is a number of blocks."""
+"""Grid, bits and scale format of ours -> the type with the same levels, if a group is a whole number of blocks."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def form_of(scheme: Scheme) -> BlockForm | None:
         return None
     if scheme.grid in BLOCK_TYPES:
         return BlockForm(scheme.grid)
-    name = _EVEN.get((scheme.grid, scheme.whole_bits)) if scheme.scale_format == "float16" else None
+    name = _EVEN.get((scheme.grid, scheme.whole_bits, scheme.scale_format))
     return BlockForm(name, scheme.group_size // _GROUP) if name and scheme.group_size % _GROUP == 0 else None
 
 
