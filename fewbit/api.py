@@ -1,7 +1,7 @@
 """The Python interface: the same functions and options as the command line, with the same names."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from fewbit.errors import FewbitError
 from fewbit.option_values import checked
 from fewbit.options import EVALUATE, PLAN, QUANTIZE, TUNE, described_by, given_of
 from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh, refuse_unused, share_of_stored
-from fewbit.pipeline.run import RunOptions
+from fewbit.pipeline.run import RunOptions, job_of
 from fewbit.pipeline.run import quantize as run_quantize
 from fewbit.progress import Progress
 from fewbit.recipe import Recipe
@@ -52,13 +52,31 @@ def quantize(
         recipe = method if isinstance(method, Recipe) else recipe_from_choices(method, {})
         return run_quantize(model, out, recipe, options)
     request = quantize_request(model, method, choices, progress)
-    if request.target is not None and out is not None and not request.options.report_only:
-        from fewbit.exports.quantize_for import quantize_for
+    if request.target is None or out is None or request.options.report_only:
+        return {**_quantized(model, out, request, choices), **({"notes": request.notes} if request.notes else {})}
+    from fewbit.exports.quantize_for import quantize_for
 
-        report = quantize_for(request.target, model, Path(out), request.recipe, request.options)
-        return {**report, "notes": request.notes}
+    job = {
+        **job_of(model, request.recipe, request.options),
+        "tuning": asdict(request.tuning) if request.tuning else None,
+    }
+    report = quantize_for(
+        request.target,
+        model,
+        Path(out),
+        job,
+        lambda folder: _quantized(model, folder, request, choices),
+        request.options,
+    )
+    return {**report, "notes": request.notes}
+
+
+def _quantized(
+    model: str | Path, out: str | Path | None, request: "QuantizeRequest", choices: dict[str, Any]
+) -> dict[str, Any]:
+    """Quantize, and fine-tune if that is requested, into a native folder; returns its report."""
     if request.tuning is None or out is None:
-        return {**run_quantize(model, out, request.recipe, request.options), **_noted(request)}
+        return run_quantize(model, out, request.recipe, request.options)
     # Imported here because a data-free run starts in half the time without the imports of training.
     from fewbit.tuning.in_one_go import quantize_and_tune
     from fewbit.tuning.run import TuneOptions
@@ -132,16 +150,12 @@ def _for_target(
     from fewbit.exports.table import target_named
 
     target = target_named(choices["target"])
-    if file is not None or choices.get("tune"):
-        raise FewbitError(f"--for {target.name}: leave out {'--recipe' if file is not None else '--tune'}")
+    if file is not None:
+        raise FewbitError(f"--for {target.name}: chooses grids itself: leave out --recipe")
     if method == DEFAULT_METHOD and (choices.get("calibration") or choices.get("curvature")):
         method = DEFAULT_CALIBRATED
     flat, notes = choices_for(target, model, flat)
     return method, target, flat, notes
-
-
-def _noted(request: QuantizeRequest) -> dict[str, Any]:
-    return {"notes": request.notes} if request.notes else {}
 
 
 def _recipe_in(path: Path, flat: dict[str, Any]) -> Recipe:

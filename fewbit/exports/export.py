@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from fewbit.checkpoints.json_file import write_json
+from fewbit.checkpoints.json_file import read_json, write_json
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.output import REPORT
+from fewbit.checkpoints.own_files import is_own
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.checkpoints.stamps import file_stamps
 from fewbit.checkpoints.whole_file import said_when_full
@@ -60,7 +61,12 @@ def export(
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {"fewbit_version": __version__, "recipe": recipe_of(checkpoint) if checkpoint.is_native else None}
+    """What is known of a folder: its recipe, and the report of the run that made it."""
+    if not checkpoint.is_native:
+        return {"fewbit_version": __version__, "recipe": None}
+    path = checkpoint.folder / REPORT
+    made = {"quantize": read_json(path)} if is_own(path) else {}
+    return {"fewbit_version": __version__, "recipe": recipe_of(checkpoint), **made}
 
 
 def _job(checkpoint: Checkpoint, format: str, embeddings: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from fewbit.errors import FewbitError
 from fewbit.exports.export import export
 from fewbit.exports.table import Target
 from fewbit.pipeline.plan import cover_original
-from fewbit.pipeline.run import RunOptions, job_of, quantize
-from fewbit.recipe import Recipe
+from fewbit.pipeline.run import RunOptions
 
 _DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")
 _MARK = "fewbit_for"
@@ -73,16 +72,24 @@ def _as_list(sets: Any) -> Sequence[Any]:
     return (sets,) if isinstance(sets, str) else tuple(sets.items()) if isinstance(sets, dict) else tuple(sets)
 
 
-def quantize_for(target: Target, model: str | Path, out: Path, recipe: Recipe, run: RunOptions) -> dict[str, Any]:
-    """Quantize into a folder beside the output, and export it to `out`; returns the report of the run.
+def quantize_for(
+    target: Target,
+    model: str | Path,
+    out: Path,
+    job: dict[str, Any],
+    make: Callable[[Path], dict[str, Any]],
+    run: RunOptions,
+) -> dict[str, Any]:
+    """Make a native folder beside the output, and export it to `out`; returns the report of the run.
 
-    If it is killed, the same call resumes. Raises FewbitError as the two steps do.
+    job: what determines the native folder. make(folder): makes it, and returns its report. If it is killed, the same
+    call resumes. Raises FewbitError as the two steps do.
     """
     between = out.absolute().with_name(f".{out.name}.fewbit-native")
     record = between.with_name(f"{between.name}.json")
     source = locate(model)
     check_output(out, source, run.overwrite)
-    job = {_MARK: job_of(model, recipe, run)}
+    job = {_MARK: job}
     tidy(between)
     if between.exists():
         if not made_by_fewbit(between):
@@ -91,7 +98,7 @@ def quantize_for(target: Target, model: str | Path, out: Path, recipe: Recipe, r
             remove_made(between)
     report = read_json(between / REPORT) if between.exists() else None
     if report is None:
-        report = quantize(model, between, recipe, run)
+        report = make(between)
         # After the folder: a record without one is of no use, a folder without one is made again.
         write_json(record, job)
     embeddings = target.embeddings(open_checkpoint(source))

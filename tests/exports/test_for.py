@@ -78,6 +78,15 @@ def test_with_data_the_best_method_and_own_choices(mixed: Path, tmp_path: Path) 
     assert kinds["blk.1.ffn_down.weight"] == "q4_k"
 
 
+def test_tuned_in_one_go(mixed: Path, tmp_path: Path) -> None:
+    data = ("--calibration", "random-tokens", "--samples", 24, "--sequence-length", 16, "--tune-epochs", 1)
+    run_cli("quantize", mixed, tmp_path / "out", "--for", "llama.cpp", "--method", "rtn", "--tune", *data)
+    report = json.loads((tmp_path / "out" / "fewbit_report.json").read_text())
+    assert len(report["quantize"]["tuning"]["history"]["losses"]) > 0
+    assert read(tmp_path / "out" / "out.gguf")[2]["blk.0.attn_q.weight"] == "iq4_nl"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_grid_by_name(mixed: Path, tmp_path: Path) -> None:
     run_cli("quantize", mixed, tmp_path / "out", "--for", "llama.cpp", "--grid", "q4_0", "--method", "rtn")
     assert read(tmp_path / "out" / "out.gguf")[2]["blk.1.ffn_down.weight"] == "q4_0"
@@ -90,7 +99,7 @@ def test_a_grid_by_name(mixed: Path, tmp_path: Path) -> None:
     [
         ({"target": "vllm"}, "--for must be one of llama.cpp, not 'vllm'"),
         ({"target": "llama.cpp", "bits": 1}, "has no type of 1 bits: use --bits 2 or more"),
-        ({"target": "llama.cpp", "tune": True}, "leave out --tune"),
+        ({"target": "llama.cpp", "recipe": "recipe.json"}, "leave out --recipe"),
         ({"target": "llama.cpp", "outlier_fraction": 0.01}, "has the outliers none"),
     ],
 )
@@ -134,7 +143,7 @@ def test_a_killed_run_goes_on_and_another_is_not_mixed_with_it(
         run_cli(*command, 4, code=130)
     assert (tmp_path / ".out.fewbit-native" / "config.json").is_file()
     with monkeypatch.context() as patch:
-        patch.setattr("fewbit.exports.quantize_for.quantize", lambda *_: pytest.fail("done again"))
+        patch.setattr("fewbit.api.run_quantize", lambda *_: pytest.fail("done again"))
         run_cli(*command, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with monkeypatch.context() as patch:
