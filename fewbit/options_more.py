@@ -50,7 +50,7 @@ EXPORT: tuple[Option, ...] = (
     Option(
         "embeddings",
         str,
-        "Round embeddings and head to this type: q8_0, q6_k, q5_k, q4_k; default: keep (as they are).",
+        "Round embeddings and head to this type: f16, q8_0, q6_k, q5_k, q4_k; default: keep (as they are).",
         "run",
     ),
     OVERWRITE,

@@ -32,7 +32,11 @@ from fewbit.runtime.unpack import read_parts
 from fewbit.solvers.settled import NotFiniteError, WeightChoices, round_rows
 from fewbit.version import __version__
 
-EMBEDDING_TYPES = ("keep", *(name for name, kind in BLOCK_TYPES.items() if name in ("q8_0", "q6_k", "q5_k", "q4_k")))
+EMBEDDING_TYPES = (
+    "keep",
+    "f16",
+    *(name for name, kind in BLOCK_TYPES.items() if name in ("q8_0", "q6_k", "q5_k", "q4_k")),
+)
 """What embeddings and head can be rounded to; keep: as they are."""
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _COMPUTED = (".rotary_emb.inv_freq",)
@@ -252,7 +256,22 @@ def _kept(entry: TensorEntry, reader: FileReader, name: str, found: Architecture
     return _Item(name, entry.shape, PLAIN[dtype][0], (*entry.shape[:-1], entry.shape[-1] * dtype.itemsize), read)
 
 
+def _as_float16(entry: TensorEntry, reader: FileReader, name: str, errors: dict[str, float]) -> _Item:
+    def read() -> Tensor:
+        before = reader.tensor(entry)
+        after = before.to(torch.float16)
+        if not bool(torch.isfinite(after).all()):
+            raise FewbitError(f"{entry.name}: a weight is too large for float16: leave out --embeddings f16")
+        lost, total = (one.double().square().sum() for one in (after.float() - before.float(), before.float()))
+        errors[entry.name] = float(lost / total) if total else 0.0
+        return plain_bytes(after)
+
+    return _Item(name, entry.shape, "F16", (*entry.shape[:-1], entry.shape[-1] * 2), read)
+
+
 def _rounded(entry: TensorEntry, reader: FileReader, name: str, kind: str, errors: dict[str, float]) -> _Item:
+    if kind == "f16":
+        return _as_float16(entry, reader, name, errors)
     grid, block = GRIDS[kind], BLOCK_TYPES[kind]
     rows, columns = entry.shape
     if columns % grid.block:

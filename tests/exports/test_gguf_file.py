@@ -153,6 +153,9 @@ def test_embeddings_are_rounded_only_if_asked(models: dict[str, Path], tmp_path:
         error = (tensors[key] - weights[source]).square().sum() / weights[source].square().sum()
         assert report["rounded"][source] == pytest.approx(float(error), rel=1e-3)
         assert 0 < error < 1e-4
+    half = fewbit.export(models["llama3"], tmp_path / "half", embeddings="f16")
+    assert read(tmp_path / "half" / "half.gguf")[2]["output.weight"] == "f16"
+    assert max(half["rounded"].values()) < 1e-10
     with pytest.raises(fewbit.FewbitError, match="q6_k needs a multiple of 256 columns, not 64: use q8_0"):
         fewbit.export(models["llama3"], tmp_path / "other", embeddings="q6_k")
     assert not (tmp_path / "other").exists()
