@@ -22,11 +22,16 @@ def quantize_json(report: dict[str, Any]) -> dict[str, Any]:
         "name": report["model"],
         "method": report["method"],
         "bits_per_weight": report["output"]["bits_per_weight"],
-        "bytes": report["output"]["file_bytes"],
+        "bytes": _file_bytes(report),
         "seconds": report["run"]["seconds"],
         "peak_rss_bytes": report["run"]["peak_rss_bytes"],
     }
     return {"models": [row], "protocol": None, "versions": versions(), "report": report}
+
+
+def _file_bytes(report: dict[str, Any]) -> int:
+    """The bytes of the weight files that a run leaves: those of an exported format, or of the native folder."""
+    return int(report["export"]["bytes"] if "export" in report else report["output"]["file_bytes"])
 
 
 def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
@@ -37,7 +42,7 @@ def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
     lines = [
         f"{report['method']}: {output['weights_quantized']:,} weights in {len(errors)} layers at "
         f"{output['bits_per_weight']:.2f} bits per weight on disk; {len(report['kept'])} tensors kept",
-        f"{show_size(report['source']['bytes'])} -> {show_size(output['file_bytes'])} in {run['seconds']:.1f} s, "
+        f"{show_size(report['source']['bytes'])} -> {show_size(_file_bytes(report))} in {run['seconds']:.1f} s, "
         f"peak memory {show_size(run['peak_rss_bytes'])}",
         f"largest relative squared error {worst['relative_squared_error']:.4f} in {worst['name']}",
     ]

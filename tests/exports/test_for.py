@@ -51,6 +51,7 @@ def test_a_folder_with_one_file(bits: int, mixed: Path, tmp_path: Path) -> None:
     done = run_cli("quantize", mixed, tmp_path / "out", "--for", "llama.cpp", "--bits", bits, "--json")
     data = json.loads(done.stdout)
     assert data["report"]["export"]["for"] == "llama.cpp"
+    assert data["models"][0]["bytes"] == (tmp_path / "out" / "out.gguf").stat().st_size
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "fewbit_report.json",
         "fewbit_run.json",
