@@ -1,6 +1,7 @@
 """Models written as GGUF, read back by the gguf package and compared with the original."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import copy_folder, run_cli
 from gguf_models import ARCHITECTURES, build
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fewbit
 from fewbit.exports.gguf_architectures import reordered
@@ -256,3 +257,54 @@ def test_a_damaged_folder_and_a_failure_leave_nothing(
     monkeypatch.undo()
     run_cli("export", tmp_path / "q", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("*.gguf")] == ["out.gguf"]
+
+
+def test_damaged_content_is_found_while_writing(models: dict[str, Path], tmp_path: Path) -> None:
+    fewbit.quantize(models["qwen2"], tmp_path / "q", preset("rtn", grid="q4_0"))
+    path = tmp_path / "q" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.scales"][3, 1] = 0x7C00  # infinite
+    save_file(tensors, path, {"format": "pt"})
+    done = run_cli("export", tmp_path / "q", tmp_path / "out", code=2)
+    assert "model.layers.1.mlp.up_proj: values of the grid are not finite" in done.stderr
+    tensors.pop("model.layers.1.mlp.up_proj.scales")
+    save_file(tensors, path, {"format": "pt"})
+    done = run_cli("export", tmp_path / "q", tmp_path / "out", code=2)
+    assert "model.layers.1.mlp.up_proj.scales is missing" in done.stderr
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["q"]
+
+
+def test_a_tokenizer_larger_than_the_model_or_of_unknown_splits(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy_folder(models["qwen2"], tmp_path / "model")
+    data = json.loads((folder / "tokenizer.json").read_text())
+    before = json.dumps(data)
+    data["added_tokens"].append({**data["added_tokens"][0], "id": 320, "content": "<more>"})
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    done = run_cli("export", folder, tmp_path / "out", code=2)
+    assert "has a token 320, but the model has only 320" in done.stderr
+    data = json.loads(before)
+    data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "x+"
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    done = run_cli("export", folder, tmp_path / "out", code=2)
+    assert "splits text in a way that llama.cpp has no name for (Split x+, ByteLevel)" in done.stderr
+    (folder / "tokenizer.json").write_text(
+        before.replace('"content": "<s>"', '"content": 5', 1).replace('"id": 0', '"id": []', 1)
+    )
+    assert "tokenizer.json: cannot be read" in run_cli("export", folder, tmp_path / "out", code=2).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_llama_cpp_does_not_have(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy_folder(models["llama"], tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.sinks"] = torch.zeros(4)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = run_cli("export", folder, tmp_path / "out", code=2)
+    assert "model.layers.0.self_attn.sinks: llama.cpp has no such tensor in llama" in done.stderr
+
+
+def test_a_module_without_the_package(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    done = run_cli("export", models["llama"], tmp_path / "out", code=2)
+    assert "pip install 'fewbit[gguf]'" in done.stderr
+    assert not (tmp_path / "out").exists()
