@@ -38,7 +38,7 @@ def export(
     if out.suffix == f".{kind.name}":
         raise FewbitError(f"{out}: give a folder, such as {out.with_suffix('')}: the file is written into it")
     checkpoint = open_checkpoint(locate(folder))
-    problem = kind.problem(checkpoint)
+    problem = kind.problem(checkpoint, embeddings)
     if problem:
         raise FewbitError(problem)
     if checkpoint.is_native:

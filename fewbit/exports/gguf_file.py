@@ -28,7 +28,7 @@ from fewbit.grids.grid import ScaleSearch
 from fewbit.grids.scheme import Scheme, StoredWeight
 from fewbit.grids.table import GRIDS
 from fewbit.progress import Progress
-from fewbit.runtime.unpack import read_parts
+from fewbit.runtime.unpack import read_parts, read_weight
 from fewbit.solvers.settled import NotFiniteError, WeightChoices, round_rows
 from fewbit.version import __version__
 
@@ -59,12 +59,14 @@ class _Item:
     read: Callable[[], Tensor]
 
 
-def gguf_problem(checkpoint: Checkpoint) -> str | None:
-    """Why a model cannot be written as GGUF without loss; None if it can. Nothing is read but headers."""
+def gguf_problem(checkpoint: Checkpoint, embeddings: str) -> str | None:
+    """Why a model cannot be written as GGUF; None if it can. Nothing is read but headers.
+
+    embeddings: as in :func:`write_gguf`.
+    """
     try:
         found = architecture_of(checkpoint.config, str(checkpoint.folder))
-        _check_schemes(checkpoint)
-        _names(found, checkpoint)
+        _check_schemes(checkpoint, _names(found, checkpoint), embeddings)
     except FewbitError as error:
         return str(error)
     return None
@@ -75,15 +77,15 @@ def write_gguf(
 ) -> dict[str, Any]:
     """Write a native folder, or a 16-bit one, to `path`.
 
-    embeddings: the type to which embeddings and head are rounded, one of EMBEDDING_TYPES; all other tensors are written
-    without loss. Returns the number of tensors by type, the bytes, and the relative squared errors of what was rounded.
-    Raises FewbitError for what GGUF cannot hold.
+    embeddings: the type to which embeddings and head are rounded, however they are stored, one of EMBEDDING_TYPES; all
+    other tensors are written without loss. Returns the number of tensors by type, the bytes, and the relative squared
+    errors of what was rounded. Raises FewbitError for what GGUF cannot hold.
     """
     gguf = import_gguf()
     check_name("embeddings", embeddings, EMBEDDING_TYPES)
     where = str(checkpoint.folder)
     found = architecture_of(checkpoint.config, where)
-    _check_schemes(checkpoint)
+    _check_schemes(checkpoint, _names(found, checkpoint), embeddings)
     facts = dict(metadata(found, checkpoint.config, where))
     tokenizer = tokenizer_facts(checkpoint.folder, checkpoint.config)
     errors: dict[str, float] = {}
@@ -160,24 +162,31 @@ def _add(writer: Any, key: str, value: Any) -> None:
     adders[type(value)](key, value)
 
 
-def _check_schemes(checkpoint: Checkpoint) -> None:
-    if checkpoint.foreign is not None or not (checkpoint.quantization is None or checkpoint.is_native):
-        raise FewbitError(f"{checkpoint.folder}: quantized by another tool, which cannot be written as GGUF")
-    if not checkpoint.is_native:
-        return
-    for module, stored in weights_of(checkpoint).items():
-        if form_of(stored.scheme) is None or stored.original_shape is not None or stored.transposed:
-            scheme = stored.scheme
-            outliers = " with outliers" if scheme.has_outliers else ""
-            raise FewbitError(
-                f"{checkpoint.folder}: {module}: no type of GGUF holds {scheme.bits:g} bits on the {scheme.grid} grid"
-                f"{outliers} in groups of {scheme.group_size}: quantize the original with  "
-                f"--for llama.cpp --bits {scheme.whole_bits}"
-            )
+def _check_schemes(checkpoint: Checkpoint, names: dict[str, str], embeddings: str) -> None:
+    """Raises FewbitError for a packed weight that no type of GGUF holds, unless it is rounded anyway."""
+    weights = weights_of(checkpoint) if checkpoint.is_native else {}
+    for module, stored in weights.items():
+        is_embedding = names.get(module) in _EMBEDDINGS
+        as_it_is = form_of(stored.scheme) is not None and stored.original_shape is None and not stored.transposed
+        if as_it_is or (is_embedding and embeddings != "keep"):
+            continue
+        scheme = stored.scheme
+        outliers = " with outliers" if scheme.has_outliers else ""
+        advice = f"quantize the original with  --for llama.cpp --bits {scheme.whole_bits}"
+        raise FewbitError(
+            f"{checkpoint.folder}: {module}: no type of GGUF holds {scheme.bits:g} bits on the {scheme.grid} grid"
+            f"{outliers} in groups of {scheme.group_size}: "
+            f"{'round it with  --embeddings q8_0' if is_embedding else advice}"
+        )
 
 
 def _names(found: Architecture, checkpoint: Checkpoint) -> dict[str, str]:
-    """The tensors and packed modules of a checkpoint -> llama.cpp's names. Raises FewbitError for an unknown one."""
+    """The tensors and packed modules of a checkpoint -> llama.cpp's names.
+
+    Raises FewbitError for an unknown one, and for a model that another tool quantized.
+    """
+    if checkpoint.foreign is not None or not (checkpoint.quantization is None or checkpoint.is_native):
+        raise FewbitError(f"{checkpoint.folder}: quantized by another tool, which cannot be written as GGUF")
     gguf = import_gguf()
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == found.name)
     known = gguf.get_tensor_name_map(architecture, int(checkpoint.config["num_hidden_layers"]))
@@ -216,16 +225,44 @@ def _items(
     weights = weights_of(checkpoint) if checkpoint.is_native else {}
     config = checkpoint.config
     for source, name in _names(found, checkpoint).items():
-        stored = weights.get(source)
-        if stored is not None:
-            heads = found.heads(f"{source}.weight", config)
-            yield _packed(checkpoint, reader, source, stored, (name, heads))
-            continue
-        entry = checkpoint.entries[source]
+        stored, entry = weights.get(source), checkpoint.entries.get(source)
         if name in _EMBEDDINGS and embeddings != "keep":
-            yield _rounded(entry, reader, name, embeddings, errors)
-            continue
-        yield _kept(entry, reader, name, found, found.heads(source, config))
+            yield _rounded(_table(checkpoint, reader, source, stored), name, embeddings, errors)
+        elif stored is not None:
+            yield _packed(checkpoint, reader, source, stored, (name, found.heads(f"{source}.weight", config)))
+        elif entry is not None:
+            yield _kept(entry, reader, name, found, found.heads(source, config))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """An embedding or a head. rows(first, count): some of its rows."""
+
+    name: str
+    shape: tuple[int, int]
+    rows: Callable[[int, int], Tensor]
+
+
+def _table(checkpoint: Checkpoint, reader: FileReader, source: str, stored: StoredWeight | None) -> _Table:
+    if stored is None:
+        entry = checkpoint.entries[source]
+        rows, columns = entry.shape
+        return _Table(
+            source,
+            (rows, columns),
+            lambda first, count: reader.read(entry, first * columns, count * columns).view(count, columns),
+        )
+    decoded: list[Tensor] = []
+
+    def read(first: int, count: int) -> Tensor:
+        if not decoded:
+            decoded.append(read_weight(checkpoint, reader, source, stored))
+        piece = decoded[0][first : first + count]
+        if first + count == stored.shape[0]:
+            decoded.clear()
+        return piece
+
+    return _Table(source, stored.shape, read)
 
 
 def _packed(
@@ -256,41 +293,51 @@ def _kept(entry: TensorEntry, reader: FileReader, name: str, found: Architecture
     return _Item(name, entry.shape, PLAIN[dtype][0], (*entry.shape[:-1], entry.shape[-1] * dtype.itemsize), read)
 
 
-def _as_float16(entry: TensorEntry, reader: FileReader, name: str, errors: dict[str, float]) -> _Item:
-    def read() -> Tensor:
-        before = reader.tensor(entry)
-        after = before.to(torch.float16)
-        if not bool(torch.isfinite(after).all()):
-            raise FewbitError(f"{entry.name}: a weight is too large for float16: leave out --embeddings f16")
-        lost, total = (one.double().square().sum() for one in (after.float() - before.float(), before.float()))
-        errors[entry.name] = float(lost / total) if total else 0.0
-        return plain_bytes(after)
-
-    return _Item(name, entry.shape, "F16", (*entry.shape[:-1], entry.shape[-1] * 2), read)
-
-
-def _rounded(entry: TensorEntry, reader: FileReader, name: str, kind: str, errors: dict[str, float]) -> _Item:
-    if kind == "f16":
-        return _as_float16(entry, reader, name, errors)
-    grid, block = GRIDS[kind], BLOCK_TYPES[kind]
-    rows, columns = entry.shape
-    if columns % grid.block:
-        raise FewbitError(f"{entry.name}: {kind} needs a multiple of {grid.block} columns, not {columns}: use q8_0")
-    scheme = Scheme(grid.widths[0], int(grid.brings["group_size"]), kind, scale_format=grid.scales)
-    choices = WeightChoices(scheme, ScaleSearch())
+def _rounded(table: _Table, name: str, kind: str, errors: dict[str, float]) -> _Item:
+    """An embedding or a head in another type; its relative squared error goes into `errors` when it is read."""
+    rows = table.shape[0]
+    encode, width = _encoding(table, kind)
 
     def read() -> Tensor:
         pieces, lost, total = [], 0.0, 0.0
         for first in range(0, rows, _ROWS):
-            count = min(_ROWS, rows - first)
-            piece = reader.read(entry, first * columns, count * columns).view(count, columns)
-            try:
-                encoded = round_rows(piece, choices, None, None)
-            except NotFiniteError as error:
-                raise FewbitError(f"{entry.name}: a weight is NaN or infinite: the model is damaged") from error
-            pieces.append(to_blocks(encoded.parts, StoredWeight(scheme, (count, columns))))
-            lost, total = lost + encoded.squared_error, total + encoded.squared_norm
-        errors[entry.name] = lost / total if total else 0.0
+            data, error, norm = encode(table.rows(first, min(_ROWS, rows - first)))
+            pieces.append(data)
+            lost, total = lost + error, total + norm
+        errors[table.name] = lost / total if total else 0.0
         return torch.cat(pieces)
 
-    return _Item(name, entry.shape, kind, (rows, columns // block.weights * block.bytes), read)
+    return _Item(name, table.shape, kind.upper() if kind == "f16" else kind, (rows, width), read)
+
+
+def _encoding(table: _Table, kind: str) -> tuple[Callable[[Tensor], tuple[Tensor, float, float]], int]:
+    """The function from rows to their bytes, squared error and squared norm, and the bytes of a row."""
+    columns = table.shape[1]
+
+    def half(piece: Tensor) -> tuple[Tensor, float, float]:
+        after = piece.to(torch.float16)
+        if not bool(torch.isfinite(after).all()):
+            raise FewbitError(f"{table.name}: a weight is too large for float16: leave out --embeddings f16")
+        error, norm = (float(one.double().square().sum()) for one in (after.float() - piece.float(), piece.float()))
+        return plain_bytes(after), error, norm
+
+    if kind == "f16":
+        return half, 2 * columns
+    grid, block = GRIDS[kind], BLOCK_TYPES[kind]
+    if columns % grid.block:
+        raise FewbitError(f"{table.name}: {kind} needs a multiple of {grid.block} columns, not {columns}: use q8_0")
+    scheme = Scheme(grid.widths[0], int(grid.brings["group_size"]), kind, scale_format=grid.scales)
+    choices = WeightChoices(scheme, ScaleSearch())
+
+    def blocks(piece: Tensor) -> tuple[Tensor, float, float]:
+        try:
+            found = round_rows(piece, choices, None, None)
+        except NotFiniteError as error:
+            raise FewbitError(f"{table.name}: a weight is NaN or infinite: the model is damaged") from error
+        return (
+            to_blocks(found.parts, StoredWeight(scheme, (len(piece), columns))),
+            found.squared_error,
+            found.squared_norm,
+        )
+
+    return blocks, columns // block.weights * block.bytes

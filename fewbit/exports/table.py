@@ -23,15 +23,15 @@ from fewbit.recipe import Recipe
 class Format:
     """A file format.
 
-    holds(scheme): whether a stored weight keeps its bits. problem(checkpoint): why a model cannot be written without
-    loss, or None. write(checkpoint, path, embeddings,
+    holds(scheme): whether a stored weight keeps its bits. problem(checkpoint, embeddings): why a model cannot be
+    written, or None. write(checkpoint, path, embeddings,
     progress): write the model; returns what the report says about it. file(name): the file's name in the output folder.
     """
 
     name: str
     summary: str
     holds: Callable[[Scheme], bool]
-    problem: Callable[[Checkpoint], str | None]
+    problem: Callable[[Checkpoint, str], str | None]
     write: Callable[[Checkpoint, Path, str, Progress | None], dict[str, Any]]
     file: Callable[[str], str]
 

@@ -162,6 +162,24 @@ def test_embeddings_are_rounded_only_if_asked(models: dict[str, Path], tmp_path:
     assert not (tmp_path / "other").exists()
 
 
+def test_packed_embeddings_that_no_type_holds_are_rounded_if_asked(models: dict[str, Path], tmp_path: Path) -> None:
+    table = (
+        "--include",
+        "model.embed_tokens.weight",
+        "--set",
+        "model.embed_tokens.weight:grid=symmetric,group_size=16",
+    )
+    run_cli("quantize", models["llama"], tmp_path / "q", "--grid", "q8_0", *table)
+    done = run_cli("export", tmp_path / "q", tmp_path / "out", code=2)
+    assert "model.embed_tokens: no type of GGUF holds 8 bits on the symmetric grid" in done.stderr
+    assert "round it with  --embeddings q8_0" in done.stderr
+    run_cli("export", tmp_path / "q", tmp_path / "out", "--embeddings", "q8_0")
+    _, tensors, kinds = read(tmp_path / "out" / "out.gguf")
+    assert kinds["token_embd.weight"] == "q8_0"
+    plain = original(unpack(tmp_path / "q", tmp_path / "plain"))["model.embed_tokens.weight"]
+    assert (tensors["token_embd.weight"] - plain).norm() < 0.01 * plain.norm()
+
+
 def test_the_order_of_rows_is_a_permutation_that_differs() -> None:
     rows = torch.arange(12).view(12, 1)
     assert reordered(rows, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
