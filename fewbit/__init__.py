@@ -23,6 +23,7 @@ __all__ = [
     "TuningChoice",
     "__version__",
     "evaluate",
+    "export",
     "inspect",
     "load",
     "plan",
@@ -46,6 +47,7 @@ _WHERE = {
     "TuneOptions": "fewbit.tuning.run",
     "TuningChoice": "fewbit.tuning.choice",
     "evaluate": "fewbit.api",
+    "export": "fewbit.api",
     "inspect": "fewbit.inspection.inspect",
     "load": "fewbit.runtime.load",
     "plan": "fewbit.api",
@@ -56,7 +58,7 @@ _WHERE = {
 }
 
 if TYPE_CHECKING:
-    from fewbit.api import evaluate, plan, quantize, tune, unpack
+    from fewbit.api import evaluate, export, plan, quantize, tune, unpack
     from fewbit.calibration.choice import CalibrationChoice
     from fewbit.curvature.choice import CurvatureChoice
     from fewbit.errors import FewbitError

@@ -1,9 +1,9 @@
 """The Python interface: the same functions and options as the command line, with the same names."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewbit.calibration.choice import CalibrationChoice, choice_from
 from fewbit.checkpoints.json_in import read_json_object
@@ -14,13 +14,20 @@ from fewbit.errors import FewbitError
 from fewbit.option_values import checked
 from fewbit.options import EVALUATE, PLAN, QUANTIZE, TUNE, described_by, given_of
 from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh, refuse_unused, share_of_stored
-from fewbit.pipeline.run import RunOptions
+from fewbit.pipeline.run import RunOptions, job_of
 from fewbit.pipeline.run import quantize as run_quantize
 from fewbit.progress import Progress
 from fewbit.recipe import Recipe
 from fewbit.recipe_choices import recipe_from_choices
 from fewbit.sizes import parse_size
 from fewbit.tuning.choice import TuningChoice, tuning_choice
+
+if TYPE_CHECKING:
+    from fewbit.exports.table import Target
+
+
+DEFAULT_METHOD, DEFAULT_CALIBRATED = "adpq+", "precal+oac"
+"""The methods of `--for` if none is given: without data, and with a calibration set."""
 
 
 @described_by(QUANTIZE)
@@ -45,6 +52,29 @@ def quantize(
         recipe = method if isinstance(method, Recipe) else recipe_from_choices(method, {})
         return run_quantize(model, out, recipe, options)
     request = quantize_request(model, method, choices, progress)
+    if request.target is None or out is None or request.options.report_only:
+        return {**_quantized(model, out, request, choices), **({"notes": request.notes} if request.notes else {})}
+    from fewbit.exports.quantize_for import quantize_for
+
+    job = {
+        **job_of(model, request.recipe, request.options),
+        "tuning": asdict(request.tuning) if request.tuning else None,
+    }
+    report = quantize_for(
+        request.target,
+        model,
+        Path(out),
+        job,
+        lambda folder: _quantized(model, folder, request, choices),
+        request.options,
+    )
+    return {**report, "notes": request.notes}
+
+
+def _quantized(
+    model: str | Path, out: str | Path | None, request: "QuantizeRequest", choices: dict[str, Any]
+) -> dict[str, Any]:
+    """Quantize, and fine-tune if that is requested, into a native folder; returns its report."""
     if request.tuning is None or out is None:
         return run_quantize(model, out, request.recipe, request.options)
     # Imported here because a data-free run starts in half the time without the imports of training.
@@ -62,11 +92,13 @@ def quantize(
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """What a call of :func:`quantize` requests."""
+    """What a call of :func:`quantize` requests. notes: what the target cannot hold as asked, for the user."""
 
     recipe: Recipe
     options: RunOptions
     tuning: TuningChoice | None
+    target: "Target | None" = None
+    notes: list[str] = field(default_factory=list)
 
 
 def quantize_request(
@@ -77,6 +109,10 @@ def quantize_request(
     flat = given_of(QUANTIZE, choices, "recipe")
     flat["sets"] = flat.pop("set", ())
     file = flat.pop("recipe", None)
+    target: Target | None = None
+    notes: list[str] = []
+    if choices.get("target") is not None:
+        method, target, flat, notes = _for_target(model, method, choices, flat, file)
     recipe = recipe_from_choices(method, flat) if file is None else _recipe_in(Path(file), flat)
     text, others = _text(QUANTIZE, choices), given_of(QUANTIZE, choices, "curvature")
     run, tune = given_of(QUANTIZE, choices, "run"), given_of(QUANTIZE, choices, "tune")
@@ -103,7 +139,23 @@ def quantize_request(
         progress=progress,
         calibration=calibration,
     )
-    return QuantizeRequest(recipe, options, tuning)
+    return QuantizeRequest(recipe, options, tuning, target, notes)
+
+
+def _for_target(
+    model: str | Path, method: str, choices: dict[str, Any], flat: dict[str, Any], file: Any
+) -> "tuple[str, Target, dict[str, Any], list[str]]":
+    """The method, the target, and the choices of a recipe whose grids it holds."""
+    from fewbit.exports.quantize_for import choices_for
+    from fewbit.exports.table import target_named
+
+    target = target_named(choices["target"])
+    if file is not None:
+        raise FewbitError(f"--for {target.name}: chooses grids itself: leave out --recipe")
+    if method == DEFAULT_METHOD and (choices.get("calibration") or choices.get("curvature")):
+        method = DEFAULT_CALIBRATED
+    flat, notes = choices_for(target, model, flat)
+    return method, target, flat, notes
 
 
 def _recipe_in(path: Path, flat: dict[str, Any]) -> Recipe:
@@ -129,11 +181,15 @@ def plan(model: str | Path, method: str = "adpq+", **choices: Any) -> dict[str, 
     Returns ``tensors`` (by action), ``output`` (weights, bits per weight, bytes), ``needs`` (seconds, memory_bytes,
     disk_bytes), ``problems`` and ``exports``. Raises FewbitError for a model that cannot be read.
     """
+    from fewbit.exports.table import export_problems
     from fewbit.pipeline.forecast import forecast
 
     choices = checked("plan", PLAN, choices)
     request = quantize_request(model, method, choices)
-    return forecast(model, request.recipe, request.options.calibration)
+    result = forecast(model, request.recipe, request.options.calibration)
+    result["problems"] += request.notes
+    result["exports"].update(export_problems(request.recipe, result["tensors"]["quantize"]))
+    return result
 
 
 @described_by(TUNE)
@@ -204,6 +260,25 @@ def evaluate(
     if rounded is None:
         rounded = choose_rounded(choices.get("w8a8"), _text(EVALUATE, choices))
     return run(models, data, protocol, reference, device, progress, tasks, rounded)
+
+
+def export(
+    folder: str | Path,
+    dest: str | Path,
+    format: str = "gguf",
+    embeddings: str = "keep",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a quantized folder, or a 16-bit model, in a foreign format into the new folder `dest`.
+
+    Weights are converted without loss, or the export is refused. embeddings: the type to which embeddings and head are
+    rounded; keep (default) writes them as they are. Returns the report: ``file``, ``bytes``, ``tensors`` (by type) and
+    ``rounded`` (relative squared errors). Raises FewbitError for bad input; `dest` is then not created.
+    """
+    from fewbit.exports.export import export as run
+
+    return run(folder, dest, format, embeddings, overwrite, progress)
 
 
 def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_size: str | int = "5GB") -> Path:

@@ -16,7 +16,7 @@ from fewbit.cli_tune import tune
 from fewbit.faults import fault_report, hidden_error, line_for
 from fewbit.memory import keep_freed_memory
 from fewbit.options import EVALUATE, given_of
-from fewbit.options_more import UNPACK
+from fewbit.options_more import EXPORT, UNPACK
 from fewbit.printable import check_name, printable
 from fewbit.progress import progress_line
 
@@ -143,6 +143,36 @@ def unpack(
         print_json({"models": [row], "protocol": None, "versions": versions()})
     else:
         print(printable(f"wrote {written}"))
+
+
+@app.command("export")
+@with_options(EXPORT)
+def export_command(
+    folder: Annotated[str, typer.Argument(help="A quantized folder, or a 16-bit model.")],
+    dest: Annotated[Path, typer.Argument(help="The output folder.")],
+    as_json: JsonFlag = False,
+    **choices: Any,
+) -> None:
+    """Convert a quantized folder to a format that other runtimes load. Weights are converted without loss, or refused.
+
+    Examples:
+
+      fewbit quantize smollm2-135m small --grid q4_0
+
+      fewbit export small small-gguf --format gguf
+    """
+    from fewbit.api import export as run
+    from fewbit.report.text import export_summary
+    from fewbit.versions import versions
+
+    announce(folder)
+    with progress_line(f"exporting {folder}") as progress:
+        report = run(folder, dest, progress=progress, **given_of(EXPORT, choices, "run"))
+    if as_json:
+        row = {"name": str(dest), "method": report["format"], "bytes": report["bytes"]}
+        print_json({"models": [row], "protocol": None, "versions": versions(), "report": report})
+    else:
+        print(export_summary(report, dest))
 
 
 @app.command()

@@ -49,18 +49,22 @@ def quantize(
     from fewbit.checkpoints.companions import say_left
     from fewbit.checkpoints.output import list_file
     from fewbit.report.html import check_page, write_quantize_page
-    from fewbit.report.text import quantize_json, quantize_summary, tuning_summary
+    from fewbit.report.text import export_summary, quantize_json, quantize_summary, tuning_summary
 
     check_page(html, None if choices["report_only"] else out, Path(model))
     announce(model)
     with progress_line(f"{method} {model}") as progress, resumable():
         report = run(model, out, method, progress=progress, **choices)
+    for note in report.get("notes", ()):
+        print(printable(f"fewbit: {note}"), file=sys.stderr)
     if (left := say_left(report.get("left", ()))) and not choices["report_only"]:
         print(printable(left), file=sys.stderr)
     if as_json:
         print_json(quantize_json(report))
     elif "tuning" in report and out is not None:
         print(tuning_summary(report, out))
+        if "export" in report:
+            print(export_summary(report["export"], out))
     else:
         print(quantize_summary(report, None if choices["report_only"] else out))
     if html:

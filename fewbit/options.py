@@ -50,8 +50,17 @@ _PATTERN = (
     "PATTERN, the name of a tensor or of a module with all its tensors, with *, ? and [...] as in a shell; "
     "case-sensitive (repeatable)."
 )
+TARGET = Option(
+    "target",
+    str,
+    "The runtime that is to load the result: llama.cpp. OUT then holds a file of its format, and grids are chosen by "
+    "--bits (or --grid) among those that it loads.",
+    "target",
+    flag="--for",
+)
 QUANTIZE: tuple[Option, ...] = (
     BITS,
+    TARGET,
     CALIBRATION,
     SAMPLES,
     Option("tune", bool, "Fine-tune the result on the same text (see `fewbit tune`).", "tune", flag="--tune"),
@@ -171,7 +180,9 @@ QUANTIZE: tuple[Option, ...] = (
 )
 
 PLAN: tuple[Option, ...] = tuple(
-    option for option in QUANTIZE if option.part in ("recipe", "text", "curvature") and option.name != "max_fallback"
+    option
+    for option in QUANTIZE
+    if option.part in ("recipe", "text", "curvature", "target") and option.name != "max_fallback"
 )
 
 _HOW, _WHERE = "Training", "Run"

@@ -15,6 +15,7 @@ from fewbit.errors import FewbitError
 from fewbit.grids.choice import GridChoice, ScaleChoice
 from fewbit.grids.grid import ScaleSearch
 from fewbit.grids.scheme import Scheme
+from fewbit.grids.table import chosen_grid
 from fewbit.outliers.choice import OutlierChoice
 from fewbit.outliers.rules import check_outlier_choice
 from fewbit.presets import PRESETS, row_of
@@ -159,7 +160,7 @@ def with_choices(recipe: Recipe, choices: Mapping[str, Any]) -> Recipe:
     If no bits are chosen, a grid that has only one width uses that.
     """
     _check_keys(choices, (*FIELDS, *_WHOLE), "choices")
-    choices = dict(choices)
+    choices = {**brought_by(choices.get("grid")), **choices}
     if "grid" in choices and "bits" not in choices and choices["grid"] != recipe.grid.name:
         widths = replace(recipe.grid, name=choices["grid"], bits=None, column_weights="none").grid.widths
         if recipe.bits not in widths:
@@ -172,6 +173,12 @@ def with_choices(recipe: Recipe, choices: Mapping[str, Any]) -> Recipe:
     changed: dict[str, Any] = {axis: replace(getattr(recipe, axis), **new) for axis, new in axes.items()}
     whole = {name: _whole(name, choices[name], getattr(recipe, name)) for name in _WHOLE if name in choices}
     return replace(recipe, **changed, **whole)
+
+
+def brought_by(name: Any) -> dict[str, Any]:
+    """The choices on other axes that a grid determines, by its name in recipes."""
+    grid = chosen_grid(name) if isinstance(name, str) else None
+    return {} if grid is None else dict(grid.brings)
 
 
 def _whole(name: str, value: Any, before: Any) -> Any:
@@ -196,7 +203,7 @@ def preset(method: str, **choices: Any) -> Recipe:
     width = bits if isinstance(bits, int | float) else GridChoice.bits or 4
     row = row_of(method, width)
     choices = {name: _whole(name, value, row.get(name)) for name, value in choices.items()}
-    return with_choices(Recipe(), {"method": method, **row, **choices})
+    return with_choices(Recipe(), {"method": method, **row, **brought_by(choices.get("grid")), **choices})
 
 
 def check_method(method: str) -> None:

@@ -9,7 +9,7 @@ from fewbit.grids.grid import ScaleSearch
 from fewbit.grids.table import GRIDS, chosen_grid
 from fewbit.outliers.grids import OUTLIER_GRIDS
 from fewbit.outliers.rules import OUTLIER_RULES
-from fewbit.recipe import Recipe, preset, replace_solver, sets_of, with_choices
+from fewbit.recipe import Recipe, brought_by, preset, replace_solver, sets_of, with_choices
 
 
 def recipe_from_choices(method: str, choices: dict[str, Any]) -> Recipe:
@@ -36,11 +36,13 @@ def recipe_from_choices(method: str, choices: dict[str, Any]) -> Recipe:
     if "grid" in given:
         check_name("grid", given["grid"], [grid.choice for grid in GRIDS.values()])
         chosen = chosen_grid(given["grid"])
-        if chosen is not None and chosen.offset not in base.scales.kind.offsets:
+        if chosen is not None and not chosen.scales and chosen.offset not in base.scales.kind.offsets:
             given.setdefault("scale_format", "float16")
     if given.get("outlier_fraction") == 0:
         given["outliers"] = "none"
-    elif any(key.startswith("outlier_") for key in given) and not base.outliers.wanted:
+    elif any(key.startswith("outlier_") for key in given) and (
+        not base.outliers.wanted or "outliers" in brought_by(given.get("grid"))
+    ):
         given.setdefault("outliers", "adaptive-lasso")
     if clip_search is False and error_power is not None:
         raise FewbitError(

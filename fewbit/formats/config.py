@@ -9,6 +9,7 @@ from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.native import READ_VERSIONS, check_scheme, part_layout, stored_bytes
 from fewbit.grids.scheme import Scheme, StoredWeight
+from fewbit.grids.table import grid_of
 from fewbit.printable import first_line, one_line
 from fewbit.transforms.table import TRANSFORMS
 
@@ -107,6 +108,8 @@ def _stored(weight: _Weight, schemes: list[Scheme]) -> StoredWeight:
     rows, columns = weight.shape
     if columns % scheme.group_size:
         raise ValueError(f"group size {scheme.group_size} does not divide {columns} columns")
+    if columns % grid_of(scheme).block:
+        raise ValueError(f"the grid {scheme.grid} has blocks of {grid_of(scheme).block} columns, not {columns}")
     if weight.original_shape is not None and math.prod(weight.original_shape) != rows * columns:
         raise ValueError("original_shape does not match shape")
     if weight.outliers > rows * columns:

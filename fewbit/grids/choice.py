@@ -6,7 +6,7 @@ from fewbit.choices import Choices, check_name, check_values, plain_number
 from fewbit.errors import FewbitError
 from fewbit.grids.grid import Grid, ScaleSearch
 from fewbit.grids.scale_formats import SCALE_FORMATS, ScaleFormat
-from fewbit.grids.table import GRIDS, chosen_grid
+from fewbit.grids.table import GRIDS, chosen_grid, takes_scales
 
 MAX_BITS = 8
 COLUMN_WEIGHTS = ("none", "norm-gain")
@@ -76,6 +76,15 @@ class GridChoice:
         if self.width not in self.grid.widths:
             fit = [grid.choice for grid in GRIDS.values() if self.width in grid.widths]
             return f"{self.width:g} bit needs one of the grids {', '.join(fit)}, not {self.name}: see --method adpq+"
+        chosen = {
+            "group_size": self.group_size,
+            "scale_format": recipe.scales.format,
+            "outliers": recipe.outliers.rule,
+        }
+        for name, own in self.grid.brings.items():
+            if chosen[name] != own:
+                words, flag = name.replace("_", " "), name.replace("_", "-")
+                return f"the {self.name} grid has the {words} {own}, not {chosen[name]}: leave --{flag} out"
         if self.grid.block_by_block and not recipe.solver.refit:
             return f"the {self.name} grid is fitted block by block: omit --act-order and --static-groups"
         if self.grid.block_by_block and (recipe.outliers.wanted or not recipe.solver.method.compensates):
@@ -110,8 +119,8 @@ class ScaleChoice:
 
     def refuses(self, recipe: Choices) -> str | None:
         """Why these scales cannot be combined with the choices on the other axes, or None."""
-        if recipe.grid.grid.offset not in self.kind.offsets:
-            fit = [grid.choice for grid in GRIDS.values() if grid.offset in self.kind.offsets]
+        if not takes_scales(recipe.grid.grid, self.kind):
+            fit = [grid.choice for grid in GRIDS.values() if takes_scales(grid, self.kind)]
             return f"scale_format {self.format} needs one of the grids {', '.join(fit)}, not {recipe.grid.name}"
         if self.kind.joins_groups and recipe.solver.refit:
             return f"{self.format} scales share data among all groups of a row, so grids cannot be refitted one by one"

@@ -124,6 +124,8 @@ class Grid:
     joins_rows: some data is stored once for all rows of a weight. block_by_block: the grid is fitted only when the
     solver reaches a group. offset: what is stored in addition to scales: "" (nothing), zero (an integer zero-point),
     real (a real-valued zero-point), or minimum (in units of the weights).
+    scales: the only scale format of a grid whose format is part of it; "" for all that fit the offset. brings: choices
+    on other axes that the grid determines, by their flat names in recipes. block: a row's columns must be a multiple.
     """
 
     name: str
@@ -151,6 +153,9 @@ class Grid:
     joins_rows: bool = False
     block_by_block: bool = False
     offset: str = ""
+    scales: str = ""
+    brings: Mapping[str, str] = field(default_factory=dict)
+    block: int = 1
 
     @property
     def choice(self) -> str:

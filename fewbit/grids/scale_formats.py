@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbit.grids.nested import NESTED, Nested
 from fewbit.grids.packing import packed_bytes
 from fewbit.grids.scales import (
     TWO_LEVEL_BITS,
@@ -85,6 +86,22 @@ def _plain(name: str) -> ScaleFormat:
     )
 
 
+def _nested(name: str, nested: Nested) -> ScaleFormat:
+    signed = "a sign and " if nested.lowest < 0 else ""
+    return ScaleFormat(
+        name,
+        f"{signed}{nested.bits - (nested.lowest < 0)} bits per group, and 16 bits per 256 weights (k-quants)",
+        pack=nested.pack,
+        see=nested.see,
+        read=nested.read,
+        layout=nested.layout,
+        # Only for the grids that name them.
+        offsets=(),
+        joins_groups=True,
+        smallest=2.0**-14,
+    )
+
+
 def _pack_two_level(values: Tensor, quantity: str, scheme: Scheme) -> tuple[dict[str, Tensor], Tensor]:
     codes, rows = to_two_level(values)
     return {f"{quantity}s": codes, f"row_{quantity}s": rows}, from_two_level(codes, rows, values.shape[1])
@@ -133,5 +150,6 @@ SCALE_FORMATS: dict[str, ScaleFormat] = {
             row_block=lambda scheme: scheme.statistic_rows,
             has_statistics=True,
         ),
+        *(_nested(name, nested) for name, nested in NESTED.items()),
     )
 }

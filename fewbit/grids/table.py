@@ -4,9 +4,10 @@ from math import lcm
 
 from fewbit.grids.binary_grid import BINARY
 from fewbit.grids.evenly import MINIMUM, REAL_ZERO, SYMMETRIC, ZERO_POINT
+from fewbit.grids.ggml import GGML_GRIDS
 from fewbit.grids.grid import Grid
 from fewbit.grids.level_grid import CODEBOOK
-from fewbit.grids.scale_formats import SCALE_FORMATS
+from fewbit.grids.scale_formats import SCALE_FORMATS, ScaleFormat
 from fewbit.grids.scheme import Scheme
 from fewbit.grids.ternary import TERNARY
 
@@ -20,6 +21,7 @@ GRIDS: dict[str, Grid] = {
         CODEBOOK,
         BINARY,
         TERNARY,
+        *GGML_GRIDS,
     )
 }
 """Grids by their name in files."""
@@ -33,6 +35,11 @@ def grid_of(scheme: Scheme) -> Grid:
 def chosen_grid(name: str) -> Grid | None:
     """The grid with this name in recipes."""
     return next((grid for grid in GRIDS.values() if grid.choice == name), None)
+
+
+def takes_scales(grid: Grid, form: ScaleFormat) -> bool:
+    """Whether the scales of a grid can be stored in a format."""
+    return form.name == grid.scales if grid.scales else grid.offset in form.offsets
 
 
 def row_block(scheme: Scheme) -> int:
@@ -49,7 +56,7 @@ def check_core(scheme: Scheme) -> None:
         raise ValueError(f"a stored weight cannot have this {unknown}")
     problems = [
         (scheme.bits not in grid.widths, f"bits {scheme.bits} with the grid {grid.name}"),
-        (grid.offset not in form.offsets, f"scale format {form.name} with the grid {grid.name}"),
+        (not takes_scales(grid, form), f"scale format {form.name} with the grid {grid.name}"),
         (scheme.group_size % grid.span.columns != 0, f"group size {scheme.group_size}"),
         (bool(scheme.levels) != bool(grid.levels(scheme.bits)), "number of levels"),
         (form.has_statistics and not 1 <= scheme.statistic_bits <= 8, "statistics"),

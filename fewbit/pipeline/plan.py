@@ -14,7 +14,7 @@ from fewbit.formats.native import check_scheme, part_layout, stored_bytes
 from fewbit.grids import positions
 from fewbit.grids.choice import group_size_for
 from fewbit.grids.scheme import Scheme, StoredWeight
-from fewbit.grids.table import grid_of, row_block
+from fewbit.grids.table import GRIDS, grid_of, row_block
 from fewbit.outliers.rules import OUTLIER_RULES
 from fewbit.recipe import Recipe, with_choices
 from fewbit.solvers.settled import WeightChoices
@@ -186,6 +186,13 @@ def group_size_problem(coverage: Coverage, recipe: Recipe) -> str | None:
         columns, grid = tensor.matrix_shape[1], recipe.at(tensor.entry.name, coverage.exact_names).grid
         if columns < 1:
             raise FewbitError(f"{tensor.entry.name}: it has no columns: keep it with --exclude")
+        if columns % grid.grid.block:
+            fit = [one.choice for one in GRIDS.values() if one.brings and columns % one.block == 0]
+            others = f"use {', '.join(fit)}, or " if fit else ""
+            raise FewbitError(
+                f"{tensor.entry.name}: the {grid.name} grid needs a multiple of {grid.grid.block} columns, but this "
+                f"tensor has {columns}: {others}keep it with --exclude"
+            )
         size = group_size_for(columns, grid.group_size, grid.grid.span.columns)
         if size is not None and size < min(columns, _SMALLEST_AUTO) and not grid.group_size.isdecimal():
             raise FewbitError(

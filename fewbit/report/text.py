@@ -22,11 +22,16 @@ def quantize_json(report: dict[str, Any]) -> dict[str, Any]:
         "name": report["model"],
         "method": report["method"],
         "bits_per_weight": report["output"]["bits_per_weight"],
-        "bytes": report["output"]["file_bytes"],
+        "bytes": _file_bytes(report),
         "seconds": report["run"]["seconds"],
         "peak_rss_bytes": report["run"]["peak_rss_bytes"],
     }
     return {"models": [row], "protocol": None, "versions": versions(), "report": report}
+
+
+def _file_bytes(report: dict[str, Any]) -> int:
+    """The bytes of the weight files that a run leaves: those of an exported format, or of the native folder."""
+    return int(report["export"]["bytes"] if "export" in report else report["output"]["file_bytes"])
 
 
 def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
@@ -37,16 +42,26 @@ def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
     lines = [
         f"{report['method']}: {output['weights_quantized']:,} weights in {len(errors)} layers at "
         f"{output['bits_per_weight']:.2f} bits per weight on disk; {len(report['kept'])} tensors kept",
-        f"{show_size(report['source']['bytes'])} -> {show_size(output['file_bytes'])} in {run['seconds']:.1f} s, "
+        f"{show_size(report['source']['bytes'])} -> {show_size(_file_bytes(report))} in {run['seconds']:.1f} s, "
         f"peak memory {show_size(run['peak_rss_bytes'])}",
         f"largest relative squared error {worst['relative_squared_error']:.4f} in {worst['name']}",
     ]
     paths = Counter(layer["path"] for layer in report["layers"] if "path" in layer)
     if paths:
         lines.append("weights: " + ", ".join(f"{count} {path}" for path, count in paths.most_common()))
+    if "export" in report and out is not None:
+        return "\n".join([*map(printable, lines), export_summary(report["export"], out)])
     lines.append(f"wrote {out}" if out is not None else "nothing written (--report-only)")
     if out is not None:
         lines.append(f"measure it:  fewbit eval {out} --data FILE --reference {report['model']}")
+    return "\n".join(map(printable, lines))
+
+
+def export_summary(report: dict[str, Any], dest: Path) -> str:
+    """A summary of a few lines."""
+    types = ", ".join(f"{count} {name}" for name, count in sorted(report["tensors"].items(), key=lambda one: -one[1]))
+    lines = [f"wrote {dest / report['file']}: {show_size(report['bytes'])}; tensors: {types}"]
+    lines += [f"{name}: relative squared error {error:.2g}" for name, error in report["rounded"].items()]
     return "\n".join(map(printable, lines))
 
 

@@ -18,6 +18,7 @@ from fewbit.calibration.choice import CalibrationChoice
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
 from fewbit.formats.native import check_scheme, stored_bytes
+from fewbit.grids.ggml import GGML_GRIDS
 from fewbit.grids.scheme import Scheme
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.run import RunOptions
@@ -79,6 +80,17 @@ def statistics(parts: dict[str, np.ndarray], name: str, s: dict[str, Any], group
     return code * second[..., 1] + second[..., 0]
 
 
+LEVELS = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+
+
+def block_scales(parts: dict[str, np.ndarray], name: str, s: dict[str, Any], groups: int) -> np.ndarray:
+    bits, below = {"block-4": (4, 0), "block-6": (6, 0), "block-6-signed": (6, 32), "block-8-signed": (8, 128)}[
+        s["scale_format"]
+    ]
+    code = (bits_of(parts[f"{name}s"], bits, groups) - below).astype(np.float32)
+    return np.repeat(floats(parts[f"block_{name}s"], "float16"), 256 // s["group_size"], axis=1) * code
+
+
 def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, Any]) -> np.ndarray:
     (rows, columns), bits, group = w["shape"], s["bits"], s["group_size"]
     groups, kind = columns // group, "float32" if s["scale_format"] == "float32" else "float16"
@@ -103,12 +115,18 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
         log = np.where(code & 63, 2.0 ** (wide * ((code & 63) / 5 - 63 / 5)), 0).astype(np.float32) * -row
         size = np.where(row < 0, log, (code & 63).astype(np.float32) * (row / np.float32(63)))
         scale = np.where(code >= 64, -1, 1).astype(np.float32) * size
+    elif s["scale_format"].startswith("block-"):
+        scale = block_scales(parts, "scale", s, groups)
     else:
         scale = floats(parts["scales"], kind)
     scale, value = scale[..., None], codes.astype(np.float32)
     if s["grid"] == "codebook":
         weight = np.array(s["levels"], np.float32)[codes] * scale
-    elif s["grid"] == "minimum":
+    elif s["grid"] in ("iq4_nl", "iq4_xs", "tq2_0"):
+        weight = np.array([-1, 0, 1] if s["grid"] == "tq2_0" else LEVELS, np.float32)[codes] * scale
+    elif s["grid"] in ("q2_k", "q4_k", "q5_k"):
+        weight = value * scale - block_scales(parts, "minimum", s, groups)[..., None]
+    elif s["grid"] in ("minimum", "q4_1", "q5_1"):
         weight = value * scale + floats(parts["minima"], kind)[..., None]
     elif s["grid"] == "real-zero":
         weight = (value - zero[..., None]) * scale
@@ -215,6 +233,13 @@ def test_a_reader_from_the_specification_gets_the_same_weights(
 ) -> None:
     error, norm, recipe = read_again(tiny, tmp_path, method, {"bits": bits, **choices})
     assert error / norm < 4.0 ** (2.0 - recipe.bits), error / norm
+
+
+@pytest.mark.parametrize("grid", [grid.name for grid in GGML_GRIDS])
+def test_the_same_for_the_block_types_of_ggml(tmp_path: Path, grid: str) -> None:
+    model = build_tiny(tmp_path / "model", hidden_size=256, intermediate_size=256)
+    error, norm, recipe = read_again(model, tmp_path, "adpq+", {"grid": grid})
+    assert error / norm < 4.0 ** (1.2 - recipe.bits), error / norm
 
 
 def test_bits_per_weight_is_bytes_on_disk(tiny: Path, tmp_path: Path) -> None:

@@ -62,10 +62,14 @@ def problems(draw: Any) -> tuple[Recipe, Scheme, Tensor]:
     group = draw(st.sampled_from(GROUPS))
     shape = (draw(st.integers(1, 7)), group * draw(st.integers(1, 7)))
     form, scope = draw(st.sampled_from(FORMS)), draw(st.sampled_from(["tensor", "group"]))
-    try:
-        recipe = recipe_for(grid, bits, group, form, scope)
-    except FewbitError:
-        recipe = recipe_for(grid, bits, group, ("none", "minmax"), scope)
+    if grid.brings:
+        recipe = preset("rtn", grid=grid.choice)
+        group, shape = int(recipe.grid.group_size), (shape[0], grid.block * draw(st.integers(1, 2)))
+    else:
+        try:
+            recipe = recipe_for(grid, bits, group, form, scope)
+        except FewbitError:
+            recipe = recipe_for(grid, bits, group, ("none", "minmax"), scope)
     scheme = native.check_scheme(recipe.scheme(group))
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
     if draw(st.booleans()):

@@ -1,0 +1,78 @@
+"""Convert a folder to a foreign format: `fewbit export`."""
+
+from pathlib import Path
+from typing import Any
+
+from fewbit.checkpoints.json_file import read_json, write_json
+from fewbit.checkpoints.locate import locate
+from fewbit.checkpoints.output import REPORT
+from fewbit.checkpoints.own_files import is_own
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.checkpoints.stamps import file_stamps
+from fewbit.checkpoints.whole_file import said_when_full
+from fewbit.checkpoints.workdir import WorkFolder, check_output
+from fewbit.errors import FewbitError
+from fewbit.exports.table import format_named
+from fewbit.formats.config import recipe_of
+from fewbit.progress import Progress
+from fewbit.runtime.whole import check_all_parts
+from fewbit.version import __version__
+
+
+def export(
+    folder: str | Path,
+    dest: str | Path,
+    format: str = "gguf",
+    embeddings: str = "keep",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a quantized folder, or a 16-bit model, in a foreign format into the new folder `dest`.
+
+    Weights are converted without loss, or the export is refused. embeddings: the type to which embeddings and head are
+    rounded; keep (default) writes them as they are. Returns the report that is also written to `fewbit_report.json`:
+    ``file``, ``bytes``, ``tensors`` (by type) and ``rounded`` (relative squared errors). Raises FewbitError for bad
+    input; `dest` is then not created.
+    """
+    kind, out = format_named(format), Path(dest)
+    if out.suffix == f".{kind.name}":
+        raise FewbitError(f"{out}: give a folder, such as {out.with_suffix('')}: the file is written into it")
+    checkpoint = open_checkpoint(locate(folder))
+    problem = kind.problem(checkpoint, embeddings)
+    if problem:
+        raise FewbitError(problem)
+    if checkpoint.is_native:
+        check_all_parts(checkpoint)
+    replaces = check_output(out, checkpoint.folder, overwrite)
+    work = WorkFolder(out, _job(checkpoint, format, embeddings), overwrite, replaces)
+    try:
+        with said_when_full("free some space and run the same command again"):
+            name = kind.file(out.name)
+            written = kind.write(checkpoint, work.file(name), embeddings, progress)
+            report = {"file": name, "format": format, **written, **_source(checkpoint)}
+            write_json(work.file(REPORT), report)
+            work.publish()
+    except BaseException as error:
+        work.leave(error)
+        raise
+    finally:
+        work.release()
+    return report
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is known of a folder: its recipe, and the report of the run that made it."""
+    if not checkpoint.is_native:
+        return {"fewbit_version": __version__, "recipe": None}
+    path = checkpoint.folder / REPORT
+    made = {"quantize": read_json(path)} if is_own(path) else {}
+    return {"fewbit_version": __version__, "recipe": recipe_of(checkpoint), **made}
+
+
+def _job(checkpoint: Checkpoint, format: str, embeddings: str) -> dict[str, Any]:
+    return {
+        "export": str(checkpoint.folder.resolve()),
+        "files": file_stamps(checkpoint.files),
+        "format": format,
+        "embeddings": embeddings,
+    }
