@@ -132,7 +132,9 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[R
                     number += 1
                     yield Row(f"{path}: row {number}", values)
     except Exception as error:
-        known = isinstance(error, pyarrow.ArrowException | OSError | ValueError | OverflowError) and raised_in(error, "pyarrow")
+        known = isinstance(error, pyarrow.ArrowException | OSError | ValueError | OverflowError) and raised_in(
+            error, "pyarrow"
+        )
         if is_out_of_memory(error) or not known:
             raise
         raise FewbitError(f"{path}: not a readable Parquet file ({_reason(error)})") from error
