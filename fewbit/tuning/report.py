@@ -12,7 +12,7 @@ from fewbit.checkpoints.output import REPORT
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.formats import native
-from fewbit.formats.config import describe, recipe_of, tuned_name, weights_of
+from fewbit.formats.config import describe, recipe_of, tables_of, tuned_name, weights_of
 from fewbit.grids.scheme import StoredWeight
 from fewbit.pipeline.records import KeptRecord, LayerRecord, Output, Report, relative_errors
 from fewbit.runtime.unpack import read_parts
@@ -32,14 +32,17 @@ def report_of(checkpoint: Checkpoint, original: Checkpoint) -> Report:
     stored = weights_of(checkpoint)
     parts = {f"{module}.{part}" for module, one in stored.items() for part in native.part_layout(one)}
     others = [entry for name, entry in checkpoint.entries.items() if name not in parts]
-    layers = [LayerRecord.of(module, one) for module, one in stored.items()]
+    tables = tables_of(checkpoint)
+    layers = [LayerRecord.of(module, one) for module, one in stored.items() if module not in tables]
+    apart = [LayerRecord.of(module, one) for module, one in stored.items() if module in tables]
     return Report(
         model=str(original.folder),
         method=str(describe(checkpoint)["method"]),
         recipe=recipe_of(checkpoint),
         source={"bytes": original.bytes, "tensors": len(original.entries)},
-        output=Output.of(layers, sum(entry.bytes for entry in others)),
+        output=Output.of(layers, apart, others),
         layers=layers,
+        embeddings=apart,
         kept=[KeptRecord(entry.name, list(entry.shape), "not quantized") for entry in others],
         fewbit_version=quantization.get("fewbit_version"),
     )
