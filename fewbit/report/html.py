@@ -99,7 +99,7 @@ def write_quantize_page(report: dict[str, Any], path: Path) -> None:
     """The page of one run of `fewbit quantize`."""
     output = report["output"]
     lead = (
-        f"{output['weights_quantized']:,} weights in layers at {output['bits_per_weight']:.3f} bits per weight on disk, "
+        f"{output['weights_quantized']:,} weights in layers at {output['bits_per_weight']:.3f} bits per weight, "
         f"the whole model at {output['bits_per_weight_all']:.3f}; "
         f"{show_size(report['source']['bytes'])} became {show_size(output['file_bytes'])}."
     )
@@ -231,10 +231,8 @@ def write_inspection_page(result: dict[str, Any], path: Path) -> None:
         Section("Matrices in order", figures=figures),
         Section("Every matrix", [f"Estimator: {result['protocol']['estimator']}."], columns=columns, rows=rows),
     ]
-    write_page(
-        path,
-        f"Weights of {result['models'][0]['name']}",
-        f"{model['bits_per_weight']:.2f} bits per weight in the linear layers, "
-        f"{model['bits_per_weight_all']:.2f} in all weights; {show_size(model['bytes'])}. Compared with {result['reference'] or 'nothing'}.",
-        sections,
+    lead = (
+        f"{model['bits_per_weight']:.2f} bits per weight in the linear layers, {model['bits_per_weight_all']:.2f} in all "
+        f"weights; {show_size(model['bytes'])}. Compared with {result['reference'] or 'nothing'}."
     )
+    write_page(path, f"Weights of {model['name']}", lead, sections)
