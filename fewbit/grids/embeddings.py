@@ -15,6 +15,9 @@ KEPT = 16
 _GROUPS = "64,auto"
 _SMALLEST_GROUP = 16
 _EVENLY_FROM = 5
+_ERROR_POWER = 4.0
+_ENOUGH = 7
+"""With so many bits, the full range is as good as any other."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ def embedding_grid(bits: int, columns: int) -> tuple[GridChoice, ScaleChoice]:
     size = group_size_for(columns, _GROUPS) or 0
     group = str(size) if size >= min(columns, _SMALLEST_GROUP) else "row"
     name = "symmetric" if bits >= _EVENLY_FROM else "normal-float"
-    # Of two levels, the best scale is near the mean magnitude.
-    search = ScaleSearch(smallest=0.1) if bits == 1 else ScaleSearch()
-    return GridChoice(name, bits, group, search), ScaleChoice("two-level")
+    return GridChoice(name, bits, group, _search(bits)), ScaleChoice("two-level")
+
+
+def _search(bits: int) -> ScaleSearch | None:
+    """The search for ranges. What measured best: with few levels, large weights count more than squares say."""
+    if bits == 1:
+        # Of two levels, the best scale is near the mean magnitude.
+        return ScaleSearch(smallest=0.1)
+    return ScaleSearch(error_power=_ERROR_POWER) if bits < _ENOUGH else None

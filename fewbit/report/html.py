@@ -232,7 +232,7 @@ def write_inspection_page(result: dict[str, Any], path: Path) -> None:
         Section("Every matrix", [f"Estimator: {result['protocol']['estimator']}."], columns=columns, rows=rows),
     ]
     lead = (
-        f"{model['bits_per_weight']:.2f} bits per weight in the linear layers, {model['bits_per_weight_all']:.2f} in all "
-        f"weights; {show_size(model['bytes'])}. Compared with {result['reference'] or 'nothing'}."
+        f"{model['bits_per_weight']:.2f} bits per weight in layers, {model['bits_per_weight_all']:.2f} in all weights; "
+        f"{show_size(model['bytes'])}. Compared with {result['reference'] or 'nothing'}."
     )
     write_page(path, f"Weights of {model['name']}", lead, sections)

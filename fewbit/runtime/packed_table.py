@@ -33,7 +33,7 @@ def gather(value: Any, ids: Tensor) -> Tensor:
         return native.decode_rows(parts, stored, ids.reshape(-1), dtype)
 
     rows: Tensor = value.table(value.like.dtype, work)
-    return rows.view(*ids.shape, -1)
+    return rows.view(*ids.shape, rows.shape[-1])
 
 
 def product(parts: Mapping[str, Tensor], stored: StoredWeight, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -25,9 +25,18 @@ Originals = Callable[[str], Tensor | None]
 def report_of(checkpoint: Checkpoint, original: Checkpoint) -> Report:
     """The report of a quantized folder; if it is missing or not whole, one of what the folder itself says."""
     try:
-        return Report.from_dict(read_json(checkpoint.folder / REPORT))
+        found = Report.from_dict(read_json(checkpoint.folder / REPORT))
     except ValueError:
-        pass
+        return _made_up(checkpoint, original)
+    if not found.output.weights_all:
+        # Reports of earlier versions do not count all weights.
+        counted = _made_up(checkpoint, original).output
+        output = replace(found.output, weights_all=counted.weights_all, bytes_all=counted.bytes_all)
+        found = replace(found, output=output)
+    return found
+
+
+def _made_up(checkpoint: Checkpoint, original: Checkpoint) -> Report:
     quantization = checkpoint.quantization or {}
     stored = weights_of(checkpoint)
     parts = {f"{module}.{part}" for module, one in stored.items() for part in native.part_layout(one)}
