@@ -15,7 +15,7 @@ KEPT = 16
 _GROUPS = "64,auto"
 _SMALLEST_GROUP = 16
 _EVENLY_FROM = 5
-_ERROR_POWER = 4.0
+_ERROR_POWER = 3.0
 _ENOUGH = 7
 """With so many bits, the full range is as good as any other."""
 
