@@ -13,7 +13,7 @@ from fewbit.calibration.choice import CalibrationChoice
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.run import TuneOptions, tune
 
-CHOICE = TuningChoice(epochs=1, held_out=2, batch_size=2, lr=0.3, scale_lr=0.05, top=0)
+CHOICE = TuningChoice(epochs=1, held_out=0, batch_size=2, lr=0.3, scale_lr=0.05, top=0)
 OPTIONS = TuneOptions(
     calibration=CalibrationChoice("random-tokens", samples=8, sequence_length=16), device="cpu", checkpointing=True
 )
