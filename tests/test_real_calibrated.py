@@ -48,7 +48,7 @@ BEHIND_THE_TENTH = ("model.layers.1[0-9].*", "model.layers.2[0-9].*")
 
 
 def quantized(kept: dict[str, Path], out: Path, method: str) -> Path:
-    recipe = fewbit.preset(method, bits=2, group_size="64", exclude=BEHIND_THE_TENTH)
+    recipe = fewbit.preset(method, bits=2, group_size="64", exclude=BEHIND_THE_TENTH, embedding_bits=16)
     stored = None
     if recipe.curvature is not None:
         stored = open_curvature(kept[recipe.curvature.kind], open_checkpoint(locate(MODEL)))
