@@ -58,7 +58,7 @@ def forecast(model: str | Path, recipe: Recipe, options: CalibrationOptions | No
     items, tables = plan.quantized, plan.tables
     weights = sum(item.stored.weights for item in items)
     size, written = sum(item.bytes for item in items), plan.bytes
-    seconds, memory = _zero_shot(checkpoint, items, recipe)
+    seconds, memory = _zero_shot(checkpoint, items, tables, recipe)
     scratch, problems = 0, [problem] if problem else []
     if recipe.curvature is not None:
         try:
@@ -104,9 +104,11 @@ def _kept(item: KeptTensor) -> dict[str, str]:
     return {"name": item.tensor.entry.name, "reason": reason}
 
 
-def _zero_shot(checkpoint: Checkpoint, items: list[PlannedTensor], recipe: Recipe) -> tuple[float, int]:
+def _zero_shot(
+    checkpoint: Checkpoint, items: list[PlannedTensor], tables: list[PlannedTensor], recipe: Recipe
+) -> tuple[float, int]:
     """Seconds to round all weights, estimated from a trial on random weights, and peak memory in bytes."""
-    weights = sum(item.stored.weights for item in items)
+    weights = sum(item.stored.weights for item in (*items, *tables))
     choices = items[0].choices
     # Rows that are rounded together must stay together.
     rows = max(_TRIAL_ROWS, row_block(choices.scheme))
@@ -118,8 +120,9 @@ def _zero_shot(checkpoint: Checkpoint, items: list[PlannedTensor], recipe: Recip
         began = time.perf_counter()
         round_rows(trial, choices, cut, None)
         seconds = (time.perf_counter() - began) / trial.numel() * weights / min(available_cores(), 2)
-    largest = max(item.tensor.entry.bytes for item in items)
-    return _START_SECONDS + seconds + checkpoint.bytes / 2e9, _START_BYTES + 4 * largest
+    # Of an embedding, which is read in pieces, the packed rows are held, and joined.
+    largest = max(*(4 * item.tensor.entry.bytes for item in items), *(3 * table.bytes for table in tables))
+    return _START_SECONDS + seconds + checkpoint.bytes / 2e9, _START_BYTES + largest
 
 
 def _calibrated(
