@@ -9,6 +9,8 @@ both are what `fewbit quantize` writes. Prints rows of a Markdown table; the fig
 import argparse
 import json
 import math
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -61,15 +63,16 @@ def measure(
     with tempfile.TemporaryDirectory() as scratch:
         layers = {}
         for width in bits:
-            fewbit.quantize(model, Path(scratch) / "layers", method, bits=width, embedding_bits=KEPT, overwrite=True)
-            layers[width] = unpack_modules(fewbit.load(Path(scratch) / "layers", device="cpu"))
+            made = quantize(model, Path(scratch) / f"layers-{width}", method, width, KEPT)
+            layers[width] = unpack_modules(fewbit.load(made, device="cpu"))
         original = fewbit.load(model, device="cpu")
         tables = {KEPT: ends(original)}
         for width in widths:
             if width != KEPT:
                 # The grid of an embedding does not depend on the method.
-                fewbit.quantize(model, Path(scratch) / "rtn", "rtn", bits=4, embedding_bits=width, overwrite=True)
-                tables[width] = ends(fewbit.load(Path(scratch) / "rtn", device="cpu"))
+                tables[width] = ends(
+                    fewbit.load(quantize(model, Path(scratch) / f"{width}", "rtn", 4, width), device="cpu")
+                )
     totals = {(width, table): Totals() for width in bits for table in widths}
     windows, _ = read_windows(locate(model), read_text(data), protocol)
     for window in windows:
@@ -94,6 +97,14 @@ def measure(
             }
         )
     return rows
+
+
+def quantize(model: str, out: Path, method: str, bits: int, embedding_bits: int) -> Path:
+    """Quantize in a process of its own, which takes its memory with it."""
+    command = [sys.executable, "-m", "fewbit.cli", "quantize", model, str(out), "--method", method]
+    command += ["--bits", str(bits), "--embedding-bits", str(embedding_bits), "--json"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return out
 
 
 def modules(model: Any) -> list[Any]:
