@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from runtime_models import IDS, build, logits, quantized
+from runtime_models import IDS, build, logits, packed_weights, quantized
 from safetensors.torch import load_file, save_file
+from test_runtime_classes import MODELS, layers_of
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import fewbit
+from fewbit.architecture.coverage import cover
+from fewbit.checkpoints.source import open_checkpoint
 from fewbit.formats import native
 from fewbit.runtime import packed_table
 from fewbit.runtime.packed_linear import PackedLinear
@@ -200,3 +203,26 @@ def test_adapters_of_other_layers(tmp_path: Path) -> None:
     adapted(IDS, labels=IDS).loss.backward()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert trained and all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in trained)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_classes_with_packed_tables(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    model.save_pretrained(tmp_path / "model")
+    layers, others = layers_of(tmp_path / "model")
+    covered = cover(open_checkpoint(tmp_path / "model").entries.values(), model.config.to_dict())
+    tables = {one.entry.name for one in covered.tensors if one.is_vocabulary}
+    assert tables and not [one for one in tables if "position" in one or "vision" in one]
+    kept = tuple(one for one in others if one not in tables)
+    quantized(tmp_path / "model", tmp_path / "packed", include=layers, exclude=kept, embedding_bits=8)
+    found = fewbit.load(tmp_path / "packed", device="cpu")
+    assert packed_weights(found) == len(layers) + len(tables)
+    arguments = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {})
+    with torch.no_grad():
+        one, other, was = (m(**arguments)[0] for m in (found, plain(tmp_path), model))
+    assert torch.equal(one, other)
+    assert float((one - was).abs().max()) < 0.05 * float(was.abs().max())
+    found.save_pretrained(tmp_path / "again")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("packed", "again"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
