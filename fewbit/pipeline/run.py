@@ -164,6 +164,9 @@ def _write_shard(
         room = header_room([tensor for item in shard for tensor in item.output])
         writer = ShardWriter(run.work.shard(name), room)
     pending: list[Future[WrittenTensor]] = []
+    if run.progress and shard:
+        # The remaining time counts from here: the first tensor may be an embedding, which takes long.
+        run.progress(done, total, shard[0].tensor.entry.name)
     try:
         with ThreadPoolExecutor(1) as behind:
             for item in shard:

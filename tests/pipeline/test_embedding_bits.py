@@ -179,3 +179,11 @@ def test_few_bits_without_data_say_what_to_expect(tiny: Path, tmp_path: Path) ->
     quiet = run_cli("quantize", tiny, tmp_path / "4")
     assert "without data" not in quiet.stderr + run_cli("plan", tiny).stdout
     assert json.loads((tmp_path / "4" / "config.json").read_text())["quantization_config"]["recipe"]["bits"] == 4
+
+
+def test_progress_begins_before_the_first_tensor(tiny: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    options = fewbit.RunOptions(progress=lambda *one: seen.append(one), shard_size=60_000)
+    fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("rtn", bits=4), options)
+    assert seen[0][0] == 0 and [one[0] for one in seen] == sorted(one[0] for one in seen)
+    assert seen[-1][0] == seen[-1][1]
