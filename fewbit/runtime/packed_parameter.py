@@ -37,9 +37,9 @@ class PackedWeight(nn.Module):
         add_parts(self, stored, "meta")
 
     def forward(self, dtype: torch.dtype, work: Work | None = None) -> Tensor:
-        """The tensor in `dtype`; with `work`, what that computes from the parts."""
+        """The tensor in `dtype`; with `work`, what that computes from this weight."""
         if work is not None:
-            return work(parts_of(self), self.stored, dtype)
+            return work(self, dtype)
         return from_matrix(self.decode(dtype), self.stored.tensor_shape, self.stored.transposed)
 
     def decode(self, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@
 The whole weight is decoded only for a module that does something else with it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fewbit.formats import native
-from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import Linear, linear
+from fewbit.runtime.packed_linear import parts_of
 
-Work = Callable[[Mapping[str, Tensor], StoredWeight, torch.dtype], Tensor]
-"""Computes something from the parts of a weight, how it is stored, and the dtype of the result."""
+Work = Callable[[Any, torch.dtype], Tensor]
+"""Computes something from a :class:`fewbit.runtime.packed_parameter.PackedWeight`, in a dtype."""
 
 # What is known of a tensor that is not decoded yet.
 _KNOWN = frozenset(("__get__", "size", "dim", "numel", "stride", "is_floating_point", "get_device", "__len__"))
@@ -29,15 +29,16 @@ def has_rows(value: Any) -> bool:
 def gather(value: Any, ids: Tensor) -> Tensor:
     """Rows `(..., in)` of a packed parameter, for ids `(...)`, in its dtype."""
 
-    def work(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> Tensor:
-        return native.decode_rows(parts, stored, ids.reshape(-1), dtype)
+    def work(weight: Any, dtype: torch.dtype) -> Tensor:
+        return native.decode_rows(parts_of(weight), weight.stored, ids.reshape(-1), dtype)
 
     rows: Tensor = value.table(value.like.dtype, work)
     return rows.view(*ids.shape, rows.shape[-1])
 
 
-def product(parts: Mapping[str, Tensor], stored: StoredWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """``x W^T + b`` for x `(..., in)`, some rows of W at a time if it is large."""
+def product(packed: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b`` for a packed weight W and x `(..., in)`, some rows of W at a time if it is large."""
+    parts, stored = parts_of(packed), packed.stored
     if stored.weights <= native.AT_ONCE or not native.has_separate_rows(stored):
         return linear(x, native.decode(parts, stored, x.dtype), bias)
     out = x.new_empty(*x.shape[:-1], stored.shape[0])
@@ -47,8 +48,9 @@ def product(parts: Mapping[str, Tensor], stored: StoredWeight, x: Tensor, bias: 
     return out
 
 
-def _back(parts: Mapping[str, Tensor], stored: StoredWeight, gradient: Tensor) -> Tensor:
+def _back(packed: Any, gradient: Tensor) -> Tensor:
     """The gradient `(..., in)` of the inputs, for that of the outputs `(..., out)`."""
+    parts, stored = parts_of(packed), packed.stored
     if stored.weights <= native.AT_ONCE or not native.has_separate_rows(stored):
         return linear(gradient, native.decode(parts, stored, gradient.dtype).t())
     total = gradient.new_zeros(*gradient.shape[:-1], stored.shape[1], dtype=torch.float32)
@@ -63,7 +65,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, table: Any) -> Any:
         ctx.table, ctx.dtype, ctx.bias_dtype = table, x.dtype, None if bias is None else bias.dtype
-        return table(x.dtype, lambda parts, stored, dtype: product(parts, stored, x, bias))
+        return table(x.dtype, lambda packed, dtype: product(packed, x, bias))
 
     @staticmethod
     @once_differentiable
@@ -71,7 +73,7 @@ class _Product(torch.autograd.Function):
         for_x, for_bias, _ = ctx.needs_input_grad
         back = for_b = None
         if for_x:
-            back = ctx.table(gradient.dtype, lambda parts, stored, dtype: _back(parts, stored, gradient)).to(ctx.dtype)
+            back = ctx.table(gradient.dtype, lambda packed, dtype: _back(packed, gradient)).to(ctx.dtype)
         if for_bias:
             flat = gradient.reshape(-1, gradient.shape[-1])
             for_b = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
@@ -90,7 +92,7 @@ def _multiply(module: Any, value: Any, input: Tensor) -> Any:
     bias = module.bias
     if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
         return _Product.apply(input, bias, value.table)
-    return value.table(input.dtype, lambda parts, stored, dtype: product(parts, stored, input, bias))
+    return value.table(input.dtype, lambda packed, dtype: product(packed, input, bias))
 
 
 DIRECT: dict[Any, Callable[..., Any]] = {
