@@ -6,7 +6,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Most modules of torch and transformers are never imported: those that are get compiled then.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 # Each command installs what it needs and no more: the demo no tools for tests.
 FOR_DEMO := $(VENV)/.ready-demo
 FOR_TESTS := $(VENV)/.ready-tests

@@ -58,16 +58,26 @@ _FITS: dict[type, tuple[str, Callable[[Any], bool]]] = {
 def check_values(choice: Any, names: Mapping[str, str] | None = None) -> None:
     """Raises FewbitError if a plain field of a dataclass does not hold its type, or a number that is not finite.
 
-    Choices come from the command line, from JSON files and from Python alike, so types alone do not hold. names: what
-    users call a field, if different. What a tuple contains is not checked.
+    Choices come from the command line, from JSON files and from Python alike, so types alone do not hold. Numbers of
+    other libraries, such as NumPy, are replaced by Python's own, which JSON has. names: what users call a field, if
+    different. What a tuple contains is not checked.
     """
     for field in fields(choice):
         kinds = get_args(field.type) if get_origin(field.type) is UnionType else (field.type,)
-        value = getattr(choice, field.name)
+        value = plain_number(getattr(choice, field.name))
+        if value is not getattr(choice, field.name):
+            object.__setattr__(choice, field.name, value)
         described = [_FITS.get(kind) or _instance_of(kind) for kind in kinds]
         if not any(fits(value) for _, fits in described):
             words = " or ".join(words for words, _ in described)
             raise FewbitError(f"{(names or {}).get(field.name, field.name)} must be {words}, not {value!r}")
+
+
+def plain_number(value: Any) -> Any:
+    """Python's own number for one of another library; anything else unchanged."""
+    if isinstance(value, Integral) and not isinstance(value, int):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, int | float) else value
 
 
 def _instance_of(kind: Any) -> tuple[str, Callable[[Any], bool]]:

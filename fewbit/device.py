@@ -23,8 +23,8 @@ def check_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=device)
     except RuntimeError as error:
-        # Drivers report their errors as, for example, "CUDA error: all devices are busy".
-        if not str(error).lower().startswith(f"{device.type} error"):
+        # Drivers report their errors as, for example, "CUDA error: all devices are busy"; AMD's begin with HIP.
+        if not str(error).lower().startswith((f"{device.type} error", "hip error")):
             raise
         raise FewbitError(f"device {name!r} cannot be used here ({first_line(error)}): {_possible()}") from error
     return device
@@ -33,10 +33,11 @@ def check_device(name: str) -> torch.device:
 def device_count(kind: str) -> int:
     """The number of devices of a type on which torch can compute here; 1 for the CPU, 0 for types without any."""
     module = getattr(torch, kind, None)
-    available = getattr(module, "is_available", None)
-    if available is None or not available():
+    available, count = getattr(module, "is_available", None), getattr(module, "device_count", None)
+    # Older releases of torch say of mps only how many there are.
+    if (available is None and count is None) or (available is not None and not available()):
         return 0
-    return int(getattr(module, "device_count", lambda: 1)())
+    return int(count()) if count is not None else 1
 
 
 def _possible() -> str:

@@ -6,6 +6,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fewbit.choices import nearest
 from fewbit.errors import FewbitError
 from fewbit.options import Option
@@ -42,12 +44,14 @@ def _converted(option: Option, value: Any) -> Any:
 
 
 def _text(value: Any) -> str | None:
-    # A group size is often given as a number, and a text file as a path.
-    fits = isinstance(value, str | Path) or (isinstance(value, Integral) and not isinstance(value, bool))
+    # A group size is often given as a number, a text file as a path, and a device as torch's.
+    fits = isinstance(value, str | Path | torch.device) or (isinstance(value, Integral) and not isinstance(value, bool))
     return str(value) if fits else None
 
 
 def _whole(value: Any) -> int | None:
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
     found = _number(value)
     return int(found) if found is not None and found.is_integer() else None
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from fewbit.architecture.patterns import matches
-from fewbit.choices import check_values, nearest
+from fewbit.choices import check_values, nearest, plain_number
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.errors import FewbitError
 from fewbit.grids.choice import GridChoice, ScaleChoice
@@ -215,6 +215,7 @@ def preset(method: str, **choices: Any) -> Recipe:
     Raises FewbitError for an unknown name.
     """
     check_method(method)
+    choices = {name: plain_number(value) for name, value in choices.items()}
     if "sets" in choices:
         choices["sets"] = sets_of(choices["sets"])
     bits = choices.get("bits")
@@ -268,7 +269,7 @@ def sets_of(given: Any) -> tuple[TensorChoices, ...]:
             raise FewbitError(f"set: each entry must be a pattern and its choices, not {one!r}") from error
         if not isinstance(choices, Mapping):
             raise FewbitError(f"choices for {pattern!r} must be names and values, e.g. {{'bits': 4}}, not {choices!r}")
-        found.append((pattern, tuple(dict(choices).items())))
+        found.append((pattern, tuple((name, plain_number(value)) for name, value in choices.items())))
     return tuple(found)
 
 

@@ -17,6 +17,7 @@ from fewbit.checkpoints.source import open_checkpoint
 from fewbit.cli import app
 from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
+from fewbit.option_values import checked
 from fewbit.options import EVALUATE, PLAN, QUANTIZE, TUNE, Option
 from fewbit.options_more import CURVATURE, STUDIES, UNPACK
 from fewbit.recipe import Recipe, sets_of
@@ -122,6 +123,8 @@ def test_numbers_paths_and_single_patterns_are_taken_as_they_are_meant(tiny: Pat
     given = {"group_size": 32, "bits": 3, "exclude": "*.o_proj.weight", "set": {"*.q_proj.weight": {"bits": 5}}}
     said = {"group_size": "32", "bits": 3.0, "exclude": ["*.o_proj.weight"], "set": ["*.q_proj.weight:bits=5"]}
     assert fewbit.plan(tiny, "rtn", **given)["tensors"] == fewbit.plan(tiny, "rtn", **said)["tensors"]
+    found = checked("quantize", QUANTIZE, {"device": torch.device("cuda:1"), "seed": 2**60 + 1})
+    assert found == {"device": "cuda:1", "seed": 2**60 + 1}
 
 
 @pytest.mark.parametrize("method", ["adpq+", "precal+oac", "rtn"])

@@ -56,9 +56,18 @@ def test_a_number_beyond_the_last_device(monkeypatch: pytest.MonkeyPatch) -> Non
         check_device("cuda:7")
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_modules_that_only_count_their_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch, "mps", SimpleNamespace(device_count=lambda: count))
+    assert device_count("mps") == count
+
+
 def test_only_what_the_driver_reports_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     with_two_gpus(monkeypatch, RuntimeError("CUDA error: all CUDA-capable devices are busy\nmore"))
     with pytest.raises(FewbitError, match=r"\(CUDA error: all CUDA-capable devices are busy\): use cpu or cuda$"):
+        check_device("cuda")
+    with_two_gpus(monkeypatch, RuntimeError("HIP error: invalid device function\nmore"))
+    with pytest.raises(FewbitError, match=r"\(HIP error: invalid device function\): use cpu or cuda$"):
         check_device("cuda")
     for error in (RuntimeError("odd"), NotImplementedError("odd"), AssertionError("odd"), MemoryError("odd")):
         with_two_gpus(monkeypatch, error)

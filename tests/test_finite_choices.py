@@ -7,6 +7,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+import numpy
 import pytest
 from conftest import run_cli
 
@@ -18,7 +19,8 @@ from fewbit.errors import FewbitError
 from fewbit.grids.choice import GridChoice, ScaleChoice
 from fewbit.grids.grid import ScaleSearch
 from fewbit.outliers.choice import OutlierChoice
-from fewbit.recipe import Recipe
+from fewbit.presets import PRESETS
+from fewbit.recipe import Recipe, preset
 from fewbit.solvers.choice import SolverChoice
 from fewbit.studies.choice import StudyChoice
 from fewbit.transforms.choice import TransformChoice
@@ -76,6 +78,17 @@ def test_whole_numbers() -> None:
         ScaleSearch(step=0)
     assert GridChoice(group_size=64).group_size == "64"  # type: ignore[arg-type]
     check_values(OutlierChoice(fraction=0, bits=8))
+
+
+def test_numbers_of_numpy_are_plain_ones() -> None:
+    four, share = numpy.int64(4), numpy.float32(0.25)
+    given = preset("spqr", bits=four, group_size=numpy.int64(64), outlier_fraction=share, sets={"*": {"bits": four}})
+    plain = preset("spqr", bits=4, group_size=64, outlier_fraction=0.25, sets={"*": {"bits": 4}})
+    assert given == plain and json.dumps(given.to_dict()) == json.dumps(plain.to_dict())
+    for method in PRESETS:
+        if method != "billm" and not method.endswith("+billm"):
+            assert preset(method, bits=numpy.int64(2)) == preset(method, bits=2)
+    assert type(OutlierChoice(fraction=share).fraction) is float  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

@@ -79,7 +79,8 @@ def _is_refusal(error: Exception, header: GgufHeader) -> bool:
         return raised_in(error, "transformers") and header.values[_ARCHITECTURE] in map(str, error.args)
     # The tokenizers library has no exception of its own: it raises plain ones.
     return type(error) is Exception or (
-        isinstance(error, ValueError | NotImplementedError | ImportError | OSError) and raised_in(error, "transformers")
+        isinstance(error, ValueError | NotImplementedError | ImportError | OSError)
+        and raised_in(error, "transformers", "gguf")
     )
 
 

@@ -86,11 +86,13 @@ def open_tokenizer(folder: Path) -> Any:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether an exception is how transformers and its tokenizers library say that files cannot be used."""
+    """Whether an exception is how transformers and its tokenizer libraries say that files cannot be used."""
     # The tokenizers library has no exception of its own: it raises plain ones.
-    return type(error) is Exception or (
-        isinstance(error, OSError | ValueError | ImportError) and raised_in(error, "transformers", "huggingface_hub")
-    )
+    if type(error) is Exception:
+        return True
+    if isinstance(error, OSError | ValueError | ImportError) and raised_in(error, "transformers", "huggingface_hub"):
+        return True
+    return isinstance(error, OSError | ValueError | RuntimeError) and raised_in(error, "sentencepiece")
 
 
 def _named_code(config: Mapping[str, Any]) -> Any:

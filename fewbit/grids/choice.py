@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fewbit.choices import Choices, check_name, check_values
+from fewbit.choices import Choices, check_name, check_values, plain_number
 from fewbit.errors import FewbitError
 from fewbit.grids.grid import Grid, ScaleSearch
 from fewbit.grids.scale_formats import SCALE_FORMATS, ScaleFormat
@@ -30,8 +30,9 @@ class GridChoice:
     column_weights: str = "none"
 
     def __post_init__(self) -> None:
-        if isinstance(self.group_size, int) and not isinstance(self.group_size, bool):
-            object.__setattr__(self, "group_size", str(self.group_size))
+        size = plain_number(self.group_size)
+        if isinstance(size, int) and not isinstance(size, bool):
+            object.__setattr__(self, "group_size", str(size))
         check_values(self, {"name": "grid"})
         check_name("grid", self.name, [grid.choice for grid in GRIDS.values()])
         widths = self.grid.widths

@@ -13,9 +13,10 @@ _PHRASES = ("ignore_mismatched_sizes", "negative dimension", "Padding_idx must b
 def known_cause(error: Exception, config: dict[str, Any]) -> str | None:
     """The first line of an exception that was caused by the folder or by what is installed; otherwise None.
 
-    transformers raises a ValueError, an OSError or an ImportError if it cannot load something; from anywhere else,
-    these are unknown. The hub's client has its own exceptions for invalid fields of a config. Lookups that transformers
-    does not check raise Python's own exceptions; these are recognised only if they contain a value of the config.
+    transformers raises a ValueError or an OSError if it cannot load something; from anywhere else, these are unknown.
+    An ImportError can come from any package that transformers imports for a model; only fewbit's own are unknown. The
+    hub's client has its own exceptions for invalid fields of a config. Lookups that transformers does not check raise
+    Python's own exceptions; these are recognised only if they contain a value of the config.
     """
     if is_out_of_memory(error) or not _is_known(error, config):
         return None
@@ -28,8 +29,10 @@ def known_cause(error: Exception, config: dict[str, Any]) -> str | None:
 
 
 def _is_known(error: Exception, config: dict[str, Any]) -> bool:
-    if isinstance(error, ValueError | ImportError | OSError) and raised_in(error, *_LIBRARIES):
+    if isinstance(error, ValueError | OSError) and raised_in(error, *_LIBRARIES):
         return True
+    if isinstance(error, ImportError):
+        return not raised_in(error, "fewbit")
     if type(error).__name__.startswith("StrictDataclass"):
         return True
     if isinstance(error, RuntimeError | AssertionError):

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from fewbit.architecture.orientation import from_matrix
 from fewbit.formats import native
 from fewbit.grids.scheme import StoredWeight
+from fewbit.linear import Linear
 from fewbit.runtime.decoded import to_look_at
 from fewbit.runtime.packed_linear import add_parts, parts_of, remember_dtype
 from fewbit.runtime.packed_table import DIRECT, Work, has_rows, rows_on_demand
@@ -194,6 +195,8 @@ def hold(module: nn.Module, name: str, value: PackedParameter, borrowed: bool = 
     else:
         held = Held()
         module.held = held
+        # A packed head multiplies as fast as the other layers do.
+        base = Linear if base is nn.Linear else base
     if borrowed:
         held.borrowed[name] = (value,)
     else:

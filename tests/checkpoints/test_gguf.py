@@ -21,13 +21,18 @@ WIDTH, ROWS, WORDS = 32, 64, 64
 
 
 def write_gguf(
-    path: Path, architecture: str = "llama", leave: tuple[str, ...] = (), parts: int = 0, merge: str = '! "'
+    path: Path,
+    architecture: str = "llama",
+    leave: tuple[str, ...] = (),
+    parts: int = 0,
+    merge: str = '! "',
+    numbers: str = "float32",
 ) -> Path:
     """A Llama of one block with a byte-pair tokenizer."""
     import numpy
 
     writer, random = gguf.GGUFWriter(path, architecture), numpy.random.default_rng(0)
-    numbers = {
+    sizes = {
         "block_count": 1,
         "context_length": 64,
         "embedding_length": WIDTH,
@@ -36,7 +41,7 @@ def write_gguf(
         "attention.head_count_kv": 2,
         "vocab_size": WORDS,
     }
-    for key, value in numbers.items():
+    for key, value in sizes.items():
         writer.add_uint32(f"{architecture}.{key}", value)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_float32(f"{architecture}.rope.freq_base", 1e4)
@@ -62,7 +67,7 @@ def write_gguf(
         "blk.0.ffn_down": (WIDTH, ROWS),
     }
     for name, shape in shapes.items() if "tensors" not in leave else ():
-        writer.add_tensor(f"{name}.weight", random.standard_normal(shape).astype("float32"))
+        writer.add_tensor(f"{name}.weight", random.standard_normal(shape).astype(numbers))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -168,6 +173,11 @@ def test_files_that_transformers_cannot_use(tmp_path: Path) -> None:
     assert "Error while initializing BPE" in refused(write_gguf(tmp_path / "a.gguf", merge="x yz"))
     said = refused(write_gguf(tmp_path / "a.gguf", "nothing"))
     assert said.startswith("transformers cannot read this GGUF file (GGUF model with architecture nothing")
+
+
+def test_a_type_of_tensor_that_gguf_knows_but_cannot_read(tmp_path: Path) -> None:
+    said = refused(write_gguf(tmp_path / "a.gguf", numbers="float64"))
+    assert said.startswith("transformers cannot read this GGUF file (Dequantization for F64 is not yet implemented")
 
 
 @pytest.mark.parametrize("error", [kind("odd") for kind in (ValueError, KeyError, OSError, NotImplementedError)])

@@ -70,6 +70,17 @@ def test_what_the_libraries_refuse_is_said(tiny: Path, tmp_path: Path, name: str
         open_tokenizer(model)
 
 
+@pytest.mark.parametrize("data", [None, b"broken"])
+def test_what_sentencepiece_refuses_is_said(tmp_path: Path, data: bytes | None) -> None:
+    pytest.importorskip("sentencepiece")
+    changed(tmp_path, "config.json", {"model_type": "gpt-sw3"})
+    changed(tmp_path, CONFIG, {"tokenizer_class": "GPTSw3Tokenizer"})
+    if data is not None:
+        (tmp_path / "spiece.model").write_bytes(data)
+    with pytest.raises(NoTokenizerError, match="no tokenizer that transformers can read "):
+        open_tokenizer(tmp_path)
+
+
 def test_values_that_transformers_takes(tiny: Path, tmp_path: Path) -> None:
     model = copy_folder(tiny, tmp_path / "m")
     values = {"tokenizer_class": None, "pad_token": {"content": "<s>", "__type": "AddedToken"}, "chat_template": None}

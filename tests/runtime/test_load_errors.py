@@ -12,7 +12,7 @@ from fewbit.errors import FewbitError
 from fewbit.runtime.load_errors import known_cause
 
 
-@pytest.mark.parametrize("error", [kind("odd") for kind in (ValueError, OSError, ImportError, AssertionError)])
+@pytest.mark.parametrize("error", [kind("odd") for kind in (ValueError, OSError, AssertionError)])
 def test_exceptions_from_elsewhere_are_unknown(tiny: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     assert known_cause(error, {"model_type": "llama"}) is None
 
@@ -22,6 +22,15 @@ def test_exceptions_from_elsewhere_are_unknown(tiny: Path, error: Exception, mon
     monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", fail)
     with pytest.raises(type(error), match="odd"):
         fewbit.load(tiny)
+
+
+def test_a_package_that_cannot_be_imported_is_known_unless_fewbit_asked() -> None:
+    with pytest.raises(ImportError) as caught:
+        exec("raise ImportError('broken.so: undefined symbol')", {"__name__": "flash_attn.kernels"})
+    assert known_cause(caught.value, {}) == "broken.so: undefined symbol"
+    with pytest.raises(ImportError) as caught:
+        exec("from transformers import nothing_of_this_name", {"__name__": "fewbit.runtime.load"})
+    assert known_cause(caught.value, {}) is None
 
 
 @pytest.mark.parametrize(

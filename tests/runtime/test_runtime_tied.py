@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 import fewbit
+from fewbit.linear import Linear
+from fewbit.runtime.packed_linear import PackedLinear
 from fewbit.runtime.unpack import unpack, unpack_modules
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -53,6 +55,7 @@ def test_logits_packed_and_unpacked(
     packed = fewbit.load(tmp_path / "packed", device="cpu")
     plain = fewbit.load(unpack(tmp_path / "packed", tmp_path / "plain"), device="cpu")
     assert packed_weights(packed) == 14 + len(include)
+    assert isinstance(packed.get_output_embeddings(), Linear | PackedLinear)
     assert torch.equal(logits(packed), logits(plain))
     assert float((logits(packed) - logits(original)).abs().max()) < 0.05 * float(logits(original).abs().max())
     packed.save_pretrained(tmp_path / "again")

@@ -130,21 +130,26 @@ def test_a_killed_study_goes_on_and_gives_the_same_result(tiny: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_ray_gives_the_same_rows(tiny: Path, folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="the extra ray is not installed")
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
     few = {"methods": ("rtn", "oac"), "bits": (3,)}
     local = run_study(STUDY, study_choice("objectives", tiny, tmp_path / "local", **few))
-    spread = run_study(STUDY, study_choice("objectives", tiny, tmp_path / "ray", engine="ray", **few))
-    assert spread["rows"] == local["rows"]
-    assert spread["findings"] == local["findings"]
-    assert spread["run"]["engine"] == "ray"
-    damaged = tmp_path / "damaged"
-    shutil.copytree(folder, damaged)
-    tensors = load_file(damaged / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    choice = study_choice("objectives", tiny, tmp_path / "error", engine="ray", folders=(str(damaged),), **few)
-    with pytest.raises(FewbitError, match=r"damaged: .*missing weights .model.norm.weight.*finished cells are kept"):
-        run_study(STUDY, choice)
+    # Both runs on one cluster that was there before, whose workers have imported torch by the second.
+    with ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False):
+        spread = run_study(STUDY, study_choice("objectives", tiny, tmp_path / "ray", engine="ray", **few))
+        assert spread["rows"] == local["rows"]
+        assert spread["findings"] == local["findings"]
+        assert spread["run"]["engine"] == "ray"
+        damaged = tmp_path / "damaged"
+        shutil.copytree(folder, damaged)
+        tensors = load_file(damaged / "model.safetensors")
+        del tensors["model.norm.weight"]
+        save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+        choice = study_choice("objectives", tiny, tmp_path / "error", engine="ray", folders=(str(damaged),), **few)
+        with pytest.raises(
+            FewbitError, match=r"damaged: .*missing weights .model.norm.weight.*finished cells are kept"
+        ):
+            run_study(STUDY, choice)
+        assert ray.is_initialized()
 
 
 def test_a_model_with_fused_experts(tmp_path: Path) -> None:
