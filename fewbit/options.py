@@ -88,6 +88,13 @@ QUANTIZE: tuple[Option, ...] = (
     Option(
         "column_weights", str, "none, or norm-gain: weight columns by the gain of the preceding norm.", "recipe", _GRID
     ),
+    Option(
+        "embedding_bits",
+        int,
+        "Bits of embeddings and output heads, 1 to 8; 16 keeps them. Default: 8 from 4 bits on, otherwise 6.",
+        "recipe",
+        _GRID,
+    ),
     Option("transform", str, f"Transform of each layer's inputs {_AXES}.", "recipe", _GRID),
     Option(
         "set",

@@ -144,7 +144,7 @@ def test_tensors_with_choices_of_their_own(tiny: Path, tmp_path: Path, method: s
     assert torch.equal(packed, plain)
     assert Recipe.from_dict(report["recipe"]).to_dict() == report["recipe"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert {scheme["bits"] for scheme in config["schemes"]} == {2, 3, 5, 8}
+    assert {scheme["bits"] for scheme in config["schemes"]} == {2, 3, 5, 6, 8}
     fewbit.tune(tmp_path / "out", tmp_path / "tuned", epochs=1, held_out=1, batch_size=1, reference=tiny, **TEXT)
     again = fewbit.inspect(tmp_path / "tuned")["models"][0]
     assert again["bits_per_weight"] == pytest.approx(report["output"]["bits_per_weight"])

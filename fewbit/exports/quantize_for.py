@@ -31,6 +31,8 @@ def choices_for(target: Target, model: str | Path, flat: dict[str, Any]) -> tupl
     problem = target.refuses(checkpoint)
     if problem:
         raise FewbitError(problem)
+    # Embeddings are rounded when the file is written, to a type of the target.
+    flat = {**flat, "embedding_bits": flat.get("embedding_bits") or 16}
     given = flat.get("grid")
     if given is not None:
         if given not in target.grids:

@@ -10,7 +10,7 @@ from fewbit.checkpoints.named import NAMED_MODELS, named_folder
 from fewbit.checkpoints.output import MODEL_FOLDER, REPORT, RUN
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
-from fewbit.formats.config import weights_of
+from fewbit.formats.config import tied_of, weights_of
 from fewbit.formats.native import part_layout
 
 
@@ -64,7 +64,8 @@ def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
         if other is None or other.shape != entry.shape:
             return f"has no {name} of that shape"
     packed = {stored.tensor_name(module) for module, stored in weights.items()}
-    more = [name for name in original.entries if name not in quantized.entries and name not in packed]
+    known = quantized.entries.keys() | packed | tied_of(quantized).keys()
+    more = [name for name in original.entries if name not in known]
     return f"has an additional {more[0]}" if more else ""
 
 

@@ -38,7 +38,7 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None, own_class
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, PackedLinear):
-                setattr(parent, name, _plain_layer(child, dtype or child.like.dtype, own_classes))
+                setattr(parent, name, plain_layer(child, dtype or child.like.dtype, own_classes))
     plain: dict[PackedParameter, nn.Parameter] = {}
     holders = [module for module in model.modules() if isinstance(getattr(module, "held", None), Held)]
     for module in holders:
@@ -50,7 +50,8 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None, own_class
     return model
 
 
-def _plain_layer(packed: PackedLinear, dtype: torch.dtype, own_class: bool) -> nn.Module:
+def plain_layer(packed: PackedLinear, dtype: torch.dtype, own_class: bool = False) -> nn.Module:
+    """A plain layer with the same weight in `dtype` and the same bias. own_class: as for :func:`unpack_modules`."""
     weight = packed.decode(dtype)
     if own_class and packed.stored.transposed:
         from transformers.pytorch_utils import Conv1D

@@ -20,7 +20,7 @@ from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.checkpoints.workdir import SOLVED, WorkFolder, check_output
 from fewbit.device import check_device
 from fewbit.errors import FewbitError, WorkKeptError, missing_extra
-from fewbit.formats.config import has_scaled_channels, weights_of
+from fewbit.formats.config import has_scaled_channels, tables_of, weights_of
 from fewbit.formats.original import MODEL_FOLDER, original_of
 from fewbit.memory import activation_bytes, available_bytes, peak_rss_bytes
 from fewbit.pipeline.calibration_tokens import calibration_set
@@ -134,7 +134,7 @@ def _train(run: _Run, started: float, progress: Progress | None) -> dict[str, An
     sequences = _split(calibration.ids, choice)
     teacher = _teacher(original, sequences.ids, choice, path, accelerator, progress)
     with FileReader() as reader:
-        places = make_trainable(model, choice, _originals(checkpoint, run.original, reader))
+        places = make_trainable(model, choice, _originals(checkpoint, run.original, reader), tables_of(checkpoint))
     model.to(accelerator.device)
     blocks = list(find_blocks(model))
     if choice.reconstruction:

@@ -207,19 +207,20 @@ def read_again(model: Path, tmp_path: Path, method: str, choices: dict[str, Any]
     original: dict[str, np.ndarray] = {}
     for path in sorted(model.glob("*.safetensors")):
         original.update(read_file(path))
-    assert len(config["weights"]) == 14
+    assert len(config["weights"]) == 15 and config["embeddings"] == ["model.embed_tokens"]
+    sizes = {record["name"]: record["bytes"] for record in (*report["layers"], *report["embeddings"])}
     for module, w in config["weights"].items():
         prefix = f"{module}."
         parts = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         weight = read_weight(parts, w, config["schemes"][w["scheme"]])
         rounded = torch.from_numpy(weight).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
         assert np.array_equal(rounded, plain[f"{module}.weight"])
+        assert sum(v.nbytes for v in parts.values()) == sizes[f"{module}.weight"]
+        if module in config["embeddings"]:
+            continue
         before = floats(original[f"{module}.weight"].view(np.int16), "bfloat16").astype(np.float64)
         error += ((weight - before) ** 2).sum()
         norm += (before**2).sum()
-        assert sum(v.nbytes for v in parts.values()) == next(
-            r["bytes"] for r in report["layers"] if r["name"] == f"{module}.weight"
-        )
     reported = [r["relative_squared_error"] for r in report["layers"]]
     average = np.average(reported, weights=[r["weights"] for r in report["layers"]])
     assert abs(error / norm - average) < 0.2 * error / norm
@@ -245,16 +246,21 @@ def test_the_same_for_the_block_types_of_ggml(tmp_path: Path, grid: str) -> None
 def test_bits_per_weight_is_bytes_on_disk(tiny: Path, tmp_path: Path) -> None:
     report = fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("adpq+", bits=3))
     weights = read_weights(json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"])
+    tables = stored_bytes(weights.pop("model.embed_tokens"))
     size = sum(stored_bytes(w) for w in weights.values())
     assert report["output"]["bits_per_weight"] == 8 * size / sum(w.weights for w in weights.values())
+    assert report["output"]["embedding_bytes"] == tables
     header = struct.unpack("<Q", (tmp_path / "out" / "model.safetensors").read_bytes()[:8])[0]
     total = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert total == report["output"]["file_bytes"] == size + report["output"]["kept_bytes"] + 8 + header
+    assert total == report["output"]["file_bytes"] == size + tables + report["output"]["kept_bytes"] + 8 + header
 
 
 def test_config_of_another_version_or_damaged_is_refused(tiny: Path, tmp_path: Path) -> None:
     fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("rtn", bits=4))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    with pytest.raises(FewbitError, match="embeddings lists lm_head, but weights does not"):
+        read_weights({**config, "embeddings": ["lm_head"]})
+    del config["embeddings"]
     with pytest.raises(FewbitError, match="format version 3: this fewbit reads versions 1 and 2"):
         read_weights({**config, "format_version": 3})
     with pytest.raises(FewbitError, match="damaged quantization_config: unknown keys"):
@@ -302,13 +308,14 @@ def test_rows_with_groups_of_very_different_sizes(tmp_path: Path, method: str, l
 
 
 def test_folders_of_version_1_are_read(tiny: Path, tmp_path: Path) -> None:
-    fewbit.quantize(tiny, tmp_path / "new", "adpq+", bits=3)
+    fewbit.quantize(tiny, tmp_path / "new", "adpq+", bits=3, embedding_bits=16)
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     for path in (tmp_path / "old").glob("*.safetensors"):
         tensors = {name: tensor for name, tensor in load_file(path).items() if tuple(tensor.shape) != (0,)}
         save_file(tensors, path, {"format": "pt"})
     config = json.loads((tmp_path / "old" / "config.json").read_text())
     config["quantization_config"]["format_version"] = 1
+    del config["quantization_config"]["recipe"]["embedding_bits"]
     config["quantization_config"]["recipe"]["channel_scales"] = config["quantization_config"]["recipe"].pop("transform")
     (tmp_path / "old" / "config.json").write_text(json.dumps(config))
     ids = torch.arange(24).unsqueeze(0) + 3
