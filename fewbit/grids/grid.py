@@ -15,6 +15,7 @@ from torch import Tensor
 from fewbit.choices import check_values
 from fewbit.errors import FewbitError
 from fewbit.grids.codes import CodeLayout
+from fewbit.grids.formula import Formula
 from fewbit.grids.scheme import Layout, Scheme
 
 Values = Mapping[str, Tensor]
@@ -123,7 +124,8 @@ class Grid:
     expanded to one per column, under the names `by_column`.
     joins_rows: some data is stored once for all rows of a weight. block_by_block: the grid is fitted only when the
     solver reaches a group. offset: what is stored in addition to scales: "" (nothing), zero (an integer zero-point),
-    real (a real-valued zero-point), or minimum (in units of the weights).
+    real (a real-valued zero-point), or minimum (in units of the weights). formula(scheme): what :attr:`decode` computes,
+    for kernels; None if it is not of that form.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Grid:
     joins_rows: bool = False
     block_by_block: bool = False
     offset: str = ""
+    formula: Callable[[Scheme], Formula] | None = None
 
     @property
     def choice(self) -> str:

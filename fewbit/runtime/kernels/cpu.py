@@ -1,0 +1,106 @@
+"""The kernel for the CPU: numba code that reads packed rows once, on as many threads as torch uses."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from os import getpid
+
+import torch
+from torch import Tensor
+
+from fewbit.grids.scheme import StoredWeight
+from fewbit.grids.table import grid_of
+from fewbit.runtime.kernels.description import KIND_OF, Description, describe
+from fewbit.runtime.kernels.kernel import Kernel
+
+# Products of a weight and an input below which a second thread costs more than it saves.
+_WORTH_A_THREAD = 1 << 20
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _supports(stored: StoredWeight) -> bool:
+    grid = grid_of(stored.scheme)
+    return grid.formula is not None and grid.formula(stored.scheme).planes != () and stored.weights > 0
+
+
+def _prepare(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> Description:
+    return describe(parts, stored, dtype)
+
+
+def _product(about: Description, x: Tensor, bias: Tensor | None) -> Tensor:
+    from fewbit.runtime.kernels.products import kernel, padded
+
+    (rows, columns), tokens = about.shape, x.shape[0]
+    wide = x.to(torch.float32)
+    if columns % 16:
+        wide = torch.nn.functional.pad(wide, (0, padded(columns) - columns))
+    wide, out = wide.contiguous(), torch.empty(tokens, rows)
+    run, kind = kernel(about.reading), KIND_OF[x.dtype]
+
+    def some(first: int, last: int, work: int) -> None:
+        run(about.address, wide.data_ptr(), tokens, out.data_ptr(), rows, first, last, work, kind)
+
+    _in_threads(some, about, 0, rows, tokens)
+    if bias is not None:
+        out += bias
+    return out.to(x.dtype)
+
+
+def _rows(about: Description, first: int, last: int) -> Tensor:
+    from fewbit.runtime.kernels.products import kernel
+
+    out = torch.empty(last - first, about.shape[1], dtype=about.dtype)
+    run, kind, step = kernel(about.reading), KIND_OF[about.dtype], about.shape[1] * about.dtype.itemsize
+
+    def some(start: int, end: int, work: int) -> None:
+        run(about.address, 0, 0, out.data_ptr() + (start - first) * step, 0, start, end, work, kind)
+
+    _in_threads(some, about, first, last, 1)
+    return out
+
+
+def _in_threads(some: Callable[[int, int, int], None], about: Description, first: int, last: int, tokens: int) -> None:
+    """Call `some(first, last, address of working memory)` for all rows, on several threads if there is much to do.
+
+    Python's own threads: numba's end the process if it is forked, or if two threads of it compute at the same time.
+    """
+    from fewbit.runtime.kernels.products import ROWS, room
+
+    size = room(about.shape[1])
+    threads = min(torch.get_num_threads(), (last - first) * about.shape[1] * tokens // _WORTH_A_THREAD)
+    if threads < 2:
+        work = torch.empty(size, dtype=torch.uint8)
+        some(first, last, work.data_ptr())
+        return
+    # A row is computed in the same way whatever the number of threads.
+    step = -(-(last - first) // (threads * ROWS)) * ROWS
+    work = torch.empty(threads, size, dtype=torch.uint8)
+    starts = list(range(first, last, step))
+    jobs = [
+        _pool(getpid(), threads).submit(some, start, min(start + step, last), work[index].data_ptr())
+        for index, start in enumerate(starts[1:], 1)
+    ]
+    some(starts[0], min(starts[0] + step, last), work[0].data_ptr())
+    for job in jobs:
+        job.result()
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process: a fork has none of its parent's."""
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="fewbit")
+
+
+NUMBA = Kernel(
+    "numba",
+    "decodes and multiplies a few rows at a time in the processor's vectors",
+    device="cpu",
+    package="numba",
+    extra="fast",
+    dtypes=_DTYPES,
+    most_tokens=8,
+    supports=_supports,
+    prepare=_prepare,
+    product=_product,
+    rows=_rows,
+)

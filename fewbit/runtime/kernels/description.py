@@ -1,0 +1,192 @@
+"""What kernels read of a packed weight, prepared once from its parts: numbers per group, outliers by row, addresses.
+
+Codes stay packed and are read where they are. Nothing decoded is kept but the numbers of the groups and the outliers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.grids.formula import Formula, Plane
+from fewbit.grids.grid import Grid
+from fewbit.grids.scheme import StoredWeight
+from fewbit.grids.table import grid_of
+from fewbit.outliers.grids import read_positions, read_values
+from fewbit.solvers.settled import read_codes
+
+COLUMNS, GROUP, GROUPS, LADDER, MAGNITUDES, PICKS = range(6)
+SCALE, ZERO, MINIMUM, VALUES, OUTLIERS = 6, 8, 10, 12, 14
+"""Fields of a description, int64 each: two for an array of numbers, its address and its kind; two for the outliers,
+the addresses of the first outlier of each row and of the gaps between their columns."""
+PLANES = 16
+"""Three times five fields: a plane's address, the bytes from one row to the next, the codes in a byte, the address of
+the table of what a byte stands for, the bytes of a row."""
+_FIELDS = PLANES + 15
+
+FLOAT, HALF, BFLOAT, BYTE = 1, 2, 3, 4
+"""Kinds of numbers."""
+KIND_OF = {torch.float32: FLOAT, torch.float16: HALF, torch.bfloat16: BFLOAT, torch.uint8: BYTE}
+_LANES = 16
+_LONGEST_GAP = 255
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How codes become weights, as far as it is compiled in.
+
+    widths: of the planes, from the lowest bits. bits: of a code. by_table: there are 16 levels at most, so that each
+    group has a table of its weights. by_levels: the levels are not 0, 1, 2, …. expanded: a row's codes are first
+    written as bytes, because groups do not start at a whole vector or codes are not in planes.
+    """
+
+    widths: tuple[int, ...]
+    bits: int
+    by_table: bool
+    by_levels: bool
+    expanded: bool
+
+
+@dataclass(frozen=True)
+class Description:
+    """A packed weight as kernels read it. fields: see above. kept: the tensors behind the addresses in it."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    reading: Reading
+    fields: Tensor
+    kept: tuple[Tensor, ...]
+
+    @property
+    def address(self) -> int:
+        """Where the fields are."""
+        return self.fields.data_ptr()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of everything that it keeps, parts included."""
+        return sum(one.numel() * one.element_size() for one in (self.fields, *self.kept))
+
+
+def formula_of(stored: StoredWeight) -> Formula | None:
+    """How the weight's codes become weights, or None if kernels cannot compute it."""
+    grid = grid_of(stored.scheme)
+    return grid.formula(stored.scheme) if grid.formula is not None else None
+
+
+def describe(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> Description:
+    """Prepare a weight on the CPU for products in `dtype`; raises ValueError if its outliers lie outside of it."""
+    formula = formula_of(stored)
+    if formula is None:
+        raise ValueError(f"no kernel computes the grid {stored.scheme.grid}")
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> int:
+        kept.append(tensor.contiguous())
+        return kept[-1].data_ptr()
+
+    reading = _reading(formula, stored)
+    fields = [0] * _FIELDS
+    fields[COLUMNS], fields[GROUP], fields[GROUPS] = stored.shape[1], stored.scheme.group_size, stored.groups
+    fields[LADDER] = keep(_ladder(formula, reading))
+    terms = formula.terms(grid_of(stored.scheme).read(parts, stored.scheme, stored.groups))
+    for field, values in ((SCALE, terms.scale), (ZERO, terms.zero), (MINIMUM, terms.minimum)):
+        if values is not None:
+            numbers = _smallest(values) if values.shape[-1] == 1 else values.to(torch.float32)
+            fields[field], fields[field + 1] = keep(numbers), KIND_OF[numbers.dtype]
+    fields[MAGNITUDES] = terms.scale.shape[-1]
+    each = max(1, len(formula.ladder) // fields[MAGNITUDES])
+    fields[PICKS] = keep((torch.arange(_LANES) % len(formula.ladder) // each).to(torch.int32))
+    below = 0
+    for number, plane in enumerate(formula.planes):
+        at = PLANES + 5 * number
+        start, size = plane.place(stored.shape[1])
+        part = parts[plane.part]
+        fields[at] = keep(part) + start
+        fields[at + 1] = 0 if plane.shared else part.shape[-1]
+        if reading.expanded:
+            fields[at + 2], fields[at + 4] = plane.codes_in_a_byte, size
+            fields[at + 3] = keep(_of_bytes(plane, below))
+        below += plane.width
+    if stored.scheme.has_outliers and stored.outliers:
+        starts, gaps, values = _outliers(parts, stored, dtype)
+        fields[OUTLIERS], fields[OUTLIERS + 1] = keep(starts), keep(gaps)
+        fields[VALUES], fields[VALUES + 1] = keep(values), KIND_OF[dtype]
+    return Description(stored.shape, dtype, reading, torch.tensor(fields, dtype=torch.int64), tuple(kept))
+
+
+def _reading(formula: Formula, stored: StoredWeight) -> Reading:
+    widths = tuple(plane.width for plane in formula.planes)
+    bits, first = sum(widths), formula.ladder[0]
+    return Reading(
+        widths,
+        bits,
+        by_table=2**bits <= _LANES,
+        by_levels=formula.ladder != tuple(first + place for place in range(len(formula.ladder))),
+        expanded=stored.scheme.group_size % _LANES != 0 or any(plane.base != 2**plane.width for plane in formula.planes),
+    )
+
+
+def _ladder(formula: Formula, reading: Reading) -> Tensor:
+    levels = torch.tensor(formula.ladder, dtype=torch.float32)
+    if not reading.by_table:
+        return levels
+    padded = torch.zeros(2**reading.bits)
+    padded[: len(levels)] = levels
+    return padded.repeat(_LANES // len(padded))
+
+
+def _smallest(values: Tensor) -> Tensor:
+    """The numbers as bytes or float16 if that is exact, or else as float32."""
+    for dtype in (torch.uint8, torch.float16):
+        narrow = values.clamp(0, 255).to(dtype) if dtype is torch.uint8 else values.to(dtype)
+        if torch.equal(narrow.to(torch.float32), values):
+            return narrow
+    return values.to(torch.float32)
+
+
+def _of_bytes(plane: Plane, below: int) -> Tensor:
+    """What each byte of a plane stands for: a code in each byte of an int64, `below` bits up."""
+    byte = torch.arange(256, dtype=torch.int64)
+    digits = [byte // plane.base**place % plane.base for place in range(plane.codes_in_a_byte)]
+    codes = torch.zeros(256, 8, dtype=torch.uint8)
+    codes[:, : len(digits)] = (torch.stack(digits, dim=1) << below).to(torch.uint8)
+    return codes.view(torch.int64).view(-1)
+
+
+def _outliers(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The first outlier of every row int32 `(rows + 1,)`, the gaps between columns uint8, and values in `dtype`.
+
+    A row's first gap is its first outlier's column. A gap above 255 is divided by weights that are no outliers.
+    """
+    (rows, columns), where = stored.shape, read_positions(parts, stored)
+    if bool((where[1:] <= where[:-1]).any()) or not 0 <= int(where[0]) <= int(where[-1]) < rows * columns:
+        raise ValueError("positions of outliers do not ascend, or lie outside the weight")
+    codes = read_codes(parts, stored)
+    values = read_values(parts, stored, codes, where)
+    row, column = where // columns, where % columns
+    before = torch.cat([column.new_zeros(1), column[:-1]])
+    before[torch.cat([row.new_ones(1, dtype=torch.bool), row[1:] != row[:-1]])] = 0
+    between = (column - before - 1).clamp(min=0) // _LONGEST_GAP
+    each = torch.repeat_interleave(between + 1)
+    step = torch.arange(len(each)) - ((between + 1).cumsum(0) - between - 1)[each]
+    last = step == between[each]
+    reached = torch.where(last, column[each], before[each] + _LONGEST_GAP * (step + 1))
+    start = torch.where(step == 0, before[each], before[each] + _LONGEST_GAP * step)
+    values = values[each]
+    core = (~last).nonzero().squeeze(1)
+    if core.numel():
+        values[core] = _core_at(parts, stored, codes, row[each][core] * columns + reached[core])
+    starts = torch.zeros(rows + 1, dtype=torch.int64)
+    starts[1:] = torch.bincount(row[each], minlength=rows).cumsum(0)
+    return starts.to(torch.int32), (reached - start).to(torch.uint8), values.to(dtype)
+
+
+def _core_at(parts: Mapping[str, Tensor], stored: StoredWeight, codes: Tensor, where: Tensor) -> Tensor:
+    """The weights without outliers at some flat positions, 1-D float32."""
+    grid: Grid = grid_of(stored.scheme)
+    values = grid.read(parts, stored.scheme, stored.groups)
+    row, group = where // stored.shape[1], where % stored.shape[1] // stored.scheme.group_size
+    chosen = {name: value[row, group].unsqueeze(1) for name, value in values.items()}
+    return grid.decode(codes.view(-1)[where].view(-1, 1, 1), chosen, stored.scheme).view(-1)
