@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewbit.grids.scheme import StoredWeight
 from fewbit.grids.table import grid_of
-from fewbit.runtime.kernels.description import KIND_OF, Description, describe
+from fewbit.runtime.kernels.description import Description, describe
 from fewbit.runtime.kernels.kernel import Kernel
 
 # Products of a weight and an input below which a second thread costs more than it saves.
@@ -28,34 +28,28 @@ def _prepare(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dty
 
 
 def _product(about: Description, x: Tensor, bias: Tensor | None) -> Tensor:
-    from fewbit.runtime.kernels.products import kernel, padded
+    from fewbit.runtime.kernels.products import kernel
 
     (rows, columns), tokens = about.shape, x.shape[0]
-    wide = x.to(torch.float32)
-    if columns % 16:
-        wide = torch.nn.functional.pad(wide, (0, padded(columns) - columns))
-    wide, out = wide.contiguous(), torch.empty(tokens, rows)
-    run, kind = kernel(about.reading), KIND_OF[x.dtype]
-
-    def some(first: int, last: int, work: int) -> None:
-        run(about.address, wide.data_ptr(), tokens, out.data_ptr(), rows, first, last, work, kind)
-
-    _in_threads(some, about, 0, rows, tokens)
+    x, out, run = x.contiguous(), x.new_empty(tokens, rows), kernel(about.reading)
     if bias is not None:
-        out += bias
-    return out.to(x.dtype)
+        bias = bias.to(x.dtype).contiguous()
+    fixed = (about.address, x.data_ptr(), tokens, out.data_ptr(), rows)
+    shift = 0 if bias is None else bias.data_ptr()
+    _in_threads(lambda start, end, work: run(*fixed, start, end, shift, work), about, 0, rows, tokens)
+    return out
 
 
 def _rows(about: Description, first: int, last: int) -> Tensor:
     from fewbit.runtime.kernels.products import kernel
 
-    out = torch.empty(last - first, about.shape[1], dtype=about.dtype)
-    run, kind, step = kernel(about.reading), KIND_OF[about.dtype], about.shape[1] * about.dtype.itemsize
+    out, run = torch.empty(last - first, about.shape[1], dtype=about.dtype), kernel(about.reading)
+    step = about.shape[1] * about.dtype.itemsize
 
     def some(start: int, end: int, work: int) -> None:
-        run(about.address, 0, 0, out.data_ptr() + (start - first) * step, 0, start, end, work, kind)
+        run(about.address, 0, 0, out.data_ptr() + (start - first) * step, 0, start, end, 0, work)
 
-    _in_threads(some, about, first, last, 1)
+    _in_threads(some, about, first, last, 0)
     return out
 
 
@@ -66,21 +60,21 @@ def _in_threads(some: Callable[[int, int, int], None], about: Description, first
     """
     from fewbit.runtime.kernels.products import ROWS, room
 
-    size = room(about.shape[1])
-    threads = min(torch.get_num_threads(), (last - first) * about.shape[1] * tokens // _WORTH_A_THREAD)
+    size = room(about.shape[1], tokens)
+    threads = min(torch.get_num_threads(), (last - first) * about.shape[1] * max(1, tokens) // _WORTH_A_THREAD)
     if threads < 2:
         work = torch.empty(size, dtype=torch.uint8)
         some(first, last, work.data_ptr())
         return
     # A row is computed in the same way whatever the number of threads.
     step = -(-(last - first) // (threads * ROWS)) * ROWS
-    work = torch.empty(threads, size, dtype=torch.uint8)
+    works = torch.empty(threads, size, dtype=torch.uint8)
     starts = list(range(first, last, step))
     jobs = [
-        _pool(getpid(), threads).submit(some, start, min(start + step, last), work[index].data_ptr())
+        _pool(getpid(), threads).submit(some, start, min(start + step, last), works[index].data_ptr())
         for index, start in enumerate(starts[1:], 1)
     ]
-    some(starts[0], min(starts[0] + step, last), work[0].data_ptr())
+    some(starts[0], min(starts[0] + step, last), works[0].data_ptr())
     for job in jobs:
         job.result()
 

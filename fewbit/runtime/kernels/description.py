@@ -16,11 +16,10 @@ from fewbit.grids.table import grid_of
 from fewbit.outliers.grids import read_positions, read_values
 from fewbit.solvers.settled import read_codes
 
-COLUMNS, GROUP, GROUPS, LADDER, MAGNITUDES, PICKS = range(6)
-SCALE, ZERO, MINIMUM, VALUES, OUTLIERS = 6, 8, 10, 12, 14
-"""Fields of a description, int64 each: two for an array of numbers, its address and its kind; two for the outliers,
-the addresses of the first outlier of each row and of the gaps between their columns."""
-PLANES = 16
+COLUMNS, GROUP, GROUPS, LADDER, PICKS, SCALE, ZERO, MINIMUM, STARTS, GAPS, VALUES = range(11)
+"""Fields of a description, int64 each; from LADDER on they are addresses. STARTS: the number of the first outlier of
+each row; GAPS: between the columns of outliers; VALUES: the outliers."""
+PLANES = 11
 """Three times five fields: a plane's address, the bytes from one row to the next, the codes in a byte, the address of
 the table of what a byte stands for, the bytes of a row."""
 _FIELDS = PLANES + 15
@@ -38,7 +37,9 @@ class Reading:
 
     widths: of the planes, from the lowest bits. bits: of a code. by_table: there are 16 levels at most, so that each
     group has a table of its weights. by_levels: the levels are not 0, 1, 2, …. expanded: a row's codes are first
-    written as bytes, because groups do not start at a whole vector or codes are not in planes.
+    written as bytes, because groups do not start at a whole vector or codes are not in planes. vectors: so many whole
+    ones follow each other in a group, at least. scale, zero, minimum: kinds of numbers, 0 for none. magnitudes: scales
+    in a group. values: the kind of the outliers, 0 if there are none. to: the kind of the weights.
     """
 
     widths: tuple[int, ...]
@@ -46,6 +47,13 @@ class Reading:
     by_table: bool
     by_levels: bool
     expanded: bool
+    vectors: int
+    scale: int
+    zero: int
+    minimum: int
+    magnitudes: int
+    values: int
+    to: int
 
 
 @dataclass(frozen=True)
@@ -86,17 +94,18 @@ def describe(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dty
         kept.append(tensor.contiguous())
         return kept[-1].data_ptr()
 
-    reading = _reading(formula, stored)
     fields = [0] * _FIELDS
     fields[COLUMNS], fields[GROUP], fields[GROUPS] = stored.shape[1], stored.scheme.group_size, stored.groups
-    fields[LADDER] = keep(_ladder(formula, reading))
     terms = formula.terms(grid_of(stored.scheme).read(parts, stored.scheme, stored.groups))
-    for field, values in ((SCALE, terms.scale), (ZERO, terms.zero), (MINIMUM, terms.minimum)):
+    kinds = [0, 0, 0]
+    for place, values in enumerate((terms.scale, terms.zero, terms.minimum)):
         if values is not None:
             numbers = _smallest(values) if values.shape[-1] == 1 else values.to(torch.float32)
-            fields[field], fields[field + 1] = keep(numbers), KIND_OF[numbers.dtype]
-    fields[MAGNITUDES] = terms.scale.shape[-1]
-    each = max(1, len(formula.ladder) // fields[MAGNITUDES])
+            fields[SCALE + place], kinds[place] = keep(numbers), KIND_OF[numbers.dtype]
+    has_outliers = stored.scheme.has_outliers and stored.outliers > 0
+    reading = _reading(formula, stored, kinds, terms.scale.shape[-1], dtype, has_outliers)
+    fields[LADDER] = keep(_ladder(formula, reading))
+    each = len(formula.ladder) // reading.magnitudes
     fields[PICKS] = keep((torch.arange(_LANES) % len(formula.ladder) // each).to(torch.int32))
     below = 0
     for number, plane in enumerate(formula.planes):
@@ -109,22 +118,30 @@ def describe(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dty
             fields[at + 2], fields[at + 4] = plane.codes_in_a_byte, size
             fields[at + 3] = keep(_of_bytes(plane, below))
         below += plane.width
-    if stored.scheme.has_outliers and stored.outliers:
-        starts, gaps, values = _outliers(parts, stored, dtype)
-        fields[OUTLIERS], fields[OUTLIERS + 1] = keep(starts), keep(gaps)
-        fields[VALUES], fields[VALUES + 1] = keep(values), KIND_OF[dtype]
+    if has_outliers:
+        fields[STARTS], fields[GAPS], fields[VALUES] = map(keep, _outliers(parts, stored, dtype))
     return Description(stored.shape, dtype, reading, torch.tensor(fields, dtype=torch.int64), tuple(kept))
 
 
-def _reading(formula: Formula, stored: StoredWeight) -> Reading:
+def _reading(
+    formula: Formula, stored: StoredWeight, kinds: list[int], magnitudes: int, dtype: torch.dtype, has_outliers: bool
+) -> Reading:
     widths = tuple(plane.width for plane in formula.planes)
-    bits, first = sum(widths), formula.ladder[0]
+    bits, first, group = sum(widths), formula.ladder[0], stored.scheme.group_size
+    scale, zero, minimum = kinds
     return Reading(
         widths,
         bits,
         by_table=2**bits <= _LANES,
         by_levels=formula.ladder != tuple(first + place for place in range(len(formula.ladder))),
-        expanded=stored.scheme.group_size % _LANES != 0 or any(plane.base != 2**plane.width for plane in formula.planes),
+        expanded=group % _LANES != 0 or any(plane.base != 2**plane.width for plane in formula.planes),
+        vectors=next((count for count in (4, 2) if group % (count * _LANES) == 0), 1),
+        scale=scale,
+        zero=zero,
+        minimum=minimum,
+        magnitudes=magnitudes,
+        values=KIND_OF[dtype] if has_outliers else 0,
+        to=KIND_OF[dtype],
     )
 
 

@@ -149,11 +149,16 @@ def put_half(_: Any, address: Any, value: Any) -> Any:
 
 @intrinsic
 def put_bfloat(_: Any, address: Any, value: Any) -> Any:
-    """Store a float32 that is already rounded to bfloat16 as such."""
+    """Store a float32 as bfloat16, rounded half to even."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.lshr(builder.bitcast(args[1], _INT), _INT(16))
-        _store(builder, builder.trunc(bits, _SHORT), args[0], 2)
+        bits = builder.bitcast(args[1], _INT)
+        odd = builder.and_(builder.lshr(bits, _INT(16)), _INT(1))
+        up = builder.add(builder.add(bits, _INT(0x7FFF)), odd)
+        # Adding to a NaN could make it a number.
+        quiet = builder.or_(bits, _INT(0x400000))
+        chosen = builder.select(builder.fcmp_unordered("uno", args[1], args[1]), quiet, up)
+        _store(builder, builder.trunc(builder.lshr(chosen, _INT(16)), _SHORT), args[0], 2)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32), generate

@@ -7,25 +7,29 @@ from fewbit.runtime.kernels.compiled import compiled, kept, sources
 from fewbit.runtime.kernels.description import (
     COLUMNS,
     FLOAT,
+    GAPS,
     GROUP,
     GROUPS,
     LADDER,
-    MAGNITUDES,
     MINIMUM,
     PICKS,
     PLANES,
     SCALE,
+    STARTS,
+    VALUES,
     ZERO,
     Reading,
 )
 from fewbit.runtime.kernels.lanes import (
     add,
     as_floats,
+    byte_at,
     codes_at,
     exact,
     float_at,
     floats_at,
     gather,
+    int_at,
     integers_at,
     long_at,
     more_bits_at,
@@ -39,25 +43,17 @@ from fewbit.runtime.kernels.lanes import (
     total,
 )
 from fewbit.runtime.kernels.look_up import look_up
-from fewbit.runtime.kernels.rows import expand, number_at, put_outliers, rounded, write_row
+from fewbit.runtime.kernels.rows import expand, number_at, put_number, rounded, widen, write_row
 
 ROWS = 8
 """Rows that are decoded, and then multiplied, together."""
 
 
-def room(columns: int) -> int:
-    """Bytes of working memory for one call: decoded rows, and a byte for each code of a row."""
-    return ROWS * _step(columns) + padded(columns) + 64
-
-
-def padded(columns: int) -> int:
-    """Columns of the input, filled up with zeros to whole vectors."""
-    return (columns + 15) // 16 * 16
-
-
-def _step(columns: int) -> int:
+def room(columns: int, tokens: int) -> int:
+    """Bytes of working memory for one call: decoded rows, a byte for each code of a row, inputs and sums in float32."""
+    whole = (columns + 15) // 16 * 16
     # The last vector of a group that does not end with one is written too.
-    return 4 * (padded(columns) + 16)
+    return ROWS * 4 * (whole + 16) + whole + 64 + 4 * tokens * whole + 4 * ROWS
 
 
 @compiled
@@ -95,29 +91,36 @@ def times_one(weights: int, x: int, columns: int, out: int) -> None:
 
 
 @lru_cache
-def kernel(reading: Reading) -> Callable[..., None]:
-    """The function `(about, x, tokens, out, outputs, first, last, work, to)` for weights that are read this way.
+def kernel(reading: Reading) -> Callable[..., int]:
+    """The function `(about, x, tokens, out, outputs, first, last, bias, work)` for weights that are read this way.
 
-    It computes ``x W^T`` for the rows `first` to `last` of the weight. about: address of a description. x: of float32
-    `(tokens, padded columns)`, 0 beyond the last column. out: of float32 `(tokens, outputs)`. work: of :func:`room`
-    bytes. to: the kind of number to which the weights are rounded. With 0 tokens, it writes the rows themselves as
-    numbers of that kind, the first at `out`.
+    It computes ``x W^T + b`` for the rows `first` to `last` of the weight. All but tokens, outputs, first and last are
+    addresses: of a description, of x `(tokens, columns)`, of the result `(tokens, outputs)`, of the bias or 0, and of
+    :func:`room` bytes. x, bias and result are numbers of the weights' kind. With 0 tokens, it writes the rows
+    themselves, the first at `out`.
     """
     one, two, three = (*((8,) if reading.expanded else reading.widths), 0, 0)[:3]
-    planes, bits = len(reading.widths), reading.bits
+    planes, bits, vectors, to = len(reading.widths), reading.bits, reading.vectors, reading.to
     by_table, by_levels, expanded = reading.by_table, reading.by_levels, reading.expanded
+    scale_kind, zero_kind, minimum_kind = reading.scale, reading.zero, reading.minimum
+    magnitudes, value_kind, number_bytes = reading.magnitudes, reading.values, 4 if reading.to == FLOAT else 2
     below, version = one + two, sources()
 
     @kept
-    def run(about: int, x: int, tokens: int, out: int, outputs: int, first: int, last: int, work: int, to: int) -> int:
+    def run(
+        about: int, x: int, tokens: int, out: int, outputs: int, first: int, last: int, bias: int, work: int
+    ) -> int:
         columns, group, groups = long_at(about + 8 * COLUMNS), long_at(about + 8 * GROUP), long_at(about + 8 * GROUPS)
         whole = (columns + 15) // 16 * 16
-        step, magnitudes = 4 * (whole + 16), long_at(about + 8 * MAGNITUDES)
+        step = 4 * (whole + 16)
         codes = work + ROWS * step
+        inputs = codes + whole + 64
+        sums = inputs + 4 * tokens * whole
+        for token in range(tokens):
+            widen(x + number_bytes * columns * token, columns, whole, inputs + 4 * whole * token, to)
         ladder, planes_at = long_at(about + 8 * LADDER), about + 8 * PLANES
-        scales, scale_kind = long_at(about + 8 * SCALE), long_at(about + 8 * (SCALE + 1))
-        zeros, zero_kind = long_at(about + 8 * ZERO), long_at(about + 8 * (ZERO + 1))
-        minima, minimum_kind = long_at(about + 8 * MINIMUM), long_at(about + 8 * (MINIMUM + 1))
+        scales, zeros, minima = long_at(about + 8 * SCALE), long_at(about + 8 * ZERO), long_at(about + 8 * MINIMUM)
+        starts, gaps, values = long_at(about + 8 * STARTS), long_at(about + 8 * GAPS), long_at(about + 8 * VALUES)
         for start in range(first, last, ROWS):
             count = min(ROWS, last - start)
             for number in range(count):
@@ -131,9 +134,9 @@ def kernel(reading: Reading) -> Callable[..., None]:
                 for each in range(groups):
                     index = row * groups + each
                     zero, minimum, known = no_floats(), no_floats(), no_floats()
-                    if zeros != 0:
+                    if zero_kind:
                         zero = splat(number_at(zeros, index, zero_kind))
-                    if minima != 0:
+                    if minimum_kind:
                         minimum = splat(number_at(minima, index, minimum_kind))
                     if magnitudes > 1:
                         picks = integers_at(long_at(about + 8 * PICKS))
@@ -141,34 +144,59 @@ def kernel(reading: Reading) -> Callable[..., None]:
                     else:
                         scale = splat(number_at(scales, index, scale_kind))
                     if by_table:
-                        known = rounded(add(multiply(subtract(floats_at(ladder), zero), scale), minimum), to)
-                    for column in range(each * group, (each + 1) * group, 16):
-                        code = codes_at(one, at_one + (column * one >> 3))
-                        if two:
-                            code = more_bits_at(code, one, two, at_two + (column * two >> 3))
-                        if three:
-                            code = more_bits_at(code, below, three, at_three + (column * three >> 3))
-                        if by_table:
-                            value = look_up(known, code, bits)
-                        else:
-                            if by_levels:
-                                level = gather(ladder, exact(code, bits))
+                        known = floats_at(ladder)
+                        if zero_kind:
+                            known = subtract(known, zero)
+                        known = multiply(known, scale)
+                        if minimum_kind:
+                            known = add(known, minimum)
+                        known = rounded(known, to)
+                    for column in range(each * group, (each + 1) * group, 16 * vectors):
+                        some = at_one + (column * one >> 3)
+                        more = at_two + (column * two >> 3)
+                        most = at_three + (column * three >> 3)
+                        target = decoded + 4 * column
+                        for vector in range(vectors):
+                            code = codes_at(one, some + 2 * one * vector)
+                            if two:
+                                code = more_bits_at(code, one, two, more + 2 * two * vector)
+                            if three:
+                                code = more_bits_at(code, below, three, most + 2 * three * vector)
+                            if by_table:
+                                value = look_up(known, code, bits)
                             else:
-                                level = add(as_floats(exact(code, bits)), splat(float_at(ladder)))
-                            value = rounded(add(multiply(subtract(level, zero), scale), minimum), to)
-                        put_floats(decoded + 4 * column, value)
-                put_outliers(about, row, decoded)
+                                if by_levels:
+                                    level = gather(ladder, exact(code, bits))
+                                else:
+                                    level = add(as_floats(exact(code, bits)), splat(float_at(ladder)))
+                                if zero_kind:
+                                    level = subtract(level, zero)
+                                value = multiply(level, scale)
+                                if minimum_kind:
+                                    value = add(value, minimum)
+                                value = rounded(value, to)
+                            put_floats(target + 64 * vector, value)
+                if value_kind:
+                    place = decoded
+                    for index in range(int_at(starts + 4 * row), int_at(starts + 4 * row + 4)):
+                        place += 4 * byte_at(gaps + index)
+                        put_float(place, number_at(values, index, value_kind))
                 for column in range(columns, whole):
                     put_float(decoded + 4 * column, 0.0)
                 if tokens == 0:
-                    write_row(decoded, columns, out + (row - first) * columns * (4 if to == FLOAT else 2), to)
+                    write_row(decoded, columns, out + number_bytes * columns * (row - first), to)
             for token in range(tokens):
-                source, target = x + 4 * whole * token, out + 4 * (outputs * token + start)
+                source = inputs + 4 * whole * token
                 if count == ROWS:
-                    times_eight(work, step, source, whole, target)
+                    times_eight(work, step, source, whole, sums)
                 else:
                     for number in range(count):
-                        times_one(work + number * step, source, whole, target + 4 * number)
+                        times_one(work + number * step, source, whole, sums + 4 * number)
+                for number in range(count):
+                    found = float_at(sums + 4 * number)
+                    if bias:
+                        found += number_at(bias, start + number, to)
+                    put_number(out + number_bytes * (outputs * token + start + number), found, to)
         return version
 
     return run

@@ -22,7 +22,7 @@ _AT_ONCE = 1 << 23
 class _Prepared:
     """What a kernel prepared. state: of the parts, which are kept so that no other tensors take their addresses."""
 
-    state: tuple[Any, ...]
+    state: list[Any]
     parts: dict[str, Tensor]
     kernel: Kernel | None
     form: Any
@@ -49,17 +49,15 @@ class Ready:
 
     def get(self, parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> _Prepared:
         """The prepared form for inputs in `dtype`; without a kernel if none can compute with this weight."""
-        state = (dtype, *((part.data_ptr(), part.device, _version(part)) for part in parts.values()))
+        state: list[Any] = [dtype]
+        for part in parts.values():
+            state += (part.data_ptr(), 0 if part.is_inference() else part._version)
         if self._prepared is None or self._prepared.state != state:
             device = next(iter(parts.values())).device
             kernel = kernel_for(stored, device, dtype)
             form = kernel.prepare(parts, stored, dtype) if kernel is not None else None
             self._prepared = _Prepared(state, dict(parts), kernel, form)
         return self._prepared
-
-
-def _version(part: Tensor) -> int:
-    return 0 if part.is_inference() else part._version
 
 
 def product(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, x: Tensor, bias: Tensor | None) -> Tensor:

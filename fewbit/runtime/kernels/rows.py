@@ -3,14 +3,13 @@
 from typing import Any
 
 from fewbit.runtime.kernels.compiled import compiled
-from fewbit.runtime.kernels.description import BFLOAT, BYTE, FLOAT, HALF, OUTLIERS, PLANES, VALUES
+from fewbit.runtime.kernels.description import BFLOAT, BYTE, FLOAT, HALF, PLANES
 from fewbit.runtime.kernels.lanes import (
     bfloat_at,
     byte_at,
     float_at,
     floats_at,
     half_at,
-    int_at,
     long_at,
     put_bfloat,
     put_bfloats,
@@ -61,17 +60,23 @@ def expand(about: int, planes: int, row: int, codes: int) -> None:
 
 
 @compiled
-def put_outliers(about: int, row: int, out: int) -> None:
-    """Write the outliers of a row over its decoded weights."""
-    starts = long_at(about + 8 * OUTLIERS)
-    if starts != 0:
-        gaps = long_at(about + 8 * (OUTLIERS + 1))
-        values, kind = long_at(about + 8 * VALUES), long_at(about + 8 * (VALUES + 1))
-        first, last = int_at(starts + 4 * row), int_at(starts + 4 * row + 4)
-        to = out
-        for index in range(first, last):
-            to += 4 * byte_at(gaps + index)
-            put_float(to, number_at(values, index, kind))
+def put_number(address: int, value: float, kind: int) -> None:
+    """Store a float32, rounded to a kind of number."""
+    if kind == BFLOAT:
+        put_bfloat(address, value)
+    elif kind == HALF:
+        put_half(address, value)
+    else:
+        put_float(address, value)
+
+
+@compiled
+def widen(source: int, columns: int, whole: int, out: int, kind: int) -> None:
+    """Numbers of some kind as float32, and zeros up to `whole` of them."""
+    for column in range(columns):
+        put_float(out + 4 * column, number_at(source, column, kind))
+    for column in range(columns, whole):
+        put_float(out + 4 * column, 0.0)
 
 
 @compiled
