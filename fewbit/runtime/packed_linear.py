@@ -15,6 +15,7 @@ from fewbit.runtime.kernels.ready import back as for_inputs
 
 _BUFFER = "packed_"
 """Prefix of a buffer's name, because a part may have a name that a module already uses, such as `weight`."""
+_SKIPPED = len(_BUFFER)
 GUARD_BUFFER = "guard"
 """The buffer that is saved as the guard (:data:`fewbit.formats.native.GUARD`)."""
 
@@ -33,8 +34,8 @@ def buffer_name(part: str) -> str:
 
 def parts_of(module: nn.Module) -> dict[str, Tensor]:
     """The parts in `module` itself, by name."""
-    buffers = module._buffers.items()
-    return {name[len(_BUFFER) :]: buffer for name, buffer in buffers if buffer is not None and name.startswith(_BUFFER)}
+    found = module._buffers.items()
+    return {name[_SKIPPED:]: buffer for name, buffer in found if buffer is not None and name.startswith(_BUFFER)}
 
 
 def remember_dtype(module: nn.Module, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewbit.grids.scheme import StoredWeight
 from fewbit.grids.table import grid_of
-from fewbit.runtime.kernels.description import Description, describe
+from fewbit.runtime.kernels.description import ROWS, Description, describe, room
 from fewbit.runtime.kernels.kernel import Kernel
 
 # Products of a weight and an input below which a second thread costs more than it saves.
@@ -24,14 +24,14 @@ def _supports(stored: StoredWeight) -> bool:
 
 
 def _prepare(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> Description:
-    return describe(parts, stored, dtype)
+    from fewbit.runtime.kernels.products import kernel
+
+    return describe(parts, stored, dtype, kernel)
 
 
 def _product(about: Description, x: Tensor, bias: Tensor | None) -> Tensor:
-    from fewbit.runtime.kernels.products import kernel
-
-    (rows, columns), tokens = about.shape, x.shape[0]
-    x, out, run = x.contiguous(), x.new_empty(tokens, rows), kernel(about.reading)
+    rows, tokens, run = about.shape[0], x.shape[0], about.run
+    x, out = x.contiguous(), torch.empty((tokens, rows), dtype=x.dtype)
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
     fixed = (about.address, x.data_ptr(), tokens, out.data_ptr(), rows)
@@ -41,9 +41,7 @@ def _product(about: Description, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _rows(about: Description, first: int, last: int) -> Tensor:
-    from fewbit.runtime.kernels.products import kernel
-
-    out, run = torch.empty(last - first, about.shape[1], dtype=about.dtype), kernel(about.reading)
+    out, run = torch.empty(last - first, about.shape[1], dtype=about.dtype), about.run
     step = about.shape[1] * about.dtype.itemsize
 
     def some(start: int, end: int, work: int) -> None:
@@ -58,8 +56,6 @@ def _in_threads(some: Callable[[int, int, int], None], about: Description, first
 
     Python's own threads: numba's end the process if it is forked, or if two threads of it compute at the same time.
     """
-    from fewbit.runtime.kernels.products import ROWS, room
-
     size = room(about.shape[1], tokens)
     threads = min(torch.get_num_threads(), (last - first) * about.shape[1] * max(1, tokens) // _WORTH_A_THREAD)
     if threads < 2:

@@ -3,7 +3,7 @@
 Codes stay packed and are read where they are. Nothing decoded is kept but the numbers of the groups and the outliers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,8 @@ _FIELDS = PLANES + 15
 FLOAT, HALF, BFLOAT, BYTE = 1, 2, 3, 4
 """Kinds of numbers."""
 KIND_OF = {torch.float32: FLOAT, torch.float16: HALF, torch.bfloat16: BFLOAT, torch.uint8: BYTE}
+ROWS = 8
+"""Rows that are decoded, and then multiplied, together."""
 _LANES = 16
 _LONGEST_GAP = 255
 
@@ -58,18 +60,18 @@ class Reading:
 
 @dataclass(frozen=True)
 class Description:
-    """A packed weight as kernels read it. fields: see above. kept: the tensors behind the addresses in it."""
+    """A packed weight as kernels read it.
+
+    fields: see above; they are at `address`. kept: the tensors behind the addresses in them. run: the compiled function.
+    """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     reading: Reading
     fields: Tensor
     kept: tuple[Tensor, ...]
-
-    @property
-    def address(self) -> int:
-        """Where the fields are."""
-        return self.fields.data_ptr()
+    run: Callable[..., int]
+    address: int
 
     @property
     def bytes(self) -> int:
@@ -83,8 +85,23 @@ def formula_of(stored: StoredWeight) -> Formula | None:
     return grid.formula(stored.scheme) if grid.formula is not None else None
 
 
-def describe(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> Description:
-    """Prepare a weight on the CPU for products in `dtype`; raises ValueError if its outliers lie outside of it."""
+def room(columns: int, tokens: int) -> int:
+    """Bytes of working memory for one call: decoded rows, a byte for each code of a row, inputs and sums in float32."""
+    whole = (columns + _LANES - 1) // _LANES * _LANES
+    # The last vector of a group that does not end with one is written too.
+    return ROWS * 4 * (whole + _LANES) + whole + 64 + 4 * tokens * whole + 4 * ROWS
+
+
+def describe(
+    parts: Mapping[str, Tensor],
+    stored: StoredWeight,
+    dtype: torch.dtype,
+    compiled: Callable[[Reading], Callable[..., int]],
+) -> Description:
+    """Prepare a weight on the CPU for products in `dtype`; raises ValueError if its outliers lie outside of it.
+
+    compiled: gives the function for a way of reading.
+    """
     formula = formula_of(stored)
     if formula is None:
         raise ValueError(f"no kernel computes the grid {stored.scheme.grid}")
@@ -120,7 +137,8 @@ def describe(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dty
         below += plane.width
     if has_outliers:
         fields[STARTS], fields[GAPS], fields[VALUES] = map(keep, _outliers(parts, stored, dtype))
-    return Description(stored.shape, dtype, reading, torch.tensor(fields, dtype=torch.int64), tuple(kept))
+    known = torch.tensor(fields, dtype=torch.int64)
+    return Description(stored.shape, dtype, reading, known, tuple(kept), compiled(reading), known.data_ptr())
 
 
 def _reading(

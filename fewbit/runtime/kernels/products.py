@@ -14,6 +14,7 @@ from fewbit.runtime.kernels.description import (
     MINIMUM,
     PICKS,
     PLANES,
+    ROWS,
     SCALE,
     STARTS,
     VALUES,
@@ -44,17 +45,6 @@ from fewbit.runtime.kernels.lanes import (
 )
 from fewbit.runtime.kernels.look_up import look_up
 from fewbit.runtime.kernels.rows import expand, number_at, put_number, rounded, widen, write_row
-
-ROWS = 8
-"""Rows that are decoded, and then multiplied, together."""
-
-
-def room(columns: int, tokens: int) -> int:
-    """Bytes of working memory for one call: decoded rows, a byte for each code of a row, inputs and sums in float32."""
-    whole = (columns + 15) // 16 * 16
-    # The last vector of a group that does not end with one is written too.
-    return ROWS * 4 * (whole + 16) + whole + 64 + 4 * tokens * whole + 4 * ROWS
-
 
 @compiled
 def times_eight(weights: int, step: int, x: int, columns: int, out: int) -> None:
@@ -96,7 +86,7 @@ def kernel(reading: Reading) -> Callable[..., int]:
 
     It computes ``x W^T + b`` for the rows `first` to `last` of the weight. All but tokens, outputs, first and last are
     addresses: of a description, of x `(tokens, columns)`, of the result `(tokens, outputs)`, of the bias or 0, and of
-    :func:`room` bytes. x, bias and result are numbers of the weights' kind. With 0 tokens, it writes the rows
+    :func:`fewbit.runtime.kernels.description.room` bytes. x, bias and result are numbers of the weights' kind. With 0 tokens, it writes the rows
     themselves, the first at `out`.
     """
     one, two, three = (*((8,) if reading.expanded else reading.widths), 0, 0)[:3]
