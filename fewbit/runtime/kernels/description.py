@@ -11,22 +11,29 @@ from torch import Tensor
 
 from fewbit.grids.formula import Formula, Plane
 from fewbit.grids.grid import Grid
+from fewbit.grids.scale_formats import SCALE_FORMATS
 from fewbit.grids.scheme import StoredWeight
 from fewbit.grids.table import grid_of
-from fewbit.outliers.grids import read_positions, read_values
-from fewbit.solvers.settled import read_codes
+from fewbit.outliers.grids import OUTLIER_GRIDS, at_positions, read_outlier_codes, read_positions
 
-COLUMNS, GROUP, GROUPS, LADDER, PICKS, SCALE, ZERO, MINIMUM, STARTS, GAPS, VALUES = range(11)
-"""Fields of a description, int64 each; from LADDER on they are addresses. STARTS: the number of the first outlier of
-each row; GAPS: between the columns of outliers; VALUES: the outliers."""
-PLANES = 11
+COLUMNS, GROUP, GROUPS, MIDDLE, LADDER, PICKS, SCALE, ZERO, MINIMUM, UNITS, STARTS, GAPS, VALUES, STEPS = range(14)
+"""Fields of a description, int64 each; from LADDER on they are addresses. UNITS: by which the scales of each row are
+multiplied. STARTS: the number of the first outlier of each row; GAPS: between the columns of outliers; VALUES: the
+outliers, or their codes, which are to be multiplied by the STEPS of their rows after MIDDLE is subtracted."""
+PLANES = 14
 """Three times five fields: a plane's address, the bytes from one row to the next, the codes in a byte, the address of
 the table of what a byte stands for, the bytes of a row."""
 _FIELDS = PLANES + 15
 
-FLOAT, HALF, BFLOAT, BYTE = 1, 2, 3, 4
-"""Kinds of numbers."""
-KIND_OF = {torch.float32: FLOAT, torch.float16: HALF, torch.bfloat16: BFLOAT, torch.uint8: BYTE}
+FLOAT, HALF, BFLOAT, BYTE, SIGNED = 1, 2, 3, 4, 5
+"""Kinds of numbers; SIGNED are bytes that a unit of their row belongs to."""
+KIND_OF = {
+    torch.float32: FLOAT,
+    torch.float16: HALF,
+    torch.bfloat16: BFLOAT,
+    torch.uint8: BYTE,
+    torch.int8: SIGNED,
+}
 ROWS = 8
 """Rows that are decoded, and then multiplied, together."""
 _LANES = 16
@@ -89,7 +96,7 @@ def room(columns: int, tokens: int) -> int:
     """Bytes of working memory for one call: decoded rows, a byte for each code of a row, inputs and sums in float32."""
     whole = (columns + _LANES - 1) // _LANES * _LANES
     # The last vector of a group that does not end with one is written too.
-    return ROWS * 4 * (whole + _LANES) + whole + 64 + 4 * tokens * whole + 4 * ROWS
+    return ROWS * 4 * (whole + _LANES) + whole + 64 + 4 * tokens * whole + 4 * ROWS + 4 * _LANES
 
 
 def describe(
@@ -115,12 +122,21 @@ def describe(
     fields[COLUMNS], fields[GROUP], fields[GROUPS] = stored.shape[1], stored.scheme.group_size, stored.groups
     terms = formula.terms(grid_of(stored.scheme).read(parts, stored.scheme, stored.groups))
     kinds = [0, 0, 0]
+    factors = _factors(parts, stored, terms.scale)
+    if factors is not None:
+        kinds[0], fields[SCALE], fields[UNITS] = SIGNED, keep(factors[0]), keep(factors[1])
     for place, values in enumerate((terms.scale, terms.zero, terms.minimum)):
-        if values is not None:
+        if values is not None and not (place == 0 and factors is not None):
             numbers = _smallest(values) if values.shape[-1] == 1 else values.to(torch.float32)
             fields[SCALE + place], kinds[place] = keep(numbers), KIND_OF[numbers.dtype]
-    has_outliers = stored.scheme.has_outliers and stored.outliers > 0
-    reading = _reading(formula, stored, kinds, terms.scale.shape[-1], dtype, has_outliers)
+    outlier_kind = 0
+    if stored.scheme.has_outliers and stored.outliers > 0:
+        found = _outliers(parts, stored, formula, dtype)
+        fields[STARTS], fields[GAPS], fields[VALUES] = map(keep, (found.starts, found.gaps, found.values))
+        outlier_kind = KIND_OF[found.values.dtype]
+        if found.steps is not None:
+            fields[STEPS], fields[MIDDLE] = keep(found.steps), found.middle
+    reading = _reading(formula, stored, kinds, terms.scale.shape[-1], (outlier_kind, KIND_OF[dtype]))
     fields[LADDER] = keep(_ladder(formula, reading))
     each = len(formula.ladder) // reading.magnitudes
     fields[PICKS] = keep((torch.arange(_LANES) % len(formula.ladder) // each).to(torch.int32))
@@ -135,14 +151,12 @@ def describe(
             fields[at + 2], fields[at + 4] = plane.codes_in_a_byte, size
             fields[at + 3] = keep(_of_bytes(plane, below))
         below += plane.width
-    if has_outliers:
-        fields[STARTS], fields[GAPS], fields[VALUES] = map(keep, _outliers(parts, stored, dtype))
     known = torch.tensor(fields, dtype=torch.int64)
     return Description(stored.shape, dtype, reading, known, tuple(kept), compiled(reading), known.data_ptr())
 
 
 def _reading(
-    formula: Formula, stored: StoredWeight, kinds: list[int], magnitudes: int, dtype: torch.dtype, has_outliers: bool
+    formula: Formula, stored: StoredWeight, kinds: list[int], magnitudes: int, ends: tuple[int, int]
 ) -> Reading:
     widths = tuple(plane.width for plane in formula.planes)
     bits, first, group = sum(widths), formula.ladder[0], stored.scheme.group_size
@@ -158,8 +172,8 @@ def _reading(
         zero=zero,
         minimum=minimum,
         magnitudes=magnitudes,
-        values=KIND_OF[dtype] if has_outliers else 0,
-        to=KIND_OF[dtype],
+        values=ends[0],
+        to=ends[1],
     )
 
 
@@ -190,20 +204,53 @@ def _of_bytes(plane: Plane, below: int) -> Tensor:
     return codes.view(torch.int64).view(-1)
 
 
-def _outliers(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The first outlier of every row int32 `(rows + 1,)`, the gaps between columns uint8, and values in `dtype`.
+def _factors(parts: Mapping[str, Tensor], stored: StoredWeight, scale: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Signed bytes and a unit for each row whose products are exactly the scales, if the scale format has them."""
+    scheme = stored.scheme
+    found = SCALE_FORMATS[scheme.scale_format].factors(parts, "scale", scheme, stored.groups)
+    if found is None or not torch.equal((found[0].to(torch.float32) * found[1]).unsqueeze(-1), scale):
+        return None
+    return found
 
-    A row's first gap is its first outlier's column. A gap above 255 is divided by weights that are no outliers.
+
+@dataclass(frozen=True)
+class _Outliers:
+    """Outliers by row: the first of every row int32 `(rows + 1,)`, gaps between columns uint8, and values.
+
+    A row's first gap is its first outlier's column. A gap above 255 is divided by weights that are no outliers. values:
+    in the dtype of the weights, or codes to be multiplied by `steps` `(rows,)` float32 after `middle` is subtracted.
     """
+
+    starts: Tensor
+    gaps: Tensor
+    values: Tensor
+    steps: Tensor | None = None
+    middle: int = 0
+
+
+def _outliers(
+    parts: Mapping[str, Tensor], stored: StoredWeight, formula: Formula, dtype: torch.dtype
+) -> _Outliers:
     (rows, columns), where = stored.shape, read_positions(parts, stored)
     if bool((where[1:] <= where[:-1]).any()) or not 0 <= int(where[0]) <= int(where[-1]) < rows * columns:
         raise ValueError("positions of outliers do not ascend, or lie outside the weight")
-    codes = read_codes(parts, stored)
-    values = read_values(parts, stored, codes, where)
+    dense = _codes_at(parts, stored, formula, where)
+    codes = read_outlier_codes(parts, stored, dense, torch.arange(len(where)))
     row, column = where // columns, where % columns
     before = torch.cat([column.new_zeros(1), column[:-1]])
     before[torch.cat([row.new_ones(1, dtype=torch.bool), row[1:] != row[:-1]])] = 0
     between = (column - before - 1).clamp(min=0) // _LONGEST_GAP
+    grid = OUTLIER_GRIDS[stored.scheme.outlier_grid]
+    limits = grid.read(parts, stored)
+    scale = limits["scale"]
+    if grid.middle is not None and not bool(between.any()) and not bool((scale < 0).any()):
+        starts = torch.zeros(rows + 1, dtype=torch.int64)
+        starts[1:] = torch.bincount(row, minlength=rows).cumsum(0)
+        # Codes are read in whole vectors.
+        short = torch.nn.functional.pad(codes.to(torch.uint8), (0, _LANES))
+        gaps = (column - before).to(torch.uint8)
+        return _Outliers(starts.to(torch.int32), gaps, short, scale.reshape(-1), grid.middle(stored.scheme))
+    values = grid.decode(codes, *at_positions(limits, where, stored.shape), stored.scheme)
     each = torch.repeat_interleave(between + 1)
     step = torch.arange(len(each)) - ((between + 1).cumsum(0) - between - 1)[each]
     last = step == between[each]
@@ -212,16 +259,31 @@ def _outliers(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dt
     values = values[each]
     core = (~last).nonzero().squeeze(1)
     if core.numel():
-        values[core] = _core_at(parts, stored, codes, row[each][core] * columns + reached[core])
+        values[core] = _core_at(parts, stored, formula, row[each][core] * columns + reached[core])
     starts = torch.zeros(rows + 1, dtype=torch.int64)
     starts[1:] = torch.bincount(row[each], minlength=rows).cumsum(0)
-    return starts.to(torch.int32), (reached - start).to(torch.uint8), values.to(dtype)
+    return _Outliers(starts.to(torch.int32), (reached - start).to(torch.uint8), values.to(dtype))
 
 
-def _core_at(parts: Mapping[str, Tensor], stored: StoredWeight, codes: Tensor, where: Tensor) -> Tensor:
+def _codes_at(parts: Mapping[str, Tensor], stored: StoredWeight, formula: Formula, where: Tensor) -> Tensor:
+    """The dense codes at some flat positions, uint8 1-D."""
+    row, column = where // stored.shape[1], where % stored.shape[1]
+    codes, below = torch.zeros_like(where), 0
+    for plane in formula.planes:
+        start, _ = plane.place(stored.shape[1])
+        part = parts[plane.part]
+        line = torch.zeros_like(row) if plane.shared else row
+        byte = part.reshape(-1)[line * part.shape[-1] + start + column // plane.codes_in_a_byte].to(torch.int64)
+        codes |= (byte // plane.base ** (column % plane.codes_in_a_byte) % plane.base) << below
+        below += plane.width
+    return codes.to(torch.uint8)
+
+
+def _core_at(parts: Mapping[str, Tensor], stored: StoredWeight, formula: Formula, where: Tensor) -> Tensor:
     """The weights without outliers at some flat positions, 1-D float32."""
     grid: Grid = grid_of(stored.scheme)
     values = grid.read(parts, stored.scheme, stored.groups)
     row, group = where // stored.shape[1], where % stored.shape[1] // stored.scheme.group_size
     chosen = {name: value[row, group].unsqueeze(1) for name, value in values.items()}
-    return grid.decode(codes.view(-1)[where].view(-1, 1, 1), chosen, stored.scheme).view(-1)
+    codes = _codes_at(parts, stored, formula, where)
+    return grid.decode(codes.view(-1, 1, 1), chosen, stored.scheme).view(-1)

@@ -99,6 +99,16 @@ def byte_at(_: Any, address: Any) -> Any:
 
 
 @intrinsic
+def signed_at(_: Any, address: Any) -> Any:
+    """The signed byte at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.sext(_load(builder, args[0], _BYTE), _LONG)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
 def float_at(_: Any, address: Any) -> Any:
     """The float32 at an address."""
     return types.float32(types.int64), lambda context, builder, signature, args: _load(builder, args[0], _FLOAT, 4)

@@ -5,18 +5,23 @@ from functools import lru_cache
 
 from fewbit.runtime.kernels.compiled import compiled, kept, sources
 from fewbit.runtime.kernels.description import (
+    BYTE,
     COLUMNS,
     FLOAT,
     GAPS,
     GROUP,
     GROUPS,
     LADDER,
+    MIDDLE,
     MINIMUM,
     PICKS,
     PLANES,
     ROWS,
     SCALE,
+    SIGNED,
     STARTS,
+    STEPS,
+    UNITS,
     VALUES,
     ZERO,
     Reading,
@@ -94,6 +99,7 @@ def kernel(reading: Reading) -> Callable[..., int]:
     by_table, by_levels, expanded = reading.by_table, reading.by_levels, reading.expanded
     scale_kind, zero_kind, minimum_kind = reading.scale, reading.zero, reading.minimum
     magnitudes, value_kind, number_bytes = reading.magnitudes, reading.values, 4 if reading.to == FLOAT else 2
+    in_units, by_code = scale_kind == SIGNED, value_kind == BYTE
     below, version = one + two, sources()
 
     @kept
@@ -111,6 +117,8 @@ def kernel(reading: Reading) -> Callable[..., int]:
         ladder, planes_at = long_at(about + 8 * LADDER), about + 8 * PLANES
         scales, zeros, minima = long_at(about + 8 * SCALE), long_at(about + 8 * ZERO), long_at(about + 8 * MINIMUM)
         starts, gaps, values = long_at(about + 8 * STARTS), long_at(about + 8 * GAPS), long_at(about + 8 * VALUES)
+        units, steps = long_at(about + 8 * UNITS), long_at(about + 8 * STEPS)
+        middle = splat(long_at(about + 8 * MIDDLE))
         for start in range(first, last, ROWS):
             count = min(ROWS, last - start)
             for number in range(count):
@@ -118,6 +126,7 @@ def kernel(reading: Reading) -> Callable[..., int]:
                 at_one = long_at(planes_at) + row * long_at(planes_at + 8)
                 at_two = long_at(planes_at + 40) + row * long_at(planes_at + 48)
                 at_three = long_at(planes_at + 80) + row * long_at(planes_at + 88)
+                unit = splat(float_at(units + 4 * row)) if in_units else no_floats()
                 if expanded:
                     expand(about, planes, row, codes)
                     at_one = codes
@@ -133,6 +142,8 @@ def kernel(reading: Reading) -> Callable[..., int]:
                         scale = gather(scales + 4 * magnitudes * index, picks)
                     else:
                         scale = splat(number_at(scales, index, scale_kind))
+                    if in_units:
+                        scale = multiply(scale, unit)
                     if by_table:
                         known = floats_at(ladder)
                         if zero_kind:
@@ -166,7 +177,16 @@ def kernel(reading: Reading) -> Callable[..., int]:
                                     value = add(value, minimum)
                                 value = rounded(value, to)
                             put_floats(target + 64 * vector, value)
-                if value_kind:
+                if by_code:
+                    place, behind = decoded, int_at(starts + 4 * row + 4)
+                    step_of_row = splat(float_at(steps + 4 * row))
+                    for index in range(int_at(starts + 4 * row), behind, 16):
+                        value = subtract(as_floats(codes_at(8, values + index)), middle)
+                        put_floats(sums, rounded(multiply(value, step_of_row), to))
+                        for each in range(min(16, behind - index)):
+                            place += 4 * byte_at(gaps + index + each)
+                            put_float(place, float_at(sums + 4 * each))
+                elif value_kind:
                     place = decoded
                     for index in range(int_at(starts + 4 * row), int_at(starts + 4 * row + 4)):
                         place += 4 * byte_at(gaps + index)

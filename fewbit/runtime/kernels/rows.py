@@ -3,7 +3,7 @@
 from typing import Any
 
 from fewbit.runtime.kernels.compiled import compiled
-from fewbit.runtime.kernels.description import BFLOAT, BYTE, FLOAT, HALF, PLANES
+from fewbit.runtime.kernels.description import BFLOAT, BYTE, FLOAT, HALF, PLANES, SIGNED
 from fewbit.runtime.kernels.lanes import (
     bfloat_at,
     byte_at,
@@ -18,6 +18,7 @@ from fewbit.runtime.kernels.lanes import (
     put_half,
     put_halves,
     put_long,
+    signed_at,
     to_bfloat,
     to_half,
 )
@@ -32,6 +33,8 @@ def number_at(address: int, index: int, kind: int) -> Any:
         return bfloat_at(address + 2 * index)
     if kind == BYTE:
         return byte_at(address + index)
+    if kind == SIGNED:
+        return signed_at(address + index)
     return float_at(address + 4 * index)
 
 
