@@ -30,8 +30,8 @@ def _prepare(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dty
 
 
 def _product(about: Description, x: Tensor, bias: Tensor | None) -> Tensor:
-    rows, tokens, run = about.shape[0], x.shape[0], about.run
-    x, out = x.contiguous(), torch.empty((tokens, rows), dtype=x.dtype)
+    (rows, columns), run = about.shape, about.run
+    x, out, tokens = x.contiguous(), torch.empty((*x.shape[:-1], rows), dtype=x.dtype), x.numel() // columns
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
     fixed = (about.address, x.data_ptr(), tokens, out.data_ptr(), rows)

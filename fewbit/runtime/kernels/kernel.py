@@ -18,8 +18,8 @@ class Kernel:
     dtypes: of inputs. supports(stored): whether it can read a weight that is stored this way.
     prepare(parts, stored, dtype): what it needs of a weight for inputs in `dtype`, made once from its parts; it refers
     to the parts, and raises ValueError if they do not fit together.
-    product(prepared, x, bias): ``x W^T + b`` `(tokens, out)` in the dtype of x `(tokens, in)`, with the weights rounded
-    to that dtype and sums in float32; for at most `most_tokens` tokens, beyond which decoding first is faster.
+    product(prepared, x, bias): ``x W^T + b`` `(..., out)` in the dtype of x `(..., in)`, with the weights rounded to
+    that dtype and sums in float32; for at most `most_tokens` tokens, beyond which decoding first is faster.
     rows(prepared, first, last): the rows of the weight from `first` to before `last`, in that dtype.
     """
 

@@ -22,7 +22,8 @@ _AT_ONCE = 1 << 23
 class _Prepared:
     """What a kernel prepared. state: of the parts, which are kept so that no other tensors take their addresses."""
 
-    state: list[Any]
+    state: list[int]
+    dtype: torch.dtype
     parts: dict[str, Tensor]
     kernel: Kernel | None
     form: Any
@@ -49,15 +50,23 @@ class Ready:
 
     def get(self, parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> _Prepared:
         """The prepared form for inputs in `dtype`; without a kernel if none can compute with this weight."""
-        state: list[Any] = [dtype]
-        for part in parts.values():
-            state += (part.data_ptr(), 0 if part.is_inference() else part._version)
-        if self._prepared is None or self._prepared.state != state:
+        state = _state(parts)
+        if self._prepared is None or self._prepared.dtype != dtype or self._prepared.state != state:
             device = next(iter(parts.values())).device
             kernel = kernel_for(stored, device, dtype)
             form = kernel.prepare(parts, stored, dtype) if kernel is not None else None
-            self._prepared = _Prepared(state, dict(parts), kernel, form)
+            self._prepared = _Prepared(state, dtype, dict(parts), kernel, form)
         return self._prepared
+
+
+def _state(parts: Mapping[str, Tensor]) -> list[int]:
+    """Where the parts are, and how often each was changed in place."""
+    tensors = parts.values()
+    try:
+        return [part.data_ptr() for part in tensors] + [part._version for part in tensors]
+    except RuntimeError:
+        # Tensors that were made in inference mode have no version.
+        return [part.data_ptr() for part in tensors]
 
 
 def product(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,11 +77,10 @@ def product(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, x: 
     found = ready.get(parts, stored, x.dtype) if _is_plain(x) else None
     if found is None or found.kernel is None or x.device.type != found.kernel.device:
         return linear(x, native.decode_stored(parts, stored, x.dtype), bias)
-    flat = x.reshape(-1, x.shape[-1])
-    outputs = stored.shape[0]
-    if len(flat) <= found.kernel.most_tokens:
-        return found.kernel.product(found.form, flat, bias).view(*x.shape[:-1], outputs)
-    slices = list(_slices(stored))
+    outputs, columns = stored.shape
+    if x.numel() <= found.kernel.most_tokens * columns:
+        return found.kernel.product(found.form, x, bias)
+    slices, flat = list(_slices(stored)), x.reshape(-1, columns)
     if len(slices) == 1:
         return linear(x, found.kernel.rows(found.form, 0, outputs), bias)
     out = flat.new_empty(len(flat), outputs)
