@@ -96,7 +96,9 @@ def _formula(scheme: Scheme) -> Formula:
 
 def _four_magnitudes(scale: Tensor) -> Tensor:
     """The smaller and the larger magnitude outside salient columns, then those inside them, `(..., 4)`."""
-    both = [binary.magnitudes_of(scale, torch.full_like(scale[..., 0], salient, dtype=torch.bool)) for salient in (0, 1)]
+    both = [
+        binary.magnitudes_of(scale, torch.full_like(scale[..., 0], salient, dtype=torch.bool)) for salient in (0, 1)
+    ]
     return torch.stack([magnitude for pair in both for magnitude in pair], dim=-1)
 
 

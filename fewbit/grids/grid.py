@@ -124,8 +124,8 @@ class Grid:
     expanded to one per column, under the names `by_column`.
     joins_rows: some data is stored once for all rows of a weight. block_by_block: the grid is fitted only when the
     solver reaches a group. offset: what is stored in addition to scales: "" (nothing), zero (an integer zero-point),
-    real (a real-valued zero-point), or minimum (in units of the weights). formula(scheme): what :attr:`decode` computes,
-    for kernels; None if it is not of that form.
+    real (a real-valued zero-point), or minimum (in units of the weights). formula(scheme): what :attr:`decode`
+    computes, for kernels; None if it is not of that form.
     """
 
     name: str

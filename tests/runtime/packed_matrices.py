@@ -30,7 +30,9 @@ def pack(
     return finish(weight, settled, scheme, encoding)
 
 
-def finish(weight: Tensor, settled: object, scheme: Scheme, encoding: str = "") -> tuple[dict[str, Tensor], StoredWeight]:
+def finish(
+    weight: Tensor, settled: object, scheme: Scheme, encoding: str = ""
+) -> tuple[dict[str, Tensor], StoredWeight]:
     """The parts of a weight whose grids and outliers are settled."""
     encoded = encode(weight, weight, settled)  # type: ignore[arg-type]
     count = 0 if encoded.where is None else encoded.where.numel()

@@ -18,9 +18,7 @@ from fewbit.runtime.packed_parameter import PackedWeight
 from fewbit.runtime.unpack import unpack_modules
 
 PROMPT = torch.arange(3, 9).view(1, 6)
-needs_numba = pytest.mark.skipif(
-    not table._is_installed("numba"), reason="needs numba: pip install 'fewbit[fast]'"
-)
+needs_numba = pytest.mark.skipif(not table._is_installed("numba"), reason="needs numba: pip install 'fewbit[fast]'")
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def test_grids_with_codes_of_their_own(bits: float, grid: str, group_size: int) 
 def test_salient_columns() -> None:
     """In a binary grid, they have other magnitudes."""
     parts, stored = pack(Scheme(1, 64, "binary"))
-    assert 0 < int(parts["salient"].count_nonzero())
+    assert int(parts["salient"].count_nonzero()) > 0
     check_parts(parts, stored, dtypes=(torch.float32,))
 
 
@@ -161,7 +161,9 @@ def test_numbers_of_tokens(tokens: int) -> None:
     check(Scheme(8, 64, "symmetric"), tokens)
 
 
-@pytest.mark.parametrize(("rows", "columns", "group_size"), [(1, 26, 13), (9, 2, 2), (8, 16, 16), (17, 50, 10), (3, 6, 6)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "group_size"), [(1, 26, 13), (9, 2, 2), (8, 16, 16), (17, 50, 10), (3, 6, 6)]
+)
 @pytest.mark.parametrize("bits", [3, 5])
 def test_shapes(rows: int, columns: int, group_size: int, bits: int) -> None:
     parts, stored = pack(Scheme(bits, group_size, "zero-point"), rows, columns)

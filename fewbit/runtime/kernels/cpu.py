@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from os import getpid
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def _rows(about: Description, first: int, last: int) -> Tensor:
     return out
 
 
-def _in_threads(some: Callable[[int, int, int], None], about: Description, first: int, last: int, tokens: int) -> None:
+def _in_threads(some: Callable[[int, int, int], Any], about: Description, first: int, last: int, tokens: int) -> None:
     """Call `some(first, last, address of working memory)` for all rows, on several threads if there is much to do.
 
     Python's own threads: numba's end the process if it is forked, or if two threads of it compute at the same time.

@@ -69,7 +69,8 @@ class Reading:
 class Description:
     """A packed weight as kernels read it.
 
-    fields: see above; they are at `address`. kept: the tensors behind the addresses in them. run: the compiled function.
+    fields: see above; they are at `address`. kept: the tensors behind the addresses in them. run: the compiled
+    function.
     """
 
     shape: tuple[int, int]
@@ -228,9 +229,7 @@ class _Outliers:
     middle: int = 0
 
 
-def _outliers(
-    parts: Mapping[str, Tensor], stored: StoredWeight, formula: Formula, dtype: torch.dtype
-) -> _Outliers:
+def _outliers(parts: Mapping[str, Tensor], stored: StoredWeight, formula: Formula, dtype: torch.dtype) -> _Outliers:
     (rows, columns), where = stored.shape, read_positions(parts, stored)
     if bool((where[1:] <= where[:-1]).any()) or not 0 <= int(where[0]) <= int(where[-1]) < rows * columns:
         raise ValueError("positions of outliers do not ascend, or lie outside the weight")

@@ -71,7 +71,6 @@ def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     return builder.call(builder.module.declare_intrinsic(name, (), kind), arguments)
 
 
-
 @intrinsic
 def long_at(_: Any, address: Any) -> Any:
     """The 64-bit integer at an address."""

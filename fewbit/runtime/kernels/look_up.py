@@ -1,4 +1,4 @@
-"""Lookups in a table of 16 numbers, lane by lane: one instruction with AVX-512, a few with AVX2, comparisons elsewhere."""
+"""Lookups in a table of 16 numbers: one instruction with AVX-512, a few with AVX2, comparisons elsewhere."""
 
 from typing import Any
 

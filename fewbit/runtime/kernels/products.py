@@ -51,6 +51,7 @@ from fewbit.runtime.kernels.lanes import (
 from fewbit.runtime.kernels.look_up import look_up
 from fewbit.runtime.kernels.rows import expand, number_at, put_number, rounded, widen, write_row
 
+
 @compiled
 def times_eight(weights: int, step: int, x: int, columns: int, out: int) -> None:
     """Eight rows of weights, `step` bytes apart, times one input: eight float32 at `out`."""
@@ -91,8 +92,8 @@ def kernel(reading: Reading) -> Callable[..., int]:
 
     It computes ``x W^T + b`` for the rows `first` to `last` of the weight. All but tokens, outputs, first and last are
     addresses: of a description, of x `(tokens, columns)`, of the result `(tokens, outputs)`, of the bias or 0, and of
-    :func:`fewbit.runtime.kernels.description.room` bytes. x, bias and result are numbers of the weights' kind. With 0 tokens, it writes the rows
-    themselves, the first at `out`.
+    :func:`fewbit.runtime.kernels.description.room` bytes. x, bias and result are numbers of the weights' kind. With 0
+    tokens, it writes the rows themselves, the first at `out`.
     """
     one, two, three = (*((8,) if reading.expanded else reading.widths), 0, 0)[:3]
     planes, bits, vectors, to = len(reading.widths), reading.bits, reading.vectors, reading.to

@@ -1,4 +1,4 @@
-"""A packed weight made ready for its kernel: prepared at the first product, and again whenever its parts have changed."""
+"""A packed weight made ready for its kernel: prepared at the first product, and again if its parts have changed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
