@@ -53,18 +53,20 @@ class Ready:
         state = _state(parts)
         if self._prepared is None or self._prepared.dtype != dtype or self._prepared.state != state:
             device = next(iter(parts.values())).device
-            kernel = kernel_for(stored, device, dtype)
+            kernel = kernel_for(stored, device, dtype) if state else None
             form = kernel.prepare(parts, stored, dtype) if kernel is not None else None
             self._prepared = _Prepared(state, dtype, dict(parts), kernel, form)
         return self._prepared
 
 
 def _state(parts: Mapping[str, Tensor]) -> list[int]:
-    """Where the parts are, and how often each was changed in place."""
+    """Where the parts are, and how often each was changed in place; empty if they are tensors without data."""
     tensors = parts.values()
     try:
         return [part.data_ptr() for part in tensors] + [part._version for part in tensors]
     except RuntimeError:
+        if any(type(part) is not Tensor for part in tensors):
+            return []
         # Tensors that were made in inference mode have no version.
         return [part.data_ptr() for part in tensors]
 
@@ -118,5 +120,6 @@ def _is_plain(x: Tensor) -> bool:
         and not torch.is_autocast_enabled(x.device.type)
         and getattr(forward_ad, "_current_level", -1) < 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
         and x.numel() > 0
     )
