@@ -72,13 +72,21 @@ def _state(parts: Mapping[str, Tensor]) -> list[int]:
 
 
 def product(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """``x W^T + b`` for transformed inputs x `(..., in)`, in their dtype, as a plain layer computes it.
+    """``x W^T + b`` for transformed inputs x `(..., in)`, in their dtype, as a plain layer computes it. No gradients."""
+    found = through_kernel(ready, parts, stored, x, bias)
+    return linear(x, native.decode_stored(parts, stored, x.dtype), bias) if found is None else found
 
-    Few tokens go through a kernel that reads packed weights; for many, some rows at a time are decoded. No gradients.
+
+def through_kernel(
+    ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, x: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """As :func:`product`, or None if there is no kernel for this weight and these inputs.
+
+    Few tokens are multiplied with packed weights; for many, some rows at a time are decoded.
     """
     found = ready.get(parts, stored, x.dtype) if _is_plain(x) else None
     if found is None or found.kernel is None or x.device.type != found.kernel.device:
-        return linear(x, native.decode_stored(parts, stored, x.dtype), bias)
+        return None
     outputs, columns = stored.shape
     if x.numel() <= found.kernel.most_tokens * columns:
         return found.kernel.product(found.form, x, bias)
