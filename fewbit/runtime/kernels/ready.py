@@ -72,7 +72,10 @@ def _state(parts: Mapping[str, Tensor]) -> list[int]:
 
 
 def product(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """``x W^T + b`` for transformed inputs x `(..., in)`, in their dtype, as a plain layer computes it. No gradients."""
+    """``x W^T + b`` for transformed inputs x `(..., in)`, in their dtype, as a plain layer computes it.
+
+    No gradients.
+    """
     found = through_kernel(ready, parts, stored, x, bias)
     return linear(x, native.decode_stored(parts, stored, x.dtype), bias) if found is None else found
 
