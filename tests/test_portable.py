@@ -69,7 +69,7 @@ def test_every_module_is_imported_without_them() -> None:
     names = [name for name in names if not name.endswith("__main__")]
     # Extras that are not installed are not what is asked here; transformers comes before things are hidden.
     code = "import importlib\n" + f"for name in {names}:\n    importlib.import_module(name)\nprint(len({names}))"
-    before = "import transformers, transformers.quantizers.auto, matplotlib.figure, jinja2\n"
+    before = "import numba, transformers, transformers.quantizers.auto, matplotlib.figure, jinja2\n"
     command = [sys.executable, "-c", f"{ELSEWHERE}\nimport torch\n{before}hide()\n{code}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -20,6 +20,7 @@ from fewbit.grids.scales import (
     to_pattern,
     to_statistics,
     to_two_level,
+    two_level_factors,
 )
 from fewbit.grids.scheme import Layout, Scheme
 
@@ -36,7 +37,8 @@ class ScaleFormat:
     row_block(scheme): number of rows that share stored data. joins_groups: all groups of a row share stored data, so
     they cannot be stored one by one. offsets: the offsets of a grid (see :class:`fewbit.grids.grid.Grid`) with which
     the format can be combined; "" is none. has_statistics: the format uses the scheme's statistic_bits and
-    statistic_rows. smallest: scales below this lose precision.
+    statistic_rows. smallest: scales below this lose precision. factors(parts, name, scheme, groups): signed bytes
+    `(rows, groups)` and a float32 `(rows, 1)` whose products are the decoded values, or None where there are none.
     """
 
     name: str
@@ -51,6 +53,7 @@ class ScaleFormat:
     joins_groups: bool = False
     has_statistics: bool = False
     smallest: float = 0.0
+    factors: Callable[[Parts, str, Scheme, int], tuple[Tensor, Tensor] | None] = lambda *_: None
 
     def pack_floats(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Minima or outlier scales as bit patterns, and the values as a reader decodes them."""
@@ -135,6 +138,9 @@ SCALE_FORMATS: dict[str, ScaleFormat] = {
             },
             offsets=("",),
             joins_groups=True,
+            factors=lambda parts, name, scheme, groups: two_level_factors(
+                parts[f"{name}s"], parts[f"row_{name}s"], groups
+            ),
         ),
         ScaleFormat(
             "statistics",

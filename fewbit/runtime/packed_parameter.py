@@ -22,6 +22,7 @@ from fewbit.formats import native
 from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import Linear
 from fewbit.runtime.decoded import to_look_at
+from fewbit.runtime.kernels.ready import Ready, decode
 from fewbit.runtime.packed_linear import add_parts, parts_of, remember_dtype
 from fewbit.runtime.packed_table import DIRECT, Work, has_rows, rows_on_demand
 
@@ -36,6 +37,7 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.name, self.stored = name, stored
         add_parts(self, stored, "meta")
+        self.ready = Ready()
 
     def forward(self, dtype: torch.dtype, work: Work | None = None) -> Tensor:
         """The tensor in `dtype`; with `work`, what that computes from this weight."""
@@ -45,7 +47,14 @@ class PackedWeight(nn.Module):
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The weight `(out, in)` in `dtype`."""
-        return native.decode(parts_of(self), self.stored, dtype)
+        parts = parts_of(self)
+        if native.read_transform(parts, self.stored):
+            return native.decode(parts, self.stored, dtype)
+        return decode(self.ready, parts, self.stored, dtype)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.ready.forget()
+        return super()._apply(*args, **kwargs)
 
 
 class KeptWeight(nn.Module):
