@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fewbit.formats import native
 from fewbit.linear import Linear, linear
+from fewbit.runtime.kernels.ready import through_kernel
 from fewbit.runtime.packed_linear import parts_of
 
 Work = Callable[[Any, torch.dtype], Tensor]
@@ -39,6 +40,10 @@ def gather(value: Any, ids: Tensor) -> Tensor:
 def product(packed: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """``x W^T + b`` for a packed weight W and x `(..., in)`, some rows of W at a time if it is large."""
     parts, stored = parts_of(packed), packed.stored
+    if not native.read_transform(parts, stored):
+        found = through_kernel(packed.ready, parts, stored, x, bias)
+        if found is not None:
+            return found
     if stored.weights <= native.AT_ONCE or not native.has_separate_rows(stored):
         return linear(x, native.decode(parts, stored, x.dtype), bias)
     out = x.new_empty(*x.shape[:-1], stored.shape[0])
