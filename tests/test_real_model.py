@@ -57,7 +57,7 @@ def test_gemma3_and_adpq_plus_against_rounding_at_equal_bytes(tmp_path: Path) ->
     ours = quantized("gemma3-270m", tmp_path / "ours", "adpq+", bits=3, exclude=BEHIND_THE_FIFTH[:2])
     rounding = {"bits": 3, "group_size": "32", "exclude": BEHIND_THE_FIFTH[:2]}
     rounded = quantized("gemma3-270m", tmp_path / "rounded", "rtn", **rounding)
-    one, other = fewbit.evaluate([ours, rounded], "topics", Protocol(256, 2))["models"]
+    one, other = fewbit.evaluate([ours, rounded], "topics", Protocol(128, 2))["models"]
     assert one["bits_per_weight"] < other["bits_per_weight"]
     assert one["perplexity"] < other["perplexity"]
 
