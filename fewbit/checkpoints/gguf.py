@@ -68,8 +68,9 @@ def _check_complete(path: Path, header: GgufHeader) -> None:
     for key in _TOKENIZER:
         if key not in header.values:
             raise FewbitError(f"{path}: contains no tokenizer ({key} is missing), which transformers needs to read it")
-    if header.values.get(_PARTS, 1) > 1:
-        raise FewbitError(f"{path}: is one of {header.values[_PARTS]} parts: join them with  llama-gguf-split --merge")
+    parts = header.values.get(_PARTS)
+    if isinstance(parts, int) and parts > 1:
+        raise FewbitError(f"{path}: is one of {parts} parts: join them with  llama-gguf-split --merge")
 
 
 def _is_refusal(error: Exception, header: GgufHeader) -> bool:
