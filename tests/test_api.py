@@ -127,6 +127,7 @@ def test_numbers_paths_and_single_patterns_are_taken_as_they_are_meant(tiny: Pat
     assert found == {"device": "cuda:1", "seed": 2**60 + 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["adpq+", "precal+oac", "rtn"])
 def test_tensors_with_choices_of_their_own(tiny: Path, tmp_path: Path, method: str) -> None:
     text = {} if method != "precal+oac" else {**TEXT, "max_fallback": 99}

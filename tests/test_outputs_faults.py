@@ -102,6 +102,7 @@ def test_a_report_says_where_and_from_what() -> None:
     assert "raised from: KeyError: 'nothing'" in said and "where: outside of fewbit" in said
 
 
+@pytest.mark.slow
 def test_a_fault_ends_the_process_with_one(tiny: Path, tmp_path: Path) -> None:
     program = (
         "import sys, fewbit.pipeline.run as run\n"

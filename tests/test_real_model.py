@@ -76,7 +76,7 @@ def test_a_sentence_at_4_bits(folders: dict[str, Path]) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folders["adpq+ 4"])
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    # The likeliest first word by far (0.76, the next 0.05), so that sums in another order do not change it.
+    ids = tokenizer("The capital of France is", return_tensors="pt")
     tokens = model.generate(**ids, max_new_tokens=8, do_sample=False)
-    assert "Paris" in tokenizer.decode(tokens[0])
+    assert tokenizer.decode(tokens[0]).startswith("The capital of France is Paris")

@@ -133,6 +133,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mixtral", "phi3"])
 def test_every_layer_of_the_blocks_is_rounded_and_then_as_before(name: str, tmp_path: Path) -> None:
     network, ids = network_of(build(name, tmp_path / name)), ids_of()

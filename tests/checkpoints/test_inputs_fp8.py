@@ -118,6 +118,7 @@ def test_pieces_are_those_of_the_whole(model: tuple[Path, Path], monkeypatch: py
             assert torch.equal(reader.read(entry, first, count), whole[first : first + count])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "adpq", "gptq"])
 def test_quantized_as_the_products_are(model: tuple[Path, Path], tmp_path: Path, method: str) -> None:
     (tmp_path / "a.txt").write_text("some words and more of them. " * 100)
@@ -130,6 +131,7 @@ def test_quantized_as_the_products_are(model: tuple[Path, Path], tmp_path: Path,
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.slow
 def test_loaded_as_the_products_are(model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWBIT_CACHE", str(tmp_path))
     ids = torch.arange(12)[None]
@@ -149,6 +151,7 @@ def test_loaded_as_the_products_are(model: tuple[Path, Path], tmp_path: Path, mo
     )
 
 
+@pytest.mark.slow
 def test_other_commands(model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWBIT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.txt").write_text("some words and more of them. " * 100)

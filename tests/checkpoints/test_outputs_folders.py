@@ -261,6 +261,7 @@ def read(out: Path) -> dict[str, str]:
     return {path.relative_to(out).as_posix(): path.read_text() for path in out.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("replacing", [False, True])
 def test_killed_before_any_step_it_is_whole_or_goes_on(tmp_path: Path, replacing: bool) -> None:

@@ -185,6 +185,7 @@ def test_gram_is_shared_by_layers_that_see_the_same_inputs(network: Any) -> None
     assert found.tokens[sites[0].watched.key] == IDS.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gram", "fisher"])
 def test_a_stored_curvature_gives_the_same_weights(tiny: Path, tmp_path: Path, kind: str) -> None:
     method = ["--method", "precal+oac" if kind == "fisher" else "gptq", "--bits", "3", "--group-size", "32"]

@@ -171,6 +171,7 @@ def test_a_run_notices_that_its_curvature_was_measured_anew(tiny: Path, tmp_path
     run_cli(*quantize, "--overwrite")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("a fault"), FewbitError("bad input"), KeyboardInterrupt()])
 def test_a_measurement_that_holds_nothing_goes_whatever_ended_it(
     tiny: Path, tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch

@@ -173,6 +173,7 @@ def test_quantize_and_inspect_pages(tiny: Path, tmp_path: Path) -> None:
     check_page(tmp_path / "i.html")
 
 
+@pytest.mark.slow
 def test_originals_with_rounded_weights_and_inputs(tiny: Path, text: Path) -> None:
     options = ["--data", text, "--seq-len", "64", "--windows", "4", "--reference", tiny]
     source = ["--calibration", "random-tokens", "--samples", "4", "--sequence-length", "32"]

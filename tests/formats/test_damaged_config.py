@@ -28,6 +28,7 @@ def damaged(packed: Path, folder: Path, changes: dict[str, Any]) -> Path:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -227,6 +227,7 @@ def read_again(model: Path, tmp_path: Path, method: str, choices: dict[str, Any]
     return error, norm, recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize(("method", "choices"), CASES)
 def test_a_reader_from_the_specification_gets_the_same_weights(
@@ -236,6 +237,7 @@ def test_a_reader_from_the_specification_gets_the_same_weights(
     assert error / norm < 4.0 ** (2.0 - recipe.bits), error / norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [grid.name for grid in GGML_GRIDS])
 def test_the_same_for_the_block_types_of_ggml(tmp_path: Path, grid: str) -> None:
     model = build_tiny(tmp_path / "model", hidden_size=256, intermediate_size=256)
@@ -289,6 +291,7 @@ def test_schemes_check_themselves() -> None:
             check_scheme(replace(good, **change))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("larger", [500, 30_000, 1e7])
 @pytest.mark.parametrize("method", ["adpq+", "precal+oac"])
 def test_rows_with_groups_of_very_different_sizes(tmp_path: Path, method: str, larger: float) -> None:

@@ -40,6 +40,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny(tmp_path_factory.mktemp("wide") / "model", hidden_size=256, intermediate_size=256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [one for one in GGML_GRIDS if one.name in ("q4_1", "iq4_nl", "q2_k", "q6_k", "tq2_0")])
 def test_quantized_with_data_packed_and_unpacked(grid: Grid, wide: Path, tmp_path: Path) -> None:
     recipe = preset("precal+oac", grid=grid.name)
@@ -66,6 +67,7 @@ def test_the_column_solver_gains(grid: Grid) -> None:
     assert errors["precal+oac"] < 0.8 * errors["adpq+"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [grid for grid in GGML_GRIDS if grid.name in ("q4_0", "iq4_xs", "q2_k", "q6_k")])
 @pytest.mark.parametrize("train", ["all", "scales", "codes"])
 def test_tuning(grid: Grid, wide: Path, tmp_path: Path, train: str) -> None:

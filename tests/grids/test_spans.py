@@ -125,6 +125,7 @@ def recipe_of(grid: Grid, solver: str, **outliers: Any) -> Recipe:
     return with_choices(base, outliers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outliers", [{}, SPARSE, SENSITIVE], ids=["none", "lasso", "sensitivity"])
 @pytest.mark.parametrize("solver", ["round", "column"])
 def test_quantized_packed_unpacked(grid: Grid, tiny: Path, tmp_path: Path, solver: str, outliers: Any) -> None:
@@ -140,6 +141,7 @@ def test_quantized_packed_unpacked(grid: Grid, tiny: Path, tmp_path: Path, solve
     assert torch.equal(packed, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["all", "scales", "codes"])
 def test_tuned(grid: Grid, tiny: Path, tmp_path: Path, train: str) -> None:
     fewbit.quantize(tiny, tmp_path / "start", recipe_of(grid, "round", **SPARSE))

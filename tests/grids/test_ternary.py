@@ -53,6 +53,7 @@ def recipes(solver: str, outliers: dict[str, str]) -> Recipe:
     return with_choices(replace_solver(base, act_order=not refit, refit=refit), outliers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["round", "column"])
 @pytest.mark.parametrize("outliers", OUTLIERS)
 def test_every_outlier_rule_and_grid(tiny: Path, tmp_path: Path, solver: str, outliers: dict[str, str]) -> None:
@@ -73,6 +74,7 @@ def test_every_outlier_rule_and_grid(tiny: Path, tmp_path: Path, solver: str, ou
     assert found["models"][0]["bits_per_weight"] == pytest.approx(report["output"]["bits_per_weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["all", "scales", "codes"])
 def test_tuning(tiny: Path, tmp_path: Path, train: str) -> None:
     recipe = recipes(

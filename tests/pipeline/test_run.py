@@ -19,6 +19,7 @@ from fewbit.errors import FewbitError
 from fewbit.pipeline.run import RunOptions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "adpq", "adpq+"])
 def test_the_same_bytes_for_any_number_of_workers(
     tiny: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch

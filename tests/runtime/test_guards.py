@@ -22,6 +22,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1])
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "bits"), [("llama", 8), ("llama", 4), ("qwen3_moe", 8), ("gpt_oss", 8)])
 def test_without_the_format_nothing_loads(tmp_path: Path, kind: str, bits: int) -> None:
     build(tmp_path / "model", kind, **(EXPERTS if kind != "llama" else {}))

@@ -64,6 +64,7 @@ def layers_of(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return layers, tuple(name for name in shapes if name not in layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_class_loads_packed_with_the_logits_of_the_unpacked_folder(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

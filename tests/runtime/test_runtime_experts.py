@@ -36,6 +36,7 @@ def made(folder: Path, kind: str, method: str = "adpq", bits: int = 4, **changes
     return quantized(folder / "model", folder / "packed", method, bits, exclude=kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_packed_logits_are_those_of_unpacked_weights_bit_for_bit(kind: str, tmp_path: Path) -> None:
     packed = fewbit.load(made(tmp_path, kind), device="cpu")
@@ -56,6 +57,7 @@ def test_packed_logits_are_those_of_unpacked_weights_bit_for_bit(kind: str, tmp_
     assert torch.equal(*(model.generate(IDS[:1, :4], max_new_tokens=4, do_sample=False) for model in (packed, plain)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss"])
 def test_an_unpacked_folder_gives_the_packed_logits(kind: str, tmp_path: Path) -> None:
     packed = fewbit.load(made(tmp_path, kind), device="cpu")
@@ -191,6 +193,7 @@ def plain_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MIXTURES)
 @pytest.mark.parametrize("train", ["all", "scales"])
 def test_a_tuned_mixture_reports_its_own_errors(kind: str, train: str, tmp_path: Path) -> None:
@@ -214,6 +217,7 @@ def test_a_tuned_mixture_reports_its_own_errors(kind: str, train: str, tmp_path:
         assert layer["relative_squared_error"] != before["relative_squared_error"], name
 
 
+@pytest.mark.slow
 def test_packed_experts_are_tuned_and_evaluated(tmp_path: Path) -> None:
     made(tmp_path, "qwen3_moe", "rtn", 3, dtype="float32", vocab_size=256)
     text = CalibrationChoice("random-tokens", samples=8, sequence_length=32)

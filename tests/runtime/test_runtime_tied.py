@@ -29,6 +29,7 @@ def store(folder: Path, stored: str) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize(
     ("tied", "stored", "include"),

@@ -149,6 +149,7 @@ def lora(peft: Any, **changes: Any) -> Any:
     return peft.LoraConfig(**given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_peft_trains_saves_and_loads(peft: Any, folder: Path, tmp_path: Path, checkpointing: bool) -> None:
     model = peft.get_peft_model(fewbit.load(folder, device="cpu"), lora(peft)).train()

@@ -137,6 +137,7 @@ def test_names_that_transformers_changes_are_saved_as_they_were(tmp_path: Path) 
     assert load_file(tmp_path / "plain" / "model.safetensors").keys() == set(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_devices_dtypes_and_loading_twice(kind: str, tmp_path: Path) -> None:
     needs = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}

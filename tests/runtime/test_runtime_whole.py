@@ -226,6 +226,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_format_is_registered_in_any_order_of_imports(order: str) -> None:
     program = (
@@ -242,6 +243,7 @@ POSITIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", [0, 255])
 @pytest.mark.parametrize("encoding", POSITIONS)
 def test_damaged_positions_of_outliers_are_refused(tmp_path: Path, encoding: str, fill: int) -> None:

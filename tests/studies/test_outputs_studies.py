@@ -71,6 +71,7 @@ def make(out: Path, model: str = "m", overwrite: bool = False) -> None:
     folder.release()
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("begun_again", [False, True])
 def test_killed_at_any_step_the_same_study_goes_on(tmp_path: Path, begun_again: bool) -> None:

@@ -119,6 +119,7 @@ def test_tasks_are_asked_as_the_evaluation_asks_them(model: Path, text: Path, tm
         cells(choice_of(model, tmp_path / "other", text, options={"task_limit": 8}))
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_the_quantize_command(model: Path, text: Path, tmp_path: Path) -> None:
     given = {"methods": ("gptq",), "options": {"seeds": [1, 1]}}
     choice = choice_of(model, tmp_path / "study", text, **given)
@@ -177,6 +178,7 @@ def test_one_seed_leaves_the_windows(model: Path, text: Path, tmp_path: Path) ->
     assert found["sets"][0]["degrees"] == 19 and found["sets"][0]["verdict"] == "same"
 
 
+@pytest.mark.slow
 def test_a_set_that_a_method_cannot_take_is_a_result(model: Path, text: Path, tmp_path: Path) -> None:
     choice = choice_of(model, tmp_path / "out", text, methods=("oac",), options={"seeds": [1, 1]})
 
@@ -203,6 +205,7 @@ def test_ray_gives_the_same_rows(model: Path, text: Path, tmp_path: Path) -> Non
     assert spread["findings"] == local["findings"]
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(model: Path, text: Path, tmp_path: Path) -> None:
     run_study(STUDY, choice_of(model, tmp_path / "out", text, methods=("w8a8", "smoothquant")))
     seen = look_at(tmp_path / "out" / "study.html", tmp_path)

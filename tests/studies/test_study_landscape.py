@@ -81,6 +81,7 @@ def test_rays_lead_from_the_original_to_the_quantized_weights(tiny: Path, folder
     assert same == [(row["t"], row["loss"]) for row in rays if row["name"] == "tuned"]
 
 
+@pytest.mark.slow
 def test_the_slice_holds_its_three_points(result: Any) -> None:
     points = {row["name"]: row for row in rows_of(result, "point")}
     rays = {(row["name"], row["t"]): row for row in rows_of(result, "ray")}

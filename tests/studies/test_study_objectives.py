@@ -63,6 +63,7 @@ def test_rows_are_tidy_and_truths_are_those_of_eval(tiny: Path, folder: Path, re
             assert 0 < four[measure] < two[measure]
 
 
+@pytest.mark.slow
 def test_layer_errors_are_those_of_running_the_layer(tiny: Path, folder: Path, result: Any) -> None:
     rows = {r["layer"]: r for r in result[1]["rows"] if r["table"] == "layer" and r["name"] == "tuned"}
     assert len(rows) == 14
@@ -152,6 +153,7 @@ def test_ray_gives_the_same_rows(tiny: Path, folder: Path, tmp_path: Path) -> No
         assert ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_a_model_with_fused_experts(tmp_path: Path) -> None:
     model = build("mixtral", tmp_path / "mixtral", vocab_size=260)
     byte_tokenizer().save_pretrained(model)
@@ -169,6 +171,7 @@ def test_without_ray_the_error_names_the_extra(tiny: Path, tmp_path: Path, monke
         run_study(STUDY, study_choice("objectives", tiny, tmp_path / "out", engine="ray", methods=("rtn",), bits=(3,)))
 
 
+@pytest.mark.slow
 def test_folded_folders_have_no_local_errors(tiny: Path, tmp_path: Path) -> None:
     data = run_study(STUDY, study_choice("objectives", tiny, tmp_path / "out", methods=("awq",), bits=(3,)))
     row = next(r for r in data["rows"] if r["table"] == "model" and r["name"] == "awq-3bit")
@@ -195,6 +198,7 @@ def test_bad_input(tiny: Path, folder: Path, tmp_path: Path) -> None:
         run_study(STUDY, study_choice("objectives", other, tmp_path / "out", folders=(str(folder),), **FEW))
 
 
+@pytest.mark.slow
 def test_the_command_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     choice = study_choice("objectives", tiny, tmp_path / "out", methods=("rtn",), bits=(4, 3))
     words = ["--data", choice.data, "--size", "quick", "--windows", 3, "--seq-len", 48, "--methods", "rtn"]

@@ -136,6 +136,7 @@ def test_ray_gives_the_same_rows(planted: Path, texts: Path, tmp_path: Path) -> 
     assert spread["findings"] == local["findings"]
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(planted: Path, texts: Path, tmp_path: Path) -> None:
     options = {"sets": as_options([parse_set(f"language/hindi={texts / 'hindi.txt'}")])}
     run_study(STUDY, choice_of(planted, tmp_path / "out", texts, bits=(4,), methods=("awq",), options=options))

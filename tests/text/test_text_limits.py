@@ -131,6 +131,7 @@ print(make_set(CalibrationChoice(sys.argv[1], 20, 64, 3), byte_tokenizer(), 256)
 """
 
 
+@pytest.mark.slow
 def test_the_same_documents_whatever_the_number_of_workers(tmp_path: Path) -> None:
     for part in range(3):
         rows = (json.dumps({"text": f"{part} {row} " + TEXT[: 20 * row]}) + "\n" for row in range(40))

@@ -80,6 +80,7 @@ def test_the_search_takes_the_least_error(tmp_path: Path) -> None:
     assert error(scales) < 0.8 * error(torch.ones_like(power))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt"])
 def test_written_folders_hold_the_folded_norms(name: str, tmp_path: Path) -> None:
     model = build(name, tmp_path / "model")

@@ -75,6 +75,7 @@ def test_the_map_changes_nothing_before_rounding(rotation: Transform) -> None:
     assert float(after) == pytest.approx(float(before), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "oac", "adpq+"])
 def test_quantized_packed_unpacked_tuned(tiny: Path, tmp_path: Path, method: str) -> None:
     recipe = preset(method, bits=8, group_size="16", transform=NAME)

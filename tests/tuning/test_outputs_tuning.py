@@ -43,6 +43,7 @@ def copy(folder: Path, to: Path) -> Path:
     return to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("report", [None, "{", "[]", '{"model": "m"}', '{"model": 3, "method": [], "layers": {}}'])
 def test_without_a_whole_report_it_is_tuned_all_the_same(
     model: Path, folder: Path, tmp_path: Path, report: str | None
@@ -103,6 +104,7 @@ def change_alone(path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["reference", "quantized"])
 def test_what_changed_between_two_runs_is_noticed(model: Path, folder: Path, tmp_path: Path, which: str) -> None:
     reference, quantized = copy(model, tmp_path / "reference"), copy(folder, tmp_path / "q")
@@ -118,6 +120,7 @@ def test_what_changed_between_two_runs_is_noticed(model: Path, folder: Path, tmp
     tune(quantized, tmp_path / "out", CHOICE, replace(options, overwrite=True))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_while_it_trains_keeps_the_snapshots(folder: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -194,6 +197,7 @@ def made(out: Path, text: str, overwrite: bool) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 @needs_fork
 def test_both_steps_killed_at_any_step(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_one_go, "quantize", lambda model, out, recipe, run: made(out, "first", run.overwrite))

@@ -113,6 +113,7 @@ def weights(folder: Path) -> list[tuple[str, StoredWeight, dict[str, Tensor]]]:
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PRESETS)
 @pytest.mark.parametrize("train", ["all", "weights", "codes", "scales"])
 def test_a_weight_begins_as_stored_and_is_stored_as_trained(

@@ -101,6 +101,7 @@ def test_what_is_held_out_is_spread_over_the_sources() -> None:
     assert loop.held_out_last(ids, 0) is ids
 
 
+@pytest.mark.slow
 def test_an_epoch_that_made_it_worse_is_taken_back(folder: Path, tmp_path: Path) -> None:
     choice = replace(CHOICE, lr=0.4, scale_lr=0.05, epochs=6, patience=6)
     report = tune(folder, tmp_path / "out", choice, TuneOptions(calibration=TEXT, device="cpu"))
@@ -114,6 +115,7 @@ def test_an_epoch_that_made_it_worse_is_taken_back(folder: Path, tmp_path: Path)
     assert history["held_out"][history["best_epoch"]] == best < history["held_out"][0]
 
 
+@pytest.mark.slow
 def test_a_float16_model_is_trained_in_bfloat16(tmp_path: Path) -> None:
     model = build_tiny(tmp_path / "model", dtype="float16", initializer_range=0.1)
     fewbit.quantize(model, tmp_path / "rtn", fewbit.preset("rtn", bits=2, group_size="32"))
@@ -252,6 +254,7 @@ def test_quantize_and_tune_in_one_go(folder: Path, model: Path, tmp_path: Path) 
     assert "--tune-epochs needs --tune" in run_cli(*quantize[:7], "--tune-epochs", 2, code=2).stderr
 
 
+@pytest.mark.slow
 def test_the_first_step_is_made_again_for_another_job(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantize = ["quantize", model, out, "--method", "gptq", "--bits", 2, "--sequence-length", 32, "--tune"]
@@ -345,6 +348,7 @@ def folder_weights(path: Path) -> dict[str, bytes]:
     return {name: data for name, data in folder_bytes(path).items() if name.endswith(".safetensors")}
 
 
+@pytest.mark.slow
 def test_blocks_are_reconstructed_one_by_one(folder: Path, model: Path, tmp_path: Path) -> None:
     choice = TuningChoice(**{**vars(CHOICE), "reconstruction": 3})
     original, student = fewbit.load(model, device="cpu"), fewbit.load(folder, device="cpu")

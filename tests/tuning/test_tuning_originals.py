@@ -35,6 +35,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "bits"), [("adpq+", 2), ("adpq+", 1), ("adpq", 2), ("rtn", 2)])
 @pytest.mark.parametrize("train", ["all", "scales"])
 def test_gpt2_is_tuned(gpt2: Path, tmp_path: Path, method: str, bits: int, train: str) -> None:

@@ -36,6 +36,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, poison: Callable[[Any], Any]) -> N
     monkeypatch.setattr(loop, "optimizer_for", made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("poison", "choice", "message"),
     [
@@ -72,6 +73,7 @@ def test_reconstruction_stops_too(folder: Path, tmp_path: Path) -> None:
         tune(folder, tmp_path / "out", choice, TuneOptions(calibration=TEXT, device="cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "top"), [("nll", 16), ("nll+kd", 16), ("kd", 0)])
 def test_other_losses(folder: Path, tmp_path: Path, loss: str, top: int) -> None:
     choice = replace(CHOICE, loss=loss, top=top, epochs=1, lr=0.005)
@@ -98,6 +100,7 @@ def test_without_held_out_sequences_there_is_no_such_loss(folder: Path, tmp_path
     assert "held-out" not in tuning_summary(report, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_what_could_not_be_written_is_not_trained_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +119,7 @@ def test_what_could_not_be_written_is_not_trained_again(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "straight"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("removed", [0, 1, 3])
 def test_killed_behind_the_last_rename(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int
