@@ -1,12 +1,15 @@
-"""A process that dies, as if killed, before any one of its steps on the file system."""
+"""Runs that end early: killed before any one of their steps on the file system, or stopped before they publish."""
 
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fewbit.checkpoints.workdir import WorkFolder
 
 _STEPS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "open", "os.truncate"}
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="libraries need not survive a fork elsewhere")
@@ -39,3 +42,16 @@ def dies_before(step: int, work: Callable[[], Any], inside: str) -> bool:
         code = 0
     finally:
         os._exit(code)
+
+
+def siblings(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def stop_at(patch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """The next run ends with `error` when everything is written and nothing published."""
+
+    def publish(work: Any) -> None:
+        raise error
+
+    patch.setattr(WorkFolder, "publish", publish)

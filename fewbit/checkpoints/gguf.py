@@ -87,13 +87,16 @@ def _is_refusal(error: Exception, header: GgufHeader) -> bool:
 
 def _link(path: Path, place: Path) -> None:
     """Give a file another name: by a link if possible, otherwise by copying it."""
-    for make in (os.symlink, os.link, shutil.copyfile):
+    for make in (os.symlink, os.link):
         try:
             make(path.resolve(), place)
             return
         except (OSError, NotImplementedError):
             continue
-    raise FewbitError(f"{path}: cannot be copied to {place.parent}")
+    try:
+        shutil.copyfile(path.resolve(), place)
+    except OSError as error:
+        raise FewbitError(f"{path}: cannot be copied to {place.parent}: {error.strerror or error}") from None
 
 
 def _dequantized() -> dict[str, Any]:

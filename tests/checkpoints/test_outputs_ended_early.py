@@ -2,10 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from dying import dies_before, needs_fork
+from dying import dies_before, needs_fork, siblings, stop_at
 
 import fewbit
 from fewbit.checkpoints.output import made_by_fewbit
@@ -16,19 +15,6 @@ from fewbit.runtime.unpack import unpack
 
 RTN = fewbit.preset("rtn", bits=4)
 SHARDS = RunOptions(shard_size=20_000)
-
-
-def siblings(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def stop_at(patch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """The next run ends with `error` when everything is written and nothing published."""
-
-    def publish(work: Any) -> None:
-        raise error
-
-    patch.setattr(WorkFolder, "publish", publish)
 
 
 def publish_one(out: Path, text: str, overwrite: bool = False) -> None:

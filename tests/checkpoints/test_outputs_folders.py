@@ -6,33 +6,19 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import build_tiny, folder_bytes, run_cli
+from dying import siblings, stop_at
 
 import fewbit
 from fewbit.checkpoints.json_file import write_json
-from fewbit.checkpoints.workdir import WorkFolder
 from fewbit.errors import FewbitError, WorkKeptError
 from fewbit.pipeline.run import RunOptions
 from fewbit.runtime.unpack import unpack
 
 RTN = fewbit.preset("rtn", bits=4)
 SHARDS = RunOptions(shard_size=20_000)
-
-
-def siblings(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def stop_at(patch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """The next run ends with `error` when everything is written and nothing published."""
-
-    def publish(work: Any) -> None:
-        raise error
-
-    patch.setattr(WorkFolder, "publish", publish)
 
 
 @pytest.mark.parametrize("made", ["folder", "file", "link", "of fewbit"])
