@@ -54,7 +54,7 @@ def quantize(
     request = quantize_request(model, method, choices, progress)
     if request.target is None or out is None or request.options.report_only:
         return {**_quantized(model, out, request, choices), **({"notes": request.notes} if request.notes else {})}
-    from fewbit.exports.quantize_for import quantize_for
+    from fewbit.exports.quantize_for import embedding_type, quantize_for
 
     job = {
         **job_of(model, request.recipe, request.options),
@@ -67,6 +67,7 @@ def quantize(
         job,
         lambda folder: _quantized(model, folder, request, choices),
         request.options,
+        embedding_type(request.target, model, choices),
     )
     return {**report, "notes": request.notes}
 

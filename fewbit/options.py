@@ -66,7 +66,7 @@ QUANTIZE: tuple[Option, ...] = (
     Option("tune", bool, "Fine-tune the result on the same text (see `fewbit tune`).", "tune", flag="--tune"),
     OVERWRITE,
     Option("group_size", str, "N, auto (the largest divisor up to 128), row, or a list: 64,auto.", "recipe", _GRID),
-    Option("grid", str, f"Quantization levels {_AXES}.", "recipe", _GRID),
+    Option("grid", str, f"Quantization levels {_AXES}; with --for llama.cpp also a mixture, q4_k_m.", "recipe", _GRID),
     Option(
         "symmetric",
         bool,

@@ -1,11 +1,11 @@
 """`fewbit quantize --for TARGET`: choose grids that the target holds, quantize, and write the target's format."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewbit.architecture.coverage import WeightTensor
 from fewbit.checkpoints.json_file import drop, read_json, write_json
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.output import REPORT, made_by_fewbit, remove_made
@@ -13,11 +13,13 @@ from fewbit.checkpoints.source import open_checkpoint
 from fewbit.checkpoints.workdir import check_output, tidy
 from fewbit.errors import FewbitError
 from fewbit.exports.export import export
-from fewbit.exports.table import Target
+from fewbit.exports.gguf_mixtures import Mixture
+from fewbit.exports.least_loss import kind_of, least_loss
+from fewbit.exports.table import Fit, Target
+from fewbit.grids.table import GRIDS
 from fewbit.pipeline.plan import cover_original
 from fewbit.pipeline.run import RunOptions
 
-_DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")
 _MARK = "fewbit_for"
 
 
@@ -32,17 +34,24 @@ def choices_for(target: Target, model: str | Path, flat: dict[str, Any]) -> tupl
     if problem:
         raise FewbitError(problem)
     # Embeddings are rounded when the file is written, to a type of the target.
-    flat = {**flat, "embedding_bits": flat.get("embedding_bits") or 16}
+    flat = {**flat, "embedding_bits": 16}
     given = flat.get("grid")
-    if given is not None:
-        if given not in target.grids:
-            raise FewbitError(f"--for {target.name}: holds the grids {', '.join(target.grids)}, not {given}")
+    if given in target.grids:
         return flat, []
+    if given is not None and given not in target.mixtures:
+        names = ", ".join((*target.grids, *target.mixtures))
+        raise FewbitError(f"--for {target.name}: holds the grids {names}, not {given}")
     bits = float(flat.get("bits") or 4)
     if bits < 2:
         raise FewbitError(f"--for {target.name}: has no type of {bits:g} bits: use --bits 2 or more")
     coverage = cover_original(checkpoint, flat.get("include") or (), flat.get("exclude") or ())
-    fits = {tensor.entry.name: target.fit(tensor, bits) for tensor in coverage.of("quantize")}
+    tensors = coverage.of("quantize")
+    if given is None:
+        fits = least_loss({tensor: target.fit(tensor, bits, "") for tensor in tensors})
+    else:
+        count = 1 + max((tensor.block for tensor in tensors if tensor.block is not None), default=0)
+        mixture = target.mixtures[given]
+        fits = {tensor.entry.name: _mixed(target, mixture, tensor, count) for tensor in tensors}
     used = Counter(fit.grid for fit in fits.values() if fit.grid is not None)
     if not used:
         raise FewbitError(f"{checkpoint.folder}: {next(iter(fits.values())).note}")
@@ -58,12 +67,29 @@ def choices_for(target: Target, model: str | Path, flat: dict[str, Any]) -> tupl
     return rest, [f"{count} of {len(fits)} layers: {note}" for note, count in notes.items()]
 
 
+def embedding_type(target: Target, model: str | Path, choices: dict[str, Any]) -> str:
+    """What embeddings and head are rounded to: for the bits given for them, or else for those of the layers.
+
+    In a mixture of types they have 6 bits, as llama.cpp has it.
+    """
+    grid = str(choices.get("grid"))
+    bits = float(GRIDS[grid].widths[0]) if grid in GRIDS else float(choices.get("bits") or 4)
+    default = 8 if bits >= 4 and grid not in target.mixtures else 6
+    return target.embeddings(open_checkpoint(locate(model)), int(choices.get("embedding_bits") or default))
+
+
+def _mixed(target: Target, mixture: Mixture, tensor: WeightTensor, count: int) -> Fit:
+    """The grid of a tensor in a mixture, or one of as many bits that its columns allow."""
+    wanted = mixture.grid_of(tensor.entry.name.removesuffix(".weight"), tensor.block or 0, count)
+    return target.fit(tensor, float(GRIDS[wanted].widths[0]), wanted)
+
+
 def _patterns(others: dict[str, Any], fits: dict[str, Any]) -> dict[str, Any]:
     """Patterns of names for tensors that have another grid than most: one for all blocks where they agree."""
     found: dict[str, Any] = {}
     for name, grid in others.items():
-        pattern = _DIGITS.sub("*", name)
-        alike = [fit.grid for other, fit in fits.items() if _DIGITS.sub("*", other) == pattern]
+        pattern = kind_of(name)
+        alike = [fit.grid for other, fit in fits.items() if kind_of(other) == pattern]
         found[pattern if set(alike) == {grid} else name] = grid
     return found
 
@@ -81,11 +107,13 @@ def quantize_for(
     job: dict[str, Any],
     make: Callable[[Path], dict[str, Any]],
     run: RunOptions,
+    embeddings: str,
 ) -> dict[str, Any]:
     """Make a native folder beside the output, and export it to `out`; returns the report of the run.
 
-    job: what determines the native folder. make(folder): makes it, and returns its report. If it is killed, the same
-    call resumes. Raises FewbitError as the two steps do.
+    job: what determines the native folder. make(folder): makes it, and returns its report. embeddings: what embeddings
+    and head are rounded to, from :func:`embedding_type`. If it is killed, the same call resumes. Raises FewbitError as
+    the two steps do.
     """
     between = out.absolute().with_name(f".{out.name}.fewbit-native")
     record = between.with_name(f"{between.name}.json")
@@ -103,7 +131,6 @@ def quantize_for(
         report = make(between)
         # After the folder: a record without one is of no use, a folder without one is made again.
         write_json(record, job)
-    embeddings = target.embeddings(open_checkpoint(source))
     written = export(between, out, target.format, embeddings, run.overwrite, run.progress)
     drop(record)
     remove_made(between)

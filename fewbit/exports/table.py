@@ -3,8 +3,8 @@
 A new format is a row of FORMATS, a new runtime a row of TARGETS.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
 from fewbit.exports.gguf_architectures import architecture_of
 from fewbit.exports.gguf_file import gguf_problem, write_gguf
+from fewbit.exports.gguf_mixtures import MIXTURES, Mixture
 from fewbit.exports.gguf_types import form_of
+from fewbit.formats.gguf_blocks import BLOCK_TYPES
 from fewbit.grids.scheme import Scheme
 from fewbit.progress import Progress
 from fewbit.recipe import Recipe
@@ -38,28 +40,35 @@ class Format:
 
 @dataclass(frozen=True)
 class Fit:
-    """The grid of one tensor, None to keep it in 16 bits, and why it is not the one that the bits ask for ("")."""
+    """The grid of one tensor, None to keep it in 16 bits, and why it is not the one that the bits ask for ("").
+
+    others: grids of no more bytes; of all, the one with the least predicted loss is taken.
+    """
 
     grid: str | None
     note: str = ""
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Target:
     """A runtime.
 
-    format: the name of its format. grids: those that it loads. fit(tensor, bits): the grid of a tensor.
-    refuses(checkpoint): why it cannot run the model, or None. embeddings(checkpoint): what embeddings and head are
-    rounded to, as in :func:`fewbit.exports.gguf_file.write_gguf`.
+    format: the name of its format. grids: those that it loads. fit(tensor, bits, wanted): the grid of a
+    tensor: the wanted one, if there is one and its columns allow it, or one of these bits.
+    refuses(checkpoint): why it cannot run the model, or None. embeddings(checkpoint, bits): what embeddings and head
+    are rounded to for `bits` of their own, as in :func:`fewbit.exports.gguf_file.write_gguf`. mixtures: names of grids
+    by layer.
     """
 
     name: str
     summary: str
     format: str
     grids: tuple[str, ...]
-    fit: Callable[[WeightTensor, float], Fit]
+    fit: Callable[[WeightTensor, float, str], Fit]
     refuses: Callable[[Checkpoint], str | None]
-    embeddings: Callable[[Checkpoint], str]
+    embeddings: Callable[[Checkpoint, int], str]
+    mixtures: Mapping[str, Mixture] = field(default_factory=dict)
 
 
 FORMATS: dict[str, Format] = {
@@ -77,28 +86,32 @@ FORMATS: dict[str, Format] = {
 }
 
 
-_BY_BITS: tuple[tuple[float, str, int], ...] = (
-    (2, "q2_k", 256),
-    (3, "q3_k", 256),
-    (4, "q4_k", 256),
-    (4, "iq4_nl", 32),
-    (5, "q5_k", 256),
-    (5, "q5_0", 32),
-    (6, "q6_k", 256),
-    (8, "q8_0", 32),
+_BY_BITS: tuple[tuple[float, str, int, tuple[str, ...]], ...] = (
+    (2, "q2_k", 256, ()),
+    (3, "q3_k", 256, ()),
+    (4, "q4_k", 256, ("q4_0", "iq4_nl")),
+    (4, "iq4_nl", 32, ("q4_0",)),
+    (5, "q5_k", 256, ("q5_0",)),
+    (5, "q5_0", 32, ()),
+    (6, "q6_k", 256, ()),
+    (8, "q8_0", 32, ()),
 )
-"""Bits, block type, and what must divide the columns. Of types of one width, the first has less error."""
+"""Bits, block type, what must divide the columns, and other types of as many bytes."""
 
 
-def _fit_llama_cpp(tensor: WeightTensor, bits: float) -> Fit:
-    """The first type of at least these bits whose blocks divide the columns."""
+def _fit_llama_cpp(tensor: WeightTensor, bits: float, wanted: str = "") -> Fit:
+    """The wanted type, or else the first type of at least these bits, whose blocks divide the columns."""
     columns = tensor.matrix_shape[1]
-    found = next((row for row in _BY_BITS if row[0] >= bits and columns % row[2] == 0), None)
+    if wanted and columns % BLOCK_TYPES[wanted].weights == 0:
+        return Fit(wanted)
+    of_these = [row for row in _BY_BITS if row[0] >= bits]
+    found = next((row for row in of_these if columns % row[2] == 0), None)
     if found is None:
         return Fit(None, f"{columns} columns are no multiple of 32: kept in 16 bits")
-    wanted = next(row for row in _BY_BITS if row[0] >= bits)
-    narrow = found[0] > bits and found[0] != wanted[0]
-    return Fit(found[1], f"256 does not divide {columns} columns: {found[1]} in place of {wanted[1]}" if narrow else "")
+    asked = of_these[0][0]
+    narrow = found[0] > bits and found[0] != asked
+    note = f"256 does not divide {columns} columns: {found[0]} bits in place of {asked}" if narrow else ""
+    return Fit(found[1], note, found[3])
 
 
 def _refuses_llama_cpp(checkpoint: Checkpoint) -> str | None:
@@ -109,9 +122,11 @@ def _refuses_llama_cpp(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _embeddings_llama_cpp(checkpoint: Checkpoint) -> str:
+def _embeddings_llama_cpp(checkpoint: Checkpoint, bits: int) -> str:
+    """The smallest type of at least these bits whose blocks divide the columns."""
     hidden = int(checkpoint.config.get("hidden_size") or 0)
-    return "q8_0" if hidden and hidden % 32 == 0 else "keep"
+    fits = (name for least, block, name in ((6, 256, "q6_k"), (8, 32, "q8_0")) if bits <= least and hidden % block == 0)
+    return next(fits, "keep") if hidden else "keep"
 
 
 TARGETS: dict[str, Target] = {
@@ -128,6 +143,7 @@ TARGETS: dict[str, Target] = {
             _fit_llama_cpp,
             _refuses_llama_cpp,
             _embeddings_llama_cpp,
+            MIXTURES,
         ),
     )
 }
