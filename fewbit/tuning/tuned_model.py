@@ -52,7 +52,11 @@ def make_trainable(
     model.requires_grad_(False)
     places = {}
     for place, packed in list(model.named_modules()):
-        if not isinstance(packed, PackedLinear | PackedWeight) or packed.name in fixed:
+        if not isinstance(packed, PackedLinear | PackedWeight):
+            continue
+        if packed.name in fixed:
+            # What does not change is part of no state: processes that share a model need not send it to each other.
+            packed._non_persistent_buffers_set.update(packed._buffers)
             continue
         weight = TunedWeight(packed.stored, parts_of(packed), original(packed.name), choice)
         tuned = TunedLinear(weight, packed.bias) if isinstance(packed, PackedLinear) else TunedTensor(weight)
