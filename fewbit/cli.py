@@ -159,7 +159,7 @@ def export_command(
 
       fewbit quantize smollm2-135m small --grid q4_0
 
-      fewbit export small small-gguf --format gguf
+      fewbit export small small-gguf --format gguf --embeddings q8_0
     """
     from fewbit.api import export as run
     from fewbit.report.text import export_summary
