@@ -1,4 +1,4 @@
-"""Scales of eight bits: exponents (E8M0), and small floating-point numbers (E4M3) with a divisor for the whole tensor."""
+"""Scales of eight bits: exponents (E8M0), and small floating-point numbers (E4M3) with a divisor for a tensor."""
 
 import math
 

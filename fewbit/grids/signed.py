@@ -1,7 +1,7 @@
 """Evenly spaced around 0, ``w = (code - 2^(b-1)) * scale``, with a scale of either sign, found by least squares.
 
-Of 2^b levels around 0, one side has one more than the other. The sign of the scale says which; the symmetric grid leaves
-the outermost level unused instead.
+Of 2^b levels around 0, one side has one more than the other, and the sign of the scale says which. The symmetric grid
+leaves the outermost level unused instead.
 """
 
 from dataclasses import replace
