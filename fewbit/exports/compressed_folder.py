@@ -1,5 +1,6 @@
 """Write a quantized folder in the format compressed-tensors, which transformers and vLLM load."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from fewbit.runtime.whole import plain_dtype
 
 PACKAGE_VERSION = "0.17.0"
 """The release of compressed-tensors whose files are written."""
+EXPERT = re.compile(r"(.*\.experts\.)[0-9]+(\..*)")
+"""The name of a module in one of several experts."""
 _SHARD_BYTES = 5_000_000_000
 _HEAD = "lm_head"
 _DENSE_SINCE = "0.18"
@@ -154,14 +157,15 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
         else:
             known.append(module)
     formats = {scheme["format"] for scheme, _ in groups}
+    targets = [["Linear"]] if len(groups) == 1 else [_targets(members) for _, members in groups]
     return {
         "quant_method": "compressed-tensors",
         "version": PACKAGE_VERSION,
         "format": next(iter(formats)) if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{index}": {"targets": members if len(groups) > 1 else ["Linear"], **scheme}
-            for index, (scheme, members) in enumerate(groups)
+            f"group_{index}": {"targets": named, **scheme}
+            for index, (named, (scheme, _)) in enumerate(zip(targets, groups, strict=True))
         },
         "ignore": sorted(_kept_modules(checkpoint, weights)),
         "kv_cache_scheme": None,
@@ -169,6 +173,18 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "sparsity_config": {},
         "transform_config": {},
     }
+
+
+def _targets(members: list[str]) -> list[str]:
+    """Targets for these modules: their names, and one regular expression for each weight of all experts of a layer.
+
+    By such an expression, transformers finds the group of the experts.
+    """
+    found = {}
+    for name in members:
+        match = EXPERT.fullmatch(name)
+        found[f"re:{re.escape(match[1])}[0-9]+{re.escape(match[2])}$" if match else name] = None
+    return list(found)
 
 
 def _kept_modules(checkpoint: Checkpoint, weights: Mapping[str, StoredWeight]) -> set[str]:
@@ -230,6 +246,19 @@ def _write(
     return [f"{item.name}.{end}" for end in tensors]
 
 
+def expert_problem(weights: Mapping[str, StoredWeight]) -> str | None:
+    """Why transformers does not read the experts among these weights, which it joins while it loads them, or None."""
+    experts = {name: stored.scheme for name, stored in weights.items() if EXPERT.fullmatch(name)}
+    if len(set(experts.values())) > 1:
+        return f"{next(iter(experts))}: transformers reads experts only if all are stored alike"
+    for name, scheme in experts.items():
+        form = form_of(scheme)
+        if form is not None and not form.as_expert:
+            kind = form.kind(scheme)
+            return f"{name}: transformers does not read experts in {kind}: it joins them without their other numbers"
+    return None
+
+
 def _notes(items: list[_Item]) -> Iterator[str]:
     for item in items:
         if item.is_table and item.stored is not None:
@@ -237,6 +266,11 @@ def _notes(items: list[_Item]) -> Iterator[str]:
                 f"{item.name}: its {item.stored.scheme.bits:g} bits are written decoded, in 16 bits: "
                 "compressed-tensors folders have no packed embeddings"
             )
+    experts = expert_problem(
+        {item.name: item.stored for item in items if item.stored is not None and not item.is_table}
+    )
+    if experts:
+        yield experts
     packed = [item.stored.scheme for item in items if item.stored is not None and not item.is_table]
     split = sorted({scheme.whole_bits for scheme in packed if 32 % scheme.whole_bits})
     if split:

@@ -9,6 +9,7 @@ from typing import Any
 from fewbit.checkpoints.config_dtype import stated_dtype
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
+from fewbit.exports.compressed_folder import expert_problem
 from fewbit.exports.compressed_weights import FORMS
 from fewbit.grids.embeddings import KEPT
 from fewbit.grids.scheme import StoredWeight
@@ -81,6 +82,10 @@ def _dtype_of(checkpoint: Checkpoint) -> str:
     return str(stated).removeprefix("torch.")
 
 
+def _loads_transformers(plan: Plan) -> str | None:
+    return _loads_all(plan) or expert_problem({item.tensor.module: item.stored for item in plan.quantized})
+
+
 def _loads_all(plan: Plan) -> str | None:
     return next((problem for item in plan.quantized if (problem := _shape_problem(item))), None)
 
@@ -133,7 +138,7 @@ RUNTIMES = (
         "transformers with the package compressed-tensors: a folder",
         _ALL,
         partial(_choices, "transformers", BITS["transformers"], _ALL),
-        _loads_all,
+        _loads_transformers,
     ),
     Runtime(
         "vllm",

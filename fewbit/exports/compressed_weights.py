@@ -32,6 +32,7 @@ class Form:
     format: its name there. arguments: of `QuantizationArgs`, those that differ from integers around 0. scales: formats
     of scales of ours that it may hold. tensors(parts, stored, dtype): the tensors that replace a weight, by the ends
     of their names; dtype is that of the model. Raises InexactError. kind(scheme): in a few letters, for reports.
+    as_expert: transformers reads it in mixtures of experts, where it uses one scale for each group, and nothing else.
     """
 
     format: str
@@ -39,6 +40,7 @@ class Form:
     scales: tuple[str, ...]
     tensors: Callable[[Mapping[str, Tensor], StoredWeight, torch.dtype], dict[str, Tensor]]
     kind: Callable[[Scheme], str]
+    as_expert: bool = True
 
 
 def form_of(scheme: Scheme) -> Form | None:
@@ -148,6 +150,7 @@ FORMS: dict[str, Form] = {
         _FLOATS,
         _integers,
         _int_kind(" asymmetric"),
+        as_expert=False,
     ),
     "fp8": Form("naive-quantized", {"type": "float"}, ("bfloat16",), _fp8, _named("fp8")),
     "mxfp4": Form(
@@ -163,6 +166,7 @@ FORMS: dict[str, Form] = {
         ("e4m3",),
         _nvfp4,
         _named("nvfp4"),
+        as_expert=False,
     ),
 }
 """By the names of grids in files."""

@@ -85,7 +85,10 @@ def test_scales_in_the_dtype_of_the_model(tmp_path: Path) -> None:
     [
         ({"target": "vllm", "bits": 3}, "--for vllm: runs 4 and 8 bits, not 3: use --bits 4, or --for transformers"),
         ({"target": "transformers", "bits": 5}, "--for transformers: runs 2, 3, 4 and 8 bits, not 5: use --bits 4"),
-        ({"target": "vllm", "symmetric": False}, "--for vllm: runs the grids symmetric, signed, fp8, .* not zero-point"),
+        (
+            {"target": "vllm", "symmetric": False},
+            "--for vllm: runs the grids symmetric, signed, fp8, .* not zero-point",
+        ),
         ({"target": "vllm", "grid": "normal-float"}, "not normal-float"),
         ({"target": "transformers", "embedding_bits": 8}, "leave out --embedding-bits"),
         ({"target": "transformers", "outlier_fraction": 0.01}, "holds no outliers: leave out --outlier-fraction"),
