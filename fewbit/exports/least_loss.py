@@ -6,13 +6,13 @@ alike, if nothing is known of its inputs. Layers of one kind get the same grid.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewbit.architecture.coverage import WeightTensor
 from fewbit.checkpoints.safetensors_io import FileReader
-from fewbit.exports.table import Fit
 from fewbit.grids.grid import ScaleSearch
 from fewbit.pipeline.plan import scheme_for
 from fewbit.recipe_choices import recipe_from_choices
@@ -21,6 +21,18 @@ from fewbit.solvers.settled import WeightChoices, round_rows
 _DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")
 _WEIGHTS = 1 << 18
 """How many weights of a layer are read."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The grid of one tensor, None to keep it in 16 bits, and why it is not the one that the bits ask for ("").
+
+    others: grids of no more bytes; of all, the one with the least predicted loss is taken.
+    """
+
+    grid: str | None
+    note: str = ""
+    others: tuple[str, ...] = ()
 
 
 def kind_of(name: str) -> str:

@@ -1,11 +1,9 @@
 """`fewbit quantize --for TARGET`: choose grids that the target holds, quantize, and write the target's format."""
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fewbit.architecture.coverage import WeightTensor
 from fewbit.checkpoints.json_file import drop, read_json, write_json
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.output import REPORT, made_by_fewbit, remove_made
@@ -13,91 +11,35 @@ from fewbit.checkpoints.source import open_checkpoint
 from fewbit.checkpoints.workdir import check_output, tidy
 from fewbit.errors import FewbitError
 from fewbit.exports.export import export
-from fewbit.exports.gguf_mixtures import Mixture
-from fewbit.exports.least_loss import kind_of, least_loss
-from fewbit.exports.table import Fit, Target
-from fewbit.grids.table import GRIDS
-from fewbit.pipeline.plan import cover_original
+from fewbit.exports.table import FORMATS, Target
+from fewbit.pipeline.plan import make_plan
 from fewbit.pipeline.run import RunOptions
+from fewbit.recipe import Recipe
 
 _MARK = "fewbit_for"
 
 
 def choices_for(target: Target, model: str | Path, flat: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The choices of a recipe whose grids the target holds, from the choices that were given, and notes for the user.
+    """The choices of a recipe that the target holds, from the choices that were given, and notes for the user.
 
-    A grid that was given is used if the target holds it; otherwise the bits determine one for each tensor. Raises
-    FewbitError if the target cannot run the model or does not hold the grid.
+    Raises FewbitError if the target cannot run the model or does not hold what was chosen.
     """
-    checkpoint = open_checkpoint(locate(model))
-    problem = target.refuses(checkpoint)
-    if problem:
-        raise FewbitError(problem)
-    # Embeddings are rounded when the file is written, to a type of the target.
-    flat = {**flat, "embedding_bits": 16}
-    given = flat.get("grid")
-    if given in target.grids:
-        return flat, []
-    if given is not None and given not in target.mixtures:
-        names = ", ".join((*target.grids, *target.mixtures))
-        raise FewbitError(f"--for {target.name}: holds the grids {names}, not {given}")
-    bits = float(flat.get("bits") or 4)
-    if bits < 2:
-        raise FewbitError(f"--for {target.name}: has no type of {bits:g} bits: use --bits 2 or more")
-    coverage = cover_original(checkpoint, flat.get("include") or (), flat.get("exclude") or ())
-    tensors = coverage.of("quantize")
-    if given is None:
-        fits = least_loss({tensor: target.fit(tensor, bits, "") for tensor in tensors})
-    else:
-        count = 1 + max((tensor.block for tensor in tensors if tensor.block is not None), default=0)
-        mixture = target.mixtures[given]
-        fits = {tensor.entry.name: _mixed(target, mixture, tensor, count) for tensor in tensors}
-    used = Counter(fit.grid for fit in fits.values() if fit.grid is not None)
-    if not used:
-        raise FewbitError(f"{checkpoint.folder}: {next(iter(fits.values())).note}")
-    most = used.most_common(1)[0][0]
-    others = {name: fit.grid for name, fit in fits.items() if fit.grid not in (most, None)}
-    kept = [name for name, fit in fits.items() if fit.grid is None]
-    rest = {key: value for key, value in flat.items() if key != "bits"}
-    sets = [f"{pattern}:grid={grid}" for pattern, grid in _patterns(others, fits).items()]
-    rest["grid"], rest["sets"] = most, (*sets, *_as_list(flat.get("sets")))
-    if kept:
-        rest["exclude"] = (*(flat.get("exclude") or ()), *kept)
-    notes = Counter(fit.note for fit in fits.values() if fit.note)
-    return rest, [f"{count} of {len(fits)} layers: {note}" for note, count in notes.items()]
+    return target.choices(open_checkpoint(locate(model)), flat)
 
 
-def embedding_type(target: Target, model: str | Path, choices: dict[str, Any]) -> str:
-    """What embeddings and head are rounded to: for the bits given for them, or else for those of the layers.
-
-    In a mixture of types they have 6 bits, as llama.cpp has it.
-    """
-    grid = str(choices.get("grid"))
-    bits = float(GRIDS[grid].widths[0]) if grid in GRIDS else float(choices.get("bits") or 4)
-    default = 8 if bits >= 4 and grid not in target.mixtures else 6
-    return target.embeddings(open_checkpoint(locate(model)), int(choices.get("embedding_bits") or default))
+def embedding_type(target: Target, model: str | Path, flat: dict[str, Any]) -> str:
+    """What embeddings and head are rounded to when the target's format is written."""
+    return target.embeddings(open_checkpoint(locate(model)), flat)
 
 
-def _mixed(target: Target, mixture: Mixture, tensor: WeightTensor, count: int) -> Fit:
-    """The grid of a tensor in a mixture, or one of as many bits that its columns allow."""
-    wanted = mixture.grid_of(tensor.entry.name.removesuffix(".weight"), tensor.block or 0, count)
-    return target.fit(tensor, float(GRIDS[wanted].widths[0]), wanted)
-
-
-def _patterns(others: dict[str, Any], fits: dict[str, Any]) -> dict[str, Any]:
-    """Patterns of names for tensors that have another grid than most: one for all blocks where they agree."""
-    found: dict[str, Any] = {}
-    for name, grid in others.items():
-        pattern = kind_of(name)
-        alike = [fit.grid for other, fit in fits.items() if kind_of(other) == pattern]
-        found[pattern if set(alike) == {grid} else name] = grid
-    return found
-
-
-def _as_list(sets: Any) -> Sequence[Any]:
-    if not sets:
-        return ()
-    return (sets,) if isinstance(sets, str) else tuple(sets.items()) if isinstance(sets, dict) else tuple(sets)
+def plan_problem(target: Target, model: str | Path, recipe: Recipe) -> str | None:
+    """Why the target does not load the model quantized with that recipe, or None. Raises FewbitError as a run does."""
+    plan = make_plan(open_checkpoint(locate(model)), recipe)
+    holds = FORMATS[target.format].holds
+    lost = next((item.tensor.entry.name for item in plan.quantized if not holds(item.stored.scheme)), None)
+    if lost is not None:
+        return f"{lost}: {target.format} does not hold the grid, scales, outliers or transform chosen for it"
+    return target.problem(plan)
 
 
 def quantize_for(

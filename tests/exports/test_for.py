@@ -13,7 +13,7 @@ from test_gguf_file import read
 
 import fewbit
 from fewbit.errors import FewbitError
-from fewbit.exports.table import TARGETS
+from fewbit.exports.llama_cpp_target import fit as fit_of
 
 gguf = pytest.importorskip("gguf")
 
@@ -26,7 +26,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit(columns: int, bits: float) -> tuple[str | None, str]:
     tensor: Any = SimpleNamespace(matrix_shape=(8, columns))
-    found = TARGETS["llama.cpp"].fit(tensor, bits, "")
+    found = fit_of(tensor, bits)
     return found.grid, found.note
 
 
@@ -98,7 +98,7 @@ def test_a_grid_by_name(mixed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("choices", "says"),
     [
-        ({"target": "vllm"}, "--for must be one of llama.cpp, not 'vllm'"),
+        ({"target": "exllama"}, "--for must be one of llama.cpp, transformers, vllm, not 'exllama'"),
         ({"target": "llama.cpp", "bits": 1}, "has no type of 1 bits: use --bits 2 or more"),
         ({"target": "llama.cpp", "recipe": "recipe.json"}, "leave out --recipe"),
         ({"target": "llama.cpp", "outlier_fraction": 0.01}, "has the outliers none"),

@@ -12,8 +12,8 @@ from test_gguf_file import read
 
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.exports.gguf_mixtures import MIXTURES
-from fewbit.exports.least_loss import least_loss
-from fewbit.exports.table import TARGETS, Fit
+from fewbit.exports.least_loss import Fit, least_loss
+from fewbit.exports.llama_cpp_target import fit
 from fewbit.grids.grid import ScaleSearch
 from fewbit.pipeline.plan import cover_original, scheme_for
 from fewbit.recipe_choices import recipe_from_choices
@@ -86,10 +86,10 @@ def test_the_type_that_loses_least(mixed: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_layers_of_a_kind_have_one_type_and_transposed_ones_are_turned(mixed: Path) -> None:
     tensors = cover_original(open_checkpoint(mixed), (), ()).of("quantize")
-    fits = {tensor: TARGETS["llama.cpp"].fit(tensor, 4, "") for tensor in tensors}
+    fits = {tensor: fit(tensor, 4) for tensor in tensors}
     grids: dict[str, set[Any]] = {}
-    for name, fit in least_loss(fits).items():
-        grids.setdefault(name.split(".", 3)[3], set()).add(fit.grid)
+    for name, found in least_loss(fits).items():
+        grids.setdefault(name.split(".", 3)[3], set()).add(found.grid)
     assert all(len(found) == 1 for found in grids.values())
     square = next(tensor for tensor in tensors if "q_proj" in tensor.entry.name)
     turned = replace(square, transposed=True)
