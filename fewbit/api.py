@@ -54,8 +54,11 @@ def quantize(
     request = quantize_request(model, method, choices, progress)
     if request.target is None or out is None or request.options.report_only:
         return {**_quantized(model, out, request, choices), **({"notes": request.notes} if request.notes else {})}
-    from fewbit.exports.quantize_for import quantize_for
+    from fewbit.exports.quantize_for import plan_problem, quantize_for
 
+    problem = plan_problem(request.target, model, request.recipe)
+    if problem:
+        raise FewbitError(f"--for {request.target.name}: {problem}")
     job = {
         **job_of(model, request.recipe, request.options),
         "tuning": asdict(request.tuning) if request.tuning else None,
@@ -188,6 +191,11 @@ def plan(model: str | Path, method: str = "adpq+", **choices: Any) -> dict[str, 
     request = quantize_request(model, method, choices)
     result = forecast(model, request.recipe, request.options.calibration)
     result["problems"] += request.notes
+    if request.target is not None and not result["problems"]:
+        from fewbit.exports.quantize_for import plan_problem
+
+        problem = plan_problem(request.target, model, request.recipe)
+        result["problems"] += [f"--for {request.target.name}: {problem}"] if problem else []
     result["exports"].update(export_problems(request.recipe, result["tensors"]["quantize"]))
     return result
 

@@ -47,9 +47,8 @@ def export(
     work = WorkFolder(out, _job(checkpoint, format, embeddings), overwrite, replaces)
     try:
         with said_when_full("free some space and run the same command again"):
-            name = kind.file(out.name)
-            written = kind.write(checkpoint, work.file(name), embeddings, progress)
-            report = {"file": name, "format": format, **written, **_source(checkpoint)}
+            written = kind.write(checkpoint, work, embeddings, progress)
+            report = {"format": format, **written, **_source(checkpoint)}
             write_json(work.file(REPORT), report)
             work.publish()
     except BaseException as error:

@@ -13,9 +13,10 @@ from fewbit.checkpoints.source import open_checkpoint
 from fewbit.checkpoints.workdir import check_output, tidy
 from fewbit.errors import FewbitError
 from fewbit.exports.export import export
-from fewbit.exports.table import Target
-from fewbit.pipeline.plan import cover_original
+from fewbit.exports.table import FORMATS, Target
+from fewbit.pipeline.plan import cover_original, make_plan
 from fewbit.pipeline.run import RunOptions
+from fewbit.recipe import Recipe
 
 _DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")
 _MARK = "fewbit_for"
@@ -34,6 +35,8 @@ def choices_for(target: Target, model: str | Path, flat: dict[str, Any]) -> tupl
     # Embeddings are rounded when the file is written, to a type of the target.
     flat = {**flat, "embedding_bits": flat.get("embedding_bits") or 16}
     given = flat.get("grid")
+    if target.choices is not None:
+        return target.choices(checkpoint, flat), target.notes(checkpoint, flat)
     if given is not None:
         if given not in target.grids:
             raise FewbitError(f"--for {target.name}: holds the grids {', '.join(target.grids)}, not {given}")
@@ -56,6 +59,16 @@ def choices_for(target: Target, model: str | Path, flat: dict[str, Any]) -> tupl
         rest["exclude"] = (*(flat.get("exclude") or ()), *kept)
     notes = Counter(fit.note for fit in fits.values() if fit.note)
     return rest, [f"{count} of {len(fits)} layers: {note}" for note, count in notes.items()]
+
+
+def plan_problem(target: Target, model: str | Path, recipe: Recipe) -> str | None:
+    """Why the target does not load the model quantized with that recipe, or None. Raises FewbitError as a run does."""
+    plan = make_plan(open_checkpoint(locate(model)), recipe)
+    holds = FORMATS[target.format].holds
+    lost = next((item.tensor.entry.name for item in plan.quantized if not holds(item.stored.scheme)), None)
+    if lost is not None:
+        return f"{lost}: {target.format} does not hold the grid, scales, outliers or transform chosen for it"
+    return target.problem(plan)
 
 
 def _patterns(others: dict[str, Any], fits: dict[str, Any]) -> dict[str, Any]:

@@ -5,16 +5,23 @@ A new format is a row of FORMATS, a new runtime a row of TARGETS.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from fewbit.architecture.coverage import WeightTensor
 from fewbit.checkpoints.source import Checkpoint
+from fewbit.checkpoints.workdir import WorkFolder
 from fewbit.errors import FewbitError
 from fewbit.exports.gguf_architectures import architecture_of
 from fewbit.exports.gguf_file import gguf_problem, write_gguf
 from fewbit.exports.gguf_types import form_of
+from fewbit.exports.gptq import AWQ, GPTQ
+from fewbit.exports.integer_folder import write_folder
+from fewbit.exports.integer_format import folder_problem, holds
+from fewbit.exports.integer_targets import INTEGER_TARGETS
+from fewbit.exports.mlx import MLX
 from fewbit.grids.scheme import Scheme
+from fewbit.pipeline.plan import Plan
 from fewbit.progress import Progress
 from fewbit.recipe import Recipe
 
@@ -24,16 +31,15 @@ class Format:
     """A file format.
 
     holds(scheme): whether a stored weight keeps its bits. problem(checkpoint, embeddings): why a model cannot be
-    written, or None. write(checkpoint, path, embeddings,
-    progress): write the model; returns what the report says about it. file(name): the file's name in the output folder.
+    written, or None. write(checkpoint, work, embeddings, progress): write the model into the folder of `work`; returns
+    what the report says about it, with the name of the `file` that holds the weights, or lists those that do.
     """
 
     name: str
     summary: str
     holds: Callable[[Scheme], bool]
     problem: Callable[[Checkpoint, str], str | None]
-    write: Callable[[Checkpoint, Path, str, Progress | None], dict[str, Any]]
-    file: Callable[[str], str]
+    write: Callable[[Checkpoint, WorkFolder, str, Progress | None], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,9 @@ class Target:
 
     format: the name of its format. grids: those that it loads. fit(tensor, bits): the grid of a tensor.
     refuses(checkpoint): why it cannot run the model, or None. embeddings(checkpoint): what embeddings and head are
-    rounded to, as in :func:`fewbit.exports.gguf_file.write_gguf`.
+    rounded to, as in :func:`fewbit.exports.gguf_file.write_gguf`. choices(checkpoint, flat): the choices of a recipe,
+    in place of a grid for each tensor. problem(plan): why it does not load a planned model, or None.
+    notes(checkpoint, flat): what the user should know about these choices.
     """
 
     name: str
@@ -60,6 +68,14 @@ class Target:
     fit: Callable[[WeightTensor, float], Fit]
     refuses: Callable[[Checkpoint], str | None]
     embeddings: Callable[[Checkpoint], str]
+    choices: Callable[[Checkpoint, dict[str, Any]], dict[str, Any]] | None = None
+    problem: Callable[[Plan], str | None] = lambda _: None
+    notes: Callable[[Checkpoint, dict[str, Any]], list[str]] = lambda checkpoint, flat: []
+
+
+def _write_gguf(checkpoint: Checkpoint, work: WorkFolder, embeddings: str, progress: Progress | None) -> dict[str, Any]:
+    name = f"{work.out.name}.gguf"
+    return {"file": name, **write_gguf(checkpoint, work.file(name), embeddings, progress)}
 
 
 FORMATS: dict[str, Format] = {
@@ -70,8 +86,11 @@ FORMATS: dict[str, Format] = {
             "one .gguf file for llama.cpp and what is built on it",
             lambda scheme: form_of(scheme) is not None,
             gguf_problem,
-            write_gguf,
-            lambda name: f"{name}.gguf",
+            _write_gguf,
+        ),
+        *(
+            Format(one.name, one.summary, partial(holds, one), partial(folder_problem, one), partial(write_folder, one))
+            for one in (GPTQ, AWQ, MLX)
         ),
     )
 }
@@ -128,6 +147,21 @@ TARGETS: dict[str, Target] = {
             _fit_llama_cpp,
             _refuses_llama_cpp,
             _embeddings_llama_cpp,
+        ),
+        *(
+            Target(
+                one.name,
+                one.summary,
+                one.format.name,
+                one.grids,
+                lambda tensor, bits: Fit(None),
+                lambda checkpoint: None,
+                lambda checkpoint: "keep",
+                one.choices,
+                one.problem,
+                one.notes,
+            )
+            for one in INTEGER_TARGETS
         ),
     )
 }

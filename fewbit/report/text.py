@@ -65,6 +65,7 @@ def export_summary(report: dict[str, Any], dest: Path) -> str:
     types = ", ".join(f"{count} {name}" for name, count in sorted(report["tensors"].items(), key=lambda one: -one[1]))
     lines = [f"wrote {dest / report['file']}: {show_size(report['bytes'])}; tensors: {types}"]
     lines += [f"{name}: relative squared error {error:.2g}" for name, error in report["rounded"].items()]
+    lines += report.get("notes", ())
     return "\n".join(map(printable, lines))
 
 
