@@ -18,6 +18,7 @@ from fewbit.calibration.choice import CalibrationChoice
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
 from fewbit.formats.native import check_scheme, stored_bytes
+from fewbit.grids.floats import FLOAT_GRIDS
 from fewbit.grids.ggml import GGML_GRIDS
 from fewbit.grids.scheme import Scheme
 from fewbit.pipeline.calibration_options import CalibrationOptions
@@ -91,9 +92,18 @@ def block_scales(parts: dict[str, np.ndarray], name: str, s: dict[str, Any], gro
     return np.repeat(floats(parts[f"block_{name}s"], "float16"), 256 // s["group_size"], axis=1) * code
 
 
+def e4m3(code: np.ndarray) -> np.ndarray:
+    exponent, fraction = (code & 127) >> 3, code & 7
+    size = np.where(exponent, (1 + fraction / 8) * 2.0 ** (exponent.astype(int) - 7), fraction / 8 * 2.0**-6)
+    return np.where(code & 128, -size, size).astype(np.float32)
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
 def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, Any]) -> np.ndarray:
     (rows, columns), bits, group = w["shape"], s["bits"], s["group_size"]
-    groups, kind = columns // group, "float32" if s["scale_format"] == "float32" else "float16"
+    groups, kind = columns // group, s["scale_format"] if s["scale_format"] in ("float32", "bfloat16") else "float16"
     if s["grid"] == "ternary":
         digits = parts["codes"].astype(np.int64)[:, :, None] // 3 ** np.arange(5) % 3
         codes = digits.reshape(rows, -1)[:, :columns].reshape(rows, groups, group)
@@ -117,6 +127,10 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
         scale = np.where(code >= 64, -1, 1).astype(np.float32) * size
     elif s["scale_format"].startswith("block-"):
         scale = block_scales(parts, "scale", s, groups)
+    elif s["scale_format"] == "e8m0":
+        scale = (2.0 ** (parts["scales"].astype(int) - 127)).astype(np.float32)
+    elif s["scale_format"] == "e4m3":
+        scale = e4m3(parts["scales"]) / floats(parts["tensor_scale"], "float32")
     else:
         scale = floats(parts["scales"], kind)
     scale, value = scale[..., None], codes.astype(np.float32)
@@ -124,6 +138,10 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
         weight = np.array(s["levels"], np.float32)[codes] * scale
     elif s["grid"] in ("iq4_nl", "iq4_xs", "tq2_0"):
         weight = np.array([-1, 0, 1] if s["grid"] == "tq2_0" else LEVELS, np.float32)[codes] * scale
+    elif s["grid"] == "fp8":
+        weight = e4m3(codes) * scale
+    elif s["grid"] in ("mxfp4", "nvfp4"):
+        weight = np.where(codes & 8, -E2M1[codes & 7], E2M1[codes & 7]) * scale
     elif s["grid"] in ("q2_k", "q4_k", "q5_k"):
         weight = value * scale - block_scales(parts, "minimum", s, groups)[..., None]
     elif s["grid"] in ("minimum", "q4_1", "q5_1"):
@@ -165,6 +183,9 @@ CASES = [
     ("rtn", {}),
     ("rtn", {"symmetric": True, "scale_format": "float32"}),
     ("rtn", {"symmetric": True, "scale_format": "two-level"}),
+    ("adpq", {"scale_format": "bfloat16"}),
+    ("rtn", {"grid": "signed", "scale_format": "bfloat16", "clip_search": True}),
+    ("adpq+", {"grid": "signed"}),
     ("rtn", {"group_size": "row", "clip_search": True}),
     ("adpq", {}),
     ("adpq", {"scale_format": "float32", "outlier_fraction": 0.4}),
@@ -243,6 +264,14 @@ def test_the_same_for_the_block_types_of_ggml(tmp_path: Path, grid: str) -> None
     model = build_tiny(tmp_path / "model", hidden_size=256, intermediate_size=256)
     error, norm, recipe = read_again(model, tmp_path, "adpq+", {"grid": grid})
     assert error / norm < 4.0 ** (1.2 - recipe.bits), error / norm
+
+
+@pytest.mark.parametrize("grid", [grid.name for grid in FLOAT_GRIDS])
+@pytest.mark.parametrize("method", ["rtn", "adpq+", "precal+oac"])
+def test_the_same_for_floating_point_numbers(tiny: Path, tmp_path: Path, grid: str, method: str) -> None:
+    error, norm, recipe = read_again(tiny, tmp_path, method, {"grid": grid})
+    # Of the bits of fp8, four are for the exponent.
+    assert error / norm < (0.002 if recipe.bits == 8 else 0.03), error / norm
 
 
 def test_bits_per_weight_is_bytes_on_disk(tiny: Path, tmp_path: Path) -> None:
