@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+
+
+def name_of(model: str) -> str:
+    """A name for files: of a folder, its own."""
+    return Path(model).name
 
 
 @torch.no_grad()
@@ -87,8 +93,8 @@ def write_importance(sums: dict[str, tuple[torch.Tensor, int]], file: Path, samp
 
 def their_file(quantizer: str, folder: Path, model: str, grid: str, samples: int) -> Path:
     """The file that llama.cpp's quantizer makes of the model."""
-    source, importance = folder / f"{model}-16", folder / f"{model}.imatrix.gguf"
-    out = folder / f"{model}-{grid}-theirs.gguf"
+    source, importance = folder / f"{name_of(model)}-16", folder / f"{name_of(model)}.imatrix.gguf"
+    out = folder / f"{name_of(model)}-{grid}-theirs.gguf"
     if not source.exists():
         fewbit.export(model, source)
     if not importance.exists():
@@ -112,11 +118,18 @@ def their_file(quantizer: str, folder: Path, model: str, grid: str, samples: int
 
 
 def our_file(folder: Path, model: str, grid: str, method: str, samples: int) -> Path:
-    """The file that fewbit makes with the same types. A method with `+tune` is tuned on the same text."""
-    out = folder / f"{model}-{grid}-{method}"
+    """The file that fewbit makes with the same types. The curvature of a model is measured once."""
+    out, curvature = folder / f"{name_of(model)}-{grid}-{method}", folder / f"{name_of(model)}-curvature"
     if not out.exists():
-        data = {} if fewbit.preset(method).curvature == "none" else {"calibration": C4, "samples": samples}
-        fewbit.quantize(model, out, method, grid=grid, target="llama.cpp", **data)
+        data: dict[str, Any] = {}
+        if fewbit.preset(method).curvature is not None:
+            if not curvature.exists():
+                text = ["--calibration", C4, "--samples", samples, "--sequence-length", LENGTH]
+                run = [sys.executable, "-m", "fewbit.cli", "curvature", model, curvature, "--kind", "fisher", *text]
+                share = fewbit.preset(method).curvature.gram_share
+                subprocess.run([*map(str, run), "--gram-share", str(share)], check=True)
+            data = {"curvature": curvature}
+        fewbit.quantize(model, out, method, grid=grid, target="llama.cpp", embedding_bits=8, **data)
     return next(out.glob("*.gguf"))
 
 
@@ -153,8 +166,8 @@ def main() -> None:
                     "windows": choices.windows,
                     "samples": choices.samples,
                 }
-                results[f"{model} {grid} {method}"] = found
-                print(f"{model} {grid} {method}: {json.dumps(found)}", flush=True)
+                results[f"{name_of(model)} {grid} {method}"] = found
+                print(f"{name_of(model)} {grid} {method}: {json.dumps(found)}", flush=True)
             choices.out.write_text(json.dumps(results, indent=1) + "\n")
 
 

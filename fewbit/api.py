@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,15 +279,25 @@ def export(
     embeddings: str = "keep",
     overwrite: bool = False,
     progress: Progress | None = None,
+    allow_requantize: bool = False,
 ) -> dict[str, Any]:
     """Write a quantized folder, or a 16-bit model, in a foreign format into the new folder `dest`.
 
     Weights are converted without loss, or the export is refused. embeddings: the type to which embeddings and head are
-    rounded; keep (default) writes them as they are. Returns the report: ``file``, ``bytes``, ``tensors`` (by type) and
-    ``rounded`` (relative squared errors). Raises FewbitError for bad input; `dest` is then not created.
+    rounded; keep (default) writes them as they are. allow_requantize: what cannot be converted is quantized again, as
+    :func:`fewbit.requantize.requantize` does. Returns the report: ``file``, ``bytes``, ``tensors`` (by type),
+    ``rounded`` (relative squared errors) and, if it was necessary, ``requantized``. Raises FewbitError for bad input;
+    `dest` is then not created.
     """
     from fewbit.exports.export import export as run
+    from fewbit.exports.table import format_named
 
+    checkpoint = open_checkpoint(locate(folder))
+    if allow_requantize and checkpoint.is_native and format_named(format).problem(checkpoint, embeddings):
+        from fewbit.requantize import requantize
+
+        again = partial(quantize, progress=progress)
+        return requantize(checkpoint, Path(dest), format, overwrite, again)
     return run(folder, dest, format, embeddings, overwrite, progress)
 
 

@@ -46,11 +46,17 @@ CURVATURE: tuple[Option, ...] = (
 
 UNPACK: tuple[Option, ...] = (OVERWRITE, *_common([_QUANTIZE["shard_size"]], "run"))
 EXPORT: tuple[Option, ...] = (
-    Option("format", str, "The file format: gguf (default), gptq, awq, mlx.", "run"),
+    Option("format", str, "The file format: gguf (default), compressed-tensors, gptq, awq, mlx.", "run"),
     Option(
         "embeddings",
         str,
         "Round embeddings and head to this type of GGUF: f16, q8_0, q6_k, q5_k, q4_k; default: keep (as they are).",
+        "run",
+    ),
+    Option(
+        "allow_requantize",
+        bool,
+        "Quantize again, on grids of the format, what it does not hold as it is, and say what that costs.",
         "run",
     ),
     OVERWRITE,

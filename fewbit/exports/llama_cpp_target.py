@@ -17,6 +17,7 @@ from fewbit.pipeline.plan import cover_original
 
 NAME = "llama.cpp"
 GRID_NAMES = tuple(BLOCK_TYPES)
+BITS = (2, 3, 4, 5, 6, 8)
 _BY_BITS: tuple[tuple[float, str, int, tuple[str, ...]], ...] = (
     (2, "q2_k", 256, ()),
     (3, "q3_k", 256, ()),

@@ -13,7 +13,7 @@ from fewbit.checkpoints.workdir import WorkFolder
 from fewbit.errors import FewbitError
 from fewbit.exports import llama_cpp_target
 from fewbit.exports.compressed_folder import compressed_problem, write_compressed
-from fewbit.exports.compressed_targets import RUNTIMES
+from fewbit.exports.compressed_targets import BITS, RUNTIMES
 from fewbit.exports.compressed_weights import form_of as compressed_form
 from fewbit.exports.gguf_file import gguf_problem, write_gguf
 from fewbit.exports.gguf_mixtures import MIXTURES
@@ -49,9 +49,9 @@ class Format:
 class Target:
     """A runtime.
 
-    format: the name of its format. grids: those that it loads. choices(checkpoint, flat): the choices of a recipe that
-    it loads, from those that were given, and notes for the user; raises FewbitError if it cannot run the model or does
-    not have what was asked for. problem(plan): why it does not load a planned model, or None. embeddings(checkpoint,
+    format: the name of its format. grids, bits: those that it loads. choices(checkpoint, flat): the choices of a recipe
+    that it loads, from those that were given, and notes for the user; raises FewbitError if it cannot run the model or
+    lacks what was asked for. problem(plan): why it does not load a planned model, or None. embeddings(checkpoint,
     flat): what embeddings and head are rounded to when the format is written.
     """
 
@@ -59,6 +59,7 @@ class Target:
     summary: str
     format: str
     grids: tuple[str, ...]
+    bits: tuple[int, ...]
     choices: Callable[[Checkpoint, dict[str, Any]], tuple[dict[str, Any], list[str]]]
     problem: Callable[[Plan], str | None] = lambda _: None
     embeddings: Callable[[Checkpoint, dict[str, Any]], str] = lambda checkpoint, flat: "keep"
@@ -110,15 +111,18 @@ TARGETS: dict[str, Target] = {
             "llama.cpp, Ollama, LM Studio: a folder with one .gguf file",
             "gguf",
             (*llama_cpp_target.GRID_NAMES, *MIXTURES),
+            llama_cpp_target.BITS,
             llama_cpp_target.choices,
             embeddings=llama_cpp_target.embeddings,
         ),
         *(
-            Target(one.name, one.summary, "compressed-tensors", one.grids, _without_notes(one), one.problem)
+            Target(
+                one.name, one.summary, "compressed-tensors", one.grids, BITS[one.name], _without_notes(one), one.problem
+            )
             for one in RUNTIMES
         ),
         *(
-            Target(one.name, one.summary, one.format.name, one.grids, _with_notes(one), one.problem)
+            Target(one.name, one.summary, one.format.name, one.grids, one.format.widths, _with_notes(one), one.problem)
             for one in INTEGER_TARGETS
         ),
     )
