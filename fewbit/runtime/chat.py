@@ -238,7 +238,8 @@ def _can_go_on(cache: Any) -> bool:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     layers = getattr(cache, "layers", None)
-    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    kinds = {type(layer) for layer in layers or ()}
+    return bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def _backends() -> dict[str, tuple[str, bool, dict[str, Any]]]:
