@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewbit.advice import advice
 from fewbit.calibration.choice import CalibrationChoice, choice_from
 from fewbit.checkpoints.json_in import read_json_object
 from fewbit.checkpoints.locate import locate
@@ -192,6 +193,8 @@ def plan(model: str | Path, method: str = "adpq+", **choices: Any) -> dict[str, 
     choices = checked("plan", PLAN, choices)
     request = quantize_request(model, method, choices)
     result = forecast(model, request.recipe, request.options.calibration)
+    if request.target is not None:
+        result["advice"] = advice(str(model), request.recipe, request.target.name)
     result["problems"] += request.notes
     if request.target is not None and not result["problems"]:
         from fewbit.exports.quantize_for import plan_problem

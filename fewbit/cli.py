@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fewbit.cli_chat import chat
 from fewbit.cli_plan import plan
 from fewbit.cli_quantize import curvature, quantize
 from fewbit.cli_shared import HtmlFlag, JsonFlag, announce, print_json, with_options
@@ -54,6 +55,7 @@ app.command()(quantize)
 app.command()(plan)
 app.command()(curvature)
 app.command()(tune)
+app.command()(chat)
 
 
 @app.command("eval")

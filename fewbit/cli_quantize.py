@@ -56,7 +56,8 @@ def quantize(
     check_page(html, None if choices["report_only"] else out, Path(model))
     announce(model)
     request = quantize_request(model, method, choices)
-    for line in advice(model, request.recipe) if request.tuning is None and out is not None else ():
+    target = request.target.name if request.target is not None else None
+    for line in advice(model, request.recipe, target) if request.tuning is None and out is not None else ():
         print(printable(f"fewbit: {line}"), file=sys.stderr)
     with progress_line(f"{method} {model}") as progress, resumable():
         report = run(model, out, method, progress=progress, **choices)

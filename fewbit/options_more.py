@@ -1,4 +1,4 @@
-"""The options of `curvature`, `unpack` and the studies, described once; see :mod:`fewbit.options`."""
+"""The options of `curvature`, `unpack`, `export`, `chat` and the studies, described once; see :mod:`fewbit.options`."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -60,6 +60,22 @@ EXPORT: tuple[Option, ...] = (
         "run",
     ),
     OVERWRITE,
+)
+
+CHAT: tuple[Option, ...] = (
+    Option("prompt", str, "Answer this and end; - reads it from standard input.", "ask"),
+    Option("system", str, "Message before the conversation, for models with a chat template.", "choice"),
+    Option("max_new_tokens", int, "Maximum number of tokens of an answer; default 512.", "choice"),
+    Option("temperature", float, "0: always the most likely token; default 0.7.", "choice"),
+    Option("seed", int, "Random seed; default 0. The same seed gives the same answers.", "choice"),
+    Option("device", str, "cpu, cuda, …; default: CUDA if available.", "run"),
+    Option(
+        "quantized_cache",
+        bool,
+        "Keep keys and values in 4 bits, for long conversations (needs optimum-quanto or hqq).",
+        "choice",
+        flag="--quantized-cache",
+    ),
 )
 
 _SIZE = "default: depends on --size."

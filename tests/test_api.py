@@ -19,7 +19,7 @@ from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
 from fewbit.option_values import checked
 from fewbit.options import EVALUATE, PLAN, QUANTIZE, TUNE, Option
-from fewbit.options_more import CURVATURE, STUDIES, UNPACK
+from fewbit.options_more import CHAT, CURVATURE, STUDIES, UNPACK
 from fewbit.recipe import Recipe, sets_of
 
 TEXT: dict[str, Any] = {"calibration": "random-tokens", "samples": 4, "sequence_length": 32}
@@ -222,6 +222,7 @@ def test_recipes_of_earlier_folders_are_read() -> None:
 COMMANDS = {
     "curvature": CURVATURE,
     "unpack": UNPACK,
+    "chat": CHAT,
     **{f"study {name}": table for name, table in STUDIES.items()},
 }
 

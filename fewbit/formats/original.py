@@ -7,7 +7,8 @@ from typing import Any
 from fewbit.checkpoints.json_file import read_json
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.named import NAMED_MODELS, named_folder
-from fewbit.checkpoints.output import MODEL_FOLDER, REPORT, RUN
+from fewbit.checkpoints.origins import origin_of
+from fewbit.checkpoints.output import REPORT
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.config import tied_of, weights_of
@@ -29,7 +30,7 @@ def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: b
     report = _read(quantized.folder / REPORT)
     name, source = report.get("model"), report.get("source")
     name, size = name if isinstance(name, str) else None, source.get("bytes") if isinstance(source, dict) else None
-    for place in _places(quantized, name):
+    for place in _places(quantized, name, report.get("model_is_local") is True):
         try:
             original = open_checkpoint(locate(place) if fetch else _here(place))
             check_original(quantized, original)
@@ -56,7 +57,7 @@ def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
     for module, stored in weights.items():
         entry = original.entries.get(stored.tensor_name(module))
         if entry is None or entry.shape != stored.tensor_shape:
-            return f"has no {module} of that shape"
+            return f"has no {stored.tensor_name(module)} of that shape"
     for name, entry in quantized.entries.items():
         other = original.entries.get(name)
         if other is None and name in parts:
@@ -69,11 +70,12 @@ def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
     return f"has an additional {more[0]}" if more else ""
 
 
-def _places(quantized: Checkpoint, name: str | None) -> Iterator[str]:
-    where = _read(quantized.folder / RUN).get(MODEL_FOLDER)
-    if isinstance(where, str) and Path(where).is_dir():
-        yield where
-    if name is not None:
+def _places(quantized: Checkpoint, name: str | None, is_local: bool) -> Iterator[str]:
+    where = origin_of(quantized.folder)
+    if where is not None and where.is_dir():
+        yield str(where)
+    # The name of a folder may be that of another model on the hub.
+    if name is not None and (not is_local or Path(name).exists()):
         yield name
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from fewbit.calibration.source import public_text
+from fewbit.checkpoints.public_names import public_model
 from fewbit.checkpoints.safetensors_io import TensorEntry
 from fewbit.formats.native import stored_bytes
 from fewbit.grids.scheme import StoredWeight
@@ -175,7 +177,8 @@ class Report:
 
     layers, embeddings: the quantized linear layers, and the quantized embeddings and heads. left: files of the original
     model that were not copied. fewbit_version: None if it is not known. tuning: of a
-    fine-tuned model, the choices and losses of the tuning.
+    fine-tuned model, the choices and losses of the tuning. model: its name, without folders. model_is_local: whether
+    that is the name of a file or folder here, and not of a model on the hub.
     """
 
     model: str
@@ -190,6 +193,7 @@ class Report:
     embeddings: Sequence[LayerRecord] = ()
     calibration: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
+    model_is_local: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As a dict of JSON values."""
@@ -205,7 +209,7 @@ class Report:
             "left": list(self.left),
             "fewbit_version": self.fewbit_version,
         }
-        more = {"calibration": self.calibration, "tuning": self.tuning}
+        more = {"calibration": self.calibration, "tuning": self.tuning, "model_is_local": self.model_is_local or None}
         return data | {name: value for name, value in more.items() if value is not None}
 
     @classmethod
@@ -215,3 +219,9 @@ class Report:
             return TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
             raise ValueError(f"not a whole report: {error}") from error
+
+
+def published(data: dict[str, Any]) -> dict[str, Any]:
+    """The values of a report without local paths, which reports of earlier versions have."""
+    model = data.get("model")
+    return {**public_text(data), **({"model": public_model(model)} if isinstance(model, str) else {})}

@@ -14,9 +14,13 @@ from typing import Any
 
 import torch
 
+from fewbit.calibration.source import public_text
 from fewbit.checkpoints.json_file import write_json
 from fewbit.checkpoints.locate import locate
-from fewbit.checkpoints.output import CONFIG, REPORT, RUN
+from fewbit.checkpoints.model_card import Written, base_of, write_card
+from fewbit.checkpoints.origins import remember_origin
+from fewbit.checkpoints.output import CARD, CONFIG, REPORT, RUN
+from fewbit.checkpoints.public_names import is_local, public_config, public_model
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.checkpoints.stamps import file_stamps
@@ -26,7 +30,6 @@ from fewbit.choices import check_values, flag_names
 from fewbit.device import check_device
 from fewbit.errors import FewbitError, WorkKeptError
 from fewbit.formats.native import FORMAT_VERSION, GUARD, check_scheme
-from fewbit.formats.original import MODEL_FOLDER
 from fewbit.grids.scheme import Scheme
 from fewbit.memory import peak_rss_bytes
 from fewbit.pipeline.calibration_options import CalibrationOptions, check_fit
@@ -98,12 +101,15 @@ def quantize(
                 workers = scratch.enter_context(_workers(options))
                 reader = scratch.enter_context(FileReader())
                 results = _stream(plan, checkpoint, _Run(workers, reader, work, options.progress, solved))
-            report = replace(_report(str(model), checkpoint, recipe, results), calibration=calibration)
+            report = replace(_report(model, checkpoint, recipe, results), calibration=public_text(calibration))
             if work is not None:
                 _write_companions(work, checkpoint, recipe, plan, results)
                 report = replace(report, output=replace(report.output, file_bytes=work.shard_bytes))
-                write_json(work.file(REPORT), report.to_dict())
-                write_json(work.file(RUN), {**_run_facts(started, options), MODEL_FOLDER: str(folder.resolve())})
+                data = report.to_dict()
+                write_json(work.file(REPORT), data)
+                base = base_of(folder, report.model, checkpoint.config)
+                write_card(work.file(CARD), base, Written("native", data, work.shard_bytes))
+                write_json(work.file(RUN), {**_run_facts(started, options), **remember_origin(folder)})
                 work.publish()
     except BaseException as error:
         if work is not None:
@@ -295,7 +301,7 @@ def _write_companions(
 ) -> None:
     copy_companions(checkpoint.companions, work)
     quantization = quantization_config(recipe, [one for shard in results for one in shard])
-    write_json(work.file(CONFIG), {**checkpoint.config, "quantization_config": quantization})
+    write_json(work.file(CONFIG), {**public_config(checkpoint.config), "quantization_config": quantization})
     names = [[name for record in records for name in record.tensors] for records in results]
     write_index(work, {plan.shard_name(i): shard for i, shard in enumerate(names)})
 
@@ -328,14 +334,15 @@ def quantization_config(recipe: Recipe, written: list[WrittenTensor]) -> dict[st
     }
 
 
-def _report(model: str, checkpoint: Checkpoint, recipe: Recipe, results: list[list[WrittenTensor]]) -> Report:
+def _report(model: str | Path, checkpoint: Checkpoint, recipe: Recipe, results: list[list[WrittenTensor]]) -> Report:
     records = [record for shard in results for record in shard]
     layers = [record.layer for record in records if record.layer and not record.is_table]
     tables = [record.layer for record in records if record.layer and record.is_table]
     kept = {record.kept.name for record in records if record.kept and record.kept.same_as is None}
     entries = [entry for name, entry in checkpoint.entries.items() if name in kept]
     return Report(
-        model=model,
+        model=public_model(model),
+        model_is_local=is_local(model),
         method=recipe.method,
         recipe=recipe.to_dict(),
         source={"bytes": checkpoint.bytes, "tensors": len(checkpoint.entries)},

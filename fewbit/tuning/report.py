@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.calibration.source import public_text
 from fewbit.checkpoints.json_file import read_json
 from fewbit.checkpoints.output import REPORT
+from fewbit.checkpoints.public_names import is_hub_name, public_model
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.formats import native
@@ -28,6 +30,10 @@ def report_of(checkpoint: Checkpoint, original: Checkpoint) -> Report:
         found = Report.from_dict(read_json(checkpoint.folder / REPORT))
     except ValueError:
         return _made_up(checkpoint, original)
+    if not is_hub_name(found.model):
+        # Reports of earlier versions hold paths.
+        found = replace(found, model=public_model(found.model), model_is_local=True)
+    found = replace(found, calibration=public_text(found.calibration), tuning=public_text(found.tuning))
     if not found.output.weights_all:
         # Reports of earlier versions do not count all weights.
         counted = _made_up(checkpoint, original).output
@@ -45,7 +51,8 @@ def _made_up(checkpoint: Checkpoint, original: Checkpoint) -> Report:
     layers = [LayerRecord.of(module, one) for module, one in stored.items() if module not in tables]
     apart = [LayerRecord.of(module, one) for module, one in stored.items() if module in tables]
     return Report(
-        model=str(original.folder),
+        model=public_model(original.folder),
+        model_is_local=True,
         method=str(describe(checkpoint)["method"]),
         recipe=recipe_of(checkpoint),
         source={"bytes": original.bytes, "tensors": len(original.entries)},

@@ -53,6 +53,7 @@ def test_a_folder_with_one_file(bits: int, mixed: Path, tmp_path: Path) -> None:
     assert data["report"]["export"]["for"] == "llama.cpp"
     assert data["models"][0]["bytes"] == (tmp_path / "out" / "out.gguf").stat().st_size
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "fewbit_report.json",
         "fewbit_run.json",
         "out.gguf",
