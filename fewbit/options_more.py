@@ -55,6 +55,16 @@ EXPORT: tuple[Option, ...] = (
     ),
     OVERWRITE,
 )
+IMPORT: tuple[Option, ...] = (
+    Option(
+        "config",
+        Path,
+        "For a .gguf file: a folder with the config and the tokenizer of the model; default: those in the file.",
+        "run",
+    ),
+    OVERWRITE,
+    *_common([_QUANTIZE["shard_size"]], "run"),
+)
 
 _SIZE = "default: depends on --size."
 _METHODS = Option("methods", str, "Methods, separated by commas; default: those of the size.", "shared")

@@ -125,6 +125,7 @@ SCALE_FORMATS: dict[str, ScaleFormat] = {
     one.name: one
     for one in (
         _plain("float16"),
+        _plain("bfloat16"),
         _plain("float32"),
         ScaleFormat(
             "two-level",
