@@ -304,6 +304,26 @@ def export(
     return run(folder, dest, format, embeddings, overwrite, progress)
 
 
+def import_model(
+    source: str | Path,
+    out: str | Path,
+    config: str | Path | None = None,
+    overwrite: bool = False,
+    shard_size: str | int = "5GB",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint that another tool quantized as a folder of fewbit's own format, without loss.
+
+    source: a .gguf file, or a folder or hub name in the formats of GPTQ, AWQ or compressed-tensors. config: for a .gguf
+    file, a folder with the config and the tokenizer of the model; None for those in the file. Returns the report.
+    Raises FewbitError for what is not quantized, is damaged, or cannot be represented; `out` is then not created.
+    """
+    from fewbit.imports.import_model import import_model as run
+
+    size = parse_size(shard_size) if isinstance(shard_size, str) else shard_size
+    return run(source, out, config, overwrite, size, progress)
+
+
 def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_size: str | int = "5GB") -> Path:
     """Convert a quantized folder to an ordinary 16-bit one that any tool loads, with one tensor in memory at a time.
 

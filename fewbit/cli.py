@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fewbit.cli_chat import chat
+from fewbit.cli_import import import_command
 from fewbit.cli_plan import plan
 from fewbit.cli_quantize import curvature, quantize
 from fewbit.cli_shared import HtmlFlag, JsonFlag, announce, print_json, with_options
@@ -175,6 +176,9 @@ def export_command(
         print_json({"models": [row], "protocol": None, "versions": versions(), "report": report})
     else:
         print(export_summary(report, dest))
+
+
+app.command("import")(import_command)
 
 
 @app.command()

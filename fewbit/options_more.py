@@ -61,6 +61,16 @@ EXPORT: tuple[Option, ...] = (
     ),
     OVERWRITE,
 )
+IMPORT: tuple[Option, ...] = (
+    Option(
+        "config",
+        Path,
+        "For a .gguf file: a folder with the config and the tokenizer of the model; default: those in the file.",
+        "run",
+    ),
+    OVERWRITE,
+    *_common([_QUANTIZE["shard_size"]], "run"),
+)
 
 CHAT: tuple[Option, ...] = (
     Option("prompt", str, "Answer this and end; - reads it from standard input.", "ask"),

@@ -129,10 +129,14 @@ def check_content(parts: Mapping[str, Tensor], stored: StoredWeight) -> None:
     """Raise ValueError if the tensors, which fit the stored weight, contain values that fewbit does not write.
 
     These are positions of outliers that are too many or too few, do not ascend or lie outside the weight; and scales or
-    other values of the grids that are NaN or infinite.
+    other values of the grids that are NaN or infinite; and values of the transform that are none of its own.
     """
     values = [*grid_of(stored.scheme).read(parts, stored.scheme, stored.groups).values()]
-    values += read_transform(parts, stored).values()
+    transform = read_transform(parts, stored)
+    values += transform.values()
+    wrong = TRANSFORMS[stored.scheme.transform].problem(transform)
+    if wrong:
+        raise ValueError(wrong)
     if not all(bool(torch.isfinite(value).all()) for value in values):
         raise ValueError("values of the grid are not finite")
     if stored.outliers:

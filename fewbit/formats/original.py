@@ -11,7 +11,7 @@ from fewbit.checkpoints.origins import origin_of
 from fewbit.checkpoints.output import REPORT
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
-from fewbit.formats.config import tied_of, weights_of
+from fewbit.formats.config import recipe_of, tied_of, weights_of
 from fewbit.formats.native import part_layout
 
 
@@ -27,6 +27,10 @@ def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: b
             raise FewbitError(f"{original.folder}: is quantized itself: --reference must be the original model")
         check_original(quantized, original)
         return original
+    if "imported" in recipe_of(quantized):
+        raise FewbitError(
+            f"{quantized.folder}: was imported, so its original is not known: give the original with --reference"
+        )
     report = _read(quantized.folder / REPORT)
     name, source = report.get("model"), report.get("source")
     name, size = name if isinstance(name, str) else None, source.get("bytes") if isinstance(source, dict) else None

@@ -300,14 +300,17 @@ def _write_companions(
     work: WorkFolder, checkpoint: Checkpoint, recipe: Recipe, plan: Plan, results: list[list[WrittenTensor]]
 ) -> None:
     copy_companions(checkpoint.companions, work)
-    quantization = quantization_config(recipe, [one for shard in results for one in shard])
+    quantization = quantization_config(recipe.to_dict(), [one for shard in results for one in shard])
     write_json(work.file(CONFIG), {**public_config(checkpoint.config), "quantization_config": quantization})
     names = [[name for record in records for name in record.tensors] for records in results]
     write_index(work, {plan.shard_name(i): shard for i, shard in enumerate(names)})
 
 
-def quantization_config(recipe: Recipe, written: list[WrittenTensor]) -> dict[str, Any]:
-    """The `quantization_config` of config.json: everything that a reader needs in addition to the tensors."""
+def quantization_config(recipe: dict[str, Any], written: list[WrittenTensor]) -> dict[str, Any]:
+    """The `quantization_config` of config.json: everything that a reader needs in addition to the tensors.
+
+    recipe: how the weights were made; readers only show it.
+    """
     schemes: list[dict[str, Any]] = []
     weights: dict[str, Any] = {}
     for one in written:
@@ -326,7 +329,7 @@ def quantization_config(recipe: Recipe, written: list[WrittenTensor]) -> dict[st
         "quant_method": "fewbit",
         "format_version": FORMAT_VERSION,
         "fewbit_version": __version__,
-        "recipe": recipe.to_dict(),
+        "recipe": recipe,
         "schemes": schemes,
         "weights": weights,
         **({"embeddings": tables} if tables else {}),

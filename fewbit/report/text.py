@@ -69,6 +69,18 @@ def export_summary(report: dict[str, Any], dest: Path) -> str:
     return "\n".join(map(printable, lines))
 
 
+def import_summary(report: dict[str, Any], out: Path) -> str:
+    """A summary of a few lines."""
+    output, kept = report["output"], len(report["kept"])
+    facts = ", ".join(f"{count} {name}" for name, count in report["recipe"]["imported"].get("types", {}).items())
+    lines = [
+        f"wrote {out}: {show_size(output['file_bytes'])} of weights, from {show_size(report['source']['bytes'])}",
+        f"{len(report['layers'])} layers at {output['bits_per_weight']:.2f} bits per weight{_of_tables(report)}, "
+        f"{kept} tensors that are not quantized" + (f" ({facts})" if facts else ""),
+    ]
+    return "\n".join(map(printable, lines))
+
+
 def _of_tables(report: dict[str, Any]) -> str:
     """Quantized embeddings and heads, in words."""
     tables = report["embeddings"]

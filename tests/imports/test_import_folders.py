@@ -1,0 +1,392 @@
+"""Folders of GPTQ, AWQ and compressed-tensors as native ones: the same weights, and nothing that is not understood."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import foreign_models
+import numpy as np
+import pytest
+import torch
+from conftest import copy_folder, run_cli
+from foreign_models import Layer, layer_of, weight_bytes
+from safetensors.torch import load_file, save_file
+from test_import_gguf import refused, weights
+
+import fewbit
+from fewbit.checkpoints.safetensors_io import FileReader
+from fewbit.checkpoints.source import open_checkpoint
+from fewbit.formats.config import weights_of
+
+LAYER = "model.layers.0.mlp.down_proj"
+
+
+def gptq(folder: Path, bits: int = 4, size: int = 32, sym: bool = False, order: bool = False, version: int = 1) -> Any:
+    config = {"quant_method": "gptq", "bits": bits, "group_size": size, "sym": sym, "desc_act": order}
+    config |= {"checkpoint_format": "gptq" if version == 1 else "gptq_v2", "damp_percent": 0.1, "dynamic": None}
+    make = partial(layer_of, bits=bits, size=size, symmetric=sym, order=order, dtype=torch.float16)
+    return foreign_models.write(folder, config, make, partial(foreign_models.gptq, bits=bits, version=version))
+
+
+def awq(folder: Path, size: int = 32) -> Any:
+    config = {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm"}
+    make = partial(layer_of, bits=4, size=size, symmetric=False, order=False, dtype=torch.float16)
+    return foreign_models.write(folder, config, make, partial(foreign_models.awq, bits=4))
+
+
+def compressed(
+    folder: Path,
+    bits: int = 4,
+    size: int = 32,
+    sym: bool = False,
+    order: bool = False,
+    dtype: str = "bfloat16",
+    whole: bool = False,
+) -> Any:
+    described = {"num_bits": bits, "type": "int", "symmetric": sym, "strategy": "channel" if size == -1 else "group"}
+    described |= {"group_size": None if size == -1 else size, "actorder": "group" if order else None, "dynamic": False}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": described, "input_activations": None}},
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+    number = getattr(torch, dtype)
+    make = partial(layer_of, bits=bits, size=size, symmetric=sym, order=order, dtype=number)
+    store = partial(foreign_models.compressed, bits=bits, symmetric=sym, whole=whole)
+    return foreign_models.write(folder, config, make, store, dtype)
+
+
+def same(model: Path, out: Path, wanted: dict[str, torch.Tensor]) -> None:
+    """The folder decodes to the weights, loads, and gives the logits of the plain model with these weights."""
+    ours = weights(out)
+    assert ours.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert torch.equal(ours[name], weight.float()), name
+    plain = copy_folder(model, model.with_name(f"{model.name}-plain"))
+    config = json.loads((plain / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (plain / "quantize_config.json").unlink(missing_ok=True)
+    (plain / "config.json").write_text(json.dumps(config))
+    save_file({name: one.float().contiguous() for name, one in wanted.items()}, plain / "model.safetensors")
+    ids = torch.arange(20).view(1, -1)
+    with torch.no_grad():
+        first, second = (fewbit.load(f, dtype=torch.float32, device="cpu")(ids).logits for f in (out, plain))
+    assert torch.allclose(first, second, rtol=1e-4, atol=1e-4)
+    fewbit.unpack(out, out.with_name(f"{out.name}-plain"))
+    unpacked = load_file(out.with_name(f"{out.name}-plain") / "model.safetensors")
+    for name, weight in wanted.items():
+        assert torch.equal(unpacked[name], weight.to(unpacked[name].dtype)), name
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq(tmp_path: Path, bits: int, version: int) -> None:
+    model, out = tmp_path / "m", tmp_path / "out"
+    wanted = gptq(model, bits, version=version)
+    run_cli("import", model, out)
+    same(model, out, wanted)
+    assert weight_bytes(out) < 1.02 * weight_bytes(model)
+
+
+@pytest.mark.parametrize(("size", "sym"), [(-1, False), (64, True), (16, True)])
+def test_gptq_groups(tmp_path: Path, size: int, sym: bool) -> None:
+    model, out = tmp_path / "m", tmp_path / "out"
+    wanted = gptq(model, 4, size, sym)
+    run_cli("import", model, out)
+    same(model, out, wanted)
+    grids = {stored.scheme.grid for stored in weights_of(open_checkpoint(out)).values()}
+    assert grids == {"symmetric" if sym else "zero-point"}
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq_with_act_order(tmp_path: Path, bits: int) -> None:
+    model, out, text = tmp_path / "m", tmp_path / "out", tmp_path / "text.txt"
+    wanted = gptq(model, bits, order=True)
+    run_cli("import", model, out)
+    same(model, out, wanted)
+    assert {stored.scheme.transform for stored in weights_of(open_checkpoint(out)).values()} == {"column-order"}
+    text.write_text("the man and the sand in the land. " * 200)
+    run_cli("eval", out, "--data", text, "--windows", 2, "--seq-len", 64)
+    run_cli("inspect", out)
+    options = ["--calibration", text, "--samples", 6, "--sequence-length", 16, "--held-out", 2, "--batch-size", 2]
+    reference = copy_folder(model, tmp_path / "reference")
+    config = json.loads((reference / "config.json").read_text())
+    del config["quantization_config"]
+    (reference / "config.json").write_text(json.dumps(config))
+    save_file({name: one.half().contiguous() for name, one in wanted.items()}, reference / "model.safetensors")
+    words = ["tune", out, tmp_path / "tuned", "--reference", reference, *options, "--epochs", 1, "--device", "cpu"]
+    run_cli(*words)
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "tuned"))
+    order = f"{LAYER}.transform_order"
+    assert torch.equal(before[order], after[order]) and before.keys() == after.keys()
+    assert float((weights(tmp_path / "tuned")[f"{LAYER}.weight"] - wanted[f"{LAYER}.weight"]).abs().max()) < 0.1
+
+
+def test_zero_points_of_version_1_that_borrow(tmp_path: Path) -> None:
+    """A zero-point 0 is -1 there, and takes a one from its neighbour."""
+    random = np.random.default_rng(0)
+
+    def make(weight: torch.Tensor) -> Layer:
+        layer = layer_of(weight, 4, 32, False, False, torch.float16)
+        layer.zeros = random.integers(0, 3, layer.zeros.shape)
+        return layer
+
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    wanted = foreign_models.write(tmp_path / "m", config, make, partial(foreign_models.gptq, bits=4))
+    run_cli("import", tmp_path / "m", tmp_path / "out")
+    same(tmp_path / "m", tmp_path / "out", wanted)
+
+
+def test_gptq_with_other_bits_in_some_layers(tmp_path: Path) -> None:
+    model, used = tmp_path / "m", iter([2, 4, 8] * 10)
+
+    def make(weight: torch.Tensor) -> Layer:
+        layer = layer_of(weight, bits := next(used), 32, False, False, torch.float16)
+        layer.bits = bits  # type: ignore[attr-defined]
+        return layer
+
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"+:.*": {"bits": 8}}}
+    wanted = foreign_models.write(model, config, make, lambda layer: foreign_models.gptq(layer, layer.bits))  # type: ignore[attr-defined]
+    run_cli("import", model, tmp_path / "out")
+    same(model, tmp_path / "out", wanted)
+
+
+def test_descriptions_of_older_releases(tmp_path: Path) -> None:
+    model, out = tmp_path / "m", tmp_path / "out"
+    wanted = gptq(model)
+    config = json.loads((model / "config.json").read_text())
+    found = config.pop("quantization_config")
+    (model / "config.json").write_text(json.dumps(config))
+    assert "no quantization_config describes its codes" in refused(model, tmp_path)
+    (model / "quantize_config.json").write_text(json.dumps(found))
+    run_cli("import", model, out)
+    same(model, out, wanted)
+    assert not (out / "quantize_config.json").exists()
+
+
+@pytest.mark.parametrize("size", [16, 64, -1])
+def test_awq(tmp_path: Path, size: int) -> None:
+    model, out = tmp_path / "m", tmp_path / "out"
+    wanted = awq(model, size)
+    run_cli("import", model, out)
+    same(model, out, wanted)
+    assert weight_bytes(out) < 1.02 * weight_bytes(model)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "size", "dtype", "whole"),
+    [
+        (2, 32, "bfloat16", False),
+        (3, 32, "bfloat16", False),
+        (3, 32, "bfloat16", True),
+        (4, 64, "float16", False),
+        (4, -1, "bfloat16", False),
+        (6, 32, "bfloat16", True),
+        (8, 32, "float32", False),
+        (8, -1, "bfloat16", False),
+    ],
+)
+def test_compressed_tensors(tmp_path: Path, bits: int, size: int, dtype: str, whole: bool, sym: bool) -> None:
+    model, out = tmp_path / "m", tmp_path / "out"
+    wanted = compressed(model, bits, size, sym, dtype=dtype, whole=whole)
+    run_cli("import", model, out)
+    same(model, out, wanted)
+    assert weight_bytes(out) < 1.02 * weight_bytes(model)
+
+
+def test_compressed_tensors_with_act_order(tmp_path: Path) -> None:
+    wanted = compressed(tmp_path / "m", order=True)
+    run_cli("import", tmp_path / "m", tmp_path / "out")
+    same(tmp_path / "m", tmp_path / "out", wanted)
+
+
+def test_weights_are_those_of_the_package(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    for bits, sym in ((2, True), (3, False), (4, False), (8, True), (8, False)):
+        model, out = tmp_path / f"m{bits}{sym}", tmp_path / f"out{bits}{sym}"
+        compressed(model, bits, sym=sym)
+        group = json.loads((model / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+        fewbit.import_model(model, out)
+        tensors, checkpoint = load_file(model / "model.safetensors"), open_checkpoint(out)
+        with FileReader() as reader:
+            for module, stored in weights_of(checkpoint).items():
+                own = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{module}.weight_")}
+                theirs = PackedQuantizationCompressor.decompress(own, QuantizationScheme.model_validate(group))
+                parts = {p: reader.tensor(checkpoint.entries[f"{module}.{p}"]) for p in fewbit_parts(stored)}
+                assert torch.equal(decoded(parts, stored), theirs["weight"]), (bits, sym, module)
+
+
+def fewbit_parts(stored: Any) -> list[str]:
+    from fewbit.formats.native import part_layout
+
+    return list(part_layout(stored))
+
+
+def decoded(parts: Any, stored: Any) -> torch.Tensor:
+    from fewbit.formats.native import decode
+
+    return decode(parts, stored, torch.bfloat16)
+
+
+WRITERS = {"gptq": gptq, "awq": awq, "compressed": compressed}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One of each kind, which tests copy and damage."""
+    top = tmp_path_factory.mktemp("foreign")
+    for name, make in WRITERS.items():
+        make(top / name)
+    return {name: top / name for name in WRITERS}
+
+
+def changed(models: dict[str, Path], kind: str, tmp_path: Path, *keys: Any) -> Path:
+    """A copy with another value in its quantization_config: keys lead to it, the last of them is the value."""
+    model = copy_folder(models[kind], tmp_path / "m")
+    config = json.loads((model / "config.json").read_text())
+    inner = config["quantization_config"]
+    *path, last, value = keys
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    (model / "config.json").write_text(json.dumps(config))
+    return model
+
+
+GROUP = ("config_groups", "group_0")
+DESCRIPTIONS: list[tuple[str, tuple[Any, ...], str]] = [
+    ("gptq", ("bits", 5), "bits is 5: only 2 or 3 or 4 or 8 can be imported"),
+    ("gptq", ("bits", "4"), "bits is 4: only"),
+    ("gptq", ("bits", 8), "do not fit"),
+    ("gptq", ("group_size", 64), "are no groups of 64"),
+    ("gptq", ("group_size", None), "group_size is None: it must be a whole number"),
+    ("gptq", ("checkpoint_format", "marlin"), "checkpoint_format is marlin"),
+    ("gptq", ("is_marlin_format", True), "is_marlin_format is True"),
+    ("gptq", ("rotation", "hadamard"), "rotation is hadamard: rotated weights"),
+    ("gptq", ("planar", True), "planar is True: fewbit does not know this key"),
+    ("gptq", ("quant_method", "bitnet"), "quantized by BitNet, which cannot be imported"),
+    ("awq", ("version", "gemv"), "version is gemv: only gemm"),
+    ("awq", ("bits", 8), "bits is 8"),
+    ("awq", ("group_size", 128), "do not fit each other and groups of 128"),
+    ("awq", ("new_key", [1]), "new_key is [1]: fewbit does not know this key"),
+    ("compressed", ("format", "int-quantized"), "format is int-quantized: only pack-quantized"),
+    ("compressed", ("kv_cache_scheme", {"num_bits": 8}), "kv_cache_scheme"),
+    ("compressed", ("transform_config", {"config_groups": {"a": 1}}), "transform_config"),
+    ("compressed", ("sparsity_config", {"format": "sparse-24-bitmask"}), "sparse-24-bitmask"),
+    ("compressed", ("config_groups", {}), "no layers are described"),
+    ("compressed", ("config_groups", []), "it must be an object"),
+    ("compressed", (*GROUP, "targets", None), "it must be a list of names"),
+    ("compressed", (*GROUP, "targets", ["re:("]), "is no pattern"),
+    ("compressed", (*GROUP, "targets", ["lm_head.x"]), "not clear which of the groups"),
+    ("compressed", (*GROUP, "input_activations", {"num_bits": 8}), "quantized activations"),
+    ("compressed", (*GROUP, "weights", "num_bits", 8), "codes of 8 bits"),
+    ("compressed", (*GROUP, "weights", "type", "float"), "type is float"),
+    ("compressed", (*GROUP, "weights", "strategy", "block"), "strategy is block"),
+    ("compressed", (*GROUP, "weights", "group_size", 64), "are no groups of 64"),
+    ("compressed", (*GROUP, "weights", "dynamic", True), "its scales are not stored"),
+    ("compressed", (*GROUP, "weights", "actorder", "group"), "weight_g_idx is missing"),
+    ("compressed", (*GROUP, "weights", "zz", 1), "zz is 1: fewbit does not know this key"),
+]
+
+
+@pytest.mark.parametrize(("kind", "keys", "said"), DESCRIPTIONS)
+def test_descriptions_that_are_not_understood(
+    models: dict[str, Path], tmp_path: Path, kind: str, keys: tuple[Any, ...], said: str
+) -> None:
+    assert said in refused(changed(models, kind, tmp_path, *keys), tmp_path)
+
+
+def number(*values: int) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+TENSORS: list[tuple[str, str, Any, str]] = [
+    ("gptq", "qweight", None, "belongs to no layer"),
+    ("gptq", "scales", None, "scales is missing"),
+    ("gptq", "qzeros", None, "qzeros is missing"),
+    ("gptq", "scales", lambda old: old[:, :-1], "do not fit each other"),
+    ("gptq", "scales", lambda old: old[:-1], "do not fit each other"),
+    ("gptq", "scales", lambda old: old.to(torch.int32), "scales is int32"),
+    ("gptq", "scales", lambda old: old * float("nan"), "values of the grid are not finite"),
+    ("gptq", "qzeros", lambda old: old[:, :-1], "qzeros"),
+    ("gptq", "qweight", lambda old: old.to(torch.int64), "qweight is int64"),
+    ("gptq", "qweight", lambda old: old[:-1], "120 columns are no groups of 32"),
+    ("gptq", "g_idx", lambda old: old[:-1], "g_idx has 127 numbers"),
+    ("gptq", "g_idx", lambda old: old + 1, "are not 128 numbers below 4"),
+    ("gptq", "g_idx", lambda old: old - 1, "are not 128 numbers below 4"),
+    ("gptq", "g_idx", lambda old: old * 0, "not every group has 32 columns"),
+    ("gptq", "weight", lambda old: torch.zeros(64, 128), "is stored twice"),
+    ("awq", "qzeros", None, "qzeros is missing"),
+    ("awq", "scales", lambda old: old[:-1], "do not fit each other"),
+    ("awq", "qweight", lambda old: old[:, :-1], "do not fit each other"),
+    ("compressed", "weight_shape", None, "weight_shape is missing"),
+    ("compressed", "weight_shape", lambda old: number(64, 2**40), "does not hold"),
+    ("compressed", "weight_shape", lambda old: number(64, -128), "weight_shape is 64 x -128"),
+    ("compressed", "weight_shape", lambda old: number(64, 128, 1), "weight_shape has 3 numbers"),
+    ("compressed", "weight_shape", lambda old: number(128, 64), "does not hold"),
+    ("compressed", "weight_scale", lambda old: old[:, :-1], "does not fit 64 x 128 codes"),
+    ("compressed", "weight_scale", lambda old: old[:-1], "does not fit 64 x 128 codes"),
+    ("compressed", "weight_zero_point", None, "weight_zero_point is missing"),
+    ("compressed", "weight_zero_point", lambda old: old[:-1], "weight_zero_point"),
+    ("compressed", "weight_packed", None, "belongs to no layer"),
+]
+
+
+@pytest.mark.parametrize(("kind", "part", "change", "said"), TENSORS)
+def test_codes_and_scales_that_do_not_fit(
+    models: dict[str, Path], tmp_path: Path, kind: str, part: str, change: Any, said: str
+) -> None:
+    model = copy_folder(models[kind], tmp_path / "m")
+    tensors, name = load_file(model / "model.safetensors"), f"{LAYER}.{part}"
+    old = tensors.pop(name, None)
+    if change is not None:
+        tensors[name] = change(old).contiguous()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert said in refused(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_truncated_folders(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    model = copy_folder(models[kind], tmp_path / "m")
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[: len(data) // 2])
+    assert "not a complete safetensors file" in refused(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_quantize_names_the_command(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    line = run_cli("quantize", models[kind], tmp_path / "out", code=2).stderr
+    assert "already quantized" in line and "fewbit import" in line and line.count("\n") == 1
+
+
+def test_an_order_that_is_damaged(tmp_path: Path) -> None:
+    gptq(tmp_path / "m", order=True)
+    run_cli("import", tmp_path / "m", tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{LAYER}.transform_order"][0] = 2**30
+    save_file(tensors, file, {"format": "pt"})
+    line = run_cli("unpack", tmp_path / "out", tmp_path / "plain", code=2).stderr
+    assert "does not have every column once" in line
+
+
+def test_the_order_of_columns_is_no_choice_of_a_recipe(tiny: Path, tmp_path: Path) -> None:
+    line = run_cli("quantize", tiny, tmp_path / "out", "--transform", "column-order", code=2).stderr
+    assert "transform must be one of none, awq, smoothquant" in line
+
+
+def test_several_shards_resume_and_are_the_same(tmp_path: Path) -> None:
+    wanted = gptq(tmp_path / "m")
+    run_cli("import", tmp_path / "m", tmp_path / "out", "--shard-size", "30KB")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    same(tmp_path / "m", tmp_path / "out", wanted)
