@@ -21,6 +21,8 @@ class Kernel:
     product(prepared, x, bias): ``x W^T + b`` `(..., out)` in the dtype of x `(..., in)`, with the weights rounded to
     that dtype and sums in float32; for at most `most_tokens` tokens, beyond which decoding first is faster.
     rows(prepared, first, last): the rows of the weight from `first` to before `last`, in that dtype.
+    gather(prepared, ids): the rows at ids `(n,)` on the device, of a weight without outliers, without waiting for the
+    device; None if decoding with tensor operations is as good.
     """
 
     name: str
@@ -34,3 +36,4 @@ class Kernel:
     prepare: Callable[[Mapping[str, Tensor], StoredWeight, torch.dtype], Any]
     product: Callable[[Any, Tensor, Tensor | None], Tensor]
     rows: Callable[[Any, int, int], Tensor]
+    gather: Callable[[Any, Tensor], Tensor] | None = None

@@ -8,9 +8,10 @@ import torch
 
 from fewbit.grids.scheme import StoredWeight
 from fewbit.runtime.kernels.cpu import NUMBA
+from fewbit.runtime.kernels.cuda import TRITON
 from fewbit.runtime.kernels.kernel import Kernel
 
-KERNELS: tuple[Kernel, ...] = (NUMBA,)
+KERNELS: tuple[Kernel, ...] = (NUMBA, TRITON)
 """Kernels in order of preference."""
 
 
