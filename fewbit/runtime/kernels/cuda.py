@@ -18,7 +18,7 @@ def _supports(stored: StoredWeight) -> bool:
     grid = grid_of(stored.scheme)
     if grid.formula is None or grid.formula(stored.scheme).planes == ():
         return False
-    return 0 < stored.weights and 4 * stored.shape[0] * stored.groups < _LARGEST and stored.outliers < _LARGEST
+    return stored.weights > 0 and 4 * stored.shape[0] * stored.groups < _LARGEST and stored.outliers < _LARGEST
 
 
 def _prepare(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> Any:
@@ -58,4 +58,6 @@ TRITON = Kernel(
     product=_product,
     rows=_rows,
     gather=_gather,
+    # Tuples with names as arguments.
+    oldest=(3, 3),
 )

@@ -14,7 +14,8 @@ from fewbit.grids.scheme import StoredWeight
 class Kernel:
     """One way to compute with packed weights; an entry of :data:`fewbit.runtime.kernels.table.KERNELS`.
 
-    device: the type of device on which it runs. package: the package that it needs, in the extra `extra`.
+    device: the type of device on which it runs. package: the package that it needs, in the extra `extra`, and
+    oldest: of which version, at least.
     dtypes: of inputs. supports(stored): whether it can read a weight that is stored this way.
     prepare(parts, stored, dtype): what it needs of a weight for inputs in `dtype`, made once from its parts; it refers
     to the parts, and raises ValueError if they do not fit together.
@@ -37,3 +38,4 @@ class Kernel:
     product: Callable[[Any, Tensor, Tensor | None], Tensor]
     rows: Callable[[Any, int, int], Tensor]
     gather: Callable[[Any, Tensor], Tensor] | None = None
+    oldest: tuple[int, int] = (0, 0)

@@ -5,6 +5,7 @@ Codes stay packed and are read where they are: words of eight codes where the la
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -44,15 +45,15 @@ class Packed(NamedTuple):
 
 
 class Sparse(NamedTuple):
-    """Outliers by row: the first of each row, int32 `(rows + 1,)`, their columns, and their values.
+    """Outliers by row: the first of each row, int32 `(rows + 1,)`, their columns, and numbers.
 
-    values: in the dtype of the weights; or codes, from which `middle` is subtracted before they are multiplied by the
-    `steps` `(rows,)` of their rows.
+    numbers: their values in the dtype of the weights; or codes, from which `middle` is subtracted before they are
+    multiplied by the `steps` `(rows,)` of their rows.
     """
 
     starts: Tensor
     columns: Tensor
-    values: Tensor
+    numbers: Tensor
     steps: Tensor | None
     middle: int
 
@@ -63,6 +64,7 @@ class Reading(NamedTuple):
     unit: how many codes a word holds, 8; or 1 if codes are read byte by byte. one, two, three: bits of the planes, 0
     for none. base, in_a_byte: a byte is a number in this base, with so many digits. first: the lowest level, if levels
     are evenly spaced. group: columns of a group. magnitudes: scales in a group. each: levels that share one of those.
+    in_pairs: whether weights are rounded by NVIDIA's instruction for two numbers.
     """
 
     unit: int
@@ -75,6 +77,7 @@ class Reading(NamedTuple):
     group: int
     magnitudes: int
     each: int
+    in_pairs: bool
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,15 @@ def prepare(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtyp
         group=stored.scheme.group_size,
         magnitudes=magnitudes,
         each=len(formula.ladder) // magnitudes,
+        in_pairs=dtype == torch.bfloat16 and _rounds_in_pairs(scale.device),
     )
     sparse = _sparse(parts, stored, formula, dtype) if stored.scheme.has_outliers and stored.outliers else None
     return Form(stored.shape, dtype, packed, sparse, reading)
+
+
+@lru_cache
+def _rounds_in_pairs(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 _Plane = tuple[Tensor | None, int]

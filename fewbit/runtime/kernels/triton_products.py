@@ -1,5 +1,7 @@
 """Products with packed weights in Triton, and decoded rows. Each packed weight is read once for all tokens."""
 
+# mypy: disable-error-code="no-untyped-def"
+
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,7 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewbit.runtime.kernels.triton_codes import outliers_at, units_at, weights_at, weights_in
+from fewbit.runtime.kernels.triton_codes import (
+    chosen_in,
+    inputs_in,
+    outliers_at,
+    rounded,
+    tables_of,
+    units_at,
+    weights_at,
+    weights_in,
+)
 from fewbit.runtime.kernels.triton_form import Form
 
 _PROGRAMS = 4
@@ -37,7 +48,9 @@ DECODED = Tile(16, 32, 256, 4)
 
 
 @triton.jit
-def _outlier_sums(x, sparse, packed, rows, split, splits, kind: tl.constexpr, many: tl.constexpr, reading: tl.constexpr):
+def _outlier_sums(
+    x, sparse, packed, rows, split, splits, kind: tl.constexpr, many: tl.constexpr, reading: tl.constexpr
+):
     """What outliers add to the products of one token with some rows `(R,)`: this split's share of them."""
     starts, ends = tl.load(sparse.starts + rows), tl.load(sparse.starts + rows + 1)
     below = tl.expand_dims(rows, 1)
@@ -53,37 +66,52 @@ def _outlier_sums(x, sparse, packed, rows, split, splits, kind: tl.constexpr, ma
 @triton.jit
 def _one_token(
     x, out, bias, packed, sparse, outputs, splits, R: tl.constexpr, U: tl.constexpr, MANY: tl.constexpr,
-    EVEN: tl.constexpr, PARTIAL: tl.constexpr, reading: tl.constexpr,
+    EVEN: tl.constexpr, PARTIAL: tl.constexpr, OUTLIERS: tl.constexpr, reading: tl.constexpr,
 ):  # fmt: skip
     """The product of one token with R rows; if PARTIAL, sums `(splits, outputs)` of it, without the bias.
 
     EVEN: whether all tiles are whole.
     """
     kind: tl.constexpr = x.dtype.element_ty
+    # So few weights in a group that choosing among them is faster than computing each.
+    SMALL: tl.constexpr = reading.two == 0 and reading.one <= 2 and reading.magnitudes == 1
     split = tl.program_id(1)
     rows = tl.program_id(0) * R + tl.arange(0, R)
     # Rows and columns behind the end are computed as copies of the last ones, which nothing adds to.
     safe = rows if EVEN else tl.minimum(rows, outputs - 1)
-    below = tl.expand_dims(safe, 1)
     units_in_all = packed.columns // reading.unit
-    sums = tl.zeros((R, U), tl.float32)
+    # Units come first: where no dimension is contiguous, Triton prefers the first one.
+    beside = tl.expand_dims(safe, 0)
+    sums = tl.zeros((U, R), tl.float32)
     for first in range(split * U, units_in_all, splits * U):
         units = first + tl.arange(0, U)
         known = units if EVEN else tl.minimum(units, units_in_all - 1)
-        beside = tl.expand_dims(known, 0)
+        below = tl.expand_dims(known, 1)
         inside = units < units_in_all
         if reading.unit == 8:
-            found = units_at(packed, below, beside, reading)
+            found = units_at(packed, beside, below, reading)
+            tables = tables_of(found, packed, kind, reading) if SMALL else (0, 0, 0, 0)
+            if kind != tl.float32:
+                fours = x.to(tl.pointer_type(tl.int64), bitcast=True) + known * 2
+                left, right = tl.load(fours), tl.load(fours + 1)
+                if not EVEN:
+                    left, right = tl.where(inside, left, 0), tl.where(inside, right, 0)
             for place in tl.static_range(8):
-                part = tl.load(x + units * 8 + place) if EVEN else tl.load(x + known * 8 + place, mask=inside, other=0)
-                w = weights_in(found, place, packed, kind, reading).to(tl.float32)
-                sums = tl.fma(w, tl.broadcast_to(tl.expand_dims(part.to(tl.float32), 0), (R, U)), sums)
+                if kind == tl.float32:
+                    part = tl.load(x + known * 8 + place, mask=inside, other=0)
+                else:
+                    part = inputs_in(left if place < 4 else right, place % 4, kind)
+                if SMALL:
+                    w = chosen_in(found, tables, place, reading)
+                else:
+                    w = rounded(weights_in(found, place, packed, reading), kind, reading)
+                sums = tl.fma(w, tl.broadcast_to(tl.expand_dims(part, 1), (U, R)), sums)
         else:
             part = tl.load(x + known, mask=inside, other=0).to(tl.float32)
-            w = weights_at(packed, below, beside, kind, reading).to(tl.float32)
-            sums = tl.fma(w, tl.broadcast_to(tl.expand_dims(part, 0), (R, U)), sums)
-    total = tl.sum(sums, 1)
-    if sparse is not None:
+            w = rounded(weights_at(packed, beside, below, reading), kind, reading)
+            sums = tl.fma(w, tl.broadcast_to(tl.expand_dims(part, 1), (U, R)), sums)
+    total = tl.sum(sums, 0)
+    if OUTLIERS:
         total += _outlier_sums(x, sparse, packed, safe, split, splits, kind, MANY, reading)
     if PARTIAL:
         tl.store(out + split * outputs + rows, total, mask=rows < outputs)
@@ -116,11 +144,11 @@ def _few_tokens(
             found = units_at(packed, below, beside, reading)
             for place in tl.static_range(8):
                 part = tl.load(source + place, mask=inside, other=0)
-                w = weights_in(found, place, packed, kind, reading)
+                w = weights_in(found, place, packed, reading).to(kind)
                 found_sums = tl.dot(w, part, found_sums, input_precision="ieee")
         else:
             part = tl.load(source, mask=inside, other=0)
-            w = weights_at(packed, below, beside, kind, reading)
+            w = weights_at(packed, below, beside, reading).to(kind)
             found_sums = tl.dot(w, part, found_sums, input_precision="ieee")
     to = sums + (split * tokens + token) * outputs + tl.expand_dims(rows, 1)
     tl.store(to, found_sums, mask=(tl.expand_dims(rows, 1) < outputs) & (token < tokens))
@@ -173,17 +201,17 @@ def _decode(out, ids, packed, start, count, whole, R: tl.constexpr, U: tl.conste
         # The last dimension of a join is the fastest: places in the order of their bits, the highest first.
         w = tl.join(
             tl.join(
-                tl.join(weights_in(found, 0, packed, kind, reading), weights_in(found, 4, packed, kind, reading)),
-                tl.join(weights_in(found, 2, packed, kind, reading), weights_in(found, 6, packed, kind, reading)),
+                tl.join(weights_in(found, 0, packed, reading).to(kind), weights_in(found, 4, packed, reading).to(kind)),
+                tl.join(weights_in(found, 2, packed, reading).to(kind), weights_in(found, 6, packed, reading).to(kind)),
             ),
             tl.join(
-                tl.join(weights_in(found, 1, packed, kind, reading), weights_in(found, 5, packed, kind, reading)),
-                tl.join(weights_in(found, 3, packed, kind, reading), weights_in(found, 7, packed, kind, reading)),
+                tl.join(weights_in(found, 1, packed, reading).to(kind), weights_in(found, 5, packed, reading).to(kind)),
+                tl.join(weights_in(found, 3, packed, reading).to(kind), weights_in(found, 7, packed, reading).to(kind)),
             ),
         )
         w = tl.reshape(w, (R, width))
     else:
-        w = weights_at(packed, below, beside, kind, reading)
+        w = weights_at(packed, below, beside, reading).to(kind)
     columns = tl.program_id(1) * width + tl.arange(0, width)
     if ids is not None:
         w = tl.where(tl.expand_dims(known, 1), w, float("nan")).to(kind)
@@ -203,7 +231,7 @@ def _put_outliers(out, packed, sparse, start, MANY: tl.constexpr):
         columns = tl.load(sparse.columns + at, mask=live, other=0).to(tl.int32)
         if sparse.columns.dtype.element_ty == tl.int16:
             columns = columns & 0xFFFF
-        value = tl.load(sparse.values + at, mask=live, other=0).to(tl.float32)
+        value = tl.load(sparse.numbers + at, mask=live, other=0).to(tl.float32)
         if sparse.steps is not None:
             value = (value - sparse.middle) * tl.load(sparse.steps + row)
         tl.store(out + tl.program_id(0).to(tl.int64) * packed.columns + columns, value.to(kind), mask=live)
@@ -213,6 +241,9 @@ def product(form: Form, x: Tensor, bias: Tensor | None) -> Tensor:
     """``x W^T + b`` `(..., out)` for at most 16 tokens x `(..., in)`; nothing waits for the device."""
     (outputs, columns), dtype = form.shape, x.dtype
     x, out = x.contiguous(), torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+    if x.data_ptr() % 8:
+        # Inputs are read four at a time.
+        x = x.clone()
     bias = bias.to(dtype).contiguous() if bias is not None else None
     tokens = x.numel() // columns
     tile = ONE_TOKEN if tokens == 1 else FEW_TOKENS
@@ -227,7 +258,7 @@ def product(form: Form, x: Tensor, bias: Tensor | None) -> Tensor:
             sums = torch.empty(splits, outputs, dtype=torch.float32, device=x.device) if partial else out
             _one_token[(blocks, splits)](
                 x, sums, bias, form.packed, form.sparse, outputs, splits,
-                MANY=_OUTLIERS, PARTIAL=partial, enable_fp_fusion=False, **settings,
+                MANY=_OUTLIERS, PARTIAL=partial, OUTLIERS=form.sparse is not None, enable_fp_fusion=False, **settings,
             )  # fmt: skip
             if not partial:
                 return out
