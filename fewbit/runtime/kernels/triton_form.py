@@ -110,10 +110,18 @@ def prepare(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtyp
     whole = planes is not None
     planes = planes or [_bytes(parts, plane, stored) for plane in formula.planes]
     planes += [(None, 0)] * (_PLANES - len(planes))
+    (one, by_one), (two, by_two), (three, by_three) = planes
+    if one is None:
+        raise ValueError("a weight without codes")
     first = formula.ladder[0]
     is_even = formula.ladder == tuple(first + place for place in range(len(formula.ladder))) and first == int(first)
     packed = Packed(
-        *(one for plane in planes for one in plane),
+        one,
+        by_one,
+        two,
+        by_two,
+        three,
+        by_three,
         scale=scale.contiguous(),
         unit=None if unit is None else unit.reshape(-1).contiguous(),
         zero=None if terms.zero is None else smallest(terms.zero).contiguous(),
@@ -122,12 +130,15 @@ def prepare(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtyp
         columns=stored.shape[1],
         groups=stored.groups,
     )
-    widths = [plane.width for plane in formula.planes] + [0] * (_PLANES - len(formula.planes))
-    in_a_byte = [plane.codes_in_a_byte for plane in formula.planes] + [1] * (_PLANES - len(formula.planes))
+    missing = [0] * (_PLANES - len(formula.planes))
+    widths = [*(plane.width for plane in formula.planes), *missing]
+    in_a_byte = [*(plane.codes_in_a_byte for plane in formula.planes), *missing]
     magnitudes = terms.scale.shape[-1]
     reading = Reading(
-        8 if whole else 1,
-        *widths,
+        unit=8 if whole else 1,
+        one=widths[0],
+        two=widths[1],
+        three=widths[2],
         base=formula.planes[0].base,
         in_a_byte=(in_a_byte[0], in_a_byte[1], in_a_byte[2]),
         first=first if is_even else 0.0,
