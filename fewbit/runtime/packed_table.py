@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fewbit.formats import native
 from fewbit.linear import Linear, linear
+from fewbit.runtime.kernels.ready import gather as rows_at
 from fewbit.runtime.kernels.ready import through_kernel
 from fewbit.runtime.packed_linear import parts_of
 
@@ -31,7 +32,7 @@ def gather(value: Any, ids: Tensor) -> Tensor:
     """Rows `(..., in)` of a packed parameter, for ids `(...)`, in its dtype."""
 
     def work(weight: Any, dtype: torch.dtype) -> Tensor:
-        return native.decode_rows(parts_of(weight), weight.stored, ids.reshape(-1), dtype)
+        return rows_at(weight.ready, parts_of(weight), weight.stored, ids.reshape(-1), dtype)
 
     rows: Tensor = value.table(value.like.dtype, work)
     return rows.view(*ids.shape, rows.shape[-1])

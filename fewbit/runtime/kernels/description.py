@@ -123,12 +123,12 @@ def describe(
     fields[COLUMNS], fields[GROUP], fields[GROUPS] = stored.shape[1], stored.scheme.group_size, stored.groups
     terms = formula.terms(grid_of(stored.scheme).read(parts, stored.scheme, stored.groups))
     kinds = [0, 0, 0]
-    factors = _factors(parts, stored, terms.scale)
-    if factors is not None:
-        kinds[0], fields[SCALE], fields[UNITS] = SIGNED, keep(factors[0]), keep(factors[1])
+    products = factors(parts, stored, terms.scale)
+    if products is not None:
+        kinds[0], fields[SCALE], fields[UNITS] = SIGNED, keep(products[0]), keep(products[1])
     for place, values in enumerate((terms.scale, terms.zero, terms.minimum)):
-        if values is not None and not (place == 0 and factors is not None):
-            numbers = _smallest(values) if values.shape[-1] == 1 else values.to(torch.float32)
+        if values is not None and not (place == 0 and products is not None):
+            numbers = smallest(values) if values.shape[-1] == 1 else values.to(torch.float32)
             fields[SCALE + place], kinds[place] = keep(numbers), KIND_OF[numbers.dtype]
     outlier_kind = 0
     if stored.scheme.has_outliers and stored.outliers > 0:
@@ -187,7 +187,7 @@ def _ladder(formula: Formula, reading: Reading) -> Tensor:
     return padded.repeat(_LANES // len(padded))
 
 
-def _smallest(values: Tensor) -> Tensor:
+def smallest(values: Tensor) -> Tensor:
     """The numbers as bytes or float16 if that is exact, or else as float32."""
     for dtype in (torch.uint8, torch.float16):
         narrow = values.clamp(0, 255).to(dtype) if dtype is torch.uint8 else values.to(dtype)
@@ -205,7 +205,7 @@ def _of_bytes(plane: Plane, below: int) -> Tensor:
     return codes.view(torch.int64).view(-1)
 
 
-def _factors(parts: Mapping[str, Tensor], stored: StoredWeight, scale: Tensor) -> tuple[Tensor, Tensor] | None:
+def factors(parts: Mapping[str, Tensor], stored: StoredWeight, scale: Tensor) -> tuple[Tensor, Tensor] | None:
     """Signed bytes and a unit for each row whose products are exactly the scales, if the scale format has them."""
     scheme = stored.scheme
     found = SCALE_FORMATS[scheme.scale_format].factors(parts, "scale", scheme, stored.groups)
@@ -233,7 +233,7 @@ def _outliers(parts: Mapping[str, Tensor], stored: StoredWeight, formula: Formul
     (rows, columns), where = stored.shape, read_positions(parts, stored)
     if bool((where[1:] <= where[:-1]).any()) or not 0 <= int(where[0]) <= int(where[-1]) < rows * columns:
         raise ValueError("positions of outliers do not ascend, or lie outside the weight")
-    dense = _codes_at(parts, stored, formula, where)
+    dense = codes_at(parts, stored, formula, where)
     codes = read_outlier_codes(parts, stored, dense, torch.arange(len(where)))
     row, column = where // columns, where % columns
     before = torch.cat([column.new_zeros(1), column[:-1]])
@@ -264,7 +264,7 @@ def _outliers(parts: Mapping[str, Tensor], stored: StoredWeight, formula: Formul
     return _Outliers(starts.to(torch.int32), (reached - start).to(torch.uint8), values.to(dtype))
 
 
-def _codes_at(parts: Mapping[str, Tensor], stored: StoredWeight, formula: Formula, where: Tensor) -> Tensor:
+def codes_at(parts: Mapping[str, Tensor], stored: StoredWeight, formula: Formula, where: Tensor) -> Tensor:
     """The dense codes at some flat positions, uint8 1-D."""
     row, column = where // stored.shape[1], where % stored.shape[1]
     codes, below = torch.zeros_like(where), 0
@@ -284,5 +284,5 @@ def _core_at(parts: Mapping[str, Tensor], stored: StoredWeight, formula: Formula
     values = grid.read(parts, stored.scheme, stored.groups)
     row, group = where // stored.shape[1], where % stored.shape[1] // stored.scheme.group_size
     chosen = {name: value[row, group].unsqueeze(1) for name, value in values.items()}
-    codes = _codes_at(parts, stored, formula, where)
+    codes = codes_at(parts, stored, formula, where)
     return grid.decode(codes.view(-1, 1, 1), chosen, stored.scheme).view(-1)

@@ -14,13 +14,16 @@ from fewbit.grids.scheme import StoredWeight
 class Kernel:
     """One way to compute with packed weights; an entry of :data:`fewbit.runtime.kernels.table.KERNELS`.
 
-    device: the type of device on which it runs. package: the package that it needs, in the extra `extra`.
+    device: the type of device on which it runs. package: the package that it needs, in the extra `extra`, and
+    oldest: of which version, at least.
     dtypes: of inputs. supports(stored): whether it can read a weight that is stored this way.
     prepare(parts, stored, dtype): what it needs of a weight for inputs in `dtype`, made once from its parts; it refers
     to the parts, and raises ValueError if they do not fit together.
     product(prepared, x, bias): ``x W^T + b`` `(..., out)` in the dtype of x `(..., in)`, with the weights rounded to
     that dtype and sums in float32; for at most `most_tokens` tokens, beyond which decoding first is faster.
     rows(prepared, first, last): the rows of the weight from `first` to before `last`, in that dtype.
+    gather(prepared, ids): the rows at ids `(n,)` on the device, of a weight without outliers, without waiting for the
+    device; None if decoding with tensor operations is as good.
     """
 
     name: str
@@ -34,3 +37,5 @@ class Kernel:
     prepare: Callable[[Mapping[str, Tensor], StoredWeight, torch.dtype], Any]
     product: Callable[[Any, Tensor, Tensor | None], Tensor]
     rows: Callable[[Any, int, int], Tensor]
+    gather: Callable[[Any, Tensor], Tensor] | None = None
+    oldest: tuple[int, int] = (0, 0)

@@ -12,7 +12,7 @@ from fewbit.formats import native
 from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import linear
 from fewbit.runtime.kernels.kernel import Kernel
-from fewbit.runtime.kernels.table import kernel_for
+from fewbit.runtime.kernels.table import can_gather, kernel_for
 
 _AT_ONCE = 1 << 23
 """Weights that are decoded at one time for a product with many tokens."""
@@ -101,6 +101,17 @@ def through_kernel(
         weight = found.kernel.rows(found.form, rows.start, rows.stop)
         out[:, rows] = linear(flat, weight, None if bias is None else bias[rows])
     return out.view(*x.shape[:-1], outputs)
+
+
+def gather(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows `(n, in)` of a weight that has separate rows, at ids `(n,)`: as :func:`fewbit.formats.native.decode_rows`.
+
+    A kernel gives NaN for an id that has no row, where there would be an IndexError without one.
+    """
+    found = ready.get(parts, stored, dtype) if can_gather(ids.device) and _is_plain(ids) else None
+    if found is None or found.kernel is None or found.kernel.gather is None or ids.device.type != found.kernel.device:
+        return native.decode_rows(parts, stored, ids, dtype)
+    return found.kernel.gather(found.form, ids)
 
 
 def back(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, gradient: Tensor) -> Tensor:
