@@ -104,10 +104,60 @@ other programs that are built on llama.cpp open the file itself.
 """
 
 
+def _compressed(_: str) -> str:
+    return """With transformers (`pip install transformers compressed-tensors`):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+With vLLM, for bit-widths and grids that it has kernels for:
+
+```sh
+vllm serve FOLDER
+```
+"""
+
+
+def _gptq(_: str) -> str:
+    return """With transformers (`pip install transformers gptqmodel`):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+With vLLM, for bit-widths and grids that it has kernels for:
+
+```sh
+vllm serve FOLDER
+```
+"""
+
+
+def _mlx(_: str) -> str:
+    return """With MLX (`pip install mlx-lm`):
+
+```sh
+mlx_lm.generate --model FOLDER --prompt "Hello"
+mlx_lm.server --model FOLDER
+```
+"""
+
+
 LOADERS: dict[str, Loader] = {
     "native": Loader("transformers", ("fewbit", "quantized"), _native),
     "plain": Loader("transformers", ("fewbit",), _plain),
     "gguf": Loader("gguf", ("fewbit", "quantized", "gguf"), _gguf),
+    "compressed-tensors": Loader("transformers", ("fewbit", "quantized", "compressed-tensors"), _compressed),
+    "gptq": Loader("transformers", ("fewbit", "quantized", "gptq"), _gptq),
+    "awq": Loader("transformers", ("fewbit", "quantized", "awq"), _gptq),
+    "mlx": Loader("mlx", ("fewbit", "quantized", "mlx"), _mlx),
 }
 """Form of the weights -> how it is loaded. A form without a row has a card without that section."""
 

@@ -56,7 +56,7 @@ def export(
             write_json(work.file(REPORT), report)
             base = replace(base_of(checkpoint.folder, public_model(folder), checkpoint.config), has_card=False)
             described = report.get("quantize") or {"fewbit_version": __version__, "recipe": report["recipe"]}
-            write_card(work.file(CARD), base, Written(format, described, written["bytes"], name))
+            write_card(work.file(CARD), base, Written(format, described, written["bytes"], written["file"]))
             work.publish()
     except BaseException as error:
         work.leave(error)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from fewbit.checkpoints.json_file import write_json
-from fewbit.checkpoints.output import CONFIG, REPORT, RUN
+from fewbit.checkpoints.model_card import Written, base_of, write_card
+from fewbit.checkpoints.output import CARD, CONFIG, REPORT, RUN
+from fewbit.checkpoints.public_names import public_config
 from fewbit.checkpoints.safetensors_io import ShardWriter, header_room
 from fewbit.checkpoints.shards import shard_name, split_by_size
 from fewbit.checkpoints.stamps import file_stamps
@@ -56,6 +58,9 @@ def import_model(
                 report = _report(found, written, work)
                 _write_rest(found, work, written, shard_size)
                 write_json(work.file(REPORT), report)
+                folder = found.place if found.place.is_dir() else found.place.parent
+                base = base_of(folder, report["model"], found.config)
+                write_card(work.file(CARD), base, Written("native", report, work.shard_bytes))
                 facts = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
                 write_json(work.file(RUN), facts)
                 work.publish()
@@ -148,7 +153,7 @@ def _write(found: Source, tensor: PackedTensor | PlainTensor, writer: ShardWrite
 def _write_rest(found: Source, work: WorkFolder, written: Sequence[WrittenTensor], shard_size: int) -> None:
     copy_companions(found.companions, work)
     quantization = quantization_config(_recipe(found), list(written))
-    write_json(work.file(CONFIG), {**found.config, "quantization_config": quantization})
+    write_json(work.file(CONFIG), {**public_config(found.config), "quantization_config": quantization})
     names = {
         name: [tensor for one in shard for tensor in one.output] for name, shard in _shards(found, shard_size).items()
     }
