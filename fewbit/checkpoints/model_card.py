@@ -21,6 +21,13 @@ from fewbit.sizes import show_size
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 _LINK = re.compile(r"https?://[^\s<>\"']{1,300}")
 _NAME = re.compile(r"[\w .+/()-]{1,100}")
+_LOADED = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+"""
 
 
 @dataclass(frozen=True)
@@ -79,16 +86,10 @@ fewbit unpack FOLDER FOLDER-16bit
 
 
 def _plain(_: str) -> str:
-    return """The weights are plain 16-bit ones, which every program loads that loads the original, such as
+    return f"""The weights are plain 16-bit ones, which every program loads that loads the original, such as
 transformers and vLLM (`vllm serve FOLDER`).
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-```
-"""
+{_LOADED}"""
 
 
 def _gguf(file: str) -> str:
@@ -104,40 +105,19 @@ other programs that are built on llama.cpp open the file itself.
 """
 
 
-def _compressed(_: str) -> str:
-    return """With transformers (`pip install transformers compressed-tensors`):
+def _of_package(package: str) -> Callable[[str], str]:
+    """Loaded by transformers with the package of a format, and by vLLM."""
+    return lambda _: (
+        f"""With transformers (`pip install transformers {package}`):
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-```
-
+{_LOADED}
 With vLLM, for bit-widths and grids that it has kernels for:
 
 ```sh
 vllm serve FOLDER
 ```
 """
-
-
-def _gptq(_: str) -> str:
-    return """With transformers (`pip install transformers gptqmodel`):
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-```
-
-With vLLM, for bit-widths and grids that it has kernels for:
-
-```sh
-vllm serve FOLDER
-```
-"""
+    )
 
 
 def _mlx(_: str) -> str:
@@ -154,9 +134,11 @@ LOADERS: dict[str, Loader] = {
     "native": Loader("transformers", ("fewbit", "quantized"), _native),
     "plain": Loader("transformers", ("fewbit",), _plain),
     "gguf": Loader("gguf", ("fewbit", "quantized", "gguf"), _gguf),
-    "compressed-tensors": Loader("transformers", ("fewbit", "quantized", "compressed-tensors"), _compressed),
-    "gptq": Loader("transformers", ("fewbit", "quantized", "gptq"), _gptq),
-    "awq": Loader("transformers", ("fewbit", "quantized", "awq"), _gptq),
+    "compressed-tensors": Loader(
+        "transformers", ("fewbit", "quantized", "compressed-tensors"), _of_package("compressed-tensors")
+    ),
+    "gptq": Loader("transformers", ("fewbit", "quantized", "gptq"), _of_package("gptqmodel")),
+    "awq": Loader("transformers", ("fewbit", "quantized", "awq"), _of_package("gptqmodel")),
     "mlx": Loader("mlx", ("fewbit", "quantized", "mlx"), _mlx),
 }
 """Form of the weights -> how it is loaded. A form without a row has a card without that section."""
