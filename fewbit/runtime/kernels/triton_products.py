@@ -42,7 +42,8 @@ class Tile:
     warps: int
 
 
-ONE_TOKEN = Tile(16, 64, 256, 4)
+ONE_TOKEN = Tile(8, 128, 256, 4)
+"""The fastest of eight that `benchmarks/decode_cuda.py --products` times on an H200, at 3 and at 4 bits."""
 FEW_TOKENS = Tile(64, 32, 64, 4)
 DECODED = Tile(16, 32, 256, 4)
 
@@ -266,8 +267,9 @@ def product(form: Form, x: Tensor, bias: Tensor | None) -> Tensor:
             extra = form.sparse is not None
             sums = torch.empty(splits + extra, tokens, outputs, dtype=torch.float32, device=x.device)
             _few_tokens[(blocks, splits)](
-                x, sums, form.packed, tokens, outputs, splits, T=16, enable_fp_fusion=False, **settings
-            )
+                # More stages need more shared memory than GPUs have.
+                x, sums, form.packed, tokens, outputs, splits, T=16, num_stages=1, enable_fp_fusion=False, **settings,
+            )  # fmt: skip
             if extra:
                 rows = ONE_TOKEN.rows
                 _outliers[(triton.cdiv(outputs, rows), tokens)](
