@@ -1,4 +1,4 @@
-"""What transformers does with a packed model: sampling, beams, caches, tracing for torch.compile, device maps, saving."""
+"""What transformers does with a packed model: sampling, beams, caches, tracing, device maps, saving."""
 
 import hashlib
 from pathlib import Path
