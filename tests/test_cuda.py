@@ -46,7 +46,8 @@ def test_packed_runs_there_as_unpacked(tiny: Path, tmp_path: Path, method: str) 
     ids = torch.arange(24).unsqueeze(0).cuda() + 3
     packed = fewbit.load(tmp_path / "out", device="cuda")(ids).logits
     plain = fewbit.load(fewbit.unpack(tmp_path / "out", tmp_path / "plain"), device="cuda")(ids).logits
-    assert torch.equal(packed, plain)
+    # The same weights; sums in another order, rounded to bfloat16.
+    assert float((packed - plain).norm() / plain.norm()) < 0.01
     here = fewbit.load(tmp_path / "out", device="cpu")(ids.cpu()).logits
     assert float((packed.cpu() - here).norm() / here.norm()) < 0.02
 
@@ -80,12 +81,12 @@ def test_evaluated_there(tiny: Path, tmp_path: Path) -> None:
     assert there == pytest.approx(here, rel=1e-3)
 
 
-def packed_and_plain(tiny: Path, tmp_path: Path, bits: int) -> tuple[Any, Any]:
+def packed_and_plain(tiny: Path, tmp_path: Path, bits: int, **options: Any) -> tuple[Any, Any]:
     """The packed model and the same unpacked, both on the GPU."""
     pytest.importorskip("triton", reason="needs triton: pip install 'fewbit[triton]'")
     fewbit.quantize(tiny, tmp_path / "out", "adpq+", bits=bits)
-    plain = fewbit.load(fewbit.unpack(tmp_path / "out", tmp_path / "plain"), device="cuda")
-    return fewbit.load(tmp_path / "out", device="cuda"), plain
+    plain = fewbit.load(fewbit.unpack(tmp_path / "out", tmp_path / "plain"), device="cuda", **options)
+    return fewbit.load(tmp_path / "out", device="cuda", **options), plain
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
@@ -100,8 +101,7 @@ def test_few_tokens_there(tiny: Path, tmp_path: Path, bits: int) -> None:
 
 
 def test_generation_with_a_static_cache_there(tiny: Path, tmp_path: Path) -> None:
-    packed, plain = packed_and_plain(tiny, tmp_path, 4)
-    packed, plain = packed.float(), plain.float()
+    packed, plain = packed_and_plain(tiny, tmp_path, 4, dtype=torch.float32)
     ids = torch.arange(20).unsqueeze(0).cuda() + 3
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     wanted = plain.generate(ids, **settings)
