@@ -46,11 +46,11 @@ CURVATURE: tuple[Option, ...] = (
 
 UNPACK: tuple[Option, ...] = (OVERWRITE, *_common([_QUANTIZE["shard_size"]], "run"))
 EXPORT: tuple[Option, ...] = (
-    Option("format", str, "The file format: gguf (default).", "run"),
+    Option("format", str, "The file format: gguf (default), compressed-tensors.", "run"),
     Option(
         "embeddings",
         str,
-        "Round embeddings and head to this type: f16, q8_0, q6_k, q5_k, q4_k; default: keep (as they are).",
+        "Round embeddings and head to this type of GGUF: f16, q8_0, q6_k, q5_k, q4_k; default: keep (as they are).",
         "run",
     ),
     OVERWRITE,

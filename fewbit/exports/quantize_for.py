@@ -36,7 +36,7 @@ def choices_for(target: Target, model: str | Path, flat: dict[str, Any]) -> tupl
     flat = {**flat, "embedding_bits": flat.get("embedding_bits") or 16}
     given = flat.get("grid")
     if target.choices is not None:
-        return target.choices(checkpoint, flat), []
+        return target.choices(checkpoint, flat), target.notes(checkpoint, flat)
     if given is not None:
         if given not in target.grids:
             raise FewbitError(f"--for {target.name}: holds the grids {', '.join(target.grids)}, not {given}")

@@ -55,6 +55,7 @@ class Target:
     refuses(checkpoint): why it cannot run the model, or None. embeddings(checkpoint): what embeddings and head are
     rounded to, as in :func:`fewbit.exports.gguf_file.write_gguf`. choices(checkpoint, flat): the choices of a recipe,
     in place of a grid for each tensor. problem(plan): why it does not load a planned model, or None.
+    notes(checkpoint, flat): what the user should know about these choices.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Target:
     embeddings: Callable[[Checkpoint], str]
     choices: Callable[[Checkpoint, dict[str, Any]], dict[str, Any]] | None = None
     problem: Callable[[Plan], str | None] = lambda _: None
+    notes: Callable[[Checkpoint, dict[str, Any]], list[str]] = lambda checkpoint, flat: []
 
 
 def _write_gguf(checkpoint: Checkpoint, work: WorkFolder, embeddings: str, progress: Progress | None) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def test_a_grid_by_name(mixed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("choices", "says"),
     [
-        ({"target": "exllama"}, "--for must be one of llama.cpp, transformers, vllm, not 'exllama'"),
+        ({"target": "nothing"}, "--for must be one of llama.cpp.*, not 'nothing'"),
         ({"target": "llama.cpp", "bits": 1}, "has no type of 1 bits: use --bits 2 or more"),
         ({"target": "llama.cpp", "recipe": "recipe.json"}, "leave out --recipe"),
         ({"target": "llama.cpp", "outlier_fraction": 0.01}, "has the outliers none"),
