@@ -180,7 +180,7 @@ def _targets(members: list[str]) -> list[str]:
 
     By such an expression, transformers finds the group of the experts.
     """
-    found = {}
+    found: dict[str, None] = {}
     for name in members:
         match = EXPERT.fullmatch(name)
         found[f"re:{re.escape(match[1])}[0-9]+{re.escape(match[2])}$" if match else name] = None
