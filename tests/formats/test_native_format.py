@@ -93,7 +93,7 @@ def block_scales(parts: dict[str, np.ndarray], name: str, s: dict[str, Any], gro
 
 def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, Any]) -> np.ndarray:
     (rows, columns), bits, group = w["shape"], s["bits"], s["group_size"]
-    groups, kind = columns // group, "float32" if s["scale_format"] == "float32" else "float16"
+    groups, kind = columns // group, s["scale_format"] if s["scale_format"] in ("float32", "bfloat16") else "float16"
     if s["grid"] == "ternary":
         digits = parts["codes"].astype(np.int64)[:, :, None] // 3 ** np.arange(5) % 3
         codes = digits.reshape(rows, -1)[:, :columns].reshape(rows, groups, group)
@@ -156,7 +156,11 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
                 weight[place] = value * step + least
             else:
                 weight[place] = np.where(code >= half, -1, 1) * ((code % half).astype(np.float32) * step + least)
-    return weight.reshape(rows, columns)
+    weight = weight.reshape(rows, columns)
+    if s.get("transform") == "column-order":
+        ordered, weight = weight, np.empty_like(weight)
+        weight[:, parts["transform_order"]] = ordered
+    return weight
 
 
 # --- the tests ---------------------------------------------------------------------------------------------------
@@ -164,6 +168,8 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
 CASES = [
     ("rtn", {}),
     ("rtn", {"symmetric": True, "scale_format": "float32"}),
+    ("rtn", {"scale_format": "bfloat16"}),
+    ("adpq", {"scale_format": "bfloat16"}),
     ("rtn", {"symmetric": True, "scale_format": "two-level"}),
     ("rtn", {"group_size": "row", "clip_search": True}),
     ("adpq", {}),

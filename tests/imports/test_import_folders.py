@@ -13,6 +13,7 @@ from conftest import copy_folder, run_cli
 from foreign_models import Layer, layer_of, weight_bytes
 from safetensors.torch import load_file, save_file
 from test_import_gguf import refused, weights
+from test_native_format import read_weight
 
 import fewbit
 from fewbit.checkpoints.safetensors_io import FileReader
@@ -79,9 +80,24 @@ def same(model: Path, out: Path, wanted: dict[str, torch.Tensor]) -> None:
         first, second = (fewbit.load(f, dtype=torch.float32, device="cpu")(ids).logits for f in (out, plain))
     assert torch.allclose(first, second, rtol=1e-4, atol=1e-4)
     fewbit.unpack(out, out.with_name(f"{out.name}-plain"))
+    read_by_the_specification(out, wanted)
     unpacked = load_file(out.with_name(f"{out.name}-plain") / "model.safetensors")
     for name, weight in wanted.items():
         assert torch.equal(unpacked[name], weight.to(unpacked[name].dtype)), name
+
+
+def read_by_the_specification(out: Path, wanted: dict[str, torch.Tensor]) -> None:
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    tensors = {
+        name: one.numpy()
+        for f in out.glob("*.safetensors")
+        for name, one in load_file(f).items()
+        if one.dtype not in (torch.bfloat16, torch.float16)
+    }
+    for module, stored in config["weights"].items():
+        parts = {name.removeprefix(f"{module}."): one for name, one in tensors.items() if name.startswith(f"{module}.")}
+        found = read_weight(parts, stored, config["schemes"][stored["scheme"]])
+        assert np.array_equal(found, wanted[f"{module}.weight"].numpy()), module
 
 
 @pytest.mark.parametrize("version", [1, 2])
