@@ -26,6 +26,8 @@ Entries = Mapping[str, TensorEntry]
 """The tensors of one layer by the last part of their names."""
 _FORMATS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 """Dtypes of scales -> scale formats."""
+_IN_OUT = ("gpt2", "openai-gpt")
+"""Types of models whose layers are stored as (in, out) if they are not quantized."""
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
@@ -119,7 +121,8 @@ def tensors_of(
     checkpoint: Checkpoint, config: dict[str, object], layers: Mapping[str, EvenLayer], rest: Iterable[TensorEntry]
 ) -> list[PackedTensor | PlainTensor]:
     """All tensors in the order of the files. Raises FewbitError for a layer that has no stored form."""
-    shapes = {f"{module}.weight": layer.shape for module, layer in layers.items()}
+    turned = config.get("model_type") in _IN_OUT
+    shapes = {f"{name}.weight": layer.shape[::-1] if turned else layer.shape for name, layer in layers.items()}
     kept = {entry.name: entry for entry in rest}
     both = shapes.keys() & kept.keys()
     if both:
@@ -151,7 +154,9 @@ def _packed(checkpoint: Checkpoint, module: str, layer: EvenLayer, logical: Weig
         raise FewbitError(
             f"{checkpoint.folder}: {module}: {error}: give the 16-bit original to  fewbit quantize"
         ) from error
-    stored = StoredWeight(scheme, layer.shape)
+    if logical.matrix_shape != layer.shape:
+        raise FewbitError(f"{checkpoint.folder}: {module}: not clear which side of {list(layer.shape)} are its inputs")
+    stored = StoredWeight(scheme, layer.shape, transposed=logical.transposed)
     return PackedTensor(module, stored, partial(parts_of, layer), logical.is_vocabulary)
 
 

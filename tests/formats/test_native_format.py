@@ -174,7 +174,11 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
                 weight[place] = value * step + least
             else:
                 weight[place] = np.where(code >= half, -1, 1) * ((code % half).astype(np.float32) * step + least)
-    return weight.reshape(rows, columns)
+    weight = weight.reshape(rows, columns)
+    if s.get("transform") == "column-order":
+        ordered, weight = weight, np.empty_like(weight)
+        weight[:, parts["transform_order"]] = ordered
+    return weight
 
 
 # --- the tests ---------------------------------------------------------------------------------------------------
@@ -182,6 +186,8 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
 CASES = [
     ("rtn", {}),
     ("rtn", {"symmetric": True, "scale_format": "float32"}),
+    ("rtn", {"scale_format": "bfloat16"}),
+    ("adpq", {"scale_format": "bfloat16"}),
     ("rtn", {"symmetric": True, "scale_format": "two-level"}),
     ("adpq", {"scale_format": "bfloat16"}),
     ("rtn", {"grid": "signed", "scale_format": "bfloat16", "clip_search": True}),

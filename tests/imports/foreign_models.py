@@ -124,15 +124,20 @@ def write(
     make: Callable[[torch.Tensor], Layer],
     store: Callable[[Layer], Tensors],
     dtype: str = "float16",
+    is_built: bool = False,
 ) -> Tensors:
-    """A tiny Llama whose layers are stored by `store`; returns all its weights, decoded."""
-    build_tiny(folder, dtype, shard_size="1GB")
+    """A tiny Llama whose layers are stored by `store`; returns all its weights, decoded.
+
+    is_built: the folder has a model already, whose layers are (in, out).
+    """
+    if not is_built:
+        build_tiny(folder, dtype, shard_size="1GB")
     before = load_file(folder / "model.safetensors")
     stored, decoded = {}, {}
     for name, tensor in before.items():
-        if "_proj" in name:
-            layer = make(tensor.float())
-            decoded[name] = layer.weight
+        if ("_proj" in name or "c_" in name) and tensor.ndim == 2:
+            layer = make(tensor.t().float() if is_built else tensor.float())
+            decoded[name] = layer.weight.t() if is_built else layer.weight
             stored |= {f"{name.removesuffix('.weight')}.{part}": value for part, value in store(layer).items()}
         else:
             stored[name] = decoded[name] = tensor

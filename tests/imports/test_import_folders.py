@@ -9,10 +9,11 @@ import foreign_models
 import numpy as np
 import pytest
 import torch
-from conftest import copy_folder, run_cli
+from conftest import copy_folder, folder_bytes, run_cli
 from foreign_models import Layer, layer_of, weight_bytes
 from safetensors.torch import load_file, save_file
 from test_import_gguf import refused, weights
+from test_native_format import read_weight
 
 import fewbit
 from fewbit.checkpoints.safetensors_io import FileReader
@@ -79,9 +80,24 @@ def same(model: Path, out: Path, wanted: dict[str, torch.Tensor]) -> None:
         first, second = (fewbit.load(f, dtype=torch.float32, device="cpu")(ids).logits for f in (out, plain))
     assert torch.allclose(first, second, rtol=1e-4, atol=1e-4)
     fewbit.unpack(out, out.with_name(f"{out.name}-plain"))
+    read_by_the_specification(out, wanted)
     unpacked = load_file(out.with_name(f"{out.name}-plain") / "model.safetensors")
     for name, weight in wanted.items():
         assert torch.equal(unpacked[name], weight.to(unpacked[name].dtype)), name
+
+
+def read_by_the_specification(out: Path, wanted: dict[str, torch.Tensor]) -> None:
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    tensors = {
+        name: one.numpy()
+        for f in out.glob("*.safetensors")
+        for name, one in load_file(f).items()
+        if one.dtype not in (torch.bfloat16, torch.float16)
+    }
+    for module, stored in config["weights"].items():
+        parts = {name.removeprefix(f"{module}."): one for name, one in tensors.items() if name.startswith(f"{module}.")}
+        found = read_weight(parts, stored, config["schemes"][stored["scheme"]])
+        assert np.array_equal(found, wanted[f"{module}.weight"].numpy()), module
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -126,6 +142,28 @@ def test_gptq_with_act_order(tmp_path: Path, bits: int) -> None:
     order = f"{LAYER}.transform_order"
     assert torch.equal(before[order], after[order]) and before.keys() == after.keys()
     assert float((weights(tmp_path / "tuned")[f"{LAYER}.weight"] - wanted[f"{LAYER}.weight"]).abs().max()) < 0.1
+
+
+def test_gptq_of_layers_that_are_stored_the_other_way_round(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model, out = tmp_path / "m", tmp_path / "out"
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 32}
+    GPT2LMHeadModel(GPT2Config(**sizes)).half().save_pretrained(model)
+    make = partial(layer_of, bits=4, size=32, symmetric=False, order=False, dtype=torch.float16)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    wanted = foreign_models.write(model, config, make, partial(foreign_models.gptq, bits=4), is_built=True)
+    run_cli("import", model, out)
+    fewbit.unpack(out, tmp_path / "plain")
+    unpacked = load_file(tmp_path / "plain" / "model.safetensors")
+    for name, weight in wanted.items():
+        assert torch.equal(unpacked[name], weight.half()), name
+    ids = torch.arange(20).view(1, -1)
+    with torch.no_grad():
+        first, second = (
+            fewbit.load(f, dtype=torch.float32, device="cpu")(ids).logits for f in (out, tmp_path / "plain")
+        )
+    assert torch.allclose(first, second, atol=0.01)
 
 
 def test_zero_points_of_version_1_that_borrow(tmp_path: Path) -> None:
@@ -387,6 +425,16 @@ def test_the_order_of_columns_is_no_choice_of_a_recipe(tiny: Path, tmp_path: Pat
 
 def test_several_shards_resume_and_are_the_same(tmp_path: Path) -> None:
     wanted = gptq(tmp_path / "m")
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fewbit.import_model(tmp_path / "m", tmp_path / "out", shard_size=30_000, progress=stop)
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.fewbit-partial").exists()
+    fewbit.import_model(tmp_path / "m", tmp_path / "other", shard_size=30_000)
     run_cli("import", tmp_path / "m", tmp_path / "out", "--shard-size", "30KB")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "other")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     same(tmp_path / "m", tmp_path / "out", wanted)
