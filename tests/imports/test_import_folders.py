@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -250,9 +251,11 @@ def test_weights_are_those_of_the_package(tmp_path: Path) -> None:
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
+    # Since 0.18, codes of 3 bits lie across two words.
+    whole = tuple(map(int, version("compressed-tensors").split(".")[:2])) < (0, 18)
     for bits, sym in ((2, True), (3, False), (4, False), (8, True), (8, False)):
         model, out = tmp_path / f"m{bits}{sym}", tmp_path / f"out{bits}{sym}"
-        compressed(model, bits, sym=sym)
+        compressed(model, bits, sym=sym, whole=whole)
         group = json.loads((model / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
         fewbit.import_model(model, out)
         tensors, checkpoint = load_file(model / "model.safetensors"), open_checkpoint(out)

@@ -13,12 +13,15 @@ from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit.runtime.kernels import table
+from fewbit.runtime.kernels.cpu import NUMBA
 from fewbit.runtime.packed_linear import PackedLinear
 from fewbit.runtime.packed_parameter import PackedWeight
 from fewbit.runtime.unpack import unpack_modules
 
 PROMPT = torch.arange(3, 9).view(1, 6)
-needs_numba = pytest.mark.skipif(not table._is_installed("numba"), reason="needs numba: pip install 'fewbit[fast]'")
+needs_numba = pytest.mark.skipif(
+    not table._is_installed(NUMBA.package, NUMBA.oldest), reason="needs numba: pip install 'fewbit[fast]'"
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, cache_utils
 
 import fewbit
 from fewbit.runtime.kernels import table
+from fewbit.runtime.kernels.cpu import NUMBA
 from fewbit.runtime.unpack import unpack_modules
 
 PROMPT = torch.arange(3, 9).view(1, 6)
@@ -31,7 +32,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """With the kernels of numba, and as where numba is not installed."""
     if request.param == "kernels":
-        if not table._is_installed("numba"):
+        if not table._is_installed(NUMBA.package, NUMBA.oldest):
             pytest.skip("needs numba: pip install 'fewbit[fast]'")
         yield True
         return

@@ -88,7 +88,7 @@ def test_the_original_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytes
     ("other", "what"),
     [
         ({"num_hidden_layers": 3}, "has an additional model.layers.2."),
-        ({"vocab_size": 300}, "has no model.embed_tokens of that shape"),
+        ({"vocab_size": 300}, "has no model.embed_tokens.weight of that shape"),
         ({"intermediate_size": 192}, "has no model.layers.0.mlp."),
     ],
 )
