@@ -37,7 +37,7 @@ dist: $(FOR_TESTS)
 	$(BIN)/python -m build --no-isolation
 
 $(FOR_DEMO): $(NEEDS) | $(BIN)/python
-	$(PIP) --editable '.[hf,report]'
+	$(PIP) --editable '.[hf,report,fast]'
 	touch $@
 
 $(FOR_TESTS): $(NEEDS) | $(BIN)/python

@@ -48,7 +48,7 @@ def hqq(model: str, bits: int, out: Path) -> dict[str, Any]:
 
 def ours(model: str, bits: int, out: Path) -> dict[str, Any]:
     """Quantize with adpq+."""
-    report = fewbit.quantize(model, out, fewbit.preset("adpq+", bits=bits))
+    report = fewbit.quantize(model, out, fewbit.preset("adpq+", bits=bits, embedding_bits=16))
     return {"seconds": report["run"]["seconds"], "bits_per_weight": report["output"]["bits_per_weight"]}
 
 

@@ -66,6 +66,7 @@ def preset(model: str, method: str, bits: str, samples: int) -> dict[str, Any]:
         out = Path(scratch) / "out"
         method, *more = method.split()
         command = [sys.executable, "-m", "fewbit.cli", "quantize", model, str(out), "--method", method, "--bits", bits]
+        command += ["--embedding-bits", "16"]
         command += ["--json", *more]
         if fewbit.preset(method).curvature is not None:
             command += ["--calibration", str(C4.resolve()), "--samples", str(samples)]

@@ -84,7 +84,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def recipe_of(label: str, bits: int, group_size: str) -> Recipe:
     """The recipe of a row."""
     kind, changes, solver = VARIANTS[label]
-    recipe = fewbit.preset("precal+oac", bits=bits, group_size=f"{group_size},auto", **changes)
+    recipe = fewbit.preset("precal+oac", bits=bits, group_size=f"{group_size},auto", embedding_bits=16, **changes)
     if not kind:
         return replace(recipe, curvature=None, solver=replace(recipe.solver, kind="round"))
     choice = CURVATURES[kind][0] if kind in CURVATURES else TOKEN

@@ -66,7 +66,8 @@ def quantize(
 ) -> dict[str, Any]:
     """Make one row's folder; what it took, with the share of the curvature. method: a preset, and options."""
     size = group_size or ("64" if method == "adpq+" else GROUP[model])
-    choices = ["--overwrite"] if "billm" in method else ["--overwrite", "--bits", bits, "--group-size", f"{size},auto"]
+    choices: list[Any] = ["--overwrite", "--embedding-bits", 16]
+    choices += [] if "billm" in method else ["--bits", bits, "--group-size", f"{size},auto"]
     before = {"seconds": 0.0, "peak_rss_bytes": 0}
     preset, *options = method.split()
     share = options[options.index("--gram-share") + 1] if "--gram-share" in options else ""

@@ -51,7 +51,7 @@ def main() -> None:
     for method in arguments.method:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out"
-            recipe = fewbit.preset(method, bits=arguments.bits, group_size=arguments.group_size)
+            recipe = fewbit.preset(method, bits=arguments.bits, group_size=arguments.group_size, embedding_bits=16)
             fewbit.quantize(arguments.model, out, recipe)
             rounded = fewbit.load(out, dtype=torch.float32, device="cpu")
             names = [name for name, module in rounded.named_modules() if isinstance(module, PackedLinear)]

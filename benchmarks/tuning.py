@@ -85,6 +85,7 @@ def main() -> None:
         if not figures.exists():
             if other:
                 take = [*options, "--bits", bits, "--group-size", f"{group_size},auto", "--overwrite"]
+                take += ["--embedding-bits", 16]
                 chosen = ["--calibration", TEXTS[arguments.text].resolve(), "--samples", 128, "--sequence-length", 512]
                 command(
                     "quantize", arguments.model, begin, "--method", preset, *take, *chosen, "--seed", arguments.seed

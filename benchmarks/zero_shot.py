@@ -78,7 +78,7 @@ def measure(model: Path, out: Path, methods: list[str], repeats: int) -> list[di
         method, bits = choice.split(":")
         commands[f"{method}, {bits} bits"] = [
             *[sys.executable, "-m", "fewbit.cli", "quantize", str(model), str(out)],
-            *["--method", method, "--bits", bits, "--json", "--overwrite"],
+            *["--method", method, "--bits", bits, "--embedding-bits", "16", "--json", "--overwrite"],
         ]
     for path in sorted(model.glob("*.safetensors")):
         path.read_bytes()

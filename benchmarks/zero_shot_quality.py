@@ -71,7 +71,9 @@ def main() -> None:
                     continue
                 with tempfile.TemporaryDirectory() as scratch:
                     out = Path(scratch) / "out"
-                    report = fewbit.quantize(model, out, recipe_from_choices(method, {**choices, "bits": bits}))
+                    report = fewbit.quantize(
+                        model, out, recipe_from_choices(method, {"embedding_bits": 16, **choices, "bits": bits})
+                    )
                     measured = fewbit.evaluate(out, TEXT, protocol)["models"][0]
                 results.append(
                     {

@@ -24,6 +24,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "export",
+    "import_model",
     "inspect",
     "load",
     "plan",
@@ -48,6 +49,7 @@ _WHERE = {
     "TuningChoice": "fewbit.tuning.choice",
     "evaluate": "fewbit.api",
     "export": "fewbit.api",
+    "import_model": "fewbit.api",
     "inspect": "fewbit.inspection.inspect",
     "load": "fewbit.runtime.load",
     "plan": "fewbit.api",
@@ -58,7 +60,7 @@ _WHERE = {
 }
 
 if TYPE_CHECKING:
-    from fewbit.api import evaluate, export, plan, quantize, tune, unpack
+    from fewbit.api import evaluate, export, import_model, plan, quantize, tune, unpack
     from fewbit.calibration.choice import CalibrationChoice
     from fewbit.curvature.choice import CurvatureChoice
     from fewbit.errors import FewbitError

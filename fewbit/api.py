@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewbit.advice import advice
 from fewbit.calibration.choice import CalibrationChoice, choice_from
 from fewbit.checkpoints.json_in import read_json_object
 from fewbit.checkpoints.locate import locate
@@ -54,8 +56,11 @@ def quantize(
     request = quantize_request(model, method, choices, progress)
     if request.target is None or out is None or request.options.report_only:
         return {**_quantized(model, out, request, choices), **({"notes": request.notes} if request.notes else {})}
-    from fewbit.exports.quantize_for import quantize_for
+    from fewbit.exports.quantize_for import embedding_type, plan_problem, quantize_for
 
+    problem = plan_problem(request.target, model, request.recipe)
+    if problem:
+        raise FewbitError(f"--for {request.target.name}: {problem}")
     job = {
         **job_of(model, request.recipe, request.options),
         "tuning": asdict(request.tuning) if request.tuning else None,
@@ -67,6 +72,7 @@ def quantize(
         job,
         lambda folder: _quantized(model, folder, request, choices),
         request.options,
+        embedding_type(request.target, model, choices),
     )
     return {**report, "notes": request.notes}
 
@@ -187,7 +193,14 @@ def plan(model: str | Path, method: str = "adpq+", **choices: Any) -> dict[str, 
     choices = checked("plan", PLAN, choices)
     request = quantize_request(model, method, choices)
     result = forecast(model, request.recipe, request.options.calibration)
+    if request.target is not None:
+        result["advice"] = advice(str(model), request.recipe, request.target.name)
     result["problems"] += request.notes
+    if request.target is not None and not result["problems"]:
+        from fewbit.exports.quantize_for import plan_problem
+
+        problem = plan_problem(request.target, model, request.recipe)
+        result["problems"] += [f"--for {request.target.name}: {problem}"] if problem else []
     result["exports"].update(export_problems(request.recipe, result["tensors"]["quantize"]))
     return result
 
@@ -269,16 +282,46 @@ def export(
     embeddings: str = "keep",
     overwrite: bool = False,
     progress: Progress | None = None,
+    allow_requantize: bool = False,
 ) -> dict[str, Any]:
     """Write a quantized folder, or a 16-bit model, in a foreign format into the new folder `dest`.
 
     Weights are converted without loss, or the export is refused. embeddings: the type to which embeddings and head are
-    rounded; keep (default) writes them as they are. Returns the report: ``file``, ``bytes``, ``tensors`` (by type) and
-    ``rounded`` (relative squared errors). Raises FewbitError for bad input; `dest` is then not created.
+    rounded; keep (default) writes them as they are. allow_requantize: what cannot be converted is quantized again, as
+    :func:`fewbit.requantize.requantize` does. Returns the report: ``file``, ``bytes``, ``tensors`` (by type),
+    ``rounded`` (relative squared errors) and, if it was necessary, ``requantized``. Raises FewbitError for bad input;
+    `dest` is then not created.
     """
     from fewbit.exports.export import export as run
+    from fewbit.exports.table import format_named
 
+    checkpoint = open_checkpoint(locate(folder))
+    if allow_requantize and checkpoint.is_native and format_named(format).problem(checkpoint, embeddings):
+        from fewbit.requantize import requantize
+
+        again = partial(quantize, progress=progress)
+        return requantize(checkpoint, Path(dest), format, overwrite, again)
     return run(folder, dest, format, embeddings, overwrite, progress)
+
+
+def import_model(
+    source: str | Path,
+    out: str | Path,
+    config: str | Path | None = None,
+    overwrite: bool = False,
+    shard_size: str | int = "5GB",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint that another tool quantized as a folder of fewbit's own format, without loss.
+
+    source: a .gguf file, or a folder or hub name in the formats of GPTQ, AWQ or compressed-tensors. config: for a .gguf
+    file, a folder with the config and the tokenizer of the model; None for those in the file. Returns the report.
+    Raises FewbitError for what is not quantized, is damaged, or cannot be represented; `out` is then not created.
+    """
+    from fewbit.imports.import_model import import_model as run
+
+    size = parse_size(shard_size) if isinstance(shard_size, str) else shard_size
+    return run(source, out, config, overwrite, size, progress)
 
 
 def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_size: str | int = "5GB") -> Path:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fewbit.cli_chat import chat
+from fewbit.cli_import import import_command
 from fewbit.cli_plan import plan
 from fewbit.cli_quantize import curvature, quantize
 from fewbit.cli_shared import HtmlFlag, JsonFlag, announce, print_json, with_options
@@ -54,6 +56,7 @@ app.command()(quantize)
 app.command()(plan)
 app.command()(curvature)
 app.command()(tune)
+app.command()(chat)
 
 
 @app.command("eval")
@@ -159,7 +162,7 @@ def export_command(
 
       fewbit quantize smollm2-135m small --grid q4_0
 
-      fewbit export small small-gguf --format gguf
+      fewbit export small small-gguf --format gguf --embeddings q8_0
     """
     from fewbit.api import export as run
     from fewbit.report.text import export_summary
@@ -173,6 +176,9 @@ def export_command(
         print_json({"models": [row], "protocol": None, "versions": versions(), "report": report})
     else:
         print(export_summary(report, dest))
+
+
+app.command("import")(import_command)
 
 
 @app.command()

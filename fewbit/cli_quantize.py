@@ -35,7 +35,7 @@ def quantize(
 
     Examples:
 
-      fewbit quantize smollm2-135m small --bits 3
+      fewbit quantize smollm2-135m small
 
       fewbit quantize smollm2-135m smaller --method precal+oac --bits 2 --calibration my-texts.jsonl
 
@@ -45,7 +45,9 @@ def quantize(
 
       fewbit quantize ./llama --report-only --bits 2 --json
     """
+    from fewbit.advice import advice
     from fewbit.api import quantize as run
+    from fewbit.api import quantize_request
     from fewbit.checkpoints.companions import say_left
     from fewbit.checkpoints.output import list_file
     from fewbit.report.html import check_page, write_quantize_page
@@ -53,6 +55,10 @@ def quantize(
 
     check_page(html, None if choices["report_only"] else out, Path(model))
     announce(model)
+    request = quantize_request(model, method, choices)
+    target = request.target.name if request.target is not None else None
+    for line in advice(model, request.recipe, target) if request.tuning is None and out is not None else ():
+        print(printable(f"fewbit: {line}"), file=sys.stderr)
     with progress_line(f"{method} {model}") as progress, resumable():
         report = run(model, out, method, progress=progress, **choices)
     for note in report.get("notes", ()):

@@ -113,6 +113,8 @@ def _print_table(result: dict[str, Any]) -> None:
         "model",
         "method",
         "bits/weight",
+        "of all",
+        "size",
         "perplexity",
         "ratio",
         "KL/token",
@@ -127,6 +129,8 @@ def _print_table(result: dict[str, Any]) -> None:
             row["name"],
             row["method"],
             f"{row['bits_per_weight']:.2f}",
+            f"{row['bits_per_weight_all']:.2f}",
+            show_size(row["bytes"]),
             f"{row['perplexity']:.2f}",
             f"{row['perplexity_ratio']:.3f}",
             f"{row['kl_mean']:.4f}",
@@ -135,7 +139,7 @@ def _print_table(result: dict[str, Any]) -> None:
             show_size(row["quantize_peak_rss_bytes"]) if quantized else "",
         )
     console = Console()
-    (console if console.is_terminal else Console(width=130)).print(table)
+    (console if console.is_terminal else Console(width=150)).print(table)
 
 
 def _write_page(

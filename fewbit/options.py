@@ -53,8 +53,8 @@ _PATTERN = (
 TARGET = Option(
     "target",
     str,
-    "The runtime that is to load the result: llama.cpp. OUT then holds a file of its format, and grids are chosen by "
-    "--bits (or --grid) among those that it loads.",
+    "The runtime that is to load the result: llama.cpp, transformers, vllm, gptq, awq, mlx. OUT is then in its "
+    "format, and grids are chosen by --bits (or --grid) among those that it loads.",
     "target",
     flag="--for",
 )
@@ -66,7 +66,7 @@ QUANTIZE: tuple[Option, ...] = (
     Option("tune", bool, "Fine-tune the result on the same text (see `fewbit tune`).", "tune", flag="--tune"),
     OVERWRITE,
     Option("group_size", str, "N, auto (the largest divisor up to 128), row, or a list: 64,auto.", "recipe", _GRID),
-    Option("grid", str, f"Quantization levels {_AXES}.", "recipe", _GRID),
+    Option("grid", str, f"Quantization levels {_AXES}; with --for llama.cpp also a mixture, q4_k_m.", "recipe", _GRID),
     Option(
         "symmetric",
         bool,
@@ -87,6 +87,13 @@ QUANTIZE: tuple[Option, ...] = (
     Option("error_power", float, "Exponent of the error in that search.", "recipe", _GRID),
     Option(
         "column_weights", str, "none, or norm-gain: weight columns by the gain of the preceding norm.", "recipe", _GRID
+    ),
+    Option(
+        "embedding_bits",
+        int,
+        "Bits of embeddings and output heads, 1 to 8; 16 keeps them. Default: 8 from 4 bits on, otherwise 6.",
+        "recipe",
+        _GRID,
     ),
     Option("transform", str, f"Transform of each layer's inputs {_AXES}.", "recipe", _GRID),
     Option(

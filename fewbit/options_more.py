@@ -1,4 +1,4 @@
-"""The options of `curvature`, `unpack` and the studies, described once; see :mod:`fewbit.options`."""
+"""The options of `curvature`, `unpack`, `export`, `chat` and the studies, described once; see :mod:`fewbit.options`."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,14 +46,46 @@ CURVATURE: tuple[Option, ...] = (
 
 UNPACK: tuple[Option, ...] = (OVERWRITE, *_common([_QUANTIZE["shard_size"]], "run"))
 EXPORT: tuple[Option, ...] = (
-    Option("format", str, "The file format: gguf (default).", "run"),
+    Option("format", str, "The file format: gguf (default), compressed-tensors, gptq, awq, mlx.", "run"),
     Option(
         "embeddings",
         str,
-        "Round embeddings and head to this type: f16, q8_0, q6_k, q5_k, q4_k; default: keep (as they are).",
+        "Round embeddings and head to this type of GGUF: f16, q8_0, q6_k, q5_k, q4_k; default: keep (as they are).",
+        "run",
+    ),
+    Option(
+        "allow_requantize",
+        bool,
+        "Quantize again, on grids of the format, what it does not hold as it is, and say what that costs.",
         "run",
     ),
     OVERWRITE,
+)
+IMPORT: tuple[Option, ...] = (
+    Option(
+        "config",
+        Path,
+        "For a .gguf file: a folder with the config and the tokenizer of the model; default: those in the file.",
+        "run",
+    ),
+    OVERWRITE,
+    *_common([_QUANTIZE["shard_size"]], "run"),
+)
+
+CHAT: tuple[Option, ...] = (
+    Option("prompt", str, "Answer this and end; - reads it from standard input.", "ask"),
+    Option("system", str, "Message before the conversation, for models with a chat template.", "choice"),
+    Option("max_new_tokens", int, "Maximum number of tokens of an answer; default 512.", "choice"),
+    Option("temperature", float, "0: always the most likely token; default 0.7.", "choice"),
+    Option("seed", int, "Random seed; default 0. The same seed gives the same answers.", "choice"),
+    Option("device", str, "cpu, cuda, …; default: CUDA if available.", "run"),
+    Option(
+        "quantized_cache",
+        bool,
+        "Keep keys and values in 4 bits, for long conversations (needs optimum-quanto or hqq).",
+        "choice",
+        flag="--quantized-cache",
+    ),
 )
 
 _SIZE = "default: depends on --size."

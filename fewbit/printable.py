@@ -6,6 +6,7 @@ from fewbit.errors import FewbitError
 
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Control, format (with what turns the direction of text), halves of pairs, private use, breaks of line."""
+_IN_TEXT = "\n\t\u200c\u200d"
 
 
 def printable(text: str) -> str:
@@ -13,6 +14,11 @@ def printable(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(_shown(letter) for letter in text)
+
+
+def printable_text(text: str) -> str:
+    """The same for text of several lines: breaks of line and tabs stay, and what joins letters of many scripts."""
+    return "".join(letter if letter in _IN_TEXT else _shown(letter) for letter in text)
 
 
 def one_line(text: object, longest: int | None = None) -> str:

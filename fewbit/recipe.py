@@ -13,6 +13,7 @@ from fewbit.choices import check_values, nearest, plain_number
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.errors import FewbitError
 from fewbit.grids.choice import GridChoice, ScaleChoice
+from fewbit.grids.embeddings import KEPT, EmbeddingChoice, default_bits
 from fewbit.grids.grid import ScaleSearch
 from fewbit.grids.scheme import Scheme
 from fewbit.grids.table import chosen_grid
@@ -39,9 +40,16 @@ FIELDS: dict[str, tuple[str, str]] = {
     "outlier_grid": ("outliers", "grid"),
     "outlier_bits": ("outliers", "bits"),
     "sensitivity": ("outliers", "sensitivity"),
+    "embedding_bits": ("embeddings", "bits"),
 }
 """Flat name -> axis and parameter of that axis."""
-_AXES = {"transform": TransformChoice, "grid": GridChoice, "scales": ScaleChoice, "outliers": OutlierChoice}
+_AXES = {
+    "transform": TransformChoice,
+    "grid": GridChoice,
+    "scales": ScaleChoice,
+    "outliers": OutlierChoice,
+    "embeddings": EmbeddingChoice,
+}
 _WHOLE = ("method", "curvature", "solver", "include", "exclude", "sets")
 _BY_KIND: dict[str, Any] = {"solver": SolverChoice, "curvature": CurvatureChoice}
 """Choices whose kind may be given alone."""
@@ -61,6 +69,7 @@ class Recipe:
     methods. grid, scales: which weight a code stands for, and how scales are stored. solver: how codes are chosen.
     include, exclude: patterns of tensor names. sets: choices for the tensors that match a pattern, such as
     ``("*.down_proj.weight", (("bits", 4),))``; if several patterns match, the last one that sets a choice wins.
+    embeddings: how embeddings and output heads are stored, which are always quantized without data.
     """
 
     method: str = "rtn"
@@ -73,9 +82,12 @@ class Recipe:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     sets: tuple[TensorChoices, ...] = ()
+    embeddings: EmbeddingChoice = field(default_factory=EmbeddingChoice)
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.embeddings.bits is None:
+            object.__setattr__(self, "embeddings", EmbeddingChoice(default_bits(self.grid.width)))
         problems = (
             self.grid.refuses(self),
             check_outlier_choice(self),
@@ -103,6 +115,15 @@ class Recipe:
             return self
         choices = {key: v for pattern, found in self.sets if matches(name, pattern, exact) for key, v in found}
         return revised(replace(self, sets=()), choices)
+
+    def embedding_bits(self, name: str, exact: Container[str] = ()) -> int:
+        """The bits of the embedding or head `name`. exact: as for :meth:`at`."""
+        bits = self.embeddings.bits
+        for pattern, found in self.sets:
+            if matches(name, pattern, exact):
+                bits = dict(found).get("embedding_bits", bits)
+        assert bits is not None
+        return bits
 
     def scheme(self, group_size: int) -> Scheme:
         """The stored form of a weight with groups of that size."""
@@ -144,6 +165,8 @@ class Recipe:
     def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
         """A recipe from the output of :meth:`to_dict`, also of earlier versions. FewbitError for an unknown key."""
         data = {_EARLIER.get(key, key): value for key, value in data.items()}
+        # Earlier versions kept embeddings and heads.
+        data.setdefault("embedding_bits", KEPT)
         _check_keys(data, (*FIELDS, *_WHOLE), "recipe keys")
         search, curvature = data.get("search"), data.get("curvature")
         data["search"] = ScaleSearch(**search) if search else None
@@ -157,10 +180,13 @@ class Recipe:
 def with_choices(recipe: Recipe, choices: Mapping[str, Any]) -> Recipe:
     """The recipe with some choices replaced, by their flat names. FewbitError for an unknown name.
 
-    If no bits are chosen, a grid that has only one width uses that.
+    If no bits are chosen, a grid that has only one width uses that. Bits of embeddings that are the default follow the
+    new bits.
     """
     _check_keys(choices, (*FIELDS, *_WHOLE), "choices")
     choices = {**brought_by(choices.get("grid")), **choices}
+    if recipe.embeddings.bits == default_bits(recipe.bits):
+        choices.setdefault("embedding_bits", None)
     if "grid" in choices and "bits" not in choices and choices["grid"] != recipe.grid.name:
         widths = replace(recipe.grid, name=choices["grid"], bits=None, column_weights="none").grid.widths
         if recipe.bits not in widths:

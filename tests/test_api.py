@@ -19,7 +19,7 @@ from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
 from fewbit.option_values import checked
 from fewbit.options import EVALUATE, PLAN, QUANTIZE, TUNE, Option
-from fewbit.options_more import CURVATURE, STUDIES, UNPACK
+from fewbit.options_more import CHAT, CURVATURE, STUDIES, UNPACK
 from fewbit.recipe import Recipe, sets_of
 
 TEXT: dict[str, Any] = {"calibration": "random-tokens", "samples": 4, "sequence_length": 32}
@@ -145,7 +145,7 @@ def test_tensors_with_choices_of_their_own(tiny: Path, tmp_path: Path, method: s
     assert torch.equal(packed, plain)
     assert Recipe.from_dict(report["recipe"]).to_dict() == report["recipe"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert {scheme["bits"] for scheme in config["schemes"]} == {2, 3, 5, 8}
+    assert {scheme["bits"] for scheme in config["schemes"]} == {2, 3, 5, 6, 8}
     fewbit.tune(tmp_path / "out", tmp_path / "tuned", epochs=1, held_out=1, batch_size=1, reference=tiny, **TEXT)
     again = fewbit.inspect(tmp_path / "tuned")["models"][0]
     assert again["bits_per_weight"] == pytest.approx(report["output"]["bits_per_weight"])
@@ -222,6 +222,7 @@ def test_recipes_of_earlier_folders_are_read() -> None:
 COMMANDS = {
     "curvature": CURVATURE,
     "unpack": UNPACK,
+    "chat": CHAT,
     **{f"study {name}": table for name, table in STUDIES.items()},
 }
 

@@ -46,7 +46,8 @@ def test_packed_runs_there_as_unpacked(tiny: Path, tmp_path: Path, method: str) 
     ids = torch.arange(24).unsqueeze(0).cuda() + 3
     packed = fewbit.load(tmp_path / "out", device="cuda")(ids).logits
     plain = fewbit.load(fewbit.unpack(tmp_path / "out", tmp_path / "plain"), device="cuda")(ids).logits
-    assert torch.equal(packed, plain)
+    # The same weights; sums in another order, rounded to bfloat16.
+    assert float((packed - plain).norm() / plain.norm()) < 0.01
     here = fewbit.load(tmp_path / "out", device="cpu")(ids.cpu()).logits
     assert float((packed.cpu() - here).norm() / here.norm()) < 0.02
 
@@ -78,3 +79,59 @@ def test_evaluated_there(tiny: Path, tmp_path: Path) -> None:
     found = [fewbit.evaluate(tiny, text, windows=2, seq_len=32, dtype="float32", device=d) for d in ("cpu", "cuda")]
     here, there = (one["models"][0]["perplexity"] for one in found)
     assert there == pytest.approx(here, rel=1e-3)
+
+
+def packed_and_plain(tiny: Path, tmp_path: Path, bits: int, **options: Any) -> tuple[Any, Any]:
+    """The packed model and the same unpacked, both on the GPU."""
+    pytest.importorskip("triton", reason="needs triton: pip install 'fewbit[triton]'")
+    fewbit.quantize(tiny, tmp_path / "out", "adpq+", bits=bits)
+    plain = fewbit.load(fewbit.unpack(tmp_path / "out", tmp_path / "plain"), device="cuda", **options)
+    return fewbit.load(tmp_path / "out", device="cuda", **options), plain
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_few_tokens_there(tiny: Path, tmp_path: Path, bits: int) -> None:
+    packed, plain = packed_and_plain(tiny, tmp_path, bits)
+    for tokens in (1, 5, 16):
+        ids = torch.arange(tokens).unsqueeze(0).cuda() + 3
+        found, wanted = packed(ids).logits, plain(ids).logits
+        assert float((found - wanted).norm() / wanted.norm()) < 0.02
+    layer = packed.model.layers[0].mlp.up_proj
+    assert layer.ready._prepared.kernel.name == "triton"
+
+
+def test_generation_with_a_static_cache_there(tiny: Path, tmp_path: Path) -> None:
+    packed, plain = packed_and_plain(tiny, tmp_path, 4, dtype=torch.float32)
+    ids = torch.arange(20).unsqueeze(0).cuda() + 3
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    wanted = plain.generate(ids, **settings)
+    assert torch.equal(packed.generate(ids, **settings), wanted)
+    assert torch.equal(packed.generate(ids, cache_implementation="static", **settings), wanted)
+
+
+def test_a_captured_step_there(tiny: Path, tmp_path: Path) -> None:
+    """A CUDA graph of a step follows its inputs, and no step waits for the GPU."""
+    packed, _ = packed_and_plain(tiny, tmp_path, 3)
+    layer, head, table = packed.model.layers[0].mlp.down_proj, packed.lm_head, packed.model.embed_tokens
+    ids, x = torch.tensor([[7]]).cuda(), torch.randn(1, 1, layer.in_features).cuda().to(layer.like.dtype)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        return layer(x), head(table(ids))
+
+    with torch.inference_mode():
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for token in (3, 90):
+            ids.fill_(token)
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            for found, wanted in zip(captured, step(), strict=True):
+                assert torch.equal(found, wanted)

@@ -48,7 +48,7 @@ BEHIND_THE_SIXTH = ("model.layers.[6-9].*", "model.layers.1[0-9].*", "model.laye
 
 
 def quantized(kept: dict[str, Path], out: Path, method: str) -> Path:
-    recipe = fewbit.preset(method, bits=2, group_size="64", exclude=BEHIND_THE_SIXTH)
+    recipe = fewbit.preset(method, bits=2, group_size="64", exclude=BEHIND_THE_SIXTH, embedding_bits=16)
     stored = None
     if recipe.curvature is not None:
         stored = open_curvature(kept[recipe.curvature.kind], open_checkpoint(locate(MODEL)))

@@ -24,7 +24,9 @@ BEHIND_THE_FIFTH = ("model.layers.[5-9].*", "model.layers.1[0-9].*", "model.laye
 
 
 def quantized(model: str, folder: Path, method: str, **choices: Any) -> Path:
-    fewbit.quantize(model, folder, recipe_from_choices(method, choices), RunOptions(overwrite=True))
+    # Embeddings are kept: the figures are those of the layers.
+    recipe = recipe_from_choices(method, {"embedding_bits": 16, **choices})
+    fewbit.quantize(model, folder, recipe, RunOptions(overwrite=True))
     return folder
 
 

@@ -13,8 +13,8 @@ from fewbit.printable import first_line, is_invisible, one_line
 
 EVIL = "\x1b]0;title\x07\u202e"
 MADE_PRINTABLE = {
-    "printable", "export_summary", "quantize_summary", "tuning_summary", "plan_text", "fault_report", "axes_text",
-    "_escaped",
+    "printable", "printable_text", "export_summary", "import_summary", "quantize_summary", "tuning_summary",
+    "plan_text", "fault_report", "axes_text", "_escaped",
 }  # fmt: skip
 
 

@@ -32,6 +32,8 @@ from fewbit.architecture.patterns import exact_names, matching
 from fewbit.checkpoints.safetensors_io import TensorEntry
 from fewbit.errors import FewbitError
 
+_TABLE = "embedding or head"
+_TABLES = (_TABLE, HEAD, "embedding")
 _OUTSIDE_WORDS = re.compile("project_in|project_out|per_layer_model_projection|w|output|shared|unembed")
 
 
@@ -40,7 +42,8 @@ class WeightTensor:
     """One tensor and what happens to it: `action` is quantize, keep or unknown, with the reason.
 
     block: number of its block in the decoder; None outside these blocks. place: its position in any list of blocks,
-    from its name. transposed: it is stored as (in, out), or (experts, in, out).
+    from its name. transposed: it is stored as (in, out), or (experts, in, out). is_vocabulary: it is kept, and it is an
+    embedding or an output head with one row per token of a vocabulary.
     """
 
     entry: TensorEntry
@@ -49,6 +52,7 @@ class WeightTensor:
     block: int | None = None
     transposed: bool = False
     place: Place | None = None
+    is_vocabulary: bool = False
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -110,8 +114,9 @@ def cover(
             action, reason = "quantize", "included"
         else:
             action, reason = survey.decide(entry)
-        turned = action == "quantize" and survey.is_transposed(entry)
-        found.append(WeightTensor(entry, action, reason, survey.block(entry), turned, place_of(entry.name)))
+        table = action == "keep" and reason in _TABLES and survey.is_vocabulary(entry)
+        turned = survey.is_turned_table(entry) if table else action == "quantize" and survey.is_transposed(entry)
+        found.append(WeightTensor(entry, action, reason, survey.block(entry), turned, place_of(entry.name), table))
     return Coverage(found)
 
 
@@ -260,6 +265,16 @@ class _Survey:
         hidden = hidden_widths(self.routers[key], self.facts, default)
         return experts_in_out(self.stacks[_owner(entry.name)], self.shapes, hidden)
 
+    def is_vocabulary(self, entry: TensorEntry) -> bool:
+        """Whether an embedding or head has one row (or column) per token of a vocabulary."""
+        fits = len(entry.shape) == 2 and min(entry.shape) >= kinds.SMALLEST and _is_float(entry)
+        return fits and not kinds.is_position(entry.name) and not self.facts.vocabularies.isdisjoint(entry.shape)
+
+    def is_turned_table(self, entry: TensorEntry) -> bool:
+        """Whether a table of a vocabulary is stored as (in, out), with one column per token."""
+        rows, columns = entry.shape
+        return rows not in self.facts.vocabularies and columns in self.facts.vocabularies
+
     def _subject(self, entry: TensorEntry, place: Place) -> kinds.Subject:
         key = (place.prefix, place.number)
         alike = [e for e in self.stacks.get(_owner(entry.name), []) if e.shape[0] == entry.shape[0]]
@@ -278,10 +293,10 @@ class _Survey:
         if is_head(entry.name):
             return "keep", HEAD
         if entry.shape[0] in self.facts.vocabularies or _OUTSIDE_WORDS.fullmatch(subject.leaf) or "embed" in entry.name:
-            return "keep", "embedding or head"
+            return "keep", _TABLE
         reason = kinds.kept_as(subject)
         if reason:
-            return "keep", "embedding or head" if reason == "embedding" else reason
+            return "keep", _TABLE if reason == "embedding" else reason
         if self.facts.multimodal:
             return "keep", TOWER
         return "unknown", "outside the blocks"

@@ -30,6 +30,7 @@ _EMBEDDING = re.compile(r"embed|(^|[._])(wte|wpe|emb)([._]|$)", re.IGNORECASE)
 _POSITION = re.compile(
     r"relative_attention_bias|rel_logits|rel(ative)?_(pos|bias|position)|position_bias|alibi|rotary|inv_freq|decay|slope"
 )
+_PLACE_TABLE = re.compile(r"position|(^|[._])(wpe|pos_?emb\w*|token_type\w*|segment\w*)([._]|$)", re.IGNORECASE)
 _STATE_SPACE = re.compile(r"(^|[._])(A_log|A|D|dt|dt_bias|time_mix\w*|time_maa\w*|time_decay|time_first|time_faaaa)$")
 _LOW_RANK = re.compile(r"(^|[._])lora([._]|$)", re.IGNORECASE)
 _NORM = re.compile(r"norm|(^|[._])ln(_?\w{1,5})?$", re.IGNORECASE)
@@ -146,6 +147,11 @@ def kept_as(subject: Subject) -> str | None:
 def is_known_buffer(name: str) -> bool:
     """Whether an integer or bool tensor of this name is a buffer that models commonly store with their weights."""
     return bool(_BUFFER.search(name))
+
+
+def is_position(name: str) -> bool:
+    """Whether a name is that of a table of positions or of token types."""
+    return bool(_PLACE_TABLE.search(name))
 
 
 def is_norm(name: str) -> bool:

@@ -1,8 +1,10 @@
 """Sources of calibration text: one syntax, ``SRC[:COUNT][,SRC...]``, for files, hub data sets and generated text."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from fewbit.checkpoints.public_names import last_part
 from fewbit.errors import FewbitError
 from fewbit.text.documents import place_of
 
@@ -81,3 +83,28 @@ def shares(sources: list[Source], samples: int) -> list[int]:
     base, extra = divmod(left, len(open_ended))
     share = {index: base + (rank < extra) for rank, index in enumerate(open_ended)}
     return [source.count if source.count is not None else share[i] for i, source in enumerate(sources)]
+
+
+def public_text(described: Any) -> Any:
+    """The description of a calibration set, or anything that contains some, with the names of files without folders."""
+    if isinstance(described, list):
+        return [public_text(one) for one in described]
+    if not isinstance(described, dict):
+        return described
+    return {
+        key: _public_sources(value) if key == "sources" and isinstance(value, str) else public_text(value)
+        for key, value in described.items()
+    }
+
+
+def _public_sources(text: str) -> str:
+    return ",".join(_public_source(part.strip()) for part in text.split(","))
+
+
+def _public_source(part: str) -> str:
+    try:
+        found = parse_sources(part)
+    except FewbitError:
+        # The text was read where it was measured; here a file may be missing by which its name is understood.
+        return last_part(part)
+    return str(replace(found[0], name=last_part(found[0].name))) if found and found[0].kind == "file" else part

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewbit.checkpoints.adapter import is_adapter_file
-from fewbit.checkpoints.own_files import CONFIG, REPORT, RUN, is_own
+from fewbit.checkpoints.own_files import CARD, CONFIG, ORIGINAL_CARD, REPORT, RUN, is_own, is_own_card
 from fewbit.errors import FewbitError
 from fewbit.printable import printable
 
@@ -47,7 +47,8 @@ def find_companions(folder: Path, read: Iterable[Path]) -> Companions:
     not.
 
     Everything is copied except weights, code, files with names that the output needs, and subfolders that transformers
-    does not read. Reports that fewbit wrote itself are in neither list. Raises FewbitError and names a link that points
+    does not read. Reports and cards that fewbit wrote itself are in neither list. The card of an original is copied
+    under another name, since the output has one of its own. Raises FewbitError and names a link that points
     out of the folder.
     """
     read = set(read)
@@ -71,6 +72,10 @@ def find_companions(folder: Path, read: Iterable[Path]) -> Companions:
                     carried.append(Companion(inner, name))
                 else:
                     left.append(printable(name))
+        elif path.is_file() and path.name.lower() == CARD.lower():
+            check_link(folder, path)
+            if not is_own_card(path):
+                carried.append(Companion(path, _other_name(folder)))
         elif path.is_file() and _is_carried(path):
             check_link(folder, path)
             carried.append(Companion(path, path.name))
@@ -92,6 +97,14 @@ def check_link(folder: Path, path: Path) -> None:
             f"{folder}: {printable(str(path.relative_to(folder)))} is a link to a place outside the model's folder: "
             "replace it with the file itself"
         )
+
+
+def _other_name(folder: Path) -> str:
+    """A name for the card of an original that no other file of its folder has, however the file system takes case."""
+    stem, ending = ORIGINAL_CARD.rsplit(".", 1)
+    taken = {path.name.lower() for path in folder.iterdir()}
+    names = [ORIGINAL_CARD, *(f"{stem}-{number}.{ending}" for number in range(2, len(taken) + 3))]
+    return next(name for name in names if name.lower() not in taken)
 
 
 def _allowed(folder: Path) -> Iterator[Path]:

@@ -1,10 +1,12 @@
 """Read GGUF: transformers converts a `.gguf` file to a Hugging Face folder with bfloat16 safetensors."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from fewbit.checkpoints.cache import build_once, cache_folder
 from fewbit.checkpoints.gguf_header import MAGIC, GgufHeader, read_gguf_header
 from fewbit.checkpoints.stamps import file_stamp
 from fewbit.errors import FewbitError, is_out_of_memory, missing_extra, raised_in
-from fewbit.printable import first_line
+from fewbit.printable import first_line, one_line
 from fewbit.quiet import quiet_transformers
 
 _ALONE = "model.gguf"
@@ -43,23 +45,35 @@ def convert_gguf(path: Path, folder: Path) -> None:
     except ImportError as error:
         raise missing_extra(error.name or "transformers", "hf") from error
     header = read_gguf_header(path, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
-    _check_complete(path, header)
-    # The file is put into a folder of its own, because transformers also reads a config or an adapter beside it.
-    with tempfile.TemporaryDirectory(dir=folder) as alone, quiet_transformers():
-        _link(path, Path(alone) / _ALONE)
-        source: dict[str, Any] = {"gguf_file": _ALONE, "trust_remote_code": False}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(alone, **source)
-            model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.bfloat16, **source, **_dequantized())
-        except Exception as error:
-            if is_out_of_memory(error) or not _is_refusal(error, header):
-                raise
-            raise FewbitError(f"{path}: transformers cannot read this GGUF file ({first_line(error)})") from error
+    check_complete(path, header)
+    with read_alone(path, header, folder) as (alone, source):
+        tokenizer = AutoTokenizer.from_pretrained(alone, **source)
+        model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.bfloat16, **source, **_dequantized())
+    with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def _check_complete(path: Path, header: GgufHeader) -> None:
+@contextlib.contextmanager
+def read_alone(path: Path, header: GgufHeader, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A place from which transformers can read a GGUF file, and the arguments for its `from_pretrained`.
+
+    The file gets another name inside `folder`, in a folder of its own, because transformers also reads a config or an
+    adapter beside it. Raises FewbitError if transformers, when it is used inside, says that it cannot read the file.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as alone, quiet_transformers():
+        _link(path, Path(alone) / _ALONE)
+        try:
+            yield alone, {"gguf_file": _ALONE, "trust_remote_code": False}
+        except Exception as error:
+            if is_out_of_memory(error) or not _is_refusal(error, header):
+                raise
+            line = first_line(error)
+            reason = one_line(error, 300) if line.endswith(":") else line
+            raise FewbitError(f"{path}: transformers cannot read this GGUF file ({reason})") from error
+
+
+def check_complete(path: Path, header: GgufHeader) -> None:
     """Raises FewbitError for a file without what transformers needs and does not look for."""
     if not isinstance(header.values.get(_ARCHITECTURE), str):
         raise FewbitError(f"{path}: has no {_ARCHITECTURE}: the file is damaged or not a language model")
@@ -78,10 +92,14 @@ def _is_refusal(error: Exception, header: GgufHeader) -> bool:
     if isinstance(error, KeyError):
         # Its tables by architecture are read without a check.
         return raised_in(error, "transformers") and header.values[_ARCHITECTURE] in map(str, error.args)
-    # The tokenizers library has no exception of its own: it raises plain ones.
-    return type(error) is Exception or (
-        isinstance(error, ValueError | NotImplementedError | ImportError | OSError)
-        and raised_in(error, "transformers", "gguf")
+    # The tokenizers library has no exception of its own: it raises plain ones. The hub's client checks configs.
+    return (
+        type(error) is Exception
+        or type(error).__name__.startswith("StrictDataclass")
+        or (
+            isinstance(error, ValueError | NotImplementedError | ImportError | OSError)
+            and raised_in(error, "transformers", "gguf")
+        )
     )
 
 

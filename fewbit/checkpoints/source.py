@@ -9,7 +9,7 @@ from fewbit.checkpoints.adapter import carries_adapter, not_a_model
 from fewbit.checkpoints.companions import Companion, check_link, find_companions
 from fewbit.checkpoints.fp8 import described_fp8, read_as_products
 from fewbit.checkpoints.json_in import read_json_object
-from fewbit.checkpoints.quantized_by import MODELOPT_FILE, Foreign, described_in, seen_in
+from fewbit.checkpoints.quantized_by import IMPORTED, MODELOPT_FILE, Foreign, described_in, seen_in
 from fewbit.checkpoints.safetensors_io import TensorEntry, read_header
 from fewbit.checkpoints.weight_files import INDEX_NAME, NAMED_IN_CONFIG, SINGLE_NAME, check_tensors, find_weight_files
 from fewbit.errors import FewbitError
@@ -109,7 +109,10 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         raise FewbitError(f"{checkpoint.folder}: already quantized (fewbit): give the 16-bit original")
     if checkpoint.foreign is not None:
         tool, sign = checkpoint.foreign.tool, checkpoint.foreign.sign
-        raise FewbitError(f"{checkpoint.folder}: already quantized ({tool}; see {sign}): give the 16-bit original")
+        other = ", or read its codes with  fewbit import" if tool in IMPORTED else ""
+        raise FewbitError(
+            f"{checkpoint.folder}: already quantized ({tool}; see {sign}): give the 16-bit original{other}"
+        )
 
 
 def _understood(

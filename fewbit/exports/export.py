@@ -1,12 +1,15 @@
 """Convert a folder to a foreign format: `fewbit export`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoints.json_file import read_json, write_json
 from fewbit.checkpoints.locate import locate
-from fewbit.checkpoints.output import REPORT
+from fewbit.checkpoints.model_card import Written, base_of, write_card
+from fewbit.checkpoints.output import CARD, REPORT
 from fewbit.checkpoints.own_files import is_own
+from fewbit.checkpoints.public_names import public_model
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.checkpoints.stamps import file_stamps
 from fewbit.checkpoints.whole_file import said_when_full
@@ -14,6 +17,7 @@ from fewbit.checkpoints.workdir import WorkFolder, check_output
 from fewbit.errors import FewbitError
 from fewbit.exports.table import format_named
 from fewbit.formats.config import recipe_of
+from fewbit.pipeline.records import published
 from fewbit.progress import Progress
 from fewbit.runtime.whole import check_all_parts
 from fewbit.version import __version__
@@ -47,10 +51,12 @@ def export(
     work = WorkFolder(out, _job(checkpoint, format, embeddings), overwrite, replaces)
     try:
         with said_when_full("free some space and run the same command again"):
-            name = kind.file(out.name)
-            written = kind.write(checkpoint, work.file(name), embeddings, progress)
-            report = {"file": name, "format": format, **written, **_source(checkpoint)}
+            written = kind.write(checkpoint, work, embeddings, progress)
+            report = {"format": format, **written, **_source(checkpoint)}
             write_json(work.file(REPORT), report)
+            base = replace(base_of(checkpoint.folder, public_model(folder), checkpoint.config), has_card=False)
+            described = report.get("quantize") or {"fewbit_version": __version__, "recipe": report["recipe"]}
+            write_card(work.file(CARD), base, Written(format, described, written["bytes"], written["file"]))
             work.publish()
     except BaseException as error:
         work.leave(error)
@@ -65,7 +71,7 @@ def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     if not checkpoint.is_native:
         return {"fewbit_version": __version__, "recipe": None}
     path = checkpoint.folder / REPORT
-    made = {"quantize": read_json(path)} if is_own(path) else {}
+    made = {"quantize": published(read_json(path))} if is_own(path) else {}
     return {"fewbit_version": __version__, "recipe": recipe_of(checkpoint), **made}
 
 

@@ -29,6 +29,7 @@ from fewbit.grids.scheme import Scheme, StoredWeight
 from fewbit.grids.table import GRIDS
 from fewbit.progress import Progress
 from fewbit.runtime.unpack import read_parts, read_weight
+from fewbit.runtime.whole import plain_dtype
 from fewbit.solvers.settled import NotFiniteError, WeightChoices, round_rows
 from fewbit.version import __version__
 
@@ -37,7 +38,8 @@ EMBEDDING_TYPES = (
     "f16",
     *(name for name, kind in BLOCK_TYPES.items() if name in ("q8_0", "q6_k", "q5_k", "q4_k")),
 )
-"""What embeddings and head can be rounded to; keep: as they are."""
+"""What embeddings and head can be rounded to. keep: as they are, or, if no type holds their packed form, as 16-bit
+weights, with which they run."""
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _COMPUTED = (".rotary_emb.inv_freq",)
 """Endings of tensors that older checkpoints hold, and that are computed from the config."""
@@ -66,7 +68,7 @@ def gguf_problem(checkpoint: Checkpoint, embeddings: str) -> str | None:
     """
     try:
         found = architecture_of(checkpoint.config, str(checkpoint.folder))
-        _check_schemes(checkpoint, _names(found, checkpoint), embeddings)
+        _check_schemes(checkpoint, _names(found, checkpoint))
     except FewbitError as error:
         return str(error)
     return None
@@ -85,7 +87,7 @@ def write_gguf(
     check_name("embeddings", embeddings, EMBEDDING_TYPES)
     where = str(checkpoint.folder)
     found = architecture_of(checkpoint.config, where)
-    _check_schemes(checkpoint, _names(found, checkpoint), embeddings)
+    _check_schemes(checkpoint, _names(found, checkpoint))
     facts = dict(metadata(found, checkpoint.config, where))
     tokenizer = tokenizer_facts(checkpoint.folder, checkpoint.config)
     errors: dict[str, float] = {}
@@ -162,22 +164,24 @@ def _add(writer: Any, key: str, value: Any) -> None:
     adders[type(value)](key, value)
 
 
-def _check_schemes(checkpoint: Checkpoint, names: dict[str, str], embeddings: str) -> None:
-    """Raises FewbitError for a packed weight that no type of GGUF holds, unless it is rounded anyway."""
+def _check_schemes(checkpoint: Checkpoint, names: dict[str, str]) -> None:
+    """Raises FewbitError for a packed weight that no type of GGUF holds, but for embeddings and heads."""
     weights = weights_of(checkpoint) if checkpoint.is_native else {}
     for module, stored in weights.items():
-        is_embedding = names.get(module) in _EMBEDDINGS
-        as_it_is = form_of(stored.scheme) is not None and stored.original_shape is None and not stored.transposed
-        if as_it_is or (is_embedding and embeddings != "keep"):
+        if _as_it_is(stored) or names.get(module) in _EMBEDDINGS:
             continue
         scheme = stored.scheme
         outliers = " with outliers" if scheme.has_outliers else ""
-        advice = f"quantize the original with  --for llama.cpp --bits {scheme.whole_bits}"
         raise FewbitError(
             f"{checkpoint.folder}: {module}: no type of GGUF holds {scheme.bits:g} bits on the {scheme.grid} grid"
             f"{outliers} in groups of {scheme.group_size}: "
-            f"{'round it with  --embeddings q8_0' if is_embedding else advice}"
+            f"quantize the original with  --for llama.cpp --bits {scheme.whole_bits}"
         )
+
+
+def _as_it_is(stored: StoredWeight) -> bool:
+    """Whether a type of GGUF holds a packed weight bit for bit."""
+    return form_of(stored.scheme) is not None and stored.original_shape is None and not stored.transposed
 
 
 def _names(found: Architecture, checkpoint: Checkpoint) -> dict[str, str]:
@@ -226,8 +230,11 @@ def _items(
     config = checkpoint.config
     for source, name in _names(found, checkpoint).items():
         stored, entry = weights.get(source), checkpoint.entries.get(source)
-        if name in _EMBEDDINGS and embeddings != "keep":
-            yield _rounded(_table(checkpoint, reader, source, stored), name, embeddings, errors)
+        kind = embeddings
+        if embeddings == "keep" and stored is not None and not _as_it_is(stored):
+            kind = PLAIN[plain_dtype(checkpoint)][0]
+        if name in _EMBEDDINGS and kind != "keep":
+            yield _rounded(_table(checkpoint, reader, source, stored), name, kind, errors)
         elif stored is not None:
             yield _packed(checkpoint, reader, source, stored, (name, found.heads(f"{source}.weight", config)))
         elif entry is not None:
@@ -307,22 +314,23 @@ def _rounded(table: _Table, name: str, kind: str, errors: dict[str, float]) -> _
         errors[table.name] = lost / total if total else 0.0
         return torch.cat(pieces)
 
-    return _Item(name, table.shape, kind.upper() if kind == "f16" else kind, (rows, width), read)
+    return _Item(name, table.shape, kind if kind in BLOCK_TYPES else kind.upper(), (rows, width), read)
 
 
 def _encoding(table: _Table, kind: str) -> tuple[Callable[[Tensor], tuple[Tensor, float, float]], int]:
     """The function from rows to their bytes, squared error and squared norm, and the bytes of a row."""
     columns = table.shape[1]
 
-    def half(piece: Tensor) -> tuple[Tensor, float, float]:
-        after = piece.to(torch.float16)
+    def plain(piece: Tensor, dtype: torch.dtype) -> tuple[Tensor, float, float]:
+        after = piece.to(dtype)
         if not bool(torch.isfinite(after).all()):
-            raise FewbitError(f"{table.name}: a weight is too large for float16: leave out --embeddings f16")
+            raise FewbitError(f"{table.name}: a weight is too large for {kind}: give --embeddings q8_0")
         error, norm = (float(one.double().square().sum()) for one in (after.float() - piece.float(), piece.float()))
         return plain_bytes(after), error, norm
 
-    if kind == "f16":
-        return half, 2 * columns
+    if kind not in BLOCK_TYPES:
+        dtype = next(dtype for dtype, (name, _) in PLAIN.items() if name == kind.upper())
+        return partial(plain, dtype=dtype), dtype.itemsize * columns
     grid, block = GRIDS[kind], BLOCK_TYPES[kind]
     if columns % grid.block:
         raise FewbitError(f"{table.name}: {kind} needs a multiple of {grid.block} columns, not {columns}: use q8_0")

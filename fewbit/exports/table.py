@@ -5,16 +5,26 @@ A new format is a row of FORMATS, a new runtime a row of TARGETS.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from fewbit.architecture.coverage import WeightTensor
 from fewbit.checkpoints.source import Checkpoint
+from fewbit.checkpoints.workdir import WorkFolder
 from fewbit.errors import FewbitError
-from fewbit.exports.gguf_architectures import architecture_of
+from fewbit.exports import llama_cpp_target
+from fewbit.exports.compressed_folder import compressed_problem, write_compressed
+from fewbit.exports.compressed_targets import BITS, RUNTIMES
+from fewbit.exports.compressed_weights import form_of as compressed_form
 from fewbit.exports.gguf_file import gguf_problem, write_gguf
+from fewbit.exports.gguf_mixtures import MIXTURES
 from fewbit.exports.gguf_types import form_of
+from fewbit.exports.gptq import AWQ, GPTQ
+from fewbit.exports.integer_folder import write_folder
+from fewbit.exports.integer_format import folder_problem, holds
+from fewbit.exports.integer_targets import INTEGER_TARGETS
+from fewbit.exports.mlx import MLX
 from fewbit.grids.scheme import Scheme
+from fewbit.pipeline.plan import Plan
 from fewbit.progress import Progress
 from fewbit.recipe import Recipe
 
@@ -24,42 +34,40 @@ class Format:
     """A file format.
 
     holds(scheme): whether a stored weight keeps its bits. problem(checkpoint, embeddings): why a model cannot be
-    written, or None. write(checkpoint, path, embeddings,
-    progress): write the model; returns what the report says about it. file(name): the file's name in the output folder.
+    written, or None. write(checkpoint, work, embeddings, progress): write the model into the folder of `work`; returns
+    what the report says about it, with the name of the `file` that holds the weights, or lists those that do.
     """
 
     name: str
     summary: str
     holds: Callable[[Scheme], bool]
     problem: Callable[[Checkpoint, str], str | None]
-    write: Callable[[Checkpoint, Path, str, Progress | None], dict[str, Any]]
-    file: Callable[[str], str]
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The grid of one tensor, None to keep it in 16 bits, and why it is not the one that the bits ask for ("")."""
-
-    grid: str | None
-    note: str = ""
+    write: Callable[[Checkpoint, WorkFolder, str, Progress | None], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Target:
     """A runtime.
 
-    format: the name of its format. grids: those that it loads. fit(tensor, bits): the grid of a tensor.
-    refuses(checkpoint): why it cannot run the model, or None. embeddings(checkpoint): what embeddings and head are
-    rounded to, as in :func:`fewbit.exports.gguf_file.write_gguf`.
+    format: the name of its format. grids, bits: those that it loads. choices(checkpoint, flat): the choices of a recipe
+    that it loads, from those that were given, and notes for the user; raises FewbitError if it cannot run the model or
+    lacks what was asked for. problem(plan): why it does not load a planned model, or None. embeddings(checkpoint,
+    flat): what embeddings and head are rounded to when the format is written.
     """
 
     name: str
     summary: str
     format: str
     grids: tuple[str, ...]
-    fit: Callable[[WeightTensor, float], Fit]
-    refuses: Callable[[Checkpoint], str | None]
-    embeddings: Callable[[Checkpoint], str]
+    bits: tuple[int, ...]
+    choices: Callable[[Checkpoint, dict[str, Any]], tuple[dict[str, Any], list[str]]]
+    problem: Callable[[Plan], str | None] = lambda _: None
+    embeddings: Callable[[Checkpoint, dict[str, Any]], str] = lambda checkpoint, flat: "keep"
+
+
+def _write_gguf(checkpoint: Checkpoint, work: WorkFolder, embeddings: str, progress: Progress | None) -> dict[str, Any]:
+    name = f"{work.out.name}.gguf"
+    return {"file": name, **write_gguf(checkpoint, work.file(name), embeddings, progress)}
 
 
 FORMATS: dict[str, Format] = {
@@ -70,64 +78,52 @@ FORMATS: dict[str, Format] = {
             "one .gguf file for llama.cpp and what is built on it",
             lambda scheme: form_of(scheme) is not None,
             gguf_problem,
-            write_gguf,
-            lambda name: f"{name}.gguf",
+            _write_gguf,
+        ),
+        Format(
+            "compressed-tensors",
+            "a folder for transformers and vLLM",
+            lambda scheme: compressed_form(scheme) is not None,
+            compressed_problem,
+            write_compressed,
+        ),
+        *(
+            Format(one.name, one.summary, partial(holds, one), partial(folder_problem, one), partial(write_folder, one))
+            for one in (GPTQ, AWQ, MLX)
         ),
     )
 }
 
 
-_BY_BITS: tuple[tuple[float, str, int], ...] = (
-    (2, "q2_k", 256),
-    (3, "q3_k", 256),
-    (4, "q4_k", 256),
-    (4, "iq4_nl", 32),
-    (5, "q5_k", 256),
-    (5, "q5_0", 32),
-    (6, "q6_k", 256),
-    (8, "q8_0", 32),
-)
-"""Bits, block type, and what must divide the columns. Of types of one width, the first has less error."""
+def _with_notes(one: Any) -> Callable[[Checkpoint, dict[str, Any]], tuple[dict[str, Any], list[str]]]:
+    return lambda checkpoint, flat: (one.choices(checkpoint, flat), one.notes(checkpoint, flat))
 
 
-def _fit_llama_cpp(tensor: WeightTensor, bits: float) -> Fit:
-    """The first type of at least these bits whose blocks divide the columns."""
-    columns = tensor.matrix_shape[1]
-    found = next((row for row in _BY_BITS if row[0] >= bits and columns % row[2] == 0), None)
-    if found is None:
-        return Fit(None, f"{columns} columns are no multiple of 32: kept in 16 bits")
-    wanted = next(row for row in _BY_BITS if row[0] >= bits)
-    narrow = found[0] > bits and found[0] != wanted[0]
-    return Fit(found[1], f"256 does not divide {columns} columns: {found[1]} in place of {wanted[1]}" if narrow else "")
-
-
-def _refuses_llama_cpp(checkpoint: Checkpoint) -> str | None:
-    try:
-        architecture_of(checkpoint.config, str(checkpoint.folder))
-    except FewbitError as error:
-        return str(error)
-    return None
-
-
-def _embeddings_llama_cpp(checkpoint: Checkpoint) -> str:
-    hidden = int(checkpoint.config.get("hidden_size") or 0)
-    return "q8_0" if hidden and hidden % 32 == 0 else "keep"
+def _without_notes(one: Any) -> Callable[[Checkpoint, dict[str, Any]], tuple[dict[str, Any], list[str]]]:
+    return lambda checkpoint, flat: (one.choices(checkpoint, flat), [])
 
 
 TARGETS: dict[str, Target] = {
     one.name: one
     for one in (
         Target(
-            "llama.cpp",
+            llama_cpp_target.NAME,
             "llama.cpp, Ollama, LM Studio: a folder with one .gguf file",
             "gguf",
-            (
-                *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "iq4_xs"),
-                *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq2_0"),
-            ),
-            _fit_llama_cpp,
-            _refuses_llama_cpp,
-            _embeddings_llama_cpp,
+            (*llama_cpp_target.GRID_NAMES, *MIXTURES),
+            llama_cpp_target.BITS,
+            llama_cpp_target.choices,
+            embeddings=llama_cpp_target.embeddings,
+        ),
+        *(
+            Target(
+                one.name, one.summary, "compressed-tensors", one.grids, BITS[one.name], _without_notes(one), one.problem
+            )
+            for one in RUNTIMES
+        ),
+        *(
+            Target(one.name, one.summary, one.format.name, one.grids, one.format.widths, _with_notes(one), one.problem)
+            for one in INTEGER_TARGETS
         ),
     )
 }

@@ -1,6 +1,7 @@
 """Read and check the `quantization_config` of a native folder."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
@@ -38,6 +39,8 @@ class _Config(BaseModel):
     format_version: int
     schemes: list[dict[str, Any]]
     weights: dict[str, _Weight]
+    embeddings: list[str] = []
+    tied: dict[str, str] = {}
     recipe: _Recipe | None = None
 
 
@@ -47,6 +50,19 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, StoredWeight]:
         return read_weights(checkpoint.quantization or {})
     except FewbitError as error:
         raise FewbitError(f"{checkpoint.folder}: {error}") from error
+
+
+def tables_of(checkpoint: Checkpoint) -> frozenset[str]:
+    """The packed weights of a native folder that are embeddings or heads; its config was read with :func:`weights_of`.
+
+    They are not counted in its bits per weight, and are not trained.
+    """
+    return frozenset((checkpoint.quantization or {}).get("embeddings", ()))
+
+
+def tied_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """Tensors of the original that a native folder lacks -> the tensor that they are tied to and equal to."""
+    return dict((checkpoint.quantization or {}).get("tied", {}))
 
 
 def recipe_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -84,6 +100,9 @@ def read_weights(config: dict[str, Any]) -> dict[str, StoredWeight]:
         checked = _Config.model_validate(config)
         if not checked.weights:
             raise FewbitError("damaged quantization_config: weights lists none: fetch or write the folder again")
+        strange = set(checked.embeddings) - checked.weights.keys()
+        if strange:
+            raise ValueError(f"embeddings lists {min(strange)}, but weights does not")
         schemes = [check_scheme(Scheme.from_dict(scheme)) for scheme in checked.schemes]
         return {name: _stored(weight, schemes) for name, weight in checked.weights.items()}
     except ValidationError as error:
@@ -128,7 +147,8 @@ def tuned_name(method: str) -> str:
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Method, bits per weight and file size of a folder.
 
-    Bits per weight are those of the quantized weights, from the bytes that replace them.
+    Bits per weight are those of the quantized linear layers, from the bytes that replace them; `bits_per_weight_all`
+    are those of all weights of the model.
     """
     quantization = checkpoint.quantization
     if quantization is None:
@@ -136,13 +156,30 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         return {
             "method": "original",
             "bits_per_weight": float(max(widths, default=16)),
+            **_bits_of_all(checkpoint, {}),
             "bytes": checkpoint.bytes,
         }
     if quantization.get("quant_method") != "fewbit":
         return {"method": str(quantization.get("quant_method")), "bytes": checkpoint.bytes}
-    weights = weights_of(checkpoint).values()
-    bits = 8 * sum(stored_bytes(w) for w in weights) / sum(w.weights for w in weights)
+    weights = weights_of(checkpoint)
+    tables = tables_of(checkpoint)
+    layers = [stored for module, stored in weights.items() if module not in tables] or list(weights.values())
+    bits = 8 * sum(stored_bytes(w) for w in layers) / sum(w.weights for w in layers)
     method = recipe_of(checkpoint).get("method", "fewbit")
     if "tuning" in quantization:
         method = tuned_name(method)
-    return {"method": method, "bits_per_weight": bits, "bytes": checkpoint.bytes}
+    return {
+        "method": method,
+        "bits_per_weight": bits,
+        **_bits_of_all(checkpoint, weights),
+        "bytes": checkpoint.bytes,
+    }
+
+
+def _bits_of_all(checkpoint: Checkpoint, weights: Mapping[str, StoredWeight]) -> dict[str, float]:
+    """8 x the bytes of all weights, packed or other floating-point tensors, divided by their number."""
+    parts = {f"{module}.{part}" for module, stored in weights.items() for part in part_layout(stored)}
+    rest = [e for name, e in checkpoint.entries.items() if name not in parts and e.dtype.is_floating_point]
+    size = sum(stored_bytes(w) for w in weights.values()) + sum(entry.bytes for entry in rest)
+    count = sum(w.weights for w in weights.values()) + sum(entry.numel for entry in rest)
+    return {"bits_per_weight_all": 8 * size / count} if count else {}

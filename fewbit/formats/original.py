@@ -7,10 +7,11 @@ from typing import Any
 from fewbit.checkpoints.json_file import read_json
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.named import NAMED_MODELS, named_folder
-from fewbit.checkpoints.output import MODEL_FOLDER, REPORT, RUN
+from fewbit.checkpoints.origins import origin_of
+from fewbit.checkpoints.output import REPORT
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
-from fewbit.formats.config import weights_of
+from fewbit.formats.config import recipe_of, tied_of, weights_of
 from fewbit.formats.native import part_layout
 
 
@@ -26,10 +27,14 @@ def original_of(quantized: Checkpoint, named: str | Path | None = None, fetch: b
             raise FewbitError(f"{original.folder}: is quantized itself: --reference must be the original model")
         check_original(quantized, original)
         return original
+    if "imported" in recipe_of(quantized):
+        raise FewbitError(
+            f"{quantized.folder}: was imported, so its original is not known: give the original with --reference"
+        )
     report = _read(quantized.folder / REPORT)
     name, source = report.get("model"), report.get("source")
     name, size = name if isinstance(name, str) else None, source.get("bytes") if isinstance(source, dict) else None
-    for place in _places(quantized, name):
+    for place in _places(quantized, name, report.get("model_is_local") is True):
         try:
             original = open_checkpoint(locate(place) if fetch else _here(place))
             check_original(quantized, original)
@@ -56,7 +61,7 @@ def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
     for module, stored in weights.items():
         entry = original.entries.get(stored.tensor_name(module))
         if entry is None or entry.shape != stored.tensor_shape:
-            return f"has no {module} of that shape"
+            return f"has no {stored.tensor_name(module)} of that shape"
     for name, entry in quantized.entries.items():
         other = original.entries.get(name)
         if other is None and name in parts:
@@ -64,15 +69,17 @@ def _missing(quantized: Checkpoint, original: Checkpoint) -> str:
         if other is None or other.shape != entry.shape:
             return f"has no {name} of that shape"
     packed = {stored.tensor_name(module) for module, stored in weights.items()}
-    more = [name for name in original.entries if name not in quantized.entries and name not in packed]
+    known = quantized.entries.keys() | packed | tied_of(quantized).keys()
+    more = [name for name in original.entries if name not in known]
     return f"has an additional {more[0]}" if more else ""
 
 
-def _places(quantized: Checkpoint, name: str | None) -> Iterator[str]:
-    where = _read(quantized.folder / RUN).get(MODEL_FOLDER)
-    if isinstance(where, str) and Path(where).is_dir():
-        yield where
-    if name is not None:
+def _places(quantized: Checkpoint, name: str | None, is_local: bool) -> Iterator[str]:
+    where = origin_of(quantized.folder)
+    if where is not None and where.is_dir():
+        yield str(where)
+    # The name of a folder may be that of another model on the hub.
+    if name is not None and (not is_local or Path(name).exists()):
         yield name
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fewbit.grids import binary
-from fewbit.grids.codes import two_planes
+from fewbit.grids.codes import Plane, two_planes
+from fewbit.grids.formula import Formula, Terms
 from fewbit.grids.grid import Fitted, Grid, Groups, Parts, ScaleSearch, Values
 from fewbit.grids.packing import pack, packed_bytes, unpack
 from fewbit.grids.scales import from_pattern, to_pattern
@@ -16,6 +17,7 @@ from fewbit.grids.scheme import Layout, Scheme
 from fewbit.grids.straight_through import round_to_magnitudes
 
 _MOST_SALIENT = 30
+_CODES = two_planes("second")
 
 
 def _fit(groups: Groups, scheme: Scheme, search: ScaleSearch | None) -> Values:
@@ -86,6 +88,20 @@ def _neighbours(x: Tensor, values: Values, scheme: Scheme) -> tuple[Tensor, Tens
     return x - step, x + step
 
 
+def _formula(scheme: Scheme) -> Formula:
+    """A code's third bit is that of its column: salient or not."""
+    planes = (*_CODES.planes, Plane("salient", 1, shared=True))
+    return Formula(planes, (1.0, -1.0) * 4, lambda values: Terms(_four_magnitudes(values["scale"])))
+
+
+def _four_magnitudes(scale: Tensor) -> Tensor:
+    """The smaller and the larger magnitude outside salient columns, then those inside them, `(..., 4)`."""
+    both = [
+        binary.magnitudes_of(scale, torch.full_like(scale[..., 0], salient, dtype=torch.bool)) for salient in (0, 1)
+    ]
+    return torch.stack([magnitude for pair in both for magnitude in pair], dim=-1)
+
+
 def _refuses(scheme: Scheme) -> str | None:
     return None if scheme.bits == 1 and not scheme.has_outliers else "bits or outliers of a binary grid"
 
@@ -93,7 +109,7 @@ def _refuses(scheme: Scheme) -> str | None:
 BINARY = Grid(
     "binary",
     "a sign and one of two magnitudes, as in BiLLM",
-    codes=lambda scheme: two_planes("second"),
+    codes=lambda scheme: _CODES,
     layout=_layout,
     fit=_fit,
     settle=_settle,
@@ -111,4 +127,5 @@ BINARY = Grid(
     by_column=("small", "large"),
     joins_rows=True,
     block_by_block=True,
+    formula=_formula,
 )

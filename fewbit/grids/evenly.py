@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewbit.grids import integer
 from fewbit.grids.codes import bit_planes
+from fewbit.grids.formula import Formula, Terms
 from fewbit.grids.grid import Fitted, Grid, Groups, Parts, ScaleSearch, Values
 from fewbit.grids.packing import pack, packed_bytes, small_integers, unpack
 from fewbit.grids.scale_formats import SCALE_FORMATS
@@ -25,7 +26,8 @@ from fewbit.grids.straight_through import round_evenly
 class _Offset:
     """How an offset `(rows, groups)` is computed from a range and stored.
 
-    of_range(low, high, scale, bits): the offset of a range; `scale` is the decoded scale.
+    of_range(low, high, scale, bits): the offset of a range; `scale` is the decoded scale. term: which term of a formula
+    it is.
     """
 
     kind: str
@@ -34,6 +36,7 @@ class _Offset:
     see: Callable[[Tensor, Scheme], Tensor]
     read: Callable[[Parts, Scheme, int], Tensor]
     layout: Callable[[Scheme, int, int], Layout]
+    term: str = "zero"
 
 
 def _pack_zeros(zeros: Tensor, scheme: Scheme) -> tuple[dict[str, Tensor], Tensor]:
@@ -69,6 +72,7 @@ _MINIMUM = _Offset(
     see=lambda minima, scheme: _pack_minima(minima, scheme)[1],
     read=lambda parts, scheme, groups: SCALE_FORMATS[scheme.scale_format].read_floats(parts["minima"]),
     layout=lambda scheme, rows, groups: {"minima": (SCALE_FORMATS[scheme.scale_format].word, (rows, groups))},
+    term="minimum",
 )
 
 
@@ -151,6 +155,10 @@ def _layout(offset: _Offset | None, scheme: Scheme, rows: int, groups: int) -> L
     return layout if offset is None else {**layout, **offset.layout(scheme, rows, groups)}
 
 
+def _terms(offset: _Offset | None, values: Values) -> Terms:
+    return Terms(values["scale"], **({offset.term: values["offset"]} if offset else {}))
+
+
 def _zero(values: Values, scheme: Scheme) -> Tensor | float:
     return values["offset"] if "offset" in values else float(2 ** (scheme.whole_bits - 1))
 
@@ -229,6 +237,11 @@ def _grid(
         codes = rounding.codes(x, values, scheme)
         return small_integers(codes), rounding.back(codes, values, scheme)
 
+    def formula(scheme: Scheme) -> Formula:
+        first = 0.0 if offset else -float(2 ** (scheme.whole_bits - 1))
+        ladder = tuple(first + code for code in range(_top(scheme) + 1))
+        return Formula(bit_planes(scheme.whole_bits).planes, ladder, partial(_terms, offset))
+
     return Grid(
         name,
         summary,
@@ -246,6 +259,7 @@ def _grid(
         neighbours=_neighbours,
         trial=lambda scheme: (trial(), _exact(trial(), scheme)),
         offset=offset.kind if offset else "",
+        formula=formula,
     )
 
 

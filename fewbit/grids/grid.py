@@ -15,6 +15,7 @@ from torch import Tensor
 from fewbit.choices import check_values
 from fewbit.errors import FewbitError
 from fewbit.grids.codes import CodeLayout
+from fewbit.grids.formula import Formula
 from fewbit.grids.scheme import Layout, Scheme
 
 Values = Mapping[str, Tensor]
@@ -126,6 +127,7 @@ class Grid:
     real (a real-valued zero-point), or minimum (in units of the weights).
     scales: the only scale format of a grid whose format is part of it; "" for all that fit the offset. brings: choices
     on other axes that the grid determines, by their flat names in recipes. block: a row's columns must be a multiple.
+    formula(scheme): what :attr:`decode` computes, for kernels; None if it is not of that form.
     """
 
     name: str
@@ -156,6 +158,7 @@ class Grid:
     scales: str = ""
     brings: Mapping[str, str] = field(default_factory=dict)
     block: int = 1
+    formula: Callable[[Scheme], Formula] | None = None
 
     @property
     def choice(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewbit.grids import codebook
 from fewbit.grids.codes import bit_planes
+from fewbit.grids.formula import Formula, Terms
 from fewbit.grids.grid import Fitted, Grid, Groups, Parts, ScaleSearch, Values
 from fewbit.grids.scale_formats import SCALE_FORMATS
 from fewbit.grids.scales import divisor
@@ -76,6 +77,10 @@ def level_grid(name: str, summary: str, levels_of: Callable[[Scheme], tuple[floa
         return torch.minimum(*ends), torch.maximum(*ends)
 
     settings: dict[str, Any] = {"codes": lambda scheme: bit_planes(scheme.whole_bits), **others}
+
+    def formula(scheme: Scheme) -> Formula:
+        return Formula(settings["codes"](scheme).planes, levels_of(scheme), lambda values: Terms(values["scale"]))
+
     return Grid(
         name,
         summary,
@@ -90,6 +95,7 @@ def level_grid(name: str, summary: str, levels_of: Callable[[Scheme], tuple[floa
         through=through,
         step=step,
         neighbours=neighbours,
+        formula=formula,
         **settings,
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbit.grids.eight_bit_scales import exponents_to_float, from_e4m3, to_e4m3, to_exponents
 from fewbit.grids.nested import NESTED, Nested
 from fewbit.grids.packing import packed_bytes
 from fewbit.grids.scales import (
@@ -20,6 +21,7 @@ from fewbit.grids.scales import (
     to_pattern,
     to_statistics,
     to_two_level,
+    two_level_factors,
 )
 from fewbit.grids.scheme import Layout, Scheme
 
@@ -36,7 +38,8 @@ class ScaleFormat:
     row_block(scheme): number of rows that share stored data. joins_groups: all groups of a row share stored data, so
     they cannot be stored one by one. offsets: the offsets of a grid (see :class:`fewbit.grids.grid.Grid`) with which
     the format can be combined; "" is none. has_statistics: the format uses the scheme's statistic_bits and
-    statistic_rows. smallest: scales below this lose precision.
+    statistic_rows. smallest: scales below this lose precision. factors(parts, name, scheme, groups): signed bytes
+    `(rows, groups)` and a float32 `(rows, 1)` whose products are the decoded values, or None where there are none.
     """
 
     name: str
@@ -51,6 +54,7 @@ class ScaleFormat:
     joins_groups: bool = False
     has_statistics: bool = False
     smallest: float = 0.0
+    factors: Callable[[Parts, str, Scheme, int], tuple[Tensor, Tensor] | None] = lambda *_: None
 
     def pack_floats(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Minima or outlier scales as bit patterns, and the values as a reader decodes them."""
@@ -118,10 +122,26 @@ def _read_statistics(parts: Parts, quantity: str, scheme: Scheme, groups: int) -
     return from_statistics(codes, second, scheme.statistic_bits, scheme.statistic_rows, groups)
 
 
+def _pack_exponents(values: Tensor, quantity: str, scheme: Scheme) -> tuple[dict[str, Tensor], Tensor]:
+    codes = to_exponents(values)
+    return {f"{quantity}s": codes}, exponents_to_float(codes)
+
+
+def _pack_e4m3(values: Tensor, quantity: str, scheme: Scheme) -> tuple[dict[str, Tensor], Tensor]:
+    codes, whole = to_e4m3(values)
+    parts = {f"{quantity}s": codes, f"tensor_{quantity}": to_pattern(whole, "float32")}
+    return parts, from_e4m3(codes, whole)
+
+
+def _read_e4m3(parts: Parts, quantity: str, scheme: Scheme, groups: int) -> Tensor:
+    return from_e4m3(parts[f"{quantity}s"], from_pattern(parts[f"tensor_{quantity}"], "float32"))
+
+
 SCALE_FORMATS: dict[str, ScaleFormat] = {
     one.name: one
     for one in (
         _plain("float16"),
+        _plain("bfloat16"),
         _plain("float32"),
         ScaleFormat(
             "two-level",
@@ -135,6 +155,9 @@ SCALE_FORMATS: dict[str, ScaleFormat] = {
             },
             offsets=("",),
             joins_groups=True,
+            factors=lambda parts, name, scheme, groups: two_level_factors(
+                parts[f"{name}s"], parts[f"row_{name}s"], groups
+            ),
         ),
         ScaleFormat(
             "statistics",
@@ -151,5 +174,28 @@ SCALE_FORMATS: dict[str, ScaleFormat] = {
             has_statistics=True,
         ),
         *(_nested(name, nested) for name, nested in NESTED.items()),
+        ScaleFormat(
+            "e8m0",
+            "a power of two per group, as an exponent of 8 bits (MX formats)",
+            pack=_pack_exponents,
+            see=lambda values, scheme: exponents_to_float(to_exponents(values)),
+            read=lambda parts, name, scheme, groups: exponents_to_float(parts[f"{name}s"]),
+            layout=lambda name, scheme, rows, groups: {f"{name}s": (torch.uint8, (rows, groups))},
+            # Only for the grids that name them.
+            offsets=(),
+        ),
+        ScaleFormat(
+            "e4m3",
+            "a number of 8 bits per group, divided by a power of two for the whole tensor (NVFP4)",
+            pack=_pack_e4m3,
+            see=lambda values, scheme: _pack_e4m3(values, "scale", scheme)[1],
+            read=_read_e4m3,
+            layout=lambda name, scheme, rows, groups: {
+                f"{name}s": (torch.uint8, (rows, groups)),
+                f"tensor_{name}": (torch.int32, (1,)),
+            },
+            offsets=(),
+            joins_groups=True,
+        ),
     )
 }

@@ -95,6 +95,16 @@ def from_two_level(packed: Tensor, row_scales: Tensor, groups: int) -> Tensor:
     return torch.where(codes >= _SIGN, -magnitude, magnitude)
 
 
+def two_level_factors(packed: Tensor, row_scales: Tensor, groups: int) -> tuple[Tensor, Tensor] | None:
+    """Signed magnitudes int8 `(rows, groups)` and a unit `(rows, 1)` for each row; None if a row is logarithmic."""
+    row_scale = from_pattern(row_scales, "bfloat16").unsqueeze(1)
+    if bool((row_scale < 0).any()):
+        return None
+    codes = unpack(packed, TWO_LEVEL_BITS, groups)
+    magnitude = (codes & (_SIGN - 1)).to(torch.int8)
+    return torch.where(codes >= _SIGN, -magnitude, magnitude), row_scale / _MAGNITUDE_LEVELS
+
+
 def logarithmic_patterns(largest: Tensor) -> Tensor:
     """Row scales of logarithmic rows, by spread `(4, ...)`: negative bfloat16 patterns near ``-largest`` `(...)`.
 

@@ -10,6 +10,8 @@ over the weights of a group. They are divided by ``sqrt(g top)`` (LSQ, section 2
 to that of the weights' gradients when gradients are clipped by norm.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,14 +45,24 @@ class _Even(torch.autograd.Function):
         return passed, of_scale, of_zero, None, None
 
 
+@dataclass(frozen=True)
+class Levels:
+    """The levels of a scale of 1. nearest(u): the nearest level of each element. lowest, highest: the outermost."""
+
+    nearest: Callable[[Tensor], Tensor]
+    lowest: float
+    highest: float
+    count: int
+
+
 class _Levels(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, weight: Tensor, scale: Tensor, levels: tuple[float, ...]) -> Tensor:
+    def forward(context: Any, weight: Tensor, scale: Tensor, levels: Levels) -> Tensor:
         ratio = weight / divisor(scale)
-        inside = (ratio >= levels[0]) & (ratio <= levels[-1])
-        value = codebook.quantize(ratio, levels).mul_(scale)
+        inside = (ratio >= levels.lowest) & (ratio <= levels.highest)
+        value = levels.nearest(ratio).mul_(scale)
         context.save_for_backward(weight, scale, value, inside)
-        context.levels = len(levels)
+        context.levels = levels.count
         return value
 
     @staticmethod
@@ -114,6 +126,12 @@ def round_evenly(weight: Tensor, scale: Tensor, zero: Tensor, top: int, whole: b
 
 def round_to_levels(weight: Tensor, scale: Tensor, levels: tuple[float, ...]) -> Tensor:
     """Values ``scale * level`` of a codebook; scale is `(..., 1)`, weight `(..., g)`, float32."""
+    known = Levels(lambda u: codebook.quantize(u, levels), levels[0], levels[-1], len(levels))
+    return round_to_nearest(weight, scale, known)
+
+
+def round_to_nearest(weight: Tensor, scale: Tensor, levels: Levels) -> Tensor:
+    """As :func:`round_to_levels`, with a function that finds the nearest level."""
     return _apply(_Levels, weight, scale, levels)
 
 

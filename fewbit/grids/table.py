@@ -4,11 +4,13 @@ from math import lcm
 
 from fewbit.grids.binary_grid import BINARY
 from fewbit.grids.evenly import MINIMUM, REAL_ZERO, SYMMETRIC, ZERO_POINT
+from fewbit.grids.floats import FLOAT_GRIDS
 from fewbit.grids.ggml import GGML_GRIDS
 from fewbit.grids.grid import Grid
 from fewbit.grids.level_grid import CODEBOOK
 from fewbit.grids.scale_formats import SCALE_FORMATS, ScaleFormat
 from fewbit.grids.scheme import Scheme
+from fewbit.grids.signed import SIGNED
 from fewbit.grids.ternary import TERNARY
 
 GRIDS: dict[str, Grid] = {
@@ -21,7 +23,9 @@ GRIDS: dict[str, Grid] = {
         CODEBOOK,
         BINARY,
         TERNARY,
+        SIGNED,
         *GGML_GRIDS,
+        *FLOAT_GRIDS,
     )
 }
 """Grids by their name in files."""

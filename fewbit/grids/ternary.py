@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fewbit.grids.codes import CODES, CodeLayout
+from fewbit.grids.codes import CODES, CodeLayout, Plane
 from fewbit.grids.level_grid import level_grid
 from fewbit.grids.scheme import Layout
 
@@ -44,5 +44,5 @@ TERNARY = level_grid(
     lambda scheme: _LEVELS,
     widths=(1.6,),
     # A base-3 digit cannot hold bits of an outlier's code.
-    codes=lambda scheme: CodeLayout(0, _layout, _pack, _unpack),
+    codes=lambda scheme: CodeLayout(0, _layout, _pack, _unpack, (Plane(CODES, 2, base=3, codes_in_a_byte=_A_BYTE),)),
 )

@@ -57,7 +57,8 @@ def inspect(model: str | Path, reference: str | Path | None = None, progress: Pr
 
 def _original(checkpoint: Checkpoint, reader: FileReader, progress: Progress | None) -> list[dict[str, Any]]:
     actions = {
-        t.entry.name: (t.action, t.reason) for t in cover(checkpoint.entries.values(), checkpoint.config).tensors
+        t.entry.name: ("embedding" if t.is_vocabulary else t.action, t.reason)
+        for t in cover(checkpoint.entries.values(), checkpoint.config).tensors
     }
     floats = [e for e in checkpoint.entries.values() if _is_described(e)]
     total, done = sum(e.bytes for e in floats), 0
@@ -107,7 +108,7 @@ def _compare(
         "shape": list(stored.tensor_shape),
         "action": "quantized",
         "bits": 8 * stored_bytes(stored) / stored.weights,
-        **_describe([lambda: weight.view(-1)]),
+        **_describe(_pieces(weight)),
     }
     if original is None:
         return row
@@ -115,16 +116,23 @@ def _compare(
     if has_scaled_channels(checkpoint):
         return row
     before = to_matrix(reader.tensor(entry).float(), stored.transposed)
-    squared = float(before.double().square().sum())
-    row["relative_squared_error"] = float((weight - before).double().square().sum()) / squared if squared else 0.0
-    span = statistics.measure_range([lambda: before.view(-1)])
-    p = statistics.histogram([lambda: before.reshape(-1)], span)
-    q = statistics.histogram([lambda: weight.view(-1)], span)
+    olds, news = _pieces(before), _pieces(weight)
+    squared = sum(float(old().double().square().sum()) for old in olds)
+    error = sum(float((new() - old()).double().square().sum()) for old, new in zip(olds, news, strict=True))
+    row["relative_squared_error"] = error / squared if squared else 0.0
+    span = statistics.measure_range(olds)
+    p = statistics.histogram(olds, span)
+    q = statistics.histogram(news, span)
     row["entropy_bits_original"] = statistics.entropy(p)
     row["entropy_bits"] = statistics.entropy(q)
     row["kl_divergence_bits"] = statistics.kl_divergence(p, q)
     row["jensen_shannon_bits"] = statistics.jensen_shannon(p, q)
     return row
+
+
+def _pieces(weight: Tensor) -> list[Callable[[], Tensor]]:
+    """A weight in pieces: copies of a whole embedding in float64 would take gigabytes."""
+    return [partial(piece.view, -1) for piece in weight.reshape(-1).split(_CHUNK)]
 
 
 def _describe(chunks: statistics.Chunks) -> dict[str, Any]:

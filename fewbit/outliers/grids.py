@@ -37,7 +37,8 @@ class OutlierGrid:
     bits. fit(values, where, shape, scheme): the grid, with the parts that store it. read(parts, stored): its values.
     layout(stored): names, dtypes and shapes of its parts. encode(values, scale, minimum, scheme): codes (int32) and
     decoded values. decode(codes, scale, minimum, scheme): the inverse. apart: codes are bit patterns in a separate
-    tensor. fewest_bits: the smallest number of bits per code.
+    tensor. fewest_bits: the smallest number of bits per code. middle(scheme): where a row's scale is not negative, its
+    outliers are ``(code - middle) * scale``; None for other grids.
     """
 
     name: str
@@ -50,6 +51,7 @@ class OutlierGrid:
     bits: Callable[[int, int], int] = lambda asked, core: asked or core
     fewest_bits: int = 1
     apart: bool = False
+    middle: Callable[[Scheme], int] | None = None
 
 
 def _half(scheme: Scheme) -> int:
@@ -224,6 +226,7 @@ OUTLIER_GRIDS: dict[str, OutlierGrid] = {
             encode=_encode_row,
             decode=_decode_row,
             fewest_bits=2,
+            middle=_half,
         ),
         OutlierGrid(
             "float16",
@@ -305,16 +308,22 @@ def check_outlier_values(parts: Parts, stored: StoredWeight) -> None:
 
 def read_values(parts: Parts, stored: StoredWeight, dense: Tensor, where: Tensor) -> Tensor:
     """Decoded outliers at flat positions `where`, 1-D float32. dense: the dense codes of the weight."""
-    scheme = stored.scheme
-    grid, beside = OUTLIER_GRIDS[scheme.outlier_grid], _bits_beside(scheme)
-    if grid.apart:
-        codes = parts["outlier_values"]
-    else:
-        codes = grid_of(scheme).codes(scheme).low_bits(dense, where)
-        if beside:
-            extra = unpack(parts["outlier_codes"], beside, stored.outliers)
-            codes = codes | (extra.to(torch.int32) << (scheme.outlier_bits - beside))
+    scheme, grid = stored.scheme, OUTLIER_GRIDS[stored.scheme.outlier_grid]
+    codes = read_outlier_codes(parts, stored, dense, where)
     return grid.decode(codes, *at_positions(grid.read(parts, stored), where, stored.shape), scheme)
+
+
+def read_outlier_codes(parts: Parts, stored: StoredWeight, dense: Tensor, where: Tensor) -> Tensor:
+    """The codes of the outliers, 1-D; int32, or the patterns of a grid that has those."""
+    scheme = stored.scheme
+    beside = _bits_beside(scheme)
+    if OUTLIER_GRIDS[scheme.outlier_grid].apart:
+        return parts["outlier_values"]
+    codes = grid_of(scheme).codes(scheme).low_bits(dense, where)
+    if beside:
+        extra = unpack(parts["outlier_codes"], beside, stored.outliers)
+        codes = codes | (extra.to(torch.int32) << (scheme.outlier_bits - beside))
+    return codes
 
 
 def check_outliers(scheme: Scheme) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fewbit.advice import advice
 from fewbit.calibration.generate import BATCH
 from fewbit.calibration.source import parse_sources, shares
 from fewbit.checkpoints.locate import locate
@@ -16,7 +17,14 @@ from fewbit.grids.table import row_block
 from fewbit.linear import is_native, linear
 from fewbit.outliers.rules import OUTLIER_RULES
 from fewbit.pipeline.calibration_options import CalibrationOptions
-from fewbit.pipeline.plan import PlannedTensor, cover_original, group_size_problem, plan_tensors, with_sizes_that_fit
+from fewbit.pipeline.plan import (
+    KeptTensor,
+    PlannedTensor,
+    cover_original,
+    group_size_problem,
+    plan_tensors,
+    with_sizes_that_fit,
+)
 from fewbit.pipeline.quantize_tensor import available_cores
 from fewbit.pipeline.stages import check_length, stages_of
 from fewbit.recipe import Recipe
@@ -34,9 +42,9 @@ def forecast(model: str | Path, recipe: Recipe, options: CalibrationOptions | No
     """What `quantize` would do with these choices; nothing is written. Times are rough estimates from short trials.
 
     Returns ``tensors`` (by action), ``output`` (weights, bits per weight, bytes), ``needs`` (seconds, memory_bytes,
-    disk_bytes), ``problems`` (group sizes that do not divide, limits that a calibrated run would exceed) and
-    ``exports`` (format -> None, or why it cannot represent the result). Raises FewbitError for a model that cannot be
-    read.
+    disk_bytes), ``problems`` (group sizes that do not divide, limits that a calibrated run would exceed), ``advice``
+    and ``exports`` (format -> None, or why it cannot represent the result). Raises FewbitError for a model that cannot
+    be read.
     """
     options = options or CalibrationOptions()
     checkpoint = open_checkpoint(locate(model))
@@ -46,11 +54,11 @@ def forecast(model: str | Path, recipe: Recipe, options: CalibrationOptions | No
     fitted = with_sizes_that_fit(recipe) if problem else recipe
     if problem and group_size_problem(coverage, fitted):
         raise FewbitError(problem)
-    plan = plan_tensors(coverage, fitted)
-    items = plan.quantized
+    plan = plan_tensors(checkpoint, coverage, fitted)
+    items, tables = plan.quantized, plan.tables
     weights = sum(item.stored.weights for item in items)
-    size, kept = sum(item.bytes for item in items), sum(item.bytes for item in plan.kept)
-    seconds, memory = _zero_shot(checkpoint, items, recipe)
+    size, written = sum(item.bytes for item in items), plan.bytes
+    seconds, memory = _zero_shot(checkpoint, items, tables, recipe)
     scratch, problems = 0, [problem] if problem else []
     if recipe.curvature is not None:
         try:
@@ -63,32 +71,44 @@ def forecast(model: str | Path, recipe: Recipe, options: CalibrationOptions | No
         "method": recipe.method,
         "bits": recipe.bits,
         "tensors": {
-            "quantize": [
-                {
-                    "name": item.tensor.entry.name,
-                    "shape": list(item.tensor.entry.shape),
-                    "group_size": item.stored.scheme.group_size,
-                    "bits_per_weight": 8 * item.bytes / item.stored.weights,
-                }
-                for item in items
-            ],
-            "keep": [{"name": t.entry.name, "reason": t.reason} for t in plan.coverage.of("keep")],
+            "quantize": [_described(item) for item in items],
+            "embeddings": [_described(item) for item in tables],
+            "keep": [_kept(item) for item in plan.kept],
         },
         "output": {
             "weights": weights,
+            "weights_all": plan.weights,
             "bits_per_weight": 8 * size / weights,
-            "bytes": size + kept,
+            "bits_per_weight_all": 8 * plan.weight_bytes / plan.weights,
+            "bytes": written,
             "source_bytes": checkpoint.bytes,
         },
-        "needs": {"seconds": seconds, "memory_bytes": memory, "disk_bytes": size + kept + scratch},
+        "needs": {"seconds": seconds, "memory_bytes": memory, "disk_bytes": written + scratch},
         "problems": problems,
+        "advice": advice(str(model), recipe),
         "exports": {"fewbit": None, "plain 16-bit (fewbit unpack)": None},
     }
 
 
-def _zero_shot(checkpoint: Checkpoint, items: list[PlannedTensor], recipe: Recipe) -> tuple[float, int]:
+def _described(item: PlannedTensor) -> dict[str, Any]:
+    return {
+        "name": item.tensor.entry.name,
+        "shape": list(item.tensor.entry.shape),
+        "group_size": item.stored.scheme.group_size,
+        "bits_per_weight": 8 * item.bytes / item.stored.weights,
+    }
+
+
+def _kept(item: KeptTensor) -> dict[str, str]:
+    reason = item.tensor.reason if item.same_as is None else f"tied to {item.same_as}"
+    return {"name": item.tensor.entry.name, "reason": reason}
+
+
+def _zero_shot(
+    checkpoint: Checkpoint, items: list[PlannedTensor], tables: list[PlannedTensor], recipe: Recipe
+) -> tuple[float, int]:
     """Seconds to round all weights, estimated from a trial on random weights, and peak memory in bytes."""
-    weights = sum(item.stored.weights for item in items)
+    weights = sum(item.stored.weights for item in (*items, *tables))
     choices = items[0].choices
     # Rows that are rounded together must stay together.
     rows = max(_TRIAL_ROWS, row_block(choices.scheme))
@@ -100,8 +120,9 @@ def _zero_shot(checkpoint: Checkpoint, items: list[PlannedTensor], recipe: Recip
         began = time.perf_counter()
         round_rows(trial, choices, cut, None)
         seconds = (time.perf_counter() - began) / trial.numel() * weights / min(available_cores(), 2)
-    largest = max(item.tensor.entry.bytes for item in items)
-    return _START_SECONDS + seconds + checkpoint.bytes / 2e9, _START_BYTES + 4 * largest
+    # Of an embedding, which is read in pieces, the packed rows are held, and joined.
+    largest = max(*(4 * item.tensor.entry.bytes for item in items), *(3 * table.bytes for table in tables))
+    return _START_SECONDS + seconds + checkpoint.bytes / 2e9, _START_BYTES + largest
 
 
 def _calibrated(

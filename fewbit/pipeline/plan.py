@@ -13,9 +13,11 @@ from fewbit.errors import FewbitError
 from fewbit.formats.native import check_scheme, part_layout, stored_bytes
 from fewbit.grids import positions
 from fewbit.grids.choice import group_size_for
+from fewbit.grids.embeddings import KEPT, embedding_grid
 from fewbit.grids.scheme import Scheme, StoredWeight
 from fewbit.grids.table import GRIDS, grid_of, row_block
 from fewbit.outliers.rules import OUTLIER_RULES
+from fewbit.pipeline.tied_copies import find_copies
 from fewbit.recipe import Recipe, with_choices
 from fewbit.solvers.settled import WeightChoices
 
@@ -25,11 +27,15 @@ _SMALLEST_AUTO = 8
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to quantize, its recipe, and its stored form (with the largest possible number of outliers)."""
+    """A tensor to quantize, its recipe, and its stored form (with the largest possible number of outliers).
+
+    is_table: it is an embedding or a head, quantized without data and counted separately.
+    """
 
     tensor: WeightTensor
     recipe: Recipe
     stored: StoredWeight
+    is_table: bool = False
 
     @property
     def bytes(self) -> int:
@@ -49,19 +55,20 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class KeptTensor:
-    """A tensor that is kept unchanged."""
+    """A tensor that is kept unchanged; or not written, if it is tied to the tensor `same_as` and equal to it."""
 
     tensor: WeightTensor
+    same_as: str | None = None
 
     @property
     def bytes(self) -> int:
-        """Size of the tensor in bytes."""
-        return self.tensor.entry.bytes
+        """Bytes that the tensor takes in the output."""
+        return 0 if self.same_as is not None else self.tensor.entry.bytes
 
     @property
     def output(self) -> list[str]:
-        """Name of the tensor in the output."""
-        return [self.tensor.entry.name]
+        """Names of the tensors in the output."""
+        return [] if self.same_as is not None else [self.tensor.entry.name]
 
 
 @dataclass(frozen=True)
@@ -73,13 +80,30 @@ class Plan:
 
     @property
     def quantized(self) -> list[PlannedTensor]:
-        """The tensors to quantize, in order."""
-        return [item for shard in self.shards for item in shard if isinstance(item, PlannedTensor)]
+        """The linear layers to quantize, in order."""
+        return [one for shard in self.shards for one in shard if isinstance(one, PlannedTensor) and not one.is_table]
+
+    @property
+    def tables(self) -> list[PlannedTensor]:
+        """The embeddings and heads to quantize, in order."""
+        return [one for shard in self.shards for one in shard if isinstance(one, PlannedTensor) and one.is_table]
 
     @property
     def kept(self) -> list[KeptTensor]:
         """The tensors that are kept unchanged, in order."""
         return [item for shard in self.shards for item in shard if isinstance(item, KeptTensor)]
+
+    @property
+    def weights(self) -> int:
+        """The number of all weights in the output, quantized or kept."""
+        packed = sum(item.stored.weights for item in (*self.quantized, *self.tables))
+        return packed + sum(item.tensor.entry.numel for item in self.kept if _holds_weights(item))
+
+    @property
+    def weight_bytes(self) -> int:
+        """The largest number of bytes that all weights can take."""
+        packed = sum(item.bytes for item in (*self.quantized, *self.tables))
+        return packed + sum(item.bytes for item in self.kept if _holds_weights(item))
 
     @property
     def bytes(self) -> int:
@@ -107,20 +131,45 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: int = DEFAULT_
     problem = group_size_problem(coverage, recipe)
     if problem:
         raise FewbitError(problem)
-    return plan_tensors(coverage, recipe, shard_size)
+    return plan_tensors(checkpoint, coverage, recipe, shard_size)
 
 
-def plan_tensors(coverage: Coverage, recipe: Recipe, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
+def plan_tensors(
+    checkpoint: Checkpoint, coverage: Coverage, recipe: Recipe, shard_size: int = DEFAULT_SHARD_SIZE
+) -> Plan:
     """Plan a run of classified tensors, whose group sizes divide."""
     items = [_plan_tensor(tensor, recipe, coverage.exact_names) for tensor in coverage.tensors]
+    tables = {item.tensor.entry.name: item for item in items if isinstance(item, PlannedTensor) and item.is_table}
+    copies = {
+        name: source
+        for name, source in find_copies(checkpoint, [item.tensor for item in tables.values()]).items()
+        if tables[name].recipe == tables[source].recipe
+    }
+    left = {name: KeptTensor(tables[name].tensor, source) for name, source in copies.items()}
+    items = [left.get(item.tensor.entry.name, item) for item in items]
     return Plan(coverage, split_by_size(items, lambda item: item.bytes, shard_size))
 
 
+def _holds_weights(item: KeptTensor) -> bool:
+    return item.same_as is None and item.tensor.entry.dtype.is_floating_point
+
+
 def _check_patterns(coverage: Coverage, recipe: Recipe) -> None:
-    names = [tensor.entry.name for tensor in coverage.of("quantize")]
-    for pattern, _ in recipe.sets:
-        if not any(matches(name, pattern, coverage.exact_names) for name in names):
+    layers = [tensor.entry.name for tensor in coverage.of("quantize")]
+    tables = [tensor.entry.name for tensor in coverage.tensors if tensor.is_vocabulary]
+    for pattern, choices in recipe.sets:
+        to_layer = any(matches(name, pattern, coverage.exact_names) for name in layers)
+        to_table = any(matches(name, pattern, coverage.exact_names) for name in tables)
+        if not (to_layer or to_table):
             raise FewbitError(f"--set {pattern}: matches no tensor to quantize: list the names with  fewbit plan")
+        named = [name for name, _ in choices]
+        if "embedding_bits" in named and not to_table:
+            raise FewbitError(f"--set {pattern}: embedding_bits applies to embeddings and heads, but it matches none")
+        if not to_layer and named != ["embedding_bits"]:
+            raise FewbitError(
+                f"--set {pattern}: matches only embeddings or heads, for which embedding_bits can be set (or add them "
+                "to the layers with --include)"
+            )
 
 
 def scheme_for(columns: int, recipe: Recipe) -> Scheme:
@@ -142,6 +191,8 @@ def place_outliers(stored_shape: tuple[int, int], choices: WeightChoices, outlie
 
 
 def _plan_tensor(tensor: WeightTensor, recipe: Recipe, exact: frozenset[str]) -> PlannedTensor | KeptTensor:
+    if tensor.is_vocabulary and (bits := recipe.embedding_bits(tensor.entry.name, exact)) < KEPT:
+        return _plan_table(tensor, bits)
     if tensor.action != "quantize":
         return KeptTensor(tensor)
     recipe = recipe.at(tensor.entry.name, exact)
@@ -156,6 +207,19 @@ def _plan_tensor(tensor: WeightTensor, recipe: Recipe, exact: frozenset[str]) ->
     except ValueError as error:
         raise FewbitError(f"{tensor.entry.name}: {error}") from error
     return PlannedTensor(tensor, recipe, stored)
+
+
+def _plan_table(tensor: WeightTensor, bits: int) -> PlannedTensor:
+    rows, columns = tensor.matrix_shape
+    grid, scales = embedding_grid(bits, columns)
+    recipe = Recipe("embeddings", grid=grid, scales=scales)
+    stored = StoredWeight(
+        scheme_for(columns, recipe),
+        (rows, columns),
+        transposed=tensor.transposed,
+        original_shape=tensor.original_shape,
+    )
+    return PlannedTensor(tensor, recipe, stored, is_table=True)
 
 
 def _check_rows(tensor: WeightTensor, scheme: Scheme) -> None:

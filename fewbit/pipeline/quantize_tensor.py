@@ -73,7 +73,9 @@ def quantize_tensor(
     importance = _importance(item, checkpoint, reader, workers.device)
 
     def work(span: tuple[int, int]) -> Encoded:
-        return round_rows(read(*span).to(workers.device), choices, cut, importance)
+        found = round_rows(read(*span).to(workers.device), choices, cut, importance)
+        # The decoded weights of a whole embedding would take a gigabyte, and nobody reads them.
+        return replace(found, decoded=found.decoded.new_empty(0))
 
     try:
         results = list(workers.pool.map(work, source.spans))

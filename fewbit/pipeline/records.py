@@ -6,6 +6,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from fewbit.calibration.source import public_text
+from fewbit.checkpoints.public_names import public_model
+from fewbit.checkpoints.safetensors_io import TensorEntry
 from fewbit.formats.native import stored_bytes
 from fewbit.grids.scheme import StoredWeight
 
@@ -72,11 +75,19 @@ def relative_errors(rows: Sequence[RowErrors]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class KeptRecord:
-    """One tensor that was kept unchanged, and the reason."""
+    """One tensor that was kept unchanged, and the reason.
+
+    same_as: it is not stored, since it is tied to this tensor and equal to it.
+    """
 
     name: str
     shape: list[int]
     reason: str
+    same_as: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as a dict of JSON values."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ class WrittenTensor:
     """What a finished shard contains of one tensor: either it was kept, or it is a layer with its stored form.
 
     module, parts: its tensors are ``module.part``, and a guard under the original name. stored, scheme: as in
-    `config.json`.
+    `config.json`. is_table: it is an embedding or a head.
     """
 
     kept: KeptRecord | None = None
@@ -93,22 +104,23 @@ class WrittenTensor:
     stored: dict[str, Any] | None = None
     scheme: dict[str, Any] | None = None
     parts: tuple[str, ...] = ()
+    is_table: bool = False
 
     @property
     def tensors(self) -> list[str]:
         """Names of its tensors in the shard."""
         if self.kept is not None:
-            return [self.kept.name]
+            return [] if self.kept.same_as is not None else [self.kept.name]
         guard = [self.layer.name] if self.layer else []
         return [*guard, *(f"{self.module}.{part}" for part in self.parts)]
 
     def to_dict(self) -> dict[str, Any]:
         """As a dict of JSON values; :meth:`from_dict` is the inverse."""
         if self.kept is not None:
-            return {"kept": asdict(self.kept)}
+            return {"kept": self.kept.to_dict()}
         assert self.layer is not None
         rest = {"module": self.module, "stored": self.stored, "scheme": self.scheme, "parts": list(self.parts)}
-        return {"layer": self.layer.to_dict(), **rest}
+        return {"layer": self.layer.to_dict(), **rest, **({"is_table": True} if self.is_table else {})}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "WrittenTensor":
@@ -116,39 +128,57 @@ class WrittenTensor:
         if "kept" in data:
             return cls(kept=KeptRecord(**data["kept"]))
         layer = LayerRecord(**data["layer"])
-        return cls(None, layer, data["module"], data["stored"], data["scheme"], tuple(data["parts"]))
+        table = bool(data.get("is_table"))
+        return cls(None, layer, data["module"], data["stored"], data["scheme"], tuple(data["parts"]), table)
 
 
 @dataclass(frozen=True)
 class Output:
-    """What was written: number of weights in quantized tensors, their bytes, bytes of kept tensors and of all files."""
+    """What was written.
+
+    weights_quantized, bytes, outliers: of the quantized linear layers. embedding_bytes: of quantized embeddings and
+    heads. kept_bytes: of kept tensors. file_bytes: of all files. weights_all, bytes_all: of all weights in them, that
+    is, quantized or floating-point; 0 in reports of earlier versions.
+    """
 
     weights_quantized: int
     bytes: int
     kept_bytes: int
     file_bytes: int
     outliers: int
+    embedding_bytes: int = 0
+    weights_all: int = 0
+    bytes_all: int = 0
 
     @classmethod
-    def of(cls, layers: Sequence[LayerRecord], kept_bytes: int) -> "Output":
-        """Sums over the layers, with files that contain nothing else but the kept tensors."""
-        size = sum(layer.bytes for layer in layers)
+    def of(cls, layers: Sequence[LayerRecord], tables: Sequence[LayerRecord], kept: Sequence[TensorEntry]) -> "Output":
+        """Sums over layers, quantized embeddings and heads, and kept tensors, which are all that the files contain."""
+        size, apart = sum(layer.bytes for layer in layers), sum(table.bytes for table in tables)
         weights, outliers = sum(layer.weights for layer in layers), sum(layer.outliers for layer in layers)
-        return cls(weights, size, kept_bytes, size + kept_bytes, outliers)
+        whole = sum(entry.bytes for entry in kept)
+        floats = [entry for entry in kept if entry.dtype.is_floating_point]
+        every = weights + sum(table.weights for table in tables) + sum(entry.numel for entry in floats)
+        held = size + apart + sum(entry.bytes for entry in floats)
+        return cls(weights, size, whole, size + apart + whole, outliers, apart, every, held)
 
     def to_dict(self) -> dict[str, Any]:
-        """As a dict of JSON values, with the bits per weight."""
+        """As a dict of JSON values, with the bits per weight of the layers and of the whole model."""
         data = asdict(self)
+        weights, size = data.pop("weights_quantized"), data.pop("bytes")
         bits = {"bits_per_weight": 8 * self.bytes / self.weights_quantized}
-        return {"weights_quantized": data.pop("weights_quantized"), "bytes": data.pop("bytes"), **bits, **data}
+        if self.weights_all:
+            bits["bits_per_weight_all"] = 8 * self.bytes_all / self.weights_all
+        return {"weights_quantized": weights, "bytes": size, **bits, **data}
 
 
 @dataclass(frozen=True)
 class Report:
     """The content of `fewbit_report.json`; the same for the same input, even if the run was interrupted.
 
-    left: files of the original model that were not copied. fewbit_version: None if it is not known. tuning: of a
-    fine-tuned model, the choices and losses of the tuning.
+    layers, embeddings: the quantized linear layers, and the quantized embeddings and heads. left: files of the original
+    model that were not copied. fewbit_version: None if it is not known. tuning: of a
+    fine-tuned model, the choices and losses of the tuning. model: its name, without folders. model_is_local: whether
+    that is the name of a file or folder here, and not of a model on the hub.
     """
 
     model: str
@@ -160,8 +190,10 @@ class Report:
     kept: Sequence[KeptRecord]
     fewbit_version: str | None
     left: Sequence[str] = ()
+    embeddings: Sequence[LayerRecord] = ()
     calibration: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
+    model_is_local: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As a dict of JSON values."""
@@ -172,11 +204,12 @@ class Report:
             "source": self.source,
             "output": self.output.to_dict(),
             "layers": [layer.to_dict() for layer in self.layers],
-            "kept": [asdict(kept) for kept in self.kept],
+            "embeddings": [table.to_dict() for table in self.embeddings],
+            "kept": [kept.to_dict() for kept in self.kept],
             "left": list(self.left),
             "fewbit_version": self.fewbit_version,
         }
-        more = {"calibration": self.calibration, "tuning": self.tuning}
+        more = {"calibration": self.calibration, "tuning": self.tuning, "model_is_local": self.model_is_local or None}
         return data | {name: value for name, value in more.items() if value is not None}
 
     @classmethod
@@ -186,3 +219,9 @@ class Report:
             return TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
             raise ValueError(f"not a whole report: {error}") from error
+
+
+def published(data: dict[str, Any]) -> dict[str, Any]:
+    """The values of a report without local paths, which reports of earlier versions have."""
+    model = data.get("model")
+    return {**public_text(data), **({"model": public_model(model)} if isinstance(model, str) else {})}

@@ -14,9 +14,13 @@ from typing import Any
 
 import torch
 
+from fewbit.calibration.source import public_text
 from fewbit.checkpoints.json_file import write_json
 from fewbit.checkpoints.locate import locate
-from fewbit.checkpoints.output import CONFIG, REPORT, RUN
+from fewbit.checkpoints.model_card import Written, base_of, write_card
+from fewbit.checkpoints.origins import remember_origin
+from fewbit.checkpoints.output import CARD, CONFIG, REPORT, RUN
+from fewbit.checkpoints.public_names import is_local, public_config, public_model
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.checkpoints.stamps import file_stamps
@@ -26,7 +30,6 @@ from fewbit.choices import check_values, flag_names
 from fewbit.device import check_device
 from fewbit.errors import FewbitError, WorkKeptError
 from fewbit.formats.native import FORMAT_VERSION, GUARD, check_scheme
-from fewbit.formats.original import MODEL_FOLDER
 from fewbit.grids.scheme import Scheme
 from fewbit.memory import peak_rss_bytes
 from fewbit.pipeline.calibration_options import CalibrationOptions, check_fit
@@ -36,6 +39,7 @@ from fewbit.pipeline.records import KeptRecord, Output, Report, WrittenTensor
 from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.progress import Progress
 from fewbit.recipe import Recipe
+from fewbit.solvers.settled import NotFiniteError
 from fewbit.version import __version__
 
 
@@ -97,12 +101,15 @@ def quantize(
                 workers = scratch.enter_context(_workers(options))
                 reader = scratch.enter_context(FileReader())
                 results = _stream(plan, checkpoint, _Run(workers, reader, work, options.progress, solved))
-            report = replace(_report(str(model), checkpoint, recipe, plan, results), calibration=calibration)
+            report = replace(_report(model, checkpoint, recipe, results), calibration=public_text(calibration))
             if work is not None:
                 _write_companions(work, checkpoint, recipe, plan, results)
                 report = replace(report, output=replace(report.output, file_bytes=work.shard_bytes))
-                write_json(work.file(REPORT), report.to_dict())
-                write_json(work.file(RUN), {**_run_facts(started, options), MODEL_FOLDER: str(folder.resolve())})
+                data = report.to_dict()
+                write_json(work.file(REPORT), data)
+                base = base_of(folder, report.model, checkpoint.config)
+                write_card(work.file(CARD), base, Written("native", data, work.shard_bytes))
+                write_json(work.file(RUN), {**_run_facts(started, options), **remember_origin(folder)})
                 work.publish()
     except BaseException as error:
         if work is not None:
@@ -163,6 +170,9 @@ def _write_shard(
         room = header_room([tensor for item in shard for tensor in item.output])
         writer = ShardWriter(run.work.shard(name), room)
     pending: list[Future[WrittenTensor]] = []
+    if run.progress and shard:
+        # The remaining time counts from here: the first tensor may be an embedding, which takes long.
+        run.progress(done, total, shard[0].tensor.entry.name)
     try:
         with ThreadPoolExecutor(1) as behind:
             for item in shard:
@@ -193,13 +203,29 @@ def _quantize_then_write(
     run.reader.descriptor(item.tensor.entry.file)
     if isinstance(item, KeptTensor):
         return partial(_copy, item, run, writer)
+    if item.is_table:
+        return _quantize_table(item, checkpoint, run, writer)
     if run.solved is None:
         return partial(_write, item, quantize_tensor(item, checkpoint, run.reader, run.workers), writer)
     return partial(_write, item, partial(run.solved.take, item.tensor.entry.name), writer)
 
 
+def _quantize_table(
+    item: PlannedTensor, checkpoint: Checkpoint, run: _Run, writer: ShardWriter | None
+) -> Callable[[], WrittenTensor]:
+    """Quantize an embedding or a head. It is kept if a weight is not finite: its row may be one that no text uses."""
+    try:
+        return partial(_write, item, quantize_tensor(item, checkpoint, run.reader, run.workers), writer)
+    except FewbitError as error:
+        if not isinstance(error.__cause__, NotFiniteError):
+            raise
+    return partial(_copy, KeptTensor(replace(item.tensor, reason="has a weight that is NaN or infinite")), run, writer)
+
+
 def _copy(item: KeptTensor, run: _Run, writer: ShardWriter | None) -> WrittenTensor:
     entry = item.tensor.entry
+    if item.same_as is not None:
+        return WrittenTensor(kept=KeptRecord(entry.name, list(entry.shape), f"tied to {item.same_as}", item.same_as))
     changed = run.solved.kept(entry.name) if run.solved else None
     if writer and changed is not None:
         writer.add(entry.name, changed)
@@ -221,6 +247,7 @@ def _write(item: PlannedTensor, assemble: Callable[[], SolvedWeight], writer: Sh
         stored=stored_to_dict(found.stored, 0),
         scheme=found.stored.scheme.to_dict(),
         parts=tuple(found.parts),
+        is_table=item.is_table,
     )
 
 
@@ -273,17 +300,22 @@ def _write_companions(
     work: WorkFolder, checkpoint: Checkpoint, recipe: Recipe, plan: Plan, results: list[list[WrittenTensor]]
 ) -> None:
     copy_companions(checkpoint.companions, work)
-    quantization = quantization_config(recipe, [one for shard in results for one in shard if one.layer])
-    write_json(work.file(CONFIG), {**checkpoint.config, "quantization_config": quantization})
+    quantization = quantization_config(recipe.to_dict(), [one for shard in results for one in shard])
+    write_json(work.file(CONFIG), {**public_config(checkpoint.config), "quantization_config": quantization})
     names = [[name for record in records for name in record.tensors] for records in results]
     write_index(work, {plan.shard_name(i): shard for i, shard in enumerate(names)})
 
 
-def quantization_config(recipe: Recipe, layers: list[WrittenTensor]) -> dict[str, Any]:
-    """The `quantization_config` of config.json: everything that a reader needs in addition to the tensors."""
+def quantization_config(recipe: dict[str, Any], written: list[WrittenTensor]) -> dict[str, Any]:
+    """The `quantization_config` of config.json: everything that a reader needs in addition to the tensors.
+
+    recipe: how the weights were made; readers only show it.
+    """
     schemes: list[dict[str, Any]] = []
     weights: dict[str, Any] = {}
-    for one in layers:
+    for one in written:
+        if one.layer is None:
+            continue
         assert one.scheme is not None
         assert one.stored is not None
         if one.scheme not in schemes:
@@ -291,28 +323,35 @@ def quantization_config(recipe: Recipe, layers: list[WrittenTensor]) -> dict[str
         weights[one.module] = {**one.stored, "scheme": schemes.index(one.scheme)}
     for scheme in schemes:
         check_scheme(Scheme.from_dict(scheme))
+    tables = [one.module for one in written if one.is_table]
+    tied = {one.kept.name: one.kept.same_as for one in written if one.kept is not None and one.kept.same_as is not None}
     return {
         "quant_method": "fewbit",
         "format_version": FORMAT_VERSION,
         "fewbit_version": __version__,
-        "recipe": recipe.to_dict(),
+        "recipe": recipe,
         "schemes": schemes,
         "weights": weights,
+        **({"embeddings": tables} if tables else {}),
+        **({"tied": tied} if tied else {}),
     }
 
 
-def _report(
-    model: str, checkpoint: Checkpoint, recipe: Recipe, plan: Plan, results: list[list[WrittenTensor]]
-) -> Report:
+def _report(model: str | Path, checkpoint: Checkpoint, recipe: Recipe, results: list[list[WrittenTensor]]) -> Report:
     records = [record for shard in results for record in shard]
-    layers = [record.layer for record in records if record.layer]
+    layers = [record.layer for record in records if record.layer and not record.is_table]
+    tables = [record.layer for record in records if record.layer and record.is_table]
+    kept = {record.kept.name for record in records if record.kept and record.kept.same_as is None}
+    entries = [entry for name, entry in checkpoint.entries.items() if name in kept]
     return Report(
-        model=model,
+        model=public_model(model),
+        model_is_local=is_local(model),
         method=recipe.method,
         recipe=recipe.to_dict(),
         source={"bytes": checkpoint.bytes, "tensors": len(checkpoint.entries)},
-        output=Output.of(layers, sum(item.bytes for item in plan.kept)),
+        output=Output.of(layers, tables, entries),
         layers=layers,
+        embeddings=tables,
         kept=[record.kept for record in records if record.kept],
         fewbit_version=__version__,
         left=list(checkpoint.left),

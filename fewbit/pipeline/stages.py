@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fewbit.architecture.network import Site
+from fewbit.architecture.positions import positions_of
 from fewbit.errors import FewbitError
 from fewbit.memory import activation_bytes
 from fewbit.sizes import show_size
@@ -57,17 +58,3 @@ def check_length(config: Any, length: int) -> None:
         raise FewbitError(
             f"--sequence-length {length}: the model's maximum length is {positions}: use {positions} or less"
         )
-
-
-def positions_of(config: Any) -> int | None:
-    """The maximum sequence length of a model, or None if its configuration does not state it."""
-    if isinstance(config, dict):
-        config = config.get("text_config") or config
-        found = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)
-    else:
-        inner = config.get_text_config()
-        found = next((value for name in _POSITIONS if isinstance(value := getattr(inner, name, None), int)), None)
-    return found if found and found > 0 else None
-
-
-_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")

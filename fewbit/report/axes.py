@@ -10,13 +10,13 @@ from fewbit.outliers.rules import OUTLIER_RULES
 from fewbit.presets import PRESETS
 from fewbit.recipe import preset
 from fewbit.solvers.choice import SOLVERS
-from fewbit.transforms.table import TRANSFORMS
+from fewbit.transforms.table import chosen_transforms
 
 
 def axes_json() -> dict[str, Any]:
     """The choices on each axis with a summary; ``methods``: the choices of each preset at its default bits."""
     return {
-        "transform": {one.name: one.summary for one in TRANSFORMS.values()},
+        "transform": {name: one.summary for name, one in chosen_transforms().items()},
         "outliers": {one.name: one.summary for one in OUTLIER_RULES.values()},
         "outlier_grid": {one.name: one.summary for one in OUTLIER_GRIDS.values()},
         "curvature": {one.name: one.summary for one in CURVATURES.values()},

@@ -99,7 +99,8 @@ def write_quantize_page(report: dict[str, Any], path: Path) -> None:
     """The page of one run of `fewbit quantize`."""
     output = report["output"]
     lead = (
-        f"{output['weights_quantized']:,} weights at {output['bits_per_weight']:.3f} bits per weight on disk; "
+        f"{output['weights_quantized']:,} weights in layers at {output['bits_per_weight']:.3f} bits per weight, "
+        f"the whole model at {output['bits_per_weight_all']:.3f}; "
         f"{show_size(report['source']['bytes'])} became {show_size(output['file_bytes'])}."
     )
     rows = [
@@ -109,7 +110,7 @@ def write_quantize_page(report: dict[str, Any], path: Path) -> None:
             f"{r['bits_per_weight']:.3f}",
             f"{r['relative_squared_error']:.5f}",
         ]
-        for r in report["layers"]
+        for r in (*report["layers"], *report["embeddings"])
     ]
     kept = [[k["name"], "x".join(map(str, k["shape"])), k["reason"]] for k in report["kept"]]
     sections = [
@@ -121,7 +122,18 @@ def write_quantize_page(report: dict[str, Any], path: Path) -> None:
     write_page(path, f"{report['model']}: {report['method']}, {report['recipe']['bits']} bits", lead, sections)
 
 
-_COLUMNS = ("model", "method", "bits/weight", "size", "perplexity", "ratio", "KL mean", "KL 99 %", "same top token")
+_COLUMNS = (
+    "model",
+    "method",
+    "bits/weight",
+    "of all weights",
+    "size",
+    "perplexity",
+    "ratio",
+    "KL mean",
+    "KL 99 %",
+    "same top token",
+)
 
 
 def evaluation_section(result: dict[str, Any], heading: str = "Models") -> Section:
@@ -168,6 +180,7 @@ def _evaluation_row(row: dict[str, Any]) -> list[str]:
         row["name"],
         row["method"],
         cell("bits_per_weight", ".2f"),
+        cell("bits_per_weight_all", ".2f"),
         show_size(row["bytes"]) if "bytes" in row else "",
         cell("perplexity", ".2f"),
         cell("perplexity_ratio", ".3f"),
@@ -194,6 +207,7 @@ def write_evaluation_page(result: dict[str, Any], path: Path) -> None:
 def write_inspection_page(result: dict[str, Any], path: Path) -> None:
     """The page of `fewbit inspect`."""
     matrices = [row for row in result["tensors"] if len(row["shape"]) >= 2]
+    model = result["models"][0]
     keys = [
         ("kurtosis", "kurtosis"),
         ("energy_top_0.01", "energy share of the top 1 %"),
@@ -217,9 +231,8 @@ def write_inspection_page(result: dict[str, Any], path: Path) -> None:
         Section("Matrices in order", figures=figures),
         Section("Every matrix", [f"Estimator: {result['protocol']['estimator']}."], columns=columns, rows=rows),
     ]
-    write_page(
-        path,
-        f"Weights of {result['models'][0]['name']}",
-        f"Compared with {result['reference'] or 'nothing'}.",
-        sections,
+    lead = (
+        f"{model['bits_per_weight']:.2f} bits per weight in layers, {model['bits_per_weight_all']:.2f} in all weights; "
+        f"{show_size(model['bytes'])}. Compared with {result['reference'] or 'nothing'}."
     )
+    write_page(path, f"Weights of {model['name']}", lead, sections)

@@ -22,6 +22,7 @@ def quantize_json(report: dict[str, Any]) -> dict[str, Any]:
         "name": report["model"],
         "method": report["method"],
         "bits_per_weight": report["output"]["bits_per_weight"],
+        "bits_per_weight_all": report["output"]["bits_per_weight_all"],
         "bytes": _file_bytes(report),
         "seconds": report["run"]["seconds"],
         "peak_rss_bytes": report["run"]["peak_rss_bytes"],
@@ -41,7 +42,9 @@ def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
     worst = errors[0]
     lines = [
         f"{report['method']}: {output['weights_quantized']:,} weights in {len(errors)} layers at "
-        f"{output['bits_per_weight']:.2f} bits per weight on disk; {len(report['kept'])} tensors kept",
+        f"{output['bits_per_weight']:.2f} bits per weight on disk{_of_tables(report)}; "
+        f"{len(report['kept'])} tensors kept",
+        f"whole model: {output['bits_per_weight_all']:.2f} bits per weight; "
         f"{show_size(report['source']['bytes'])} -> {show_size(_file_bytes(report))} in {run['seconds']:.1f} s, "
         f"peak memory {show_size(run['peak_rss_bytes'])}",
         f"largest relative squared error {worst['relative_squared_error']:.4f} in {worst['name']}",
@@ -62,7 +65,30 @@ def export_summary(report: dict[str, Any], dest: Path) -> str:
     types = ", ".join(f"{count} {name}" for name, count in sorted(report["tensors"].items(), key=lambda one: -one[1]))
     lines = [f"wrote {dest / report['file']}: {show_size(report['bytes'])}; tensors: {types}"]
     lines += [f"{name}: relative squared error {error:.2g}" for name, error in report["rounded"].items()]
+    lines += report.get("notes", ())
     return "\n".join(map(printable, lines))
+
+
+def import_summary(report: dict[str, Any], out: Path) -> str:
+    """A summary of a few lines."""
+    output, kept = report["output"], len(report["kept"])
+    facts = ", ".join(f"{count} {name}" for name, count in report["recipe"]["imported"].get("types", {}).items())
+    lines = [
+        f"wrote {out}: {show_size(output['file_bytes'])} of weights, from {show_size(report['source']['bytes'])}",
+        f"{len(report['layers'])} layers at {output['bits_per_weight']:.2f} bits per weight{_of_tables(report)}, "
+        f"{kept} tensors that are not quantized" + (f" ({facts})" if facts else ""),
+    ]
+    return "\n".join(map(printable, lines))
+
+
+def _of_tables(report: dict[str, Any]) -> str:
+    """Quantized embeddings and heads, in words."""
+    tables = report["embeddings"]
+    if not tables:
+        return ""
+    what = "embedding or head" if len(tables) == 1 else "embeddings and heads"
+    bits = 8 * sum(table["bytes"] for table in tables) / sum(table["weights"] for table in tables)
+    return f", {len(tables)} {what} at {bits:.2f}"
 
 
 def tuning_summary(report: dict[str, Any], out: Path) -> str:
@@ -71,7 +97,8 @@ def tuning_summary(report: dict[str, Any], out: Path) -> str:
     held, best = history["held_out"], history["best_epoch"]
     lines = [
         f"{report['method']}: {len(history['losses'])} updates in {run['seconds']:.0f} s, peak memory "
-        f"{show_size(run['peak_rss_bytes'])}, {report['output']['bits_per_weight']:.2f} bits per weight as before"
+        f"{show_size(run['peak_rss_bytes'])}, {report['output']['bits_per_weight']:.2f} bits per weight and "
+        f"{show_size(report['output']['file_bytes'])} as before"
     ]
     if report["tuning"]["choice"]["held_out"]:
         shown = " -> ".join(f"{loss:.3f}" for loss in held)
@@ -90,6 +117,7 @@ def evaluation_table(result: dict[str, Any]) -> None:
         ("model", "name", _short),
         ("method", "method", str),
         ("bits/weight", "bits_per_weight", lambda v: f"{v:.2f}"),
+        ("of all", "bits_per_weight_all", lambda v: f"{v:.2f}"),
         ("size", "bytes", show_size),
         ("perplexity", "perplexity", _figure),
         ("ratio", "perplexity_ratio", lambda v: f"{v:.3f}"),
@@ -170,6 +198,12 @@ def inspection_table(result: dict[str, Any]) -> None:
             highlight=False,
         )
     vectors = sum(len(row["shape"]) < 2 for row in result["tensors"])
+    model = result["models"][0]
+    console.print(
+        f"{model['bits_per_weight']:.2f} bits per weight in the linear layers, {model['bits_per_weight_all']:.2f} in "
+        f"all weights; {show_size(model['bytes'])}",
+        highlight=False,
+    )
     console.print(
         f"{vectors} vectors not shown (--json has them). Estimator: {result['protocol']['estimator']}", highlight=False
     )
@@ -225,13 +259,17 @@ def _short(name: str) -> str:
 def plan_text(result: dict[str, Any]) -> str:
     """A summary of what a run would do, in a few lines."""
     layers, kept = result["tensors"]["quantize"], result["tensors"]["keep"]
+    tables = result["tensors"]["embeddings"]
     output, needs = result["output"], result["needs"]
     kinds: dict[tuple[str, tuple[int, ...], int, float], int] = {}
-    for layer in layers:
+    for layer in (*layers, *tables):
         short = ".".join(part for part in layer["name"].removesuffix(".weight").split(".") if not part.isdigit())
         key = (short, tuple(layer["shape"]), layer["group_size"], round(layer["bits_per_weight"], 3))
         kinds[key] = kinds.get(key, 0) + 1
-    lines = [f"{result['method']}, {result['bits']} bits: {len(layers)} weights quantized, {len(kept)} tensors kept"]
+    apart = f", {len(tables)} embeddings or heads" if tables else ""
+    lines = [
+        f"{result['method']}, {result['bits']} bits: {len(layers)} weights quantized{apart}, {len(kept)} tensors kept"
+    ]
     for (name, shape, size, bits), count in kinds.items():
         lines.append(f"  {count:4d} x {name}  {' x '.join(map(str, shape))}  groups of {size}  {bits:.3f} bits")
     reasons: dict[str, int] = {}
@@ -239,14 +277,15 @@ def plan_text(result: dict[str, Any]) -> str:
         reasons[tensor["reason"]] = reasons.get(tensor["reason"], 0) + 1
     lines += [f"  {count:4d} x kept: {reason}" for reason, count in reasons.items()]
     lines.append(
-        f"{output['bits_per_weight']:.3f} bits a weight; {show_size(output['source_bytes'])} become "
-        f"{show_size(output['bytes'])}"
+        f"{output['bits_per_weight']:.3f} bits a weight in the layers, {output['bits_per_weight_all']:.3f} in the "
+        f"whole model; {show_size(output['source_bytes'])} become {show_size(output['bytes'])}"
     )
     lines.append(
         f"takes about {needs['seconds']:.0f} s, {show_size(needs['memory_bytes'])} of memory and "
         f"{show_size(needs['disk_bytes'])} of disk"
     )
     lines += [f"problem: {problem}" for problem in result["problems"]]
+    lines += result["advice"]
     held = [name for name, reason in result["exports"].items() if reason is None]
     lines.append(f"can be written as: {', '.join(held)}")
     return "\n".join(map(printable, lines))

@@ -13,6 +13,7 @@ from fewbit.linear import use_fast_products
 from fewbit.runtime.install import install
 from fewbit.runtime.part_names import Hide, PartNames, Settle
 from fewbit.runtime.places import mark_used
+from fewbit.runtime.resize import unpack_to_resize
 from fewbit.runtime.unpack import unpack_modules
 from fewbit.runtime.whole import check_content_of, check_parts_of, read_entries
 
@@ -63,11 +64,13 @@ class FewbitQuantizer(HfQuantizer):
         # For saving, the model's own list of conversions keeps the names.
         self._names = PartNames()
         use_fast_products(model)
+        unpack_to_resize(model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         # After a model was saved, its config contains the dtype by name.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        model.__dict__.pop("resize_token_embeddings", None)
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [entry for entry in conversions if not isinstance(entry, Hide | Settle)]
         return unpack_modules(model, dtype, own_classes=True)

@@ -9,11 +9,13 @@ from torch.autograd.function import once_differentiable
 from fewbit.formats import native
 from fewbit.formats.native import GUARD, part_layout
 from fewbit.grids.scheme import StoredWeight
-from fewbit.linear import linear
 from fewbit.runtime.decoded import to_look_at
+from fewbit.runtime.kernels.ready import Ready, product
+from fewbit.runtime.kernels.ready import back as for_inputs
 
 _BUFFER = "packed_"
 """Prefix of a buffer's name, because a part may have a name that a module already uses, such as `weight`."""
+_SKIPPED = len(_BUFFER)
 GUARD_BUFFER = "guard"
 """The buffer that is saved as the guard (:data:`fewbit.formats.native.GUARD`)."""
 
@@ -32,8 +34,8 @@ def buffer_name(part: str) -> str:
 
 def parts_of(module: nn.Module) -> dict[str, Tensor]:
     """The parts in `module` itself, by name."""
-    buffers = module.named_buffers(recurse=False)
-    return {name.removeprefix(_BUFFER): buffer for name, buffer in buffers if name.startswith(_BUFFER)}
+    found = module._buffers.items()
+    return {name[_SKIPPED:]: buffer for name, buffer in found if buffer is not None and name.startswith(_BUFFER)}
 
 
 def remember_dtype(module: nn.Module, dtype: torch.dtype) -> None:
@@ -64,6 +66,7 @@ class PackedLinear(nn.Linear):
         self.out_features, self.in_features = stored.shape
         add_parts(self, stored, device)
         remember_dtype(self, dtype)
+        self.ready = Ready()
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None  # type: ignore[assignment]
 
     @property
@@ -80,11 +83,16 @@ class PackedLinear(nn.Linear):
         return native.decode_stored(parts_of(self), self.stored, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias
-        x = native.transform_inputs(x, parts_of(self), self.stored)
+        bias, parts = self.bias, parts_of(self)
+        x = native.transform_inputs(x, parts, self.stored)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return _Product.apply(x, bias, self)
-        return linear(x, self.decode_stored(x.dtype), bias)
+        return product(self.ready, parts, self.stored, x, bias)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # The parts may move: what was prepared must not keep the old ones.
+        self.ready.forget()
+        return super()._apply(*args, **kwargs)
 
     def extra_repr(self) -> str:
         scheme = self.stored.scheme
@@ -98,12 +106,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
-        return linear(x, layer.decode_stored(x.dtype), bias)
+        return product(layer.ready, parts_of(layer), layer.stored, x, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         for_x, for_bias, _ = ctx.needs_input_grad
-        back = linear(gradient, ctx.layer.decode_stored(gradient.dtype).t()).to(ctx.dtype) if for_x else None
+        layer = ctx.layer
+        back = for_inputs(layer.ready, parts_of(layer), layer.stored, gradient).to(ctx.dtype) if for_x else None
         flat = gradient.reshape(-1, gradient.shape[-1])
         return back, flat.sum(0, dtype=torch.float32).to(ctx.layer.bias.dtype) if for_bias else None, None

@@ -22,23 +22,39 @@ from fewbit.formats import native
 from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import Linear
 from fewbit.runtime.decoded import to_look_at
+from fewbit.runtime.kernels.ready import Ready, decode
 from fewbit.runtime.packed_linear import add_parts, parts_of, remember_dtype
+from fewbit.runtime.packed_table import DIRECT, Work, has_rows, rows_on_demand
 
 
 class PackedWeight(nn.Module):
-    """A packed tensor of the checkpoint; a call with a dtype returns the decoded tensor in its original shape."""
+    """A packed tensor of the checkpoint; a call with a dtype returns the decoded tensor in its original shape.
+
+    All of its work is done by calls, because accelerate loads offloaded parts when a module is called.
+    """
 
     def __init__(self, name: str, stored: StoredWeight) -> None:
         super().__init__()
         self.name, self.stored = name, stored
         add_parts(self, stored, "meta")
+        self.ready = Ready()
 
-    def forward(self, dtype: torch.dtype) -> Tensor:
+    def forward(self, dtype: torch.dtype, work: Work | None = None) -> Tensor:
+        """The tensor in `dtype`; with `work`, what that computes from this weight."""
+        if work is not None:
+            return work(self, dtype)
         return from_matrix(self.decode(dtype), self.stored.tensor_shape, self.stored.transposed)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The weight `(out, in)` in `dtype`."""
-        return native.decode(parts_of(self), self.stored, dtype)
+        parts = parts_of(self)
+        if native.read_transform(parts, self.stored):
+            return native.decode(parts, self.stored, dtype)
+        return decode(self.ready, parts, self.stored, dtype)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.ready.forget()
+        return super()._apply(*args, **kwargs)
 
 
 class KeptWeight(nn.Module):
@@ -128,6 +144,14 @@ class PackedParameter(nn.Module):
     def sources(self) -> nn.ModuleList:
         """The sources, in transformers' order."""
         return self.shared[0].sources if hasattr(self, "shared") else self.stored_sources
+
+    @property
+    def table(self) -> PackedWeight | None:
+        """The only source, if it is a matrix `(out, in)` as the network has it; otherwise None."""
+        if self.merge is not None or not isinstance(source := self.sources[0], PackedWeight):
+            return None
+        plain = len(source.stored.tensor_shape) == 2 and not source.stored.transposed
+        return source if plain else None
 
     def forward(self, experts: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The whole parameter. experts: ascending indices of the experts that are needed; others may be all zeros."""
@@ -220,6 +244,8 @@ def _read(module: nn.Module, name: str) -> Tensor:
     running = _DECODED.get()
     if running is None:
         return to_look_at(value())
+    if isinstance(module, nn.Embedding) and has_rows(value) and not torch.compiler.is_compiling():
+        return rows_on_demand(value)
     known, experts = running
     if id(value) not in known:
         known[id(value)] = value(experts)
@@ -230,6 +256,7 @@ def _read(module: nn.Module, name: str) -> Tensor:
 def _holding(base: type, names: tuple[str, ...]) -> type:
     """A subclass of `base` for modules whose parameters `names` are packed."""
     routed = "top_k_index" in inspect.signature(base.forward).parameters  # type: ignore[attr-defined]
+    direct = DIRECT.get(base.forward) if names == ("weight",) else None  # type: ignore[attr-defined]
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         experts = None
@@ -241,6 +268,8 @@ def _holding(base: type, names: tuple[str, ...]) -> type:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass; the backward pass runs it again, so that no decoded weight is kept."""
+        if direct is not None and (found := direct(self, self.held.of("weight"), *args, **kwargs)) is not None:
+            return found
         if torch.is_grad_enabled() and any(
             isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())
         ):

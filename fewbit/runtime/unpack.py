@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from fewbit.architecture.orientation import from_matrix
-from fewbit.checkpoints.json_file import write_json
-from fewbit.checkpoints.output import CONFIG, REPORT
+from fewbit.checkpoints.json_file import read_json, write_json
+from fewbit.checkpoints.model_card import Written, base_of, write_card
+from fewbit.checkpoints.output import CARD, CONFIG, REPORT
+from fewbit.checkpoints.own_files import is_own
+from fewbit.checkpoints.public_names import public_config, public_model
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, TensorEntry, header_room
 from fewbit.checkpoints.shards import shard_name, split_by_size
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
@@ -38,7 +41,7 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None, own_class
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, PackedLinear):
-                setattr(parent, name, _plain_layer(child, dtype or child.like.dtype, own_classes))
+                setattr(parent, name, plain_layer(child, dtype or child.like.dtype, own_classes))
     plain: dict[PackedParameter, nn.Parameter] = {}
     holders = [module for module in model.modules() if isinstance(getattr(module, "held", None), Held)]
     for module in holders:
@@ -50,7 +53,8 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None, own_class
     return model
 
 
-def _plain_layer(packed: PackedLinear, dtype: torch.dtype, own_class: bool) -> nn.Module:
+def plain_layer(packed: PackedLinear, dtype: torch.dtype, own_class: bool = False) -> nn.Module:
+    """A plain layer with the same weight in `dtype` and the same bias. own_class: as for :func:`unpack_modules`."""
     weight = packed.decode(dtype)
     if own_class and packed.stored.transposed:
         from transformers.pytorch_utils import Conv1D
@@ -139,8 +143,12 @@ def _write_plain(
                 raise
     copy_companions(checkpoint.companions, work)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    write_json(work.file(CONFIG), config)
+    write_json(work.file(CONFIG), public_config(config))
     write_json(work.file(REPORT), {"unpacked_from": checkpoint.quantization})
+    path = checkpoint.folder / REPORT
+    report = read_json(path) if is_own(path) else {"recipe": (checkpoint.quantization or {}).get("recipe")}
+    base = base_of(checkpoint.folder, public_model(checkpoint.folder), checkpoint.config)
+    write_card(work.file(CARD), base, Written("plain", report, work.shard_bytes))
     write_index(work, dict(zip(names, written, strict=True)))
 
 

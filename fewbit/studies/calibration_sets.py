@@ -8,6 +8,7 @@ from typing import Any
 
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.errors import FewbitError
+from fewbit.grids.embeddings import KEPT
 from fewbit.pipeline.plan import make_plan
 from fewbit.presets import PRESETS
 from fewbit.recipe import Recipe, preset
@@ -80,8 +81,8 @@ def grouped(methods: tuple[str, ...], widths: tuple[int, ...]) -> list[dict[str,
 
 
 def recipe_of(method: str, bits: int) -> Recipe:
-    """The preset of a method."""
-    return preset(method, bits=bits)
+    """The preset of a method. Embeddings and heads are kept: a study of the layers is not about them."""
+    return preset(method, bits=bits, embedding_bits=KEPT)
 
 
 def _check_test(choice: StudyChoice) -> None:

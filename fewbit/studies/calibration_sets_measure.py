@@ -20,6 +20,7 @@ from fewbit.evaluation.score import window_losses
 from fewbit.evaluation.task_answers import answer_tasks, summarize
 from fewbit.evaluation.tasks import TaskChoice, open_tasks
 from fewbit.evaluation.windows import read_tokenizer
+from fewbit.grids.embeddings import KEPT
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.measure_curvature import measure_tokens
 from fewbit.pipeline.network import open_original
@@ -159,7 +160,7 @@ def _curvature(cell: Cell, base: Row, drawn: CalibrationSet, opened: OpenedSets,
             run = RunOptions(device=choice.device, calibration=options)
             about = {**base, "method": method, "bits": bits}
             try:
-                report = quantize(checkpoint.folder, out, preset(method, bits=bits), run)
+                report = quantize(checkpoint.folder, out, preset(method, bits=bits, embedding_bits=KEPT), run)
                 about["bits_per_weight"] = report["output"]["bits_per_weight"]
                 about["fallbacks"] = sum(layer["path"].startswith("fallback") for layer in report["layers"])
                 rows += _scored(about, unpack_modules(load_decoder(out, device=choice.device)), opened)

@@ -14,6 +14,7 @@ from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats.config import weights_of
 from fewbit.grids.scheme import StoredWeight
+from fewbit.pipeline.plan import cover_original
 from fewbit.runtime.unpack import check_all_parts, read_weight
 
 
@@ -21,7 +22,8 @@ from fewbit.runtime.unpack import check_all_parts, read_weight
 class QuantizedFolder:
     """A folder in the native format that was made from an original.
 
-    weights: module -> how it is stored. changed: what outside the linear layers of the blocks is not the original's.
+    weights: module -> how it is stored. changed: what outside the linear layers of the blocks is not the original's,
+    except for packed embeddings and heads, which studies of these layers leave as they are in the original.
     """
 
     checkpoint: Checkpoint
@@ -76,6 +78,7 @@ def open_quantized(folder: str | Path, original: Checkpoint, sites: list[Site]) 
     """Open a quantized folder; FewbitError when it is not whole, not native, or not of this original."""
     checkpoint, weights = _check_folder(folder, original)
     inside = {site.tensor.module for site in sites}
+    inside |= {tensor.module for tensor in cover_original(original).tensors if tensor.is_vocabulary}
     outside = [module for module in weights if module not in inside]
     return QuantizedFolder(checkpoint, weights, (*outside, *_changed(checkpoint, original)))
 

@@ -12,6 +12,7 @@ from fewbit.checkpoints.source import open_checkpoint
 from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.store import open_curvature
 from fewbit.errors import FewbitError
+from fewbit.grids.embeddings import KEPT
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.measure_curvature import measure
 from fewbit.pipeline.run import RunOptions, quantize
@@ -42,9 +43,9 @@ class Variant:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe; FewbitError for a method or a bit-width that does not exist."""
+        """The recipe, which keeps embeddings and heads; FewbitError for a method or bit-width that does not exist."""
         group = {"group_size": self.group_size} if self.group_size else {}
-        return preset(self.method, bits=self.bits, **group)
+        return preset(self.method, bits=self.bits, embedding_bits=KEPT, **group)
 
     def cell(self) -> Cell:
         """As plain JSON."""

@@ -20,6 +20,7 @@ _SHAREGPT = {
     "observation": "tool",
     "function_response": "tool",
 }
+_ADVICE = "give conversations that it takes, or plain text without --chat-template"
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,16 @@ def check_template(tokenizer: Any, what: str) -> None:
         )
 
 
-def render(chat: Chat, tokenizer: Any, bos: int | None) -> str:
+def render(chat: Chat, tokenizer: Any, bos: int | None, reply: bool = False, advice: str = _ADVICE) -> str:
     """The text of a conversation by the tokenizer's chat template, without the BOS at its start when `bos` is one.
 
-    bos: what is put before the text later, or None. Templates run in the sandbox of transformers.
+    bos: what is put before the text later, or None. reply: end with what begins the assistant's next turn. advice: what
+    to do if the template refuses the conversation. Templates run in the sandbox of transformers.
     Raises FewbitError with the template's own words when it refuses the conversation or fails.
     """
     check_template(tokenizer, f"{chat.where}: chat messages need the tokenizer's chat template")
     try:
-        text = tokenizer.apply_chat_template(list(chat.messages), tokenize=False)
+        text = tokenizer.apply_chat_template(list(chat.messages), tokenize=False, add_generation_prompt=reply)
     except ImportError as error:
         raise missing_extra("jinja2", "report") from error
     except Exception as error:
@@ -115,8 +117,7 @@ def render(chat: Chat, tokenizer: Any, bos: int | None) -> str:
         raise FewbitError(
             f"{chat.where}: the tokenizer's chat template does not take this conversation "
             f"({one_line(', '.join(message['role'] for message in chat.messages[:6]), 300)}): "
-            f"{one_line(str(error) or type(error).__name__, 300)}: give "
-            "conversations that it takes, or plain text without --chat-template"
+            f"{one_line(str(error) or type(error).__name__, 300)}: {advice}"
         ) from error
     text = str(text)
     first = tokenizer.convert_ids_to_tokens(bos) if bos is not None else ""

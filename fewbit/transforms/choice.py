@@ -3,19 +3,19 @@
 from dataclasses import dataclass
 
 from fewbit.choices import Choices, check_name, check_values
-from fewbit.transforms.table import TRANSFORMS
+from fewbit.transforms.table import TRANSFORMS, chosen_transforms
 from fewbit.transforms.transform import Transform
 
 
 @dataclass(frozen=True)
 class TransformChoice:
-    """The transform of a recipe. name: a name in :data:`fewbit.transforms.table.TRANSFORMS`."""
+    """The transform of a recipe. name: one of :func:`fewbit.transforms.table.chosen_transforms`."""
 
     name: str = "none"
 
     def __post_init__(self) -> None:
         check_values(self, {"name": "transform"})
-        check_name("transform", self.name, TRANSFORMS)
+        check_name("transform", self.name, chosen_transforms())
 
     @property
     def kind(self) -> Transform:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fewbit.calibration.source import public_text
 from fewbit.checkpoints.json_file import read_json, write_json
 from fewbit.checkpoints.output import REPORT, RUN, made_by_fewbit, refuse_meanwhile, remove_made
 from fewbit.checkpoints.stamps import differences
@@ -89,8 +90,9 @@ def _published(
     tidy(out)
     report: dict[str, Any] = read_json(path)
     tuning = report.get("tuning", {})
-    text = {key: tuning.get("calibration", {}).get(key) for key in asdict(options.calibration)}
-    same = tuning.get("choice") == asdict(choice) and text == asdict(options.calibration)
+    wanted = public_text(asdict(options.calibration))
+    text = {key: tuning.get("calibration", {}).get(key) for key in wanted}
+    same = tuning.get("choice") == asdict(choice) and text == wanted
     return {**report, "run": read_json(out / RUN)} if same else None
 
 

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.calibration.source import public_text
 from fewbit.checkpoints.json_file import read_json
 from fewbit.checkpoints.output import REPORT
+from fewbit.checkpoints.public_names import is_hub_name, public_model
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.formats import native
-from fewbit.formats.config import describe, recipe_of, tuned_name, weights_of
+from fewbit.formats.config import describe, recipe_of, tables_of, tuned_name, weights_of
 from fewbit.grids.scheme import StoredWeight
 from fewbit.pipeline.records import KeptRecord, LayerRecord, Output, Report, relative_errors
 from fewbit.runtime.unpack import read_parts
@@ -25,21 +27,38 @@ Originals = Callable[[str], Tensor | None]
 def report_of(checkpoint: Checkpoint, original: Checkpoint) -> Report:
     """The report of a quantized folder; if it is missing or not whole, one of what the folder itself says."""
     try:
-        return Report.from_dict(read_json(checkpoint.folder / REPORT))
+        found = Report.from_dict(read_json(checkpoint.folder / REPORT))
     except ValueError:
-        pass
+        return _made_up(checkpoint, original)
+    if not is_hub_name(found.model):
+        # Reports of earlier versions hold paths.
+        found = replace(found, model=public_model(found.model), model_is_local=True)
+    found = replace(found, calibration=public_text(found.calibration), tuning=public_text(found.tuning))
+    if not found.output.weights_all:
+        # Reports of earlier versions do not count all weights.
+        counted = _made_up(checkpoint, original).output
+        output = replace(found.output, weights_all=counted.weights_all, bytes_all=counted.bytes_all)
+        found = replace(found, output=output)
+    return found
+
+
+def _made_up(checkpoint: Checkpoint, original: Checkpoint) -> Report:
     quantization = checkpoint.quantization or {}
     stored = weights_of(checkpoint)
     parts = {f"{module}.{part}" for module, one in stored.items() for part in native.part_layout(one)}
     others = [entry for name, entry in checkpoint.entries.items() if name not in parts]
-    layers = [LayerRecord.of(module, one) for module, one in stored.items()]
+    tables = tables_of(checkpoint)
+    layers = [LayerRecord.of(module, one) for module, one in stored.items() if module not in tables]
+    apart = [LayerRecord.of(module, one) for module, one in stored.items() if module in tables]
     return Report(
-        model=str(original.folder),
+        model=public_model(original.folder),
+        model_is_local=True,
         method=str(describe(checkpoint)["method"]),
         recipe=recipe_of(checkpoint),
         source={"bytes": original.bytes, "tensors": len(original.entries)},
-        output=Output.of(layers, sum(entry.bytes for entry in others)),
+        output=Output.of(layers, apart, others),
         layers=layers,
+        embeddings=apart,
         kept=[KeptRecord(entry.name, list(entry.shape), "not quantized") for entry in others],
         fewbit_version=quantization.get("fewbit_version"),
     )

@@ -13,6 +13,8 @@ from fewbit.architecture.network import find_blocks
 from fewbit.architecture.orientation import to_matrix
 from fewbit.attention import fast_attention
 from fewbit.calibration.choice import CalibrationChoice
+from fewbit.calibration.source import public_text
+from fewbit.checkpoints.origins import remember_origin
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.checkpoints.stamps import file_stamps
@@ -20,8 +22,8 @@ from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.checkpoints.workdir import SOLVED, WorkFolder, check_output
 from fewbit.device import check_device
 from fewbit.errors import FewbitError, WorkKeptError, missing_extra
-from fewbit.formats.config import has_scaled_channels, weights_of
-from fewbit.formats.original import MODEL_FOLDER, original_of
+from fewbit.formats.config import has_scaled_channels, tables_of, weights_of
+from fewbit.formats.original import original_of
 from fewbit.memory import activation_bytes, available_bytes, peak_rss_bytes
 from fewbit.pipeline.calibration_tokens import calibration_set
 from fewbit.pipeline.solved_store import SolvedStore
@@ -134,7 +136,7 @@ def _train(run: _Run, started: float, progress: Progress | None) -> dict[str, An
     sequences = _split(calibration.ids, choice)
     teacher = _teacher(original, sequences.ids, choice, path, accelerator, progress)
     with FileReader() as reader:
-        places = make_trainable(model, choice, _originals(checkpoint, run.original, reader))
+        places = make_trainable(model, choice, _originals(checkpoint, run.original, reader), tables_of(checkpoint))
     model.to(accelerator.device)
     blocks = list(find_blocks(model))
     if choice.reconstruction:
@@ -156,12 +158,12 @@ def _train(run: _Run, started: float, progress: Progress | None) -> dict[str, An
     parts = stored_parts(accelerator.unwrap_model(trainer.model), places, state)
     tuning = {
         "choice": asdict(choice),
-        "calibration": calibration.describe(),
+        "calibration": public_text(calibration.describe()),
         "history": asdict(history),
         "fewbit_version": __version__,
     }
     facts: dict[str, Any] = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
-    facts[MODEL_FOLDER] = str(reference.resolve())
+    facts |= remember_origin(reference)
     with FileReader() as reader:
         weights = _originals(checkpoint, run.original, reader)
         report = write_tuned(checkpoint, run.work, parts, TuningFacts(known, tuning, facts), weights)

@@ -1,7 +1,7 @@
 """Put trainable weights into a loaded network in place of its packed layers, and take their stored form out again."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -41,15 +41,22 @@ class TunedTensor(nn.Module):
         return from_matrix(self.tuned.plain().to(dtype), stored.tensor_shape, stored.transposed)
 
 
-def make_trainable(model: nn.Module, choice: TuningChoice, original: Originals) -> dict[str, str]:
+def make_trainable(
+    model: nn.Module, choice: TuningChoice, original: Originals, fixed: Container[str] = ()
+) -> dict[str, str]:
     """Replace every packed weight of `model` by a trainable one, in place; nothing else of it will be trained.
 
-    Returns the names of the packed weights in the checkpoint, and the module of the network that each is now in.
+    fixed: names in the checkpoint of packed weights that stay as they are; gradients pass through them. Returns the
+    names of the others in the checkpoint, and the module of the network that each is now in.
     """
     model.requires_grad_(False)
     places = {}
     for place, packed in list(model.named_modules()):
         if not isinstance(packed, PackedLinear | PackedWeight):
+            continue
+        if packed.name in fixed:
+            # What does not change is part of no state: processes that share a model need not send it to each other.
+            packed._non_persistent_buffers_set.update(packed._buffers)
             continue
         weight = TunedWeight(packed.stored, parts_of(packed), original(packed.name), choice)
         tuned = TunedLinear(weight, packed.bias) if isinstance(packed, PackedLinear) else TunedTensor(weight)

@@ -149,7 +149,7 @@ class TunedWeight(nn.Module):
             if self.outliers is not None:
                 weight.view(-1)[self.places] = self.outliers * self.outlier_unit
             encoded = encode(weight, weight, replace(self._settled, core=self._core()))
-            parts = {**encoded.parts, **transform.store(transform.fixed(stored.shape[1]))}
+            parts = {**encoded.parts, **transform.store(self._map())}
             if encoded.outlier_codes is not None:
                 parts.update(pack_outliers(encoded.outlier_codes, self.places, stored))
         native.check_parts(parts, stored)

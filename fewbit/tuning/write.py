@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fewbit.checkpoints.json_file import write_json
-from fewbit.checkpoints.output import CONFIG, REPORT, RUN
+from fewbit.checkpoints.model_card import Written, base_of, write_card
+from fewbit.checkpoints.output import CARD, CONFIG, REPORT, RUN
+from fewbit.checkpoints.public_names import public_config
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, header_room
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, copy_companions, write_index
@@ -71,8 +73,11 @@ def write_tuned(
     report = replace(report, output=replace(report.output, file_bytes=work.shard_bytes))
     copy_companions(checkpoint.companions, work)
     quantization = {**(checkpoint.quantization or {}), "tuning": facts.tuning["choice"]}
-    write_json(work.file(CONFIG), {**checkpoint.config, "quantization_config": quantization})
-    write_json(work.file(REPORT), report.to_dict())
+    write_json(work.file(CONFIG), {**public_config(checkpoint.config), "quantization_config": quantization})
+    data = report.to_dict()
+    write_json(work.file(REPORT), data)
+    base = base_of(checkpoint.folder, report.model, checkpoint.config)
+    write_card(work.file(CARD), base, Written("native", data, work.shard_bytes))
     write_json(work.file(RUN), facts.run)
     write_index(work, written)
     work.publish()

@@ -91,7 +91,7 @@ def test_calibrated(model: Path, tmp_path: Path, method: str) -> None:
         expected, found = plain(ids).logits.float(), packed(ids).logits.float()
     assert float((expected - found).norm() / expected.norm()) < 0.05
     config = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert len(config["weights"]) == len(report["layers"])
+    assert len(config["weights"]) == len(report["layers"]) + len(report["embeddings"])
 
 
 @pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])

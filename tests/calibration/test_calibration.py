@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import build_tiny, byte_tokenizer, run_cli
 
+from fewbit.architecture.positions import positions_of
 from fewbit.calibration.choice import CalibrationChoice, choice_from
 from fewbit.calibration.source import Source, parse_sources, shares
 from fewbit.calibration.tokens import make_set
 from fewbit.errors import FewbitError
-from fewbit.pipeline.stages import positions_of
 from fewbit.runtime.load import load
 
 

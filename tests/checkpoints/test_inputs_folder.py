@@ -159,7 +159,7 @@ def test_links_that_are_followed(single: Path, tmp_path: Path) -> None:
 def test_companions_travel_and_the_rest_is_named(single: Path, tmp_path: Path) -> None:
     model = copy_folder(single, tmp_path / "m")
     carried = ["vocab.json", "merges.txt", "tokenizer.model", "tokenizer.model.v3", "vocab.bpe", "NOTICE.txt", "notice"]
-    carried += ["LICENSE-2.0", "README.md", "preprocessor_config.json", "additional_chat_templates/rag.jinja"]
+    carried += ["LICENSE-2.0", "preprocessor_config.json", "additional_chat_templates/rag.jinja"]
     left = ["modeling_x.py", "1_Pooling/config.json", "training_args.bin", "rng_state.pth", "model.onnx", "x.gguf"]
     left += ["additional_chat_templates/x.py", "old.zip", "events.partial"]
     left += ["fewbit_report.json", "fewbit_run.json", ".fewbit-notes"]

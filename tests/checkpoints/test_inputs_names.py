@@ -160,7 +160,7 @@ def test_names_in_json_and_in_drawings(tiny: Path, tmp_path: Path) -> None:
     model = copy_folder(tiny, tmp_path / "a\u202eb\x9bc $_{x$")
     out = run_cli("quantize", model, tmp_path / "q", "--method", "rtn", "--json").stdout
     assert "\\u202e" in out and not set(out) & set("\u202e\x9b")
-    assert json.loads(out)["models"][0]["name"] == str(model)
+    assert json.loads(out)["models"][0]["name"] == model.name
     pytest.importorskip("matplotlib")
     figure, axes = new_figure()
     axes.plot([1, 1000], [1, 10], label=model.name)

@@ -129,7 +129,7 @@ def test_without_a_list_what_was_copied_from_the_original_is_replaced(tmp_path: 
     run = json.loads((out / "fewbit_run.json").read_text())
     del run["files"]
     # The original is known by its folder, or is the model that is given; gone, its files are nobody's.
-    write_json(out / "fewbit_run.json", {**run, "model_folder": "\0"})
+    write_json(out / "fewbit_run.json", {"model_folder": "\0"})
     names = r"contains LICENSE, additional_chat_templates/tools\.jinja, which .*: move those files elsewhere first"
     with pytest.raises(FewbitError, match=names):
         fewbit.quantize(second, out, RTN, RunOptions(overwrite=True))

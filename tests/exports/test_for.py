@@ -13,7 +13,7 @@ from test_gguf_file import read
 
 import fewbit
 from fewbit.errors import FewbitError
-from fewbit.exports.table import TARGETS
+from fewbit.exports.llama_cpp_target import fit as fit_of
 
 gguf = pytest.importorskip("gguf")
 
@@ -26,7 +26,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit(columns: int, bits: float) -> tuple[str | None, str]:
     tensor: Any = SimpleNamespace(matrix_shape=(8, columns))
-    found = TARGETS["llama.cpp"].fit(tensor, bits)
+    found = fit_of(tensor, bits)
     return found.grid, found.note
 
 
@@ -42,7 +42,7 @@ def test_types_by_bits_and_columns() -> None:
     ]
     assert [fit(64, bits)[0] for bits in (2, 3, 4, 5, 6, 8)] == ["iq4_nl", "iq4_nl", "iq4_nl", "q5_0", "q8_0", "q8_0"]
     assert fit(512, 3)[1] == fit(64, 4)[1] == ""
-    assert fit(64, 3)[1] == "256 does not divide 64 columns: iq4_nl in place of q3_k"
+    assert fit(64, 3)[1] == "256 does not divide 64 columns: 4 bits in place of 3"
     assert fit(48, 4) == (None, "48 columns are no multiple of 32: kept in 16 bits")
 
 
@@ -53,6 +53,7 @@ def test_a_folder_with_one_file(bits: int, mixed: Path, tmp_path: Path) -> None:
     assert data["report"]["export"]["for"] == "llama.cpp"
     assert data["models"][0]["bytes"] == (tmp_path / "out" / "out.gguf").stat().st_size
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "fewbit_report.json",
         "fewbit_run.json",
         "out.gguf",
@@ -62,7 +63,7 @@ def test_a_folder_with_one_file(bits: int, mixed: Path, tmp_path: Path) -> None:
     wanted = {2: ("iq4_nl", "q2_k"), 4: ("iq4_nl", "q4_k"), 8: ("q8_0", "q8_0")}[bits]
     assert (kinds["blk.1.attn_q.weight"], kinds["blk.1.ffn_down.weight"]) == wanted
     assert kinds["token_embd.weight"] == "q8_0"
-    assert ("in place of q2_k" in done.stderr) == (bits == 2)
+    assert ("4 bits in place of 2" in done.stderr) == (bits == 2)
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
@@ -98,7 +99,7 @@ def test_a_grid_by_name(mixed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("choices", "says"),
     [
-        ({"target": "vllm"}, "--for must be one of llama.cpp, not 'vllm'"),
+        ({"target": "nothing"}, "--for must be one of llama.cpp.*, not 'nothing'"),
         ({"target": "llama.cpp", "bits": 1}, "has no type of 1 bits: use --bits 2 or more"),
         ({"target": "llama.cpp", "recipe": "recipe.json"}, "leave out --recipe"),
         ({"target": "llama.cpp", "outlier_fraction": 0.01}, "has the outliers none"),
@@ -125,7 +126,7 @@ def test_plan_says_what_can_be_exported(mixed: Path) -> None:
     assert plain["exports"]["gguf"] == "cannot hold 14 of 14 weights: see --for"
     planned = json.loads(run_cli("plan", mixed, "--for", "llama.cpp", "--bits", 3, "--json").stdout)
     assert planned["exports"]["gguf"] is None
-    assert any("iq4_nl in place of q3_k" in problem for problem in planned["problems"])
+    assert any("4 bits in place of 3" in problem for problem in planned["problems"])
     sizes = {one["name"]: one["bits_per_weight"] for one in planned["tensors"]["quantize"]}
     assert sizes["model.layers.0.mlp.down_proj.weight"] == 3.4375
     assert sizes["model.layers.0.mlp.up_proj.weight"] == 4.5

@@ -117,7 +117,7 @@ def test_a_16_bit_model_is_written_without_loss(name: str, models: dict[str, Pat
 def test_a_quantized_folder_is_written_without_loss(
     name: str, grid: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    fewbit.quantize(models[name], tmp_path / "q", preset("adpq+", grid=grid))
+    fewbit.quantize(models[name], tmp_path / "q", preset("adpq+", grid=grid, embedding_bits=16))
     plain = original(unpack(tmp_path / "q", tmp_path / "plain"))
     fewbit.export(tmp_path / "q", tmp_path / "out")
     fields, tensors, kinds = read(tmp_path / "out" / "out.gguf")
@@ -134,7 +134,7 @@ def test_even_grids_of_ours_in_any_number_of_blocks(models: dict[str, Path], tmp
     for index, (grid, bits, group, kind) in enumerate(
         [("symmetric", 4, "32", "q4_0"), ("symmetric", 8, "row", "q8_0"), ("minimum", 5, "32", "q5_1")]
     ):
-        recipe = preset("rtn", grid=grid, bits=bits, group_size=group)
+        recipe = preset("rtn", grid=grid, bits=bits, group_size=group, embedding_bits=16)
         fewbit.quantize(models["qwen2"], tmp_path / f"q{index}", recipe)
         fewbit.export(tmp_path / f"q{index}", tmp_path / f"out{index}")
         _, tensors, kinds = read(tmp_path / f"out{index}" / f"out{index}.gguf")
@@ -170,13 +170,14 @@ def test_packed_embeddings_that_no_type_holds_are_rounded_if_asked(models: dict[
         "model.embed_tokens.weight:grid=symmetric,group_size=16",
     )
     run_cli("quantize", models["llama"], tmp_path / "q", "--grid", "q8_0", *table)
-    done = run_cli("export", tmp_path / "q", tmp_path / "out", code=2)
-    assert "model.embed_tokens: no type of GGUF holds 8 bits on the symmetric grid" in done.stderr
-    assert "round it with  --embeddings q8_0" in done.stderr
-    run_cli("export", tmp_path / "q", tmp_path / "out", "--embeddings", "q8_0")
+    plain = original(unpack(tmp_path / "q", tmp_path / "plain"))["model.embed_tokens.weight"]
+    # Otherwise they are written with the 16 bits that they are computed with.
+    run_cli("export", tmp_path / "q", tmp_path / "out")
+    _, tensors, kinds = read(tmp_path / "out" / "out.gguf")
+    assert kinds["token_embd.weight"] == "bf16" and torch.equal(tensors["token_embd.weight"], plain.float())
+    run_cli("export", tmp_path / "q", tmp_path / "out", "--embeddings", "q8_0", "--overwrite")
     _, tensors, kinds = read(tmp_path / "out" / "out.gguf")
     assert kinds["token_embd.weight"] == "q8_0"
-    plain = original(unpack(tmp_path / "q", tmp_path / "plain"))["model.embed_tokens.weight"]
     assert (tensors["token_embd.weight"] - plain).norm() < 0.01 * plain.norm()
 
 
@@ -207,7 +208,7 @@ def test_the_same_file_each_time(models: dict[str, Path], tmp_path: Path) -> Non
 
 
 def test_what_gguf_cannot_hold_is_refused_by_name(models: dict[str, Path], tmp_path: Path) -> None:
-    run_cli("quantize", models["llama"], tmp_path / "q", "--bits", "3")
+    run_cli("quantize", models["llama"], tmp_path / "q", "--bits", "3", "--embedding-bits", "16")
     done = run_cli("export", tmp_path / "q", tmp_path / "out", code=2)
     assert "model.layers.0." in done.stderr
     assert "no type of GGUF holds 3 bits on the codebook grid with outliers" in done.stderr
@@ -257,7 +258,7 @@ def test_output_that_exists_or_is_misnamed(models: dict[str, Path], tmp_path: Pa
 def test_a_damaged_folder_and_a_failure_leave_nothing(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_cli("quantize", models["llama"], tmp_path / "q", "--grid", "q4_0")
+    run_cli("quantize", models["llama"], tmp_path / "q", "--grid", "q4_0", "--embedding-bits", "16")
     folder = copy_folder(tmp_path / "q", tmp_path / "cut")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["type"] = "Unigram"
@@ -278,7 +279,7 @@ def test_a_damaged_folder_and_a_failure_leave_nothing(
 
 
 def test_damaged_content_is_found_while_writing(models: dict[str, Path], tmp_path: Path) -> None:
-    fewbit.quantize(models["qwen2"], tmp_path / "q", preset("rtn", grid="q4_0"))
+    fewbit.quantize(models["qwen2"], tmp_path / "q", preset("rtn", grid="q4_0", embedding_bits=16))
     path = tmp_path / "q" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj.scales"][3, 1] = 0x7C00  # infinite

@@ -18,6 +18,7 @@ from fewbit.calibration.choice import CalibrationChoice
 from fewbit.errors import FewbitError
 from fewbit.formats.config import read_weights
 from fewbit.formats.native import check_scheme, stored_bytes
+from fewbit.grids.floats import FLOAT_GRIDS
 from fewbit.grids.ggml import GGML_GRIDS
 from fewbit.grids.scheme import Scheme
 from fewbit.pipeline.calibration_options import CalibrationOptions
@@ -91,9 +92,18 @@ def block_scales(parts: dict[str, np.ndarray], name: str, s: dict[str, Any], gro
     return np.repeat(floats(parts[f"block_{name}s"], "float16"), 256 // s["group_size"], axis=1) * code
 
 
+def e4m3(code: np.ndarray) -> np.ndarray:
+    exponent, fraction = (code & 127) >> 3, code & 7
+    size = np.where(exponent, (1 + fraction / 8) * 2.0 ** (exponent.astype(int) - 7), fraction / 8 * 2.0**-6)
+    return np.where(code & 128, -size, size).astype(np.float32)
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
 def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, Any]) -> np.ndarray:
     (rows, columns), bits, group = w["shape"], s["bits"], s["group_size"]
-    groups, kind = columns // group, "float32" if s["scale_format"] == "float32" else "float16"
+    groups, kind = columns // group, s["scale_format"] if s["scale_format"] in ("float32", "bfloat16") else "float16"
     if s["grid"] == "ternary":
         digits = parts["codes"].astype(np.int64)[:, :, None] // 3 ** np.arange(5) % 3
         codes = digits.reshape(rows, -1)[:, :columns].reshape(rows, groups, group)
@@ -117,6 +127,10 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
         scale = np.where(code >= 64, -1, 1).astype(np.float32) * size
     elif s["scale_format"].startswith("block-"):
         scale = block_scales(parts, "scale", s, groups)
+    elif s["scale_format"] == "e8m0":
+        scale = (2.0 ** (parts["scales"].astype(int) - 127)).astype(np.float32)
+    elif s["scale_format"] == "e4m3":
+        scale = e4m3(parts["scales"]) / floats(parts["tensor_scale"], "float32")
     else:
         scale = floats(parts["scales"], kind)
     scale, value = scale[..., None], codes.astype(np.float32)
@@ -124,6 +138,10 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
         weight = np.array(s["levels"], np.float32)[codes] * scale
     elif s["grid"] in ("iq4_nl", "iq4_xs", "tq2_0"):
         weight = np.array([-1, 0, 1] if s["grid"] == "tq2_0" else LEVELS, np.float32)[codes] * scale
+    elif s["grid"] == "fp8":
+        weight = e4m3(codes) * scale
+    elif s["grid"] in ("mxfp4", "nvfp4"):
+        weight = np.where(codes & 8, -E2M1[codes & 7], E2M1[codes & 7]) * scale
     elif s["grid"] in ("q2_k", "q4_k", "q5_k"):
         weight = value * scale - block_scales(parts, "minimum", s, groups)[..., None]
     elif s["grid"] in ("minimum", "q4_1", "q5_1"):
@@ -156,7 +174,11 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
                 weight[place] = value * step + least
             else:
                 weight[place] = np.where(code >= half, -1, 1) * ((code % half).astype(np.float32) * step + least)
-    return weight.reshape(rows, columns)
+    weight = weight.reshape(rows, columns)
+    if s.get("transform") == "column-order":
+        ordered, weight = weight, np.empty_like(weight)
+        weight[:, parts["transform_order"]] = ordered
+    return weight
 
 
 # --- the tests ---------------------------------------------------------------------------------------------------
@@ -164,7 +186,12 @@ def read_weight(parts: dict[str, np.ndarray], w: dict[str, Any], s: dict[str, An
 CASES = [
     ("rtn", {}),
     ("rtn", {"symmetric": True, "scale_format": "float32"}),
+    ("rtn", {"scale_format": "bfloat16"}),
+    ("adpq", {"scale_format": "bfloat16"}),
     ("rtn", {"symmetric": True, "scale_format": "two-level"}),
+    ("adpq", {"scale_format": "bfloat16"}),
+    ("rtn", {"grid": "signed", "scale_format": "bfloat16", "clip_search": True}),
+    ("adpq+", {"grid": "signed"}),
     ("rtn", {"group_size": "row", "clip_search": True}),
     ("adpq", {}),
     ("adpq", {"scale_format": "float32", "outlier_fraction": 0.4}),
@@ -207,19 +234,20 @@ def read_again(model: Path, tmp_path: Path, method: str, choices: dict[str, Any]
     original: dict[str, np.ndarray] = {}
     for path in sorted(model.glob("*.safetensors")):
         original.update(read_file(path))
-    assert len(config["weights"]) == 14
+    assert len(config["weights"]) == 15 and config["embeddings"] == ["model.embed_tokens"]
+    sizes = {record["name"]: record["bytes"] for record in (*report["layers"], *report["embeddings"])}
     for module, w in config["weights"].items():
         prefix = f"{module}."
         parts = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         weight = read_weight(parts, w, config["schemes"][w["scheme"]])
         rounded = torch.from_numpy(weight).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
         assert np.array_equal(rounded, plain[f"{module}.weight"])
+        assert sum(v.nbytes for v in parts.values()) == sizes[f"{module}.weight"]
+        if module in config["embeddings"]:
+            continue
         before = floats(original[f"{module}.weight"].view(np.int16), "bfloat16").astype(np.float64)
         error += ((weight - before) ** 2).sum()
         norm += (before**2).sum()
-        assert sum(v.nbytes for v in parts.values()) == next(
-            r["bytes"] for r in report["layers"] if r["name"] == f"{module}.weight"
-        )
     reported = [r["relative_squared_error"] for r in report["layers"]]
     average = np.average(reported, weights=[r["weights"] for r in report["layers"]])
     assert abs(error / norm - average) < 0.2 * error / norm
@@ -244,19 +272,32 @@ def test_the_same_for_the_block_types_of_ggml(tmp_path: Path, grid: str) -> None
     assert error / norm < 4.0 ** (1.2 - recipe.bits), error / norm
 
 
+@pytest.mark.parametrize("grid", [grid.name for grid in FLOAT_GRIDS])
+@pytest.mark.parametrize("method", ["rtn", "adpq+", "precal+oac"])
+def test_the_same_for_floating_point_numbers(tiny: Path, tmp_path: Path, grid: str, method: str) -> None:
+    error, norm, recipe = read_again(tiny, tmp_path, method, {"grid": grid})
+    # Of the bits of fp8, four are for the exponent.
+    assert error / norm < (0.002 if recipe.bits == 8 else 0.03), error / norm
+
+
 def test_bits_per_weight_is_bytes_on_disk(tiny: Path, tmp_path: Path) -> None:
     report = fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("adpq+", bits=3))
     weights = read_weights(json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"])
+    tables = stored_bytes(weights.pop("model.embed_tokens"))
     size = sum(stored_bytes(w) for w in weights.values())
     assert report["output"]["bits_per_weight"] == 8 * size / sum(w.weights for w in weights.values())
+    assert report["output"]["embedding_bytes"] == tables
     header = struct.unpack("<Q", (tmp_path / "out" / "model.safetensors").read_bytes()[:8])[0]
     total = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert total == report["output"]["file_bytes"] == size + report["output"]["kept_bytes"] + 8 + header
+    assert total == report["output"]["file_bytes"] == size + tables + report["output"]["kept_bytes"] + 8 + header
 
 
 def test_config_of_another_version_or_damaged_is_refused(tiny: Path, tmp_path: Path) -> None:
     fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("rtn", bits=4))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    with pytest.raises(FewbitError, match="embeddings lists lm_head, but weights does not"):
+        read_weights({**config, "embeddings": ["lm_head"]})
+    del config["embeddings"]
     with pytest.raises(FewbitError, match="format version 3: this fewbit reads versions 1 and 2"):
         read_weights({**config, "format_version": 3})
     with pytest.raises(FewbitError, match="damaged quantization_config: unknown keys"):
@@ -305,13 +346,14 @@ def test_rows_with_groups_of_very_different_sizes(tmp_path: Path, method: str, l
 
 
 def test_folders_of_version_1_are_read(tiny: Path, tmp_path: Path) -> None:
-    fewbit.quantize(tiny, tmp_path / "new", "adpq+", bits=3)
+    fewbit.quantize(tiny, tmp_path / "new", "adpq+", bits=3, embedding_bits=16)
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     for path in (tmp_path / "old").glob("*.safetensors"):
         tensors = {name: tensor for name, tensor in load_file(path).items() if tuple(tensor.shape) != (0,)}
         save_file(tensors, path, {"format": "pt"})
     config = json.loads((tmp_path / "old" / "config.json").read_text())
     config["quantization_config"]["format_version"] = 1
+    del config["quantization_config"]["recipe"]["embedding_bits"]
     config["quantization_config"]["recipe"]["channel_scales"] = config["quantization_config"]["recipe"].pop("transform")
     (tmp_path / "old" / "config.json").write_text(json.dumps(config))
     ids = torch.arange(24).unsqueeze(0) + 3

@@ -47,8 +47,8 @@ def test_inspection_of_an_original_and_its_quantized_folder(tiny: Path, tmp_path
     assert after["reference"] == str(tiny)
     assert "256 equal bins" in after["protocol"]["estimator"]
     rows = {t["name"]: t for t in after["tensors"] if t["action"] == "quantized"}
-    assert len(rows) == 14
-    for layer in report["layers"]:
+    assert len(rows) == 15
+    for layer in (*report["layers"], *report["embeddings"]):
         row = rows[layer["name"]]
         assert row["relative_squared_error"] == pytest.approx(layer["relative_squared_error"], rel=1e-3)
         assert row["bits"] == pytest.approx(layer["bits_per_weight"])

@@ -267,7 +267,8 @@ def test_plan_says_what_a_run_does(tiny: Path, tmp_path: Path, monkeypatch: pyte
     plan = json.loads(run_cli("plan", tiny, "--method", "rtn", "--bits", "3", "--group-size", "32", "--json").stdout)
     report = fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("rtn", bits=3, group_size="32"))
     assert plan["output"]["bits_per_weight"] == report["output"]["bits_per_weight"]
-    assert plan["output"]["bytes"] == report["output"]["bytes"] + report["output"]["kept_bytes"]
+    written = report["output"]
+    assert plan["output"]["bytes"] == written["bytes"] + written["embedding_bytes"] + written["kept_bytes"]
     assert {t["name"] for t in plan["tensors"]["quantize"]} == {r["name"] for r in report["layers"]}
     assert plan["problems"] == []
     assert all(plan["needs"][key] > 0 for key in ("seconds", "memory_bytes", "disk_bytes"))

@@ -39,7 +39,7 @@ def test_the_same_bytes_for_any_number_of_workers(
 
 def test_shards_index_and_companions(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = fewbit.quantize(tiny, out, fewbit.preset("adpq", bits=4), RunOptions(shard_size=20_000))
+    report = fewbit.quantize(tiny, out, fewbit.preset("adpq", bits=4, embedding_bits=16), RunOptions(shard_size=20_000))
     index = json.loads((out / "model.safetensors.index.json").read_text())
     shards = sorted(p.name for p in out.glob("*.safetensors"))
     assert len(shards) > 2
@@ -209,7 +209,8 @@ def test_json_of_a_run_has_the_stable_keys(tiny: Path, tmp_path: Path) -> None:
     result = run_cli("quantize", tiny, tmp_path / "out", "--method", "adpq", "--bits", 3, "--json", env={"LANG": "C"})
     data = json.loads(result.stdout)
     row = data["models"][0]
-    assert {"name", "method", "bits_per_weight", "bytes", "seconds", "peak_rss_bytes"} == set(row)
+    keys = {"name", "method", "bits_per_weight", "bits_per_weight_all", "bytes", "seconds", "peak_rss_bytes"}
+    assert keys == set(row)
     assert row["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert data["report"]["recipe"]["bits"] == 3
     assert 50e6 < row["peak_rss_bytes"] < 1.5e9

@@ -36,8 +36,8 @@ def build(folder: Path, kind: str = "llama", dtype: str = "bfloat16", shard_size
 
 
 def quantized(folder: Path, out: Path, method: str = "rtn", bits: int = 8, **changes: Any) -> Path:
-    """The folder, quantized in groups of 32."""
-    fewbit.quantize(folder, out, fewbit.preset(method, bits=bits, group_size="32", **changes))
+    """The folder, quantized in groups of 32; embeddings and heads are kept unless they are asked for."""
+    fewbit.quantize(folder, out, fewbit.preset(method, bits=bits, group_size="32", **{"embedding_bits": 16, **changes}))
     return out
 
 

@@ -46,7 +46,7 @@ def test_logits_equal_those_of_unpacked_weights(tiny: Path, tmp_path: Path, meth
 
 
 def test_generates_and_keeps_tied_weights(tiny: Path, tmp_path: Path) -> None:
-    fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("adpq+", bits=4))
+    fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("adpq+", bits=4, embedding_bits=16))
     model = fewbit.load(tmp_path / "out")
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -110,7 +110,8 @@ def test_gpt2_stores_its_matrices_turned(tmp_path: Path) -> None:
     report = same_logits_after_8_bits(model, tmp_path)
     assert [layer["shape"] for layer in report["layers"]][:2] == [[64, 192], [64, 64]]
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert all(w["transposed"] for w in config["weights"].values())
+    assert config["embeddings"] == ["transformer.wte"]
+    assert all(("transposed" in w) == (name != "transformer.wte") for name, w in config["weights"].items())
 
 
 def same_logits_after_8_bits(model: Any, tmp_path: Path) -> dict[str, Any]:

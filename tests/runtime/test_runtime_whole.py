@@ -42,7 +42,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         place / "model",
         place / "packed",
         fewbit.preset("rtn", bits=4, group_size="32"),
-        run_options(shard_size=30_000),
+        run_options(shard_size=20_000),
     )
     assert len(list((place / "packed").glob("*.safetensors"))) > 2
     return place / "packed"

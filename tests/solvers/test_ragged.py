@@ -64,7 +64,9 @@ def problems(draw: Any) -> tuple[Recipe, Scheme, Tensor]:
     form, scope = draw(st.sampled_from(FORMS)), draw(st.sampled_from(["tensor", "group"]))
     if grid.brings:
         recipe = preset("rtn", grid=grid.choice)
-        group, shape = int(recipe.grid.group_size), (shape[0], grid.block * draw(st.integers(1, 2)))
+        shape = (shape[0], grid.block * draw(st.integers(1, 2)))
+        size = recipe.grid.group_size
+        group = shape[1] if size == "row" else int(size)
     else:
         try:
             recipe = recipe_for(grid, bits, group, form, scope)

@@ -125,7 +125,7 @@ def test_a_run_is_that_of_the_quantize_command(model: Path, text: Path, tmp_path
     choice = choice_of(model, tmp_path / "study", text, **given)
     result = run_study(STUDY, choice)
     row = next(r for r in result["rows"] if r["table"] == "run" and r.get("set") == "default")
-    recipe = fewbit.preset("gptq", bits=3)
+    recipe = fewbit.preset("gptq", bits=3, embedding_bits=16)
     options = CalibrationOptions(choice.calibration, original_inputs=True)
     fewbit.quantize(model, tmp_path / "out", recipe, RunOptions(calibration=options))
     found = fewbit.evaluate(tmp_path / "out", text, Protocol(32, 4))["models"][0]

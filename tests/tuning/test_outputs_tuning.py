@@ -54,7 +54,7 @@ def test_without_a_whole_report_it_is_tuned_all_the_same(
     if report is not None:
         (quantized / "fewbit_report.json").write_text(report)
     found = tune(quantized, tmp_path / "out", CHOICE, replace(OPTIONS, reference=model))
-    assert found["method"] == "rtn + qaft" and found["model"] == str(model)
+    assert found["method"] == "rtn + qaft" and found["model"] == model.name
     whole = json.loads((folder / "fewbit_report.json").read_text())
     same = ("weights_quantized", "bytes", "bits_per_weight", "outliers")
     assert {key: found["output"][key] for key in same} == {key: whole["output"][key] for key in same}

@@ -99,7 +99,8 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         preset, _, one = method.partition(" ")
         bits = 1 if one or preset == "billm" else 2
         size = "16" if "spqr" in method else "32"
-        fewbit.quantize(model, folder / method, fewbit.preset(preset, bits=bits, group_size=size), options)
+        recipe = fewbit.preset(preset, bits=bits, group_size=size, embedding_bits=16)
+        fewbit.quantize(model, folder / method, recipe, options)
         made[method] = folder / method
     return made
 

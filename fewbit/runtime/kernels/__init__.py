@@ -1,0 +1,1 @@
+"""Kernels: products with packed weights that do not decode all of them first."""

@@ -1,0 +1,147 @@
+"""A packed weight made ready for its kernel: prepared at the first product, and again if its parts have changed."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fewbit.formats import native
+from fewbit.grids.scheme import StoredWeight
+from fewbit.linear import linear
+from fewbit.runtime.kernels.kernel import Kernel
+from fewbit.runtime.kernels.table import can_gather, kernel_for
+
+_AT_ONCE = 1 << 23
+"""Weights that are decoded at one time for a product with many tokens."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a kernel prepared. state: of the parts, which are kept so that no other tensors take their addresses."""
+
+    state: list[int]
+    dtype: torch.dtype
+    parts: dict[str, Tensor]
+    kernel: Kernel | None
+    form: Any
+
+
+class Ready:
+    """The prepared form of one packed weight, for the module that holds its parts.
+
+    It is never saved, copied or moved: a copy of it is empty.
+    """
+
+    def __init__(self) -> None:
+        self._prepared: _Prepared | None = None
+
+    def __deepcopy__(self, memo: Any) -> "Ready":
+        return Ready()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ready, ()
+
+    def forget(self) -> None:
+        """Release the prepared form and the parts that it refers to."""
+        self._prepared = None
+
+    def get(self, parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> _Prepared:
+        """The prepared form for inputs in `dtype`; without a kernel if none can compute with this weight."""
+        state = _state(parts)
+        if self._prepared is None or self._prepared.dtype != dtype or self._prepared.state != state:
+            device = next(iter(parts.values())).device
+            kernel = kernel_for(stored, device, dtype) if state else None
+            form = kernel.prepare(parts, stored, dtype) if kernel is not None else None
+            self._prepared = _Prepared(state, dtype, dict(parts), kernel, form)
+        return self._prepared
+
+
+def _state(parts: Mapping[str, Tensor]) -> list[int]:
+    """Where the parts are, and how often each was changed in place; empty if they are tensors without data."""
+    tensors = parts.values()
+    try:
+        return [part.data_ptr() for part in tensors] + [part._version for part in tensors]
+    except RuntimeError:
+        if any(type(part) is not Tensor for part in tensors):
+            return []
+        # Tensors that were made in inference mode have no version.
+        return [part.data_ptr() for part in tensors]
+
+
+def product(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b`` for transformed inputs x `(..., in)`, in their dtype, as a plain layer computes it.
+
+    No gradients.
+    """
+    found = through_kernel(ready, parts, stored, x, bias)
+    return linear(x, native.decode_stored(parts, stored, x.dtype), bias) if found is None else found
+
+
+def through_kernel(
+    ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, x: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """As :func:`product`, or None if there is no kernel for this weight and these inputs.
+
+    Few tokens are multiplied with packed weights; for many, some rows at a time are decoded.
+    """
+    found = ready.get(parts, stored, x.dtype) if _is_plain(x) else None
+    if found is None or found.kernel is None or x.device.type != found.kernel.device:
+        return None
+    outputs, columns = stored.shape
+    if x.numel() <= found.kernel.most_tokens * columns:
+        return found.kernel.product(found.form, x, bias)
+    slices, flat = list(_slices(stored)), x.reshape(-1, columns)
+    if len(slices) == 1:
+        return linear(x, found.kernel.rows(found.form, 0, outputs), bias)
+    out = flat.new_empty(len(flat), outputs)
+    for rows in slices:
+        weight = found.kernel.rows(found.form, rows.start, rows.stop)
+        out[:, rows] = linear(flat, weight, None if bias is None else bias[rows])
+    return out.view(*x.shape[:-1], outputs)
+
+
+def gather(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows `(n, in)` of a weight that has separate rows, at ids `(n,)`: as :func:`fewbit.formats.native.decode_rows`.
+
+    A kernel gives NaN for an id that has no row, where there would be an IndexError without one.
+    """
+    found = ready.get(parts, stored, dtype) if can_gather(ids.device) and _is_plain(ids) else None
+    if found is None or found.kernel is None or found.kernel.gather is None or ids.device.type != found.kernel.device:
+        return native.decode_rows(parts, stored, ids, dtype)
+    return found.kernel.gather(found.form, ids)
+
+
+def back(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, gradient: Tensor) -> Tensor:
+    """``g W`` for the gradient `(..., out)` of the outputs, in its dtype."""
+    return linear(gradient, decode(ready, parts, stored, gradient.dtype).t())
+
+
+def decode(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> Tensor:
+    """The weight `(out, in)` for transformed inputs, in `dtype`: as :func:`fewbit.formats.native.decode_stored`."""
+    found = ready.get(parts, stored, dtype) if not torch.compiler.is_compiling() else None
+    if found is None or found.kernel is None:
+        return native.decode_stored(parts, stored, dtype)
+    weight: Tensor = found.kernel.rows(found.form, 0, stored.shape[0])
+    return weight
+
+
+def _slices(stored: StoredWeight) -> Iterator[slice]:
+    step = max(1, _AT_ONCE // stored.shape[1])
+    for first in range(0, stored.shape[0], step):
+        yield slice(first, min(first + step, stored.shape[0]))
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x is an ordinary tensor with data, and nothing but its values is to be computed with."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+        and getattr(forward_ad, "_current_level", -1) < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and x.numel() > 0
+    )
