@@ -72,3 +72,37 @@ def test_scales_that_a_format_lacks(target: str, model: Path, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     run_cli(*command, "--scale-format", "float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.parametrize("own", [{"beta_fast": 16.0}, {"attention_factor": 2.0}, {"truncate": False}, {}])
+def test_parameters_of_yarn_that_a_file_does_not_hold(own: dict[str, Any], tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    folder = build(tmp_path / "model", "qwen2", rope_parameters={**rope, **own})
+    done = run_cli("export", folder, tmp_path / "out", code=2 if own else 0)
+    assert not own or f"of the type yarn with {next(iter(own))}" in done.stderr
+
+
+def test_the_card_of_a_model_that_is_only_converted(model: Path, tmp_path: Path) -> None:
+    run_cli("export", model, tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "\n# model as gguf\n" in text and "Its weights were converted with fewbit" in text
+    assert "quantized" not in text and "Recipe" not in text
+
+
+def test_the_card_of_an_import(model: Path, tmp_path: Path) -> None:
+    run_cli("quantize", model, tmp_path / "out", "--for", "llama.cpp", "--method", "rtn")
+    (tmp_path / "files").mkdir()
+    shutil.copy(tmp_path / "out" / "out.gguf", tmp_path / "files" / "mine.gguf")
+    (tmp_path / "files" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    run_cli("import", tmp_path / "files" / "mine.gguf", tmp_path / "a")
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "quantized by another tool (GGUF) and read by fewbit" in text
+    assert "README.original.md" not in text and not (tmp_path / "a" / "README.original.md").exists()
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0123abc"
+    run_cli("quantize", model, tmp_path / "gptq", "--for", "gptq", "--method", "rtn")
+    snapshot.parent.mkdir(parents=True)
+    (tmp_path / "gptq").rename(snapshot)
+    for name in ("README.md", "fewbit_report.json", "fewbit_run.json"):
+        (snapshot / name).unlink(missing_ok=True)
+    run_cli("import", snapshot, tmp_path / "b")
+    assert "\n# owner/name, quantized\n" in (tmp_path / "b" / "README.md").read_text()
