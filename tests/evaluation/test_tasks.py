@@ -293,6 +293,7 @@ def test_the_command_with_text_and_tasks(tiny32: Path, folder: Path, tmp_path: P
     assert "acc_norm" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_tasks_without_text(tiny32: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     result = fewbit.evaluate(tiny32, tasks=TaskChoice(("piqa", "winogrande"), folder))
     assert "perplexity" not in result["models"][0]

@@ -345,6 +345,7 @@ def test_rows_with_groups_of_very_different_sizes(tmp_path: Path, method: str, l
         assert max(row["mean_group_error"] for row in report["layers"]) < 0.02
 
 
+@pytest.mark.slow
 def test_folders_of_version_1_are_read(tiny: Path, tmp_path: Path) -> None:
     fewbit.quantize(tiny, tmp_path / "new", "adpq+", bits=3, embedding_bits=16)
     shutil.copytree(tmp_path / "new", tmp_path / "old")

@@ -57,6 +57,7 @@ def check_product(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None)
     assert bool(((found.double() - exact).abs() <= allowed).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("group_size", [64, 24])
 def test_codebooks(bits: int, group_size: int) -> None:
@@ -68,6 +69,7 @@ def test_group_sizes(group_size: int) -> None:
     check(normal_float(3, group_size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
 def test_dtypes(bits: int, dtype: torch.dtype) -> None:
@@ -75,18 +77,21 @@ def test_dtypes(bits: int, dtype: torch.dtype) -> None:
     check(Scheme(bits, 64, "minimum"), dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("grid", ["zero-point", "symmetric", "minimum"])
 def test_evenly_spaced_grids(grid: str, bits: int) -> None:
     check(Scheme(bits, 64, grid))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 8])
 @pytest.mark.parametrize("grid", ["zero-point", "symmetric", "minimum"])
 def test_scales_in_float32(grid: str, bits: int) -> None:
     check(Scheme(bits, 48, grid, scale_format="float32"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "grid"), [(1.6, "ternary"), (1, "binary")])
 @pytest.mark.parametrize("group_size", [64, 24])
 def test_grids_with_codes_of_their_own(bits: float, grid: str, group_size: int) -> None:
@@ -100,6 +105,7 @@ def test_salient_columns() -> None:
     check_parts(parts, stored, dtypes=(torch.float32,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("group_size", [16, 24])
 def test_statistics_of_scales_and_zeros(bits: int, group_size: int) -> None:

@@ -24,6 +24,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(TOKENS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "bits"), [("rtn", 3), ("adpq", 3), ("adpq+", 3), ("adpq+", 1)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
 def test_logits_equal_those_of_unpacked_weights(tiny: Path, tmp_path: Path, method: str, bits: int, dtype: str) -> None:

@@ -112,6 +112,7 @@ def damaged(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], 
     return to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGES)
 def test_every_loader_refuses_a_damaged_folder(folder: Path, tmp_path: Path, name: str) -> None:
     change, said = DAMAGES[name]
