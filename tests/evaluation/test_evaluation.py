@@ -167,6 +167,7 @@ def test_texts(tmp_path: Path) -> None:
     assert len(read_text("topics").content) > 100_000
 
 
+@pytest.mark.slow
 def test_quantize_and_inspect_pages(tiny: Path, tmp_path: Path) -> None:
     run_cli("quantize", tiny, tmp_path / "out", "--html", tmp_path / "q.html")
     check_page(tmp_path / "q.html")

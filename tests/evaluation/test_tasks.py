@@ -215,6 +215,7 @@ def test_the_definitions_are_lm_evals(folder: Path) -> None:
     assert opened.requests == 24
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_models_asked_before(tiny32: Path, folder: Path, tmp_path: Path) -> None:
     fewbit.quantize(tiny32, tmp_path / "two", fewbit.preset("rtn", bits=2))
     choice = TaskChoice(("piqa", "lambada_openai"), folder)

@@ -272,6 +272,7 @@ def test_the_same_for_the_block_types_of_ggml(tmp_path: Path, grid: str) -> None
     assert error / norm < 4.0 ** (1.2 - recipe.bits), error / norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [grid.name for grid in FLOAT_GRIDS])
 @pytest.mark.parametrize("method", ["rtn", "adpq+", "precal+oac"])
 def test_the_same_for_floating_point_numbers(tiny: Path, tmp_path: Path, grid: str, method: str) -> None:

@@ -195,6 +195,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_tuned_with_a_reference(tmp_path: Path) -> None:
     model = build(tmp_path / "model", "llama")
     text = tmp_path / "text.txt"

@@ -64,6 +64,7 @@ def test_codebooks(bits: int, group_size: int) -> None:
     check(normal_float(bits, group_size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_size", [96, 48, 32, 16, 192, 12, 6, 1])
 def test_group_sizes(group_size: int) -> None:
     check(normal_float(3, group_size))
@@ -117,6 +118,7 @@ def test_two_level_scales(bits: int) -> None:
     check(normal_float(bits, scale_format="two-level"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outlier_grid", ["", "row"])
 def test_logarithmic_rows(outlier_grid: str) -> None:
     """Scales, and outliers, of very different sizes in one row."""
@@ -133,6 +135,7 @@ def test_logarithmic_rows(outlier_grid: str) -> None:
     check_parts(parts, stored, dtypes=(torch.bfloat16,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 0.03, 0.002])
 @pytest.mark.parametrize(("outlier_grid", "bits"), [("row", 8), ("minmax", 4), ("sign-magnitude", 5), ("float16", 16)])
 def test_outliers(outlier_grid: str, bits: int, share: float) -> None:
@@ -143,6 +146,7 @@ def test_outliers(outlier_grid: str, bits: int, share: float) -> None:
     check(Scheme(1.6, 24, "ternary", outlier_grid=outlier_grid, outlier_bits=bits), columns=1536, share=share)
 
 
+@pytest.mark.slow
 def test_outliers_stored_by_their_index_in_a_group() -> None:
     scheme = normal_float(3, 32, outlier_grid="row", outlier_bits=8)
     weight = torch.randn(10, 192, generator=torch.Generator().manual_seed(0))
@@ -219,6 +223,7 @@ def test_many_tokens_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
     check_product(found.view(-1, 21), x.view(-1, 192), weight, bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_give_equal_results(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from fewbit.runtime.kernels import cpu

@@ -76,6 +76,7 @@ def test_the_same_tokens_as_the_unpacked_model(folder: Path, way: str, kernels: 
     assert generate(packed, **WAYS[way]) == generate(unpack_modules(load(folder)), **WAYS[way])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_batch_with_padding(folder: Path, rows: int, kernels: bool) -> None:
     ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])[:rows]

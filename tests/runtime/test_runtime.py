@@ -76,6 +76,7 @@ def test_importing_fewbit_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_the_base_model_loads_too(tiny: Path, tmp_path: Path) -> None:
     fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("adpq", bits=4))
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()

@@ -23,6 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantized(place / "model", place / "packed", "adpq", 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_plain_layers(folder: Path, checkpointing: bool) -> None:
     packed = fewbit.load(folder, device="cpu")
