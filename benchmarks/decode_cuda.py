@@ -32,7 +32,6 @@ from fewbit.grids.embeddings import default_bits, embedding_grid
 from fewbit.grids.scheme import StoredWeight
 from fewbit.outliers.grids import pack_outliers
 from fewbit.recipe import Recipe
-from fewbit.runtime.kernels import triton_products
 from fewbit.runtime.kernels.cuda import TRITON
 from fewbit.runtime.packed_linear import GUARD_BUFFER, PackedLinear, buffer_name
 from fewbit.runtime.packed_parameter import PackedParameter, PackedWeight, hold
@@ -248,6 +247,8 @@ def models(arguments: argparse.Namespace, device: torch.device) -> Iterator[tupl
 
 def time_products(bits: list[int], device: torch.device) -> None:
     """Print microseconds of products of one token, in bfloat16 and packed with each tile, as JSON lines."""
+    from fewbit.runtime.kernels import triton_products
+
     for shape in SHAPES:
         x = torch.randn(1, shape[1], dtype=DTYPE, device=device)
         plain = [torch.randn(shape, dtype=DTYPE, device=device) for _ in range(4)]

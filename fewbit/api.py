@@ -1,5 +1,6 @@
 """The Python interface: the same functions and options as the command line, with the same names."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -12,7 +13,7 @@ from fewbit.checkpoints.json_in import read_json_object
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.curvature.store import open_curvature
-from fewbit.errors import FewbitError
+from fewbit.errors import ChangedError, FewbitError
 from fewbit.option_values import checked
 from fewbit.options import EVALUATE, PLAN, QUANTIZE, TUNE, described_by, given_of
 from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh, refuse_unused, share_of_stored
@@ -54,6 +55,17 @@ def quantize(
         recipe = method if isinstance(method, Recipe) else recipe_from_choices(method, {})
         return run_quantize(model, out, recipe, options)
     request = quantize_request(model, method, choices, progress)
+    return _carried_out(model, out, request, choices)
+
+
+def _carried_out(
+    model: str | Path,
+    out: str | Path | None,
+    request: "QuantizeRequest",
+    choices: dict[str, Any],
+    embeddings: str | None = None,
+) -> dict[str, Any]:
+    """Quantize, and write the format of the target if there is one. embeddings: None for what the target chooses."""
     if request.target is None or out is None or request.options.report_only:
         return {**_quantized(model, out, request, choices), **({"notes": request.notes} if request.notes else {})}
     from fewbit.exports.quantize_for import embedding_type, plan_problem, quantize_for
@@ -72,7 +84,7 @@ def quantize(
         job,
         lambda folder: _quantized(model, folder, request, choices),
         request.options,
-        embedding_type(request.target, model, choices),
+        embeddings or embedding_type(request.target, model, choices),
     )
     return {**report, "notes": request.notes}
 
@@ -158,6 +170,8 @@ def _for_target(
     target = target_named(choices["target"])
     if file is not None:
         raise FewbitError(f"--for {target.name}: chooses grids itself: leave out --recipe")
+    if choices.get("shard_size") is not None:
+        raise FewbitError(f"--for {target.name}: chooses the files itself: leave out --shard-size")
     if method == DEFAULT_METHOD and (choices.get("calibration") or choices.get("curvature")):
         method = DEFAULT_CALIBRATED
     flat, notes = choices_for(target, model, flat)
@@ -295,13 +309,25 @@ def export(
     from fewbit.exports.export import export as run
     from fewbit.exports.table import format_named
 
-    checkpoint = open_checkpoint(locate(folder))
-    if allow_requantize and checkpoint.is_native and format_named(format).problem(checkpoint, embeddings):
-        from fewbit.requantize import requantize
+    kind, checkpoint = format_named(format), open_checkpoint(locate(folder))
+    if not (allow_requantize and checkpoint.is_native):
+        return run(folder, dest, format, embeddings, overwrite, progress)
+    if embeddings not in kind.embeddings:
+        raise FewbitError(f"--embeddings for --format {format} must be one of {', '.join(kind.embeddings)}")
+    if not kind.problem(checkpoint, embeddings):
+        with contextlib.suppress(ChangedError):
+            return run(folder, dest, format, embeddings, overwrite, progress)
+    from fewbit.requantize import requantize
 
-        again = partial(quantize, progress=progress)
-        return requantize(checkpoint, Path(dest), format, overwrite, again)
-    return run(folder, dest, format, embeddings, overwrite, progress)
+    return requantize(checkpoint, Path(dest), format, overwrite, partial(_quantized_again, embeddings, progress))
+
+
+def _quantized_again(
+    embeddings: str, progress: Progress | None, model: Path, out: Path, method: str, **choices: Any
+) -> dict[str, Any]:
+    """As :func:`quantize`, with the type of embeddings and head that was given for an export."""
+    request = quantize_request(model, method, choices, progress)
+    return _carried_out(model, out, request, choices, None if embeddings == "keep" else embeddings)
 
 
 def import_model(

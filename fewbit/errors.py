@@ -29,6 +29,10 @@ class WorkKeptError(FewbitError):
     """
 
 
+class ChangedError(FewbitError):
+    """A value of a model cannot be written in a foreign format without changing it."""
+
+
 class NoTokenizerError(FewbitError):
     """A model's folder has no tokenizer that transformers can read. The model itself may be usable."""
 

@@ -174,10 +174,12 @@ def write_card(path: Path, base: Base, written: Written) -> None:
 def card(base: Base, written: Written) -> str:
     """The text of a card."""
     loader, report = LOADERS.get(written.form), written.report
-    bits = (report.get("recipe") or {}).get("bits")
+    recipe = report.get("recipe") or {}
+    bits = recipe.get("bits")
     width = f"{bits:g}" if isinstance(bits, int | float) else ""
-    is_packed = written.form != "plain"
-    tags = list(loader.tags) if loader else ["fewbit", "quantized"]
+    # A 16-bit model in another format has no recipe.
+    is_packed = written.form != "plain" and bool(recipe)
+    tags = [tag for tag in (loader.tags if loader else ("fewbit", "quantized")) if recipe or tag != "quantized"]
     if width and is_packed:
         tags.append(f"{width}-bit")
     head: dict[str, Any] = {}
@@ -186,13 +188,15 @@ def card(base: Base, written: Written) -> str:
     head |= {**base.licence, "library_name": loader.library if loader else "transformers", "tags": tags}
     name = _words(base.name)
     title = f"{name}, quantized" if is_packed else f"{name}, quantized and unpacked to 16 bits"
+    if not recipe:
+        title = f"{name} as {written.form}" if written.form != "plain" else f"{name} in 16 bits"
     if width and is_packed:
         title += f" to {width} {'bit' if bits == 1 else 'bits'}"
     parts = [
         f"{front_matter(head)}\n{CARD_MARK}\n\n# {title}",
         _introduction(base, report),
         _table(written),
-        f"## Recipe\n\n```json\n{json.dumps(report.get('recipe'), indent=1, ensure_ascii=True)}\n```",
+        f"## Recipe\n\n```json\n{json.dumps(recipe, indent=1, ensure_ascii=True)}\n```" if recipe else "",
         _licence_text(base),
     ]
     if loader is not None:
@@ -203,7 +207,13 @@ def card(base: Base, written: Written) -> str:
 def _introduction(base: Base, report: Mapping[str, Any]) -> str:
     made = f"fewbit {report['fewbit_version']}" if report.get("fewbit_version") else "fewbit"
     original = f"[{base.hub}](https://huggingface.co/{base.hub})" if base.hub else _words(base.name)
-    return f"The original is {original}. Its weights were quantized with {_words(made)}."
+    recipe = report.get("recipe") or {}
+    tool = (recipe.get("imported") or {}).get("tool")
+    if tool:
+        done = f"Its weights were quantized by another tool ({_words(str(tool))}) and read by {_words(made)}."
+    else:
+        done = f"Its weights were {'quantized' if recipe else 'converted'} with {_words(made)}."
+    return f"The original is {original}. {done}"
 
 
 def _table(written: Written) -> str:

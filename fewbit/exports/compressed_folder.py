@@ -14,7 +14,7 @@ from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, TensorEnt
 from fewbit.checkpoints.shards import shard_name, split_by_size
 from fewbit.checkpoints.source import INDEX_NAME, Checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, copy_companions, write_index
-from fewbit.errors import FewbitError
+from fewbit.errors import ChangedError
 from fewbit.exports.compressed_weights import FORMS, InexactError, arguments_of, form_of
 from fewbit.formats.config import tables_of, tied_of, weights_of
 from fewbit.formats.native import part_layout, stored_bytes
@@ -94,7 +94,7 @@ def write_compressed(
     """Write a native folder into the folder of `work`: config, weights, tokenizer and companions.
 
     All weights decode to what `fewbit unpack` gives; packed embeddings and heads are written that way. Returns the
-    number of tensors by kind, the bytes, and notes for the user. Raises FewbitError, which names the tensor, for a
+    number of tensors by kind, the bytes, and notes for the user. Raises ChangedError, which names the tensor, for a
     scale that is no number of the model's dtype.
     """
     dtype = plain_dtype(checkpoint)
@@ -237,7 +237,7 @@ def _write(
         tensors = form.tensors(read_parts(checkpoint, reader, item.name, stored), stored, dtype)
     except InexactError as error:
         bits = _nearest_bits(stored.scheme.whole_bits)
-        raise FewbitError(
+        raise ChangedError(
             f"{checkpoint.folder}: {item.name}: {error}, in which compressed-tensors stores them: quantize the "
             f"original with  --for transformers --bits {bits}  or with  --scale-format {_short(dtype)}"
         ) from error

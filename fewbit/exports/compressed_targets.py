@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fewbit.checkpoints.config_dtype import stated_dtype
+from fewbit.checkpoints.model_dtype import model_dtype
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
 from fewbit.exports.compressed_folder import expert_problem
@@ -55,7 +55,7 @@ def _choices(
     if not GRIDS[grid].brings:
         _check_bits(name, bits, flat.get("bits") or 4)
         rest["group_size"] = flat.get("group_size") or _GROUPS
-        rest["scale_format"] = flat.get("scale_format") or _dtype_of(checkpoint)
+        rest["scale_format"] = _scales(name, flat.get("scale_format"), checkpoint)
     return rest
 
 
@@ -71,15 +71,17 @@ def _check_bits(name: str, held: tuple[int, ...], bits: float) -> None:
     )
 
 
-def _dtype_of(checkpoint: Checkpoint) -> str:
-    """The dtype in which the runtime keeps scales: that of most of the model's weights, or as its config states it."""
-    stated = stated_dtype(checkpoint.config)
-    if stated is None:
-        sizes: dict[Any, int] = {}
-        for entry in checkpoint.entries.values():
-            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.numel
-        stated = max(sizes, key=lambda dtype: sizes[dtype])
-    return str(stated).removeprefix("torch.")
+def _scales(name: str, given: str | None, checkpoint: Checkpoint) -> str:
+    """The scale format: the model's dtype, in which the runtime keeps scales, or the given one if it has its numbers.
+
+    Raises FewbitError for one of another dtype.
+    """
+    dtype = str(model_dtype(checkpoint)).removeprefix("torch.")
+    if given in ("float16", "bfloat16", "float32") and dtype not in (given, "float32"):
+        raise FewbitError(
+            f"--for {name}: has scales in the model's dtype, {dtype}, not {given}: leave out --scale-format"
+        )
+    return given or dtype
 
 
 def _loads_transformers(plan: Plan) -> str | None:

@@ -39,8 +39,7 @@ def export(
     input; `dest` is then not created.
     """
     kind, out = format_named(format), Path(dest)
-    if out.suffix == f".{kind.name}":
-        raise FewbitError(f"{out}: give a folder, such as {out.with_suffix('')}: the file is written into it")
+    check_is_folder(out, format)
     checkpoint = open_checkpoint(locate(folder))
     problem = kind.problem(checkpoint, embeddings)
     if problem:
@@ -64,6 +63,12 @@ def export(
     finally:
         work.release()
     return report
+
+
+def check_is_folder(out: Path, format: str) -> None:
+    """Raise FewbitError for an output that is named like a file of the format."""
+    if out.suffix == f".{format}":
+        raise FewbitError(f"{out}: give a folder, such as {out.with_suffix('')}: the file is written into it")
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -99,10 +99,24 @@ def _scaling(config: Config, rope: dict[str, Any]) -> Facts:
 
 def _rope_problem(*known: str) -> Callable[[Config], str | None]:
     def refuses(config: Config) -> str | None:
-        kind = rope_of(config)["rope_type"]
-        return None if kind in ("default", *known) else f"a rotary embedding of the type {kind}"
+        rope = rope_of(config)
+        kind = rope["rope_type"]
+        if kind not in ("default", *known):
+            return f"a rotary embedding of the type {kind}"
+        return _yarn_problem(rope) if kind == "yarn" else None
 
     return refuses
+
+
+def _yarn_problem(rope: dict[str, Any]) -> str | None:
+    """A parameter of YaRN that is not in a file, and differs from what llama.cpp takes for granted."""
+    usual = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "mscale": None, "mscale_all_dim": None}
+    usual["attention_factor"] = 1.0 + 0.1 * math.log(max(float(rope["factor"]), 1.0))
+    for key, value in usual.items():
+        found = rope.get(key)
+        if found is not None and (value is None or not math.isclose(float(found), float(value), rel_tol=1e-5)):
+            return f"a rotary embedding of the type yarn with {key} {found}"
+    return None
 
 
 def _first(*checks: Callable[[Config], str | None]) -> Callable[[Config], str | None]:

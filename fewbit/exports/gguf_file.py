@@ -62,12 +62,16 @@ class _Item:
 
 
 def gguf_problem(checkpoint: Checkpoint, embeddings: str) -> str | None:
-    """Why a model cannot be written as GGUF; None if it can. Nothing is read but headers.
+    """Why a model cannot be written as GGUF; None if it can. Nothing is read but headers and the tokenizer.
 
     embeddings: as in :func:`write_gguf`.
     """
     try:
-        found = architecture_of(checkpoint.config, str(checkpoint.folder))
+        check_name("embeddings", embeddings, EMBEDDING_TYPES)
+        where = str(checkpoint.folder)
+        found = architecture_of(checkpoint.config, where)
+        dict(metadata(found, checkpoint.config, where))
+        tokenizer_facts(checkpoint.folder, checkpoint.config)
         _check_schemes(checkpoint, _names(found, checkpoint))
     except FewbitError as error:
         return str(error)

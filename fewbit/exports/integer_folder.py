@@ -13,11 +13,11 @@ from fewbit.checkpoints.output import CONFIG
 from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, TensorEntry, header_room
 from fewbit.checkpoints.source import SINGLE_NAME, Checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, copy_companions
-from fewbit.errors import FewbitError
+from fewbit.errors import ChangedError
 from fewbit.exports.integer_format import IntegerFormat, Layers, NotHeldError, advice, layers_of
 from fewbit.formats.config import weights_of
 from fewbit.formats.native import part_layout
-from fewbit.grids.scheme import StoredWeight
+from fewbit.grids.scheme import Scheme, StoredWeight
 from fewbit.progress import Progress
 from fewbit.runtime.unpack import read_parts, read_weight
 from fewbit.runtime.whole import plain_dtype
@@ -32,7 +32,7 @@ def write_folder(
     """Write a native folder, which :func:`fewbit.exports.integer_format.folder_problem` accepts, into that of `work`.
 
     Packed embeddings and heads are written decoded. Returns the number of tensors by kind, the bytes, and notes for the
-    user. Raises FewbitError, which names the tensor, for scales or offsets that the format does not have.
+    user. Raises ChangedError, which names the tensor, for scales or offsets that the format does not have.
     """
     layers, dtype = layers_of(checkpoint), plain_dtype(checkpoint)
     items = list(_items(checkpoint))
@@ -93,7 +93,13 @@ def _packed(
     try:
         return kind.tensors(read_parts(checkpoint, reader, module, stored), stored, plain_dtype(checkpoint))
     except NotHeldError as error:
-        raise FewbitError(f"{checkpoint.folder}: {module}: {error}: {advice(kind, stored.scheme)}") from error
+        raise ChangedError(f"{checkpoint.folder}: {module}: {error}: {_advice(kind, stored.scheme, error)}") from error
+
+
+def _advice(kind: IntegerFormat, scheme: Scheme, error: NotHeldError) -> str:
+    """The command that makes a folder that the format holds; the bare one chooses the same scales again."""
+    other = next((name for name in error.scales if name in kind.scales and name != scheme.scale_format), None)
+    return advice(kind, scheme) + (f" --scale-format {other}" if other else "")
 
 
 def _notes(kind: IntegerFormat, checkpoint: Checkpoint, layers: Layers, config: dict[str, Any]) -> Iterator[str]:

@@ -18,7 +18,11 @@ from fewbit.grids.table import GRIDS
 
 
 class NotHeldError(Exception):
-    """A value that a format cannot hold exactly."""
+    """A value that a format cannot hold exactly. scales: the scale format whose numbers it holds, if that helps."""
+
+    def __init__(self, what: str, scales: tuple[str, ...] = ()) -> None:
+        super().__init__(what)
+        self.scales = scales
 
 
 @dataclass(frozen=True)
@@ -164,5 +168,5 @@ def exactly(values: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     stored = values.to(dtype)
     if not torch.equal(stored.to(values.dtype), values):
         name = str(dtype).removeprefix("torch.")
-        raise NotHeldError(f"{what} that {name} does not have exactly")
+        raise NotHeldError(f"{what} that {name} does not have exactly", (name,))
     return stored

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from fewbit.architecture.coverage import WeightTensor
-from fewbit.checkpoints.config_dtype import stated_dtype
+from fewbit.checkpoints.model_dtype import model_dtype
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
 from fewbit.exports.gptq import AWQ, GPTQ
@@ -116,7 +116,7 @@ def _scales_for(kind: IntegerFormat, checkpoint: Checkpoint) -> list[str]:
 
     Raises FewbitError if scales must be in the model's dtype, and there is no such format.
     """
-    dtype = str(stated_dtype(checkpoint.config) or "").removeprefix("torch.")
+    dtype = str(model_dtype(checkpoint)).removeprefix("torch.")
     wide = kind.in_model_dtype and dtype in _HALVES
     held = [name for name in kind.scales if name in SCALE_FORMATS and (name == dtype or not wide)]
     if not held:

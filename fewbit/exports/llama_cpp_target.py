@@ -7,11 +7,12 @@ from typing import Any
 from fewbit.architecture.coverage import WeightTensor
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
-from fewbit.exports.gguf_architectures import architecture_of
+from fewbit.exports.gguf_architectures import architecture_of, metadata
 from fewbit.exports.gguf_mixtures import MIXTURES, Mixture
+from fewbit.exports.gguf_tokenizer import tokenizer_facts
 from fewbit.exports.least_loss import Fit, kind_of, least_loss
 from fewbit.formats.gguf_blocks import BLOCK_TYPES
-from fewbit.grids.embeddings import KEPT, default_bits
+from fewbit.grids.embeddings import KEPT, EmbeddingChoice, default_bits
 from fewbit.grids.table import GRIDS
 from fewbit.pipeline.plan import cover_original
 
@@ -51,8 +52,13 @@ def choices(checkpoint: Checkpoint, flat: dict[str, Any]) -> tuple[dict[str, Any
 
     Raises FewbitError for a model that llama.cpp cannot run, and for grids and bits that it does not have.
     """
-    # Refuses a model that llama.cpp does not know.
-    architecture_of(checkpoint.config, str(checkpoint.folder))
+    # Refuse a model that llama.cpp does not know before anything is computed.
+    where = str(checkpoint.folder)
+    dict(metadata(architecture_of(checkpoint.config, where), checkpoint.config, where))
+    tokenizer_facts(checkpoint.folder, checkpoint.config)
+    EmbeddingChoice(flat.get("embedding_bits"))
+    if flat.get("symmetric") is not None:
+        raise FewbitError(f"--for {NAME}: the levels are those of its types: leave out --symmetric/--asymmetric")
     # Embeddings are rounded when the file is written, to a type of llama.cpp's.
     flat = {**flat, "embedding_bits": KEPT}
     given = flat.get("grid")
@@ -60,9 +66,12 @@ def choices(checkpoint: Checkpoint, flat: dict[str, Any]) -> tuple[dict[str, Any
         return flat, []
     if given is not None and given not in MIXTURES:
         raise FewbitError(f"--for {NAME}: holds the grids {', '.join((*GRID_NAMES, *MIXTURES))}, not {given}")
+    if given is not None and flat.get("bits") is not None:
+        raise FewbitError(f"the mixture {given} has its own bits: leave --bits out")
     bits = float(flat.get("bits") or 4)
-    if bits < 2:
-        raise FewbitError(f"--for {NAME}: has no type of {bits:g} bits: use --bits 2 or more")
+    if not BITS[0] <= bits <= BITS[-1]:
+        allowed = f"{BITS[0]} or more" if bits < BITS[0] else f"{BITS[-1]} or less"
+        raise FewbitError(f"--for {NAME}: has no type of {bits:g} bits: use --bits {allowed}")
     coverage = cover_original(checkpoint, flat.get("include") or (), flat.get("exclude") or ())
     tensors = coverage.of("quantize")
     if given is None:

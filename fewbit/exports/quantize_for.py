@@ -9,8 +9,8 @@ from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.output import REPORT, made_by_fewbit, remove_made
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.checkpoints.workdir import check_output, tidy
-from fewbit.errors import FewbitError
-from fewbit.exports.export import export
+from fewbit.errors import FewbitError, WorkKeptError
+from fewbit.exports.export import check_is_folder, export
 from fewbit.exports.table import FORMATS, Target
 from fewbit.pipeline.plan import make_plan
 from fewbit.pipeline.run import RunOptions
@@ -55,11 +55,12 @@ def quantize_for(
 
     job: what determines the native folder. make(folder): makes it, and returns its report. embeddings: what embeddings
     and head are rounded to, from :func:`embedding_type`. If it is killed, the same call resumes. Raises FewbitError as
-    the two steps do.
+    the two steps do; nothing is left then, except for a WorkKeptError.
     """
     between = out.absolute().with_name(f".{out.name}.fewbit-native")
     record = between.with_name(f"{between.name}.json")
     source = locate(model)
+    check_is_folder(out, target.format)
     check_output(out, source, run.overwrite)
     job = {_MARK: job}
     tidy(between)
@@ -73,7 +74,15 @@ def quantize_for(
         report = make(between)
         # After the folder: a record without one is of no use, a folder without one is made again.
         write_json(record, job)
-    written = export(between, out, target.format, embeddings, run.overwrite, run.progress)
+    try:
+        written = export(between, out, target.format, embeddings, run.overwrite, run.progress)
+    except WorkKeptError:
+        raise
+    except FewbitError as error:
+        # The same command would end here again.
+        drop(record)
+        remove_made(between)
+        raise type(error)(str(error).replace(str(between), str(model))) from error
     drop(record)
     remove_made(between)
     facts = report.get("run") or {}

@@ -15,7 +15,7 @@ from fewbit.exports import llama_cpp_target
 from fewbit.exports.compressed_folder import compressed_problem, write_compressed
 from fewbit.exports.compressed_targets import BITS, RUNTIMES
 from fewbit.exports.compressed_weights import form_of as compressed_form
-from fewbit.exports.gguf_file import gguf_problem, write_gguf
+from fewbit.exports.gguf_file import EMBEDDING_TYPES, gguf_problem, write_gguf
 from fewbit.exports.gguf_mixtures import MIXTURES
 from fewbit.exports.gguf_types import form_of
 from fewbit.exports.gptq import AWQ, GPTQ
@@ -36,6 +36,7 @@ class Format:
     holds(scheme): whether a stored weight keeps its bits. problem(checkpoint, embeddings): why a model cannot be
     written, or None. write(checkpoint, work, embeddings, progress): write the model into the folder of `work`; returns
     what the report says about it, with the name of the `file` that holds the weights, or lists those that do.
+    embeddings: what embeddings and head can be rounded to.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Format:
     holds: Callable[[Scheme], bool]
     problem: Callable[[Checkpoint, str], str | None]
     write: Callable[[Checkpoint, WorkFolder, str, Progress | None], dict[str, Any]]
+    embeddings: tuple[str, ...] = ("keep",)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ FORMATS: dict[str, Format] = {
             lambda scheme: form_of(scheme) is not None,
             gguf_problem,
             _write_gguf,
+            EMBEDDING_TYPES,
         ),
         Format(
             "compressed-tensors",

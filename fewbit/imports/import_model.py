@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from fewbit.checkpoints.json_file import write_json
 from fewbit.checkpoints.model_card import Written, base_of, write_card
 from fewbit.checkpoints.output import CARD, CONFIG, REPORT, RUN
-from fewbit.checkpoints.public_names import public_config
+from fewbit.checkpoints.own_files import ORIGINAL_CARD
+from fewbit.checkpoints.public_names import public_config, public_model
 from fewbit.checkpoints.safetensors_io import ShardWriter, header_room
 from fewbit.checkpoints.shards import shard_name, split_by_size
 from fewbit.checkpoints.stamps import file_stamps
@@ -59,7 +61,8 @@ def import_model(
                 _write_rest(found, work, written, shard_size)
                 write_json(work.file(REPORT), report)
                 folder = found.place if found.place.is_dir() else found.place.parent
-                base = base_of(folder, report["model"], found.config)
+                has_card = any(one.name == ORIGINAL_CARD for one in found.companions)
+                base = replace(base_of(folder, report["model"], found.config), has_card=has_card)
                 write_card(work.file(CARD), base, Written("native", report, work.shard_bytes))
                 facts = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
                 write_json(work.file(RUN), facts)
@@ -171,7 +174,7 @@ def _report(found: Source, written: Sequence[WrittenTensor], work: WorkFolder) -
     recipe = _recipe(found)
     plain = [one for one in found.tensors if isinstance(one, PlainTensor)]
     report = Report(
-        model=found.place.stem if found.place.is_file() else found.place.name,
+        model=found.place.stem if found.place.is_file() else public_model(found.place),
         method=recipe["method"],
         recipe=recipe,
         source={"bytes": found.bytes, "tensors": len(found.tensors)},

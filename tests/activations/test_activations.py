@@ -98,6 +98,7 @@ SMOOTHED = {"llama": 2, "mistral": 2, "gemma3_text": 2, "phi3": 2, "opt": 2, "gp
 """Sites of a block behind a norm that feeds nothing else."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMOOTHED)
 def test_smoothing_changes_no_output_before_rounding(name: str, tmp_path: Path) -> None:
     network = network_of(build(name, tmp_path / name))

@@ -122,6 +122,7 @@ def test_fused_experts(fused: Path, tmp_path: Path, method: str) -> None:
     assert float((expected - logits).norm() / expected.norm()) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "oac"])
 def test_experts_that_saw_no_token_are_rounded_and_named(fused: Path, method: str) -> None:
     few = CalibrationOptions(CalibrationChoice("random-tokens", samples=1, sequence_length=2), max_fallback=99)

@@ -203,6 +203,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4), JSON)
 def test_any_config_is_read_or_refused(any_config: Path, config: dict[str, Any], beside: Any) -> None:

@@ -64,6 +64,7 @@ def test_killed_before_any_step_it_is_whole_or_goes_on(tmp_path: Path, replacing
     assert step > 30
 
 
+@pytest.mark.slow
 @needs_fork
 def test_killed_at_any_step_it_does_not_block_what_is_given_next(tmp_path: Path) -> None:
     for step in range(1, 60):

@@ -91,6 +91,7 @@ def test_what_is_added_during_a_run_is_kept_at_any_depth(tmp_path: Path, name: s
     assert (out / name).read_text() == "precious"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["no list", "list of another kind", "damaged", "gone"])
 @pytest.mark.parametrize("name", ["my_notes.txt", "my.safetensors", "page.html", "fewbit_notes.json", "sub/a.txt"])
 def test_without_a_list_only_names_that_fewbit_writes_are_replaced(

@@ -96,6 +96,7 @@ def test_a_damaged_tokenizer(tiny: Path, tmp_path: Path, text: str) -> None:
         open_tokenizer(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [OSError("odd"), ValueError("odd"), KeyError("odd"), TypeError("odd"), RecursionError("odd")]
 )

@@ -199,6 +199,7 @@ def test_a_stored_curvature_gives_the_same_weights(tiny: Path, tmp_path: Path, k
     assert stored.read_bytes() == direct.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_stored_share_of_the_gram_serves_every_method(tiny: Path, tmp_path: Path) -> None:
     source = ["--calibration", "random-tokens", "--samples", "4", "--sequence-length", "32"]
     run_cli("curvature", tiny, tmp_path / "kept", *source)

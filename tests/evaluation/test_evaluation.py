@@ -92,6 +92,7 @@ def test_bos_auto_follows_the_tokenizer(tiny: Path, text: Path) -> None:
     assert fewbit.evaluate(tiny, text, Protocol(32, 1))["protocol"]["bos"] == "never"
 
 
+@pytest.mark.slow
 def test_distance_from_itself_is_zero_and_from_fewer_bits_is_more(
     tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +167,7 @@ def test_texts(tmp_path: Path) -> None:
     assert len(read_text("topics").content) > 100_000
 
 
+@pytest.mark.slow
 def test_quantize_and_inspect_pages(tiny: Path, tmp_path: Path) -> None:
     run_cli("quantize", tiny, tmp_path / "out", "--html", tmp_path / "q.html")
     check_page(tmp_path / "q.html")

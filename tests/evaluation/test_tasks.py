@@ -215,6 +215,7 @@ def test_the_definitions_are_lm_evals(folder: Path) -> None:
     assert opened.requests == 24
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_models_asked_before(tiny32: Path, folder: Path, tmp_path: Path) -> None:
     fewbit.quantize(tiny32, tmp_path / "two", fewbit.preset("rtn", bits=2))
     choice = TaskChoice(("piqa", "lambada_openai"), folder)
@@ -293,6 +294,7 @@ def test_the_command_with_text_and_tasks(tiny32: Path, folder: Path, tmp_path: P
     assert "acc_norm" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_tasks_without_text(tiny32: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     result = fewbit.evaluate(tiny32, tasks=TaskChoice(("piqa", "winogrande"), folder))
     assert "perplexity" not in result["models"][0]

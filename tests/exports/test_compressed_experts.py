@@ -48,6 +48,7 @@ def same_as_unpacked(native: Path, out: Path, plain: Path) -> None:
     assert torch.equal(*read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", ["signed", "fp8", "mxfp4"])
 def test_transformers_reads_the_same_experts(grid: str, model: Path, tmp_path: Path) -> None:
     own: dict[str, Any] = {"bits": 4, "group_size": "32", "scale_format": "bfloat16"} if grid == "signed" else {}

@@ -84,6 +84,7 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> Non
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", ["signed", "symmetric", "zero-point"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", ["32", "128", "row"])
@@ -98,6 +99,7 @@ def test_the_package_decodes_the_same_weights(grid: str, bits: int, group: str, 
     same(decoded(tmp_path / "out"), plain(tmp_path / "q", tmp_path / "plain"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("grid", "bits", "group"),
     [

@@ -112,6 +112,7 @@ def test_a_16_bit_model_is_written_without_loss(name: str, models: dict[str, Pat
     assert "fewbit.recipe" not in fields
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "phi3"])
 @pytest.mark.parametrize("grid", ["q4_0", "iq4_nl", "q8_0"])
 def test_a_quantized_folder_is_written_without_loss(

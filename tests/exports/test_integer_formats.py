@@ -59,6 +59,7 @@ def test_words(bits: int) -> None:
 
 
 # In small groups all weights can be of one sign, so that 0 is the zero-point: see below.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("grid", "group"), [*(("symmetric", size) for size in (16, 32, 64, 128)), ("zero-point", 64), ("zero-point", 128)]
 )
@@ -100,6 +101,7 @@ def test_awq(group: int, grid: str, model: Path, tmp_path: Path) -> None:
     same_as_before(model, tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", ["symmetric", "minimum"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group", [32, 64, 128])

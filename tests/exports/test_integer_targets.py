@@ -41,6 +41,7 @@ def test_a_folder_in_one_go(name: str, bits: int, model: Path, tmp_path: Path) -
     assert "already exists" in again.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gptq", "awq", "mlx"])
 def test_with_data_the_best_method_and_own_choices(name: str, model: Path, tmp_path: Path) -> None:
     more = ("--group-size", 32, "--exclude", "model.layers.0.mlp.up_proj.weight")

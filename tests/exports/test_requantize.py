@@ -61,3 +61,37 @@ def test_nothing_is_overwritten_or_left(folder: Path, tmp_path: Path) -> None:
     (tmp_path / ".new.fewbit-plain" / "mine.txt").write_text("mine")
     assert "needs this name" in run_cli("export", folder, tmp_path / "new", "--allow-requantize", code=2).stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [".new.fewbit-plain", "out"]
+
+
+def test_scales_that_a_format_lacks_are_chosen_again(tmp_path: Path) -> None:
+    model = build(tmp_path / "model", "llama")
+    fewbit.quantize(model, tmp_path / "q", bits=4, grid="signed", scale_format="float16", outliers="none")
+    with pytest.raises(FewbitError, match="no bfloat16 numbers"):
+        fewbit.export(tmp_path / "q", tmp_path / "out", "compressed-tensors")
+    report = fewbit.export(tmp_path / "q", tmp_path / "out", "compressed-tensors", allow_requantize=True)
+    assert 0 < report["requantized"]["mean"] < 0.01
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "q"]
+
+
+def test_the_type_of_embeddings_is_the_one_asked_for(folder: Path, tmp_path: Path) -> None:
+    command = ("export", folder, tmp_path / "out", "--allow-requantize", "--embeddings")
+    run_cli(*command, "f16")
+    assert read(tmp_path / "out" / "out.gguf")[2]["token_embd.weight"] == "f16"
+    done = run_cli(*command, "q8_0", "--format", "gptq", "--overwrite", code=2)
+    assert "--embeddings for --format gptq must be one of keep" in done.stderr
+
+
+def test_the_original_keeps_its_name(folder: Path, tmp_path: Path) -> None:
+    run_cli("export", folder, tmp_path / "out", "--format", "mlx", "--allow-requantize")
+    for path in (tmp_path / "out").glob("*.*"):
+        assert b"fewbit-" not in path.read_bytes()
+    assert "\n# model, quantized to 4 bits\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_errors_name_the_folder_that_was_given(tmp_path: Path) -> None:
+    model = build(tmp_path / "model", "llama")
+    fewbit.quantize(model, tmp_path / "q", bits=4)
+    (tmp_path / "q" / "tokenizer.json").unlink()
+    done = run_cli("export", tmp_path / "q", tmp_path / "out", "--allow-requantize", code=2)
+    assert f"{tmp_path / 'q'}: no tokenizer.json" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "q"]

@@ -272,6 +272,7 @@ def test_the_same_for_the_block_types_of_ggml(tmp_path: Path, grid: str) -> None
     assert error / norm < 4.0 ** (1.2 - recipe.bits), error / norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [grid.name for grid in FLOAT_GRIDS])
 @pytest.mark.parametrize("method", ["rtn", "adpq+", "precal+oac"])
 def test_the_same_for_floating_point_numbers(tiny: Path, tmp_path: Path, grid: str, method: str) -> None:
@@ -345,6 +346,7 @@ def test_rows_with_groups_of_very_different_sizes(tmp_path: Path, method: str, l
         assert max(row["mean_group_error"] for row in report["layers"]) < 0.02
 
 
+@pytest.mark.slow
 def test_folders_of_version_1_are_read(tiny: Path, tmp_path: Path) -> None:
     fewbit.quantize(tiny, tmp_path / "new", "adpq+", bits=3, embedding_bits=16)
     shutil.copytree(tmp_path / "new", tmp_path / "old")

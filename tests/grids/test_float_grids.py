@@ -125,6 +125,7 @@ def test_the_column_solver_gains(grid: Grid) -> None:
     assert errors["precal+oac"] < 0.8 * errors["adpq+"]
 
 
+@pytest.mark.slow
 @EVERY
 def test_quantized_with_data_packed_and_unpacked(grid: Grid, tiny: Path, tmp_path: Path) -> None:
     run = RunOptions(calibration=CalibrationOptions(TEXT, max_fallback=99))
@@ -139,6 +140,7 @@ def test_quantized_with_data_packed_and_unpacked(grid: Grid, tiny: Path, tmp_pat
     torch.testing.assert_close(packed(ids[:, :1]).logits, plain(ids[:, :1]).logits, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("train", ["all", "scales", "codes"])
 def test_tuning(grid: Grid, train: str, tiny: Path, tmp_path: Path) -> None:

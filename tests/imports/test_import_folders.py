@@ -101,6 +101,7 @@ def read_by_the_specification(out: Path, wanted: dict[str, torch.Tensor]) -> Non
         assert np.array_equal(found, wanted[f"{module}.weight"].numpy()), module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq(tmp_path: Path, bits: int, version: int) -> None:
@@ -111,6 +112,7 @@ def test_gptq(tmp_path: Path, bits: int, version: int) -> None:
     assert weight_bytes(out) < 1.02 * weight_bytes(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "sym"), [(-1, False), (64, True), (16, True)])
 def test_gptq_groups(tmp_path: Path, size: int, sym: bool) -> None:
     model, out = tmp_path / "m", tmp_path / "out"
@@ -121,6 +123,7 @@ def test_gptq_groups(tmp_path: Path, size: int, sym: bool) -> None:
     assert grids == {"symmetric" if sym else "zero-point"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 4])
 def test_gptq_with_act_order(tmp_path: Path, bits: int) -> None:
     model, out, text = tmp_path / "m", tmp_path / "out", tmp_path / "text.txt"
@@ -209,6 +212,7 @@ def test_descriptions_of_older_releases(tmp_path: Path) -> None:
     assert not (out / "quantize_config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 64, -1])
 def test_awq(tmp_path: Path, size: int) -> None:
     model, out = tmp_path / "m", tmp_path / "out"
@@ -218,6 +222,7 @@ def test_awq(tmp_path: Path, size: int) -> None:
     assert weight_bytes(out) < 1.02 * weight_bytes(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize(
     ("bits", "size", "dtype", "whole"),

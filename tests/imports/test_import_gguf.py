@@ -156,6 +156,7 @@ def q4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_an_imported_folder_is_a_folder_like_any_other(q4: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "out", tmp_path / "text.txt"
     made = json.loads(run_cli("import", q4, out, "--json").stdout)
@@ -173,6 +174,7 @@ def test_an_imported_folder_is_a_folder_like_any_other(q4: Path, tmp_path: Path)
     assert "already quantized (fewbit)" in run_cli("quantize", out, tmp_path / "q", code=2).stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     """A folder that is exported and imported has the same packed bytes and the same kept weights."""
@@ -193,6 +195,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_tuned_with_a_reference(tmp_path: Path) -> None:
     model = build(tmp_path / "model", "llama")
     text = tmp_path / "text.txt"

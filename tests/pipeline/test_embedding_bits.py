@@ -75,6 +75,7 @@ def test_tables_are_known_by_their_rows_whatever_their_names() -> None:
     assert {one.entry.name for one in kept if not one.is_vocabulary} >= {"lm_head.weight", "embed_out.weight"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("bits", [3, 4, 6, 8, 16])
 def test_sizes_are_bytes_on_disk(tied: bool, bits: int, tmp_path: Path) -> None:

@@ -204,6 +204,7 @@ def test_nan_is_named(tiny: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_json_of_a_run_has_the_stable_keys(tiny: Path, tmp_path: Path) -> None:
     # A process of its own: its peak memory is that of the run, not of the tests before it.
     result = run_cli("quantize", tiny, tmp_path / "out", "--method", "adpq", "--bits", 3, "--json", env={"LANG": "C"})

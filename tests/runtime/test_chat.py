@@ -241,6 +241,7 @@ def test_one_prompt_from_the_command_line(talking: Path) -> None:
     assert found["models"][0]["name"] == str(talking) and found["models"][0]["method"] == "adpq+"
 
 
+@pytest.mark.slow
 def test_each_line_of_standard_input_is_a_message(talking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("chat", talking, "--temperature", "0", "--max-new-tokens", "12", "--json")
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))

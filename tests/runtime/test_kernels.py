@@ -57,17 +57,20 @@ def check_product(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None)
     assert bool(((found.double() - exact).abs() <= allowed).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("group_size", [64, 24])
 def test_codebooks(bits: int, group_size: int) -> None:
     check(normal_float(bits, group_size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_size", [96, 48, 32, 16, 192, 12, 6, 1])
 def test_group_sizes(group_size: int) -> None:
     check(normal_float(3, group_size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
 def test_dtypes(bits: int, dtype: torch.dtype) -> None:
@@ -75,18 +78,21 @@ def test_dtypes(bits: int, dtype: torch.dtype) -> None:
     check(Scheme(bits, 64, "minimum"), dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("grid", ["zero-point", "symmetric", "minimum"])
 def test_evenly_spaced_grids(grid: str, bits: int) -> None:
     check(Scheme(bits, 64, grid))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 8])
 @pytest.mark.parametrize("grid", ["zero-point", "symmetric", "minimum"])
 def test_scales_in_float32(grid: str, bits: int) -> None:
     check(Scheme(bits, 48, grid, scale_format="float32"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "grid"), [(1.6, "ternary"), (1, "binary")])
 @pytest.mark.parametrize("group_size", [64, 24])
 def test_grids_with_codes_of_their_own(bits: float, grid: str, group_size: int) -> None:
@@ -100,6 +106,7 @@ def test_salient_columns() -> None:
     check_parts(parts, stored, dtypes=(torch.float32,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("group_size", [16, 24])
 def test_statistics_of_scales_and_zeros(bits: int, group_size: int) -> None:
@@ -111,6 +118,7 @@ def test_two_level_scales(bits: int) -> None:
     check(normal_float(bits, scale_format="two-level"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outlier_grid", ["", "row"])
 def test_logarithmic_rows(outlier_grid: str) -> None:
     """Scales, and outliers, of very different sizes in one row."""
@@ -127,6 +135,7 @@ def test_logarithmic_rows(outlier_grid: str) -> None:
     check_parts(parts, stored, dtypes=(torch.bfloat16,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 0.03, 0.002])
 @pytest.mark.parametrize(("outlier_grid", "bits"), [("row", 8), ("minmax", 4), ("sign-magnitude", 5), ("float16", 16)])
 def test_outliers(outlier_grid: str, bits: int, share: float) -> None:
@@ -137,6 +146,7 @@ def test_outliers(outlier_grid: str, bits: int, share: float) -> None:
     check(Scheme(1.6, 24, "ternary", outlier_grid=outlier_grid, outlier_bits=bits), columns=1536, share=share)
 
 
+@pytest.mark.slow
 def test_outliers_stored_by_their_index_in_a_group() -> None:
     scheme = normal_float(3, 32, outlier_grid="row", outlier_bits=8)
     weight = torch.randn(10, 192, generator=torch.Generator().manual_seed(0))
@@ -213,6 +223,7 @@ def test_many_tokens_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
     check_product(found.view(-1, 21), x.view(-1, 192), weight, bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_give_equal_results(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from fewbit.runtime.kernels import cpu

@@ -68,6 +68,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_tokens_as_the_unpacked_model(folder: Path, way: str, kernels: bool) -> None:
     packed = load(folder)
@@ -75,6 +76,7 @@ def test_the_same_tokens_as_the_unpacked_model(folder: Path, way: str, kernels: 
     assert generate(packed, **WAYS[way]) == generate(unpack_modules(load(folder)), **WAYS[way])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_batch_with_padding(folder: Path, rows: int, kernels: bool) -> None:
     ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])[:rows]
@@ -82,6 +84,7 @@ def test_a_batch_with_padding(folder: Path, rows: int, kernels: bool) -> None:
     assert generate(load(folder), ids, **options) == generate(unpack_modules(load(folder)), ids, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 8, 24])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_less_exact_than_the_unpacked_model(folder: Path, tokens: int, dtype: str, kernels: bool) -> None:

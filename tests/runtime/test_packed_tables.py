@@ -41,6 +41,7 @@ def plain(folder: Path) -> Any:
     return fewbit.load(unpack(folder / "packed", folder / "plain"), device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_those_of_the_unpacked_folder(kind: str, tied: bool, tmp_path: Path) -> None:
@@ -59,6 +60,7 @@ def test_logits_are_those_of_the_unpacked_folder(kind: str, tied: bool, tmp_path
     assert torch.equal(logits(again.dequantize(), ids), logits(other, ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_rows_are_gathered_without_the_others(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = fewbit.load(packed(tmp_path, "gemma3_text", bits=bits), device="cpu")
@@ -108,6 +110,7 @@ def test_gradients_are_those_of_the_unpacked_model(tied: bool, tmp_path: Path) -
     assert torch.allclose(*found, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_what_is_tied_has_one_copy(tmp_path: Path) -> None:
     folder = packed(tmp_path, "gemma3_text")
     names = set(load_file(folder / "model.safetensors"))
@@ -129,6 +132,7 @@ def whole_copy(model: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", ["equal", "differing"])
 def test_a_tied_head_that_is_stored_again(values: str, tmp_path: Path) -> None:
     build(tmp_path / "model", tie_word_embeddings=True)
@@ -147,6 +151,7 @@ def test_a_tied_head_that_is_stored_again(values: str, tmp_path: Path) -> None:
     assert sum("relative_squared_error" in row for row in compared) == 14 + len(stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_resizing_unpacks_embeddings_and_head(kind: str, tied: bool, tmp_path: Path) -> None:
@@ -205,6 +210,7 @@ def test_adapters_of_other_layers(tmp_path: Path) -> None:
     assert trained and all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_classes_with_packed_tables(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -24,6 +24,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(TOKENS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "bits"), [("rtn", 3), ("adpq", 3), ("adpq+", 3), ("adpq+", 1)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
 def test_logits_equal_those_of_unpacked_weights(tiny: Path, tmp_path: Path, method: str, bits: int, dtype: str) -> None:
@@ -75,6 +76,7 @@ def test_importing_fewbit_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_the_base_model_loads_too(tiny: Path, tmp_path: Path) -> None:
     fewbit.quantize(tiny, tmp_path / "out", fewbit.preset("adpq", bits=4))
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()

@@ -98,6 +98,7 @@ def test_a_reward_model_has_no_perplexity(tmp_path: Path) -> None:
         fewbit.evaluate(tmp_path / "model", tmp_path / "text.txt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architectures", "loaded"),
     [

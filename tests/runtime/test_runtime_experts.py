@@ -120,6 +120,7 @@ def same_tensors(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_saving_gives_the_folder_again_and_dequantizing_the_original_s_names(kind: str, tmp_path: Path) -> None:
     made(tmp_path, kind)

@@ -19,6 +19,7 @@ from fewbit.pipeline.run import RunOptions
 from fewbit.runtime import whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_size", [1 << 30, 1 << 15])
 @pytest.mark.parametrize(
     ("load", "times"),

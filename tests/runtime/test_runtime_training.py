@@ -23,6 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantized(place / "model", place / "packed", "adpq", 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_plain_layers(folder: Path, checkpointing: bool) -> None:
     packed = fewbit.load(folder, device="cpu")
@@ -178,6 +179,7 @@ def test_peft_trains_saves_and_loads(peft: Any, folder: Path, tmp_path: Path, ch
         assert torch.equal(logits(model), logits(fewbit.load(folder, device="cpu")))
 
 
+@pytest.mark.slow
 def test_peft_does_not_merge_into_packed_weights(peft: Any, folder: Path) -> None:
     for merge in ({}, {"safe_merge": True}):
         model = peft.get_peft_model(fewbit.load(folder, device="cpu"), lora(peft, init_lora_weights=False))

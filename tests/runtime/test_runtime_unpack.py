@@ -21,6 +21,7 @@ def set_dtype(folder: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps({**config, **values}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 @pytest.mark.parametrize("named", [{}, {"dtype": None}, {"dtype": "auto"}, {"torch_dtype": "auto", "dtype": "no such"}])
 def test_without_a_dtype_in_the_config_it_is_that_of_the_kept_weights(
@@ -114,6 +115,7 @@ def test_dequantizing_leaves_a_plain_model(tmp_path: Path) -> None:
     assert torch.equal(weight.bfloat16(), saved["model.layers.0.mlp.up_proj.weight"])
 
 
+@pytest.mark.slow
 def test_names_that_transformers_changes_are_saved_as_they_were(tmp_path: Path) -> None:
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokens = {"mm_tokens_per_image": 4, "image_token_index": 125, "boi_token_index": 126, "eoi_token_index": 127}

@@ -112,6 +112,7 @@ def damaged(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], 
     return to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGES)
 def test_every_loader_refuses_a_damaged_folder(folder: Path, tmp_path: Path, name: str) -> None:
     change, said = DAMAGES[name]
@@ -260,6 +261,7 @@ def test_damaged_positions_of_outliers_are_refused(tmp_path: Path, encoding: str
     refused_by_all(place, tmp_path / "plain", f"{UP}: .*positions of outliers.*: the folder is damaged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "adpq", "adpq+"])
 def test_scales_that_are_not_finite_are_refused(tmp_path: Path, method: str) -> None:
     build(tmp_path / "model")

@@ -184,6 +184,7 @@ def test_a_curvature_that_is_not_one_falls_back() -> None:
     assert solve_weight(weight, indefinite, recipe.for_weight(scheme)).path == "solved with damping 0.1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [(16, 32, 48), (7, 16, 5)])
 @pytest.mark.parametrize("method", ["gptq", "spqr", "precal+gptq", "precal+spqr", "precal+oac", "oac", "billm"])
 def test_weights_solved_together_are_as_if_alone(method: str, rows: tuple[int, ...]) -> None:

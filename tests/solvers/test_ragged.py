@@ -91,6 +91,7 @@ def test_what_is_rounded_is_what_is_read(problem: tuple[Recipe, Scheme, Tensor])
     assert native.stored_bytes(one) == sum(part.numel() * part.element_size() for part in parts.values())
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(problems())
 def test_what_is_solved_is_what_is_read(problem: tuple[Recipe, Scheme, Tensor]) -> None:

@@ -102,6 +102,7 @@ def test_the_slice_holds_its_three_points(result: Any) -> None:
     assert min(xs) < 0 < points["tuned"]["x"] < max(xs)
 
 
+@pytest.mark.slow
 def test_directions_and_what_is_said_of_them(result: Any) -> None:
     rows = rows_of(result, "direction")
     assert {(row["kind"], row["index"]) for row in rows} == {(k, i) for k in ("filter", "plain") for i in (0, 1)}

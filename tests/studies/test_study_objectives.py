@@ -99,6 +99,7 @@ def test_a_prediction_is_near_the_divergence_for_small_errors(tmp_path: Path) ->
     assert 0.3 < row["predicted"] / row["kl_mean"] < 30
 
 
+@pytest.mark.slow
 def test_the_page_shows_it_and_fetches_nothing(result: Any, tmp_path: Path) -> None:
     page = result[0] / "study.html"
     check_page(page)

@@ -161,6 +161,7 @@ LONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LONG)
 def test_the_tokens_of_the_whole_text(tokenizer: Any, kind: str) -> None:
     check(tokenizer, LONG[kind])

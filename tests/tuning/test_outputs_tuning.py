@@ -70,6 +70,7 @@ def test_without_a_whole_report_it_is_tuned_all_the_same(
     tune(tmp_path / "out", tmp_path / "again", CHOICE, OPTIONS)
 
 
+@pytest.mark.slow
 def test_what_the_end_needs_is_checked_before_training(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

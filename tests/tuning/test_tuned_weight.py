@@ -147,6 +147,7 @@ def test_a_weight_begins_as_stored_and_is_stored_as_trained(
         torch.testing.assert_close(native.decode(stored_again, stored), after, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "adpq+", "precal+oac"])
 @pytest.mark.parametrize("towards", [-100.0, 100.0])
 def test_learned_rounding_moves_a_code_by_one_at_most(quantized: dict[str, Path], method: str, towards: float) -> None:

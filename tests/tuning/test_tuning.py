@@ -331,6 +331,7 @@ def test_there_is_no_dropout_in_training() -> None:
         assert torch.equal(without_dropout(made).train()(ids).logits, plain)
 
 
+@pytest.mark.slow
 def test_weights_whose_channels_were_scaled_are_compared_with_nothing(model: Path, tmp_path: Path) -> None:
     text = CalibrationOptions(CalibrationChoice("random-tokens", 8, 32))
     fewbit.quantize(model, tmp_path / "awq", fewbit.preset("awq", bits=4), RunOptions(calibration=text))

@@ -65,6 +65,7 @@ def test_latent_weights_begin_at_the_original_where_it_is_stored_turned(gpt2: Pa
         assert float(((latent - whole[name].t()).abs() < 1e-6).float().mean()) > 0.5, name
 
 
+@pytest.mark.slow
 def test_the_original_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir(), there.mkdir()

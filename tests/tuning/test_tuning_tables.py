@@ -19,6 +19,7 @@ OPTIONS = TuneOptions(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_tables_keep_their_codes_and_layers_are_trained(tied: bool, tmp_path: Path) -> None:
     model = build_tiny(tmp_path / "model", shard_size="1GB", tie_word_embeddings=tied, initializer_range=0.1)
