@@ -34,7 +34,6 @@ def test_rooms_of_tensors_know_nothing_of_models() -> None:
     assert not wrong
 
 
-@pytest.mark.slow
 def test_no_two_rooms_need_each_other() -> None:
     # What only the names of `fewbit` or a launched module lead to is no room below.
     needs: dict[str, set[str]] = {}
