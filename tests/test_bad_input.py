@@ -209,6 +209,7 @@ def test_help_shows_examples() -> None:
         assert "fewbit " + command in run_cli(command, "--help").stdout
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_whole_gives_no_figures(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("some words " * 50)
     measure = ("--data", tmp_path / "t.txt", "--seq-len", 16)

@@ -139,6 +139,7 @@ def test_what_transformers_cannot_load_is_refused(tmp_path: Path, change: dict[s
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 def test_faults_inside_transformers_are_not_refusals(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"model_type": "llama", "hidden_act": "silu"}
     for error in (RuntimeError("odd"), KeyError("other"), AttributeError("x has no y"), ZeroDivisionError("zero")):

@@ -102,6 +102,7 @@ def test_reading_with_a_seek(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert read_at.bytes_at(reader.descriptor(entry.file), 5, 1 << 40) == b""
 
 
+@pytest.mark.slow
 def test_what_only_some_systems_have_is_imported_where_it_is_used() -> None:
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

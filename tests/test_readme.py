@@ -32,6 +32,7 @@ def test_there_are_commands() -> None:
     assert len(commands()) > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("document", "line"), commands())
 def test_every_command_parses(document: str, line: str) -> None:
     command: click.Command = typer.main.get_command(app)

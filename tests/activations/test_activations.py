@@ -260,6 +260,7 @@ def test_massive_activations_begin_where_a_block_makes_them(tmp_path: Path) -> N
     assert direct.describe()["channel"] == int(states.abs().amax(0).argmax())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "falcon"])
 def test_sites_are_the_places_that_share_inputs(name: str, tmp_path: Path) -> None:
     network = network_of(build(name, tmp_path / name))

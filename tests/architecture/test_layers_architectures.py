@@ -131,6 +131,7 @@ def test_what_comes_out_is_what_went_in(original: Path, tmp_path: Path, method: 
     assert rows == names | tables
 
 
+@pytest.mark.slow
 def test_what_is_quantized_and_what_is_kept(original: Path) -> None:
     rows = {row["name"]: row for row in fewbit.inspect(original)["tensors"]}
     outside = ("keep", "embedding")

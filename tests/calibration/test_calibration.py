@@ -187,6 +187,7 @@ def test_none_is_no_calibration(tiny: Path, tmp_path: Path) -> None:
     run_cli("quantize", tiny, tmp_path / "out", "--method", "rtn", "--calibration", "none")
 
 
+@pytest.mark.slow
 def test_memory_too_small_for_one_block(tiny: Path, tmp_path: Path) -> None:
     text = ["--calibration", "self", *RANDOM[2:], "--memory", "1KB"]
     expected = "block 1: its curvature takes 0.2 MB, but --memory allows 0.0 MB: give at least 0.2 MB"
@@ -197,6 +198,7 @@ def test_memory_too_small_for_one_block(tiny: Path, tmp_path: Path) -> None:
         assert not (tmp_path / kind).exists()
 
 
+@pytest.mark.slow
 def test_sequences_longer_than_the_model(tiny: Path, tmp_path: Path) -> None:
     long = ["--calibration", "random-tokens", "--samples", "2", "--sequence-length", "129"]
     expected = "--sequence-length 129: the model's maximum length is 128: use 128 or less"
@@ -207,6 +209,7 @@ def test_sequences_longer_than_the_model(tiny: Path, tmp_path: Path) -> None:
     assert positions_of({"hidden_size": 64}) is None
 
 
+@pytest.mark.slow
 def test_after_a_refusal_the_same_name_is_free(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     text = ["--samples", "4", "--sequence-length", "32", "--calibration"]
@@ -216,6 +219,7 @@ def test_after_a_refusal_the_same_name_is_free(tiny: Path, tmp_path: Path) -> No
     assert (tmp_path / "out" / "fewbit_report.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_model_without_tokenizer(tmp_path: Path) -> None:
     model = build_tiny(tmp_path / "model")
     for path in model.glob("token*"):

@@ -60,6 +60,7 @@ def test_what_is_kept_of_such_tensors(tmp_path: Path) -> None:
     assert all(path.name.endswith(SOLVED) for path in store.folder.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_over_tensors_that_are_paths(tmp_path: Path) -> None:
     model = build_tiny(tmp_path / "m", shard_size="1GB")
     (tmp_path / "a.txt").write_text("some words and more of them. " * 100)
@@ -89,6 +90,7 @@ def test_solved_weights_of_layers_that_are_paths(tmp_path: Path) -> None:
     assert not list((tmp_path / "victim").iterdir())
 
 
+@pytest.mark.slow
 def test_patterns_and_folders_with_glob_characters(tiny: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts[0].up*proj?.weight"
     checkpoint = open_checkpoint(tiny)
@@ -154,6 +156,7 @@ def test_names_on_the_terminal(tmp_path: Path) -> None:
     assert result.stderr.count("\n") == 1 and "\x1b" not in result.stderr
 
 
+@pytest.mark.slow
 def test_names_in_json_and_in_drawings(tiny: Path, tmp_path: Path) -> None:
     from fewbit.report.canvas import new_figure, to_svg
 

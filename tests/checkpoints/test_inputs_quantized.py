@@ -93,6 +93,7 @@ def refused(model: Path, tool: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tools_that_a_config_names(single: Path, tmp_path: Path, name: str) -> None:
     model = copy_folder(single, tmp_path / "m")

@@ -67,6 +67,7 @@ def by_autograd(model: Any, site: Site) -> tuple[list[Tensor], list[Tensor], lis
     return gradients, inputs, outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terms", ["sequence", "token"])
 def test_fisher_is_the_sum_over_per_sequence_gradients(network: Any, terms: str) -> None:
     model, blocks, sites = network
@@ -254,6 +255,7 @@ def test_tempering_of_a_fisher_divides_inputs_and_keeps_the_gradients_weight() -
     assert torch.allclose(found.sums["layer"].double(), whole.T @ whole, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
     source = ["--calibration", "random-tokens", "--samples", "2", "--sequence-length", "16"]
     run_cli("curvature", tiny, tmp_path / "kept", *source)
@@ -306,6 +308,7 @@ def test_a_stored_curvature_is_checked(tiny: Path, tmp_path: Path) -> None:
         open_curvature(tmp_path / "kept", open_checkpoint(tiny))
 
 
+@pytest.mark.slow
 def test_what_was_left_out_is_named_before_anything_is_solved(tiny: Path, tmp_path: Path) -> None:
     text = CalibrationOptions(CalibrationChoice("random-tokens", 2, 16))
     wanted = fewbit.preset("gptq").curvature

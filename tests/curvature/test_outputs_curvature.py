@@ -60,6 +60,7 @@ def test_killed_at_any_step_it_goes_on_to_the_same_folder(tiny: Path, tmp_path: 
     assert step > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "leftover",
     [["fewbit_curvature.partial"], ["fewbit_curvature.json.partial"], ["block-00000.partial"], [".tmpabc"], []],
@@ -155,6 +156,7 @@ def test_a_curvature_that_claims_any_number_of_blocks(tiny: Path, tmp_path: Path
             open_curvature(folder, checkpoint)
 
 
+@pytest.mark.slow
 def test_a_run_notices_that_its_curvature_was_measured_anew(tiny: Path, tmp_path: Path) -> None:
     measure = ["curvature", tiny, tmp_path / "curv", "--kind", "gram", "--samples", 4, "--sequence-length", 16]
     measure += ["--calibration", "random-tokens"]

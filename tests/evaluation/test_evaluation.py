@@ -62,6 +62,7 @@ def test_quantile_is_the_smallest_value_that_enough_do_not_exceed() -> None:
     assert quantile([torch.tensor([3.0])], 0.99) == 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bos", ["never", "always"])
 def test_perplexity_against_a_slow_loop(tiny: Path, text: Path, bos: str) -> None:
     result = fewbit.evaluate(tiny, text, Protocol(32, 5, bos))
@@ -112,6 +113,7 @@ def test_distance_from_itself_is_zero_and_from_fewer_bits_is_more(
         assert a["kl_mean"] == b["kl_mean"]
 
 
+@pytest.mark.slow
 def test_json_has_the_stable_keys_and_nothing_else_on_standard_output(tiny: Path, text: Path, tmp_path: Path) -> None:
     html = tmp_path / "page.html"
     result = run_cli(
@@ -151,6 +153,7 @@ def check_page(path: Path) -> None:
     assert "url(http" not in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_models_run_in_the_dtype_that_was_asked_for(tiny: Path, text: Path) -> None:
     own = fewbit.evaluate(tiny, text, Protocol(32, 4), reference=tiny)["models"][0]
     wide = fewbit.evaluate(tiny, text, Protocol(32, 4, dtype="float32"), reference=tiny)["models"][0]
@@ -221,6 +224,7 @@ def test_bad_rounding_of_inputs(tiny: Path, text: Path, options: list[str], mess
     assert message in run_cli("eval", tiny, "--data", text, *options, code=2).stderr
 
 
+@pytest.mark.slow
 def test_quantized_folders_are_not_rounded_again(tiny: Path, text: Path, tmp_path: Path) -> None:
     fewbit.quantize(tiny, tmp_path / "rtn", fewbit.preset("rtn", group_size="32"))
     options = ["--data", text, "--seq-len", "64", "--windows", "2", "--w8a8", "w8a8-dynamic"]

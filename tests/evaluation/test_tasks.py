@@ -207,6 +207,7 @@ def test_the_figures_are_those_of_lm_evals_own_loop(
     assert ours["piqa"]["standard_error"] == pytest.approx(theirs["results"]["piqa"]["acc_stderr,none"])
 
 
+@pytest.mark.slow
 def test_the_definitions_are_lm_evals(folder: Path) -> None:
     opened = open_tasks(TaskChoice(("piqa", "hellaswag"), folder))
     for name, task in opened.tasks.items():

@@ -46,6 +46,7 @@ def test_types_by_bits_and_columns() -> None:
     assert fit(48, 4) == (None, "48 columns are no multiple of 32: kept in 16 bits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_folder_with_one_file(bits: int, mixed: Path, tmp_path: Path) -> None:
     done = run_cli("quantize", mixed, tmp_path / "out", "--for", "llama.cpp", "--bits", bits, "--json")
@@ -67,6 +68,7 @@ def test_a_folder_with_one_file(bits: int, mixed: Path, tmp_path: Path) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
+@pytest.mark.slow
 def test_with_data_the_best_method_and_own_choices(mixed: Path, tmp_path: Path) -> None:
     data = ("--calibration", "random-tokens", "--samples", 4, "--sequence-length", 32, "--max-fallback", 99)
     more = ("--set", "*.o_proj:grid=q8_0", "--exclude", "model.layers.0.mlp.up_proj.weight")
@@ -80,6 +82,7 @@ def test_with_data_the_best_method_and_own_choices(mixed: Path, tmp_path: Path) 
     assert kinds["blk.1.ffn_down.weight"] == "q4_k"
 
 
+@pytest.mark.slow
 def test_tuned_in_one_go(mixed: Path, tmp_path: Path) -> None:
     data = ("--calibration", "random-tokens", "--samples", 24, "--sequence-length", 16, "--tune-epochs", 1)
     run_cli("quantize", mixed, tmp_path / "out", "--for", "llama.cpp", "--method", "rtn", "--tune", *data)
@@ -132,6 +135,7 @@ def test_plan_says_what_can_be_exported(mixed: Path) -> None:
     assert sizes["model.layers.0.mlp.up_proj.weight"] == 4.5
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_another_is_not_mixed_with_it(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def test_gptq(bits: int, grid: str, group: int, model: Path, tmp_path: Path) -> 
     same_as_before(model, tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", ["symmetric", "zero-point"])
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_awq(group: int, grid: str, model: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ def described(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "config.json").read_text())["quantization_config"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "bits"), [("gptq", 2), ("gptq", 3), ("gptq", 8), ("awq", 4), ("mlx", 3), ("mlx", 6)])
 def test_a_folder_in_one_go(name: str, bits: int, model: Path, tmp_path: Path) -> None:
     done = run_cli("quantize", model, tmp_path / "out", "--for", name, "--bits", bits, "--json")

@@ -76,6 +76,7 @@ def test_quantized_weights_decode_as_theirs(grid: Grid, search: ScaleSearch | No
     check(weight, grid, search)
 
 
+@pytest.mark.slow
 @EVERY
 @settings(max_examples=25, deadline=None)
 @given(

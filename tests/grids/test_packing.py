@@ -49,6 +49,7 @@ def test_bits_out_of_range(bits: int) -> None:
         planes(bits)
 
 
+@pytest.mark.slow
 @given(
     groups=st.integers(1, 12), size=st.integers(1, 300), share=st.floats(0, 1), seed=st.integers(0, 99), data=st.data()
 )

@@ -148,6 +148,7 @@ def test_gptq_with_act_order(tmp_path: Path, bits: int) -> None:
     assert float((weights(tmp_path / "tuned")[f"{LAYER}.weight"] - wanted[f"{LAYER}.weight"]).abs().max()) < 0.1
 
 
+@pytest.mark.slow
 def test_gptq_of_layers_that_are_stored_the_other_way_round(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 

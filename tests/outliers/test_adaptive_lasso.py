@@ -31,6 +31,7 @@ def test_threshold_is_the_square_root_of_lambda(dtype: torch.dtype, fraction: fl
     assert (soft_threshold_outliers(w.double().numpy(), lam) == outliers).all()
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-10, 10, width=16), min_size=1, max_size=60), st.floats(0, 0.49))
 @settings(max_examples=200, deadline=None)
 def test_threshold_against_sorting(values: list[float], fraction: float) -> None:

@@ -121,6 +121,7 @@ def test_little_memory_gives_the_same_weights(deep: Path, tmp_path: Path, monkey
     assert allocated == [True, False]
 
 
+@pytest.mark.slow
 def test_the_gram_is_that_of_the_quantized_prefix_or_of_the_original(deep: Path) -> None:
     recipe = fewbit.preset("gptq", bits=2, group_size="32")
     found = []
@@ -169,6 +170,7 @@ def test_a_layer_whose_gradients_underflowed_is_an_error(deep: Path, monkeypatch
         fewbit.quantize(deep, None, fewbit.preset("oac", bits=4, group_size="32"), run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["oac", "gptq"])
 def test_progress_goes_on_while_blocks_are_solved(deep: Path, method: str) -> None:
     shown: list[tuple[int, int, str]] = []
@@ -181,6 +183,7 @@ def test_progress_goes_on_while_blocks_are_solved(deep: Path, method: str) -> No
     assert all(done < total for done, total, text in solving if not text.startswith("block 4"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_calibrating(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors import SafetensorError
 
@@ -205,6 +208,7 @@ def raise_full(*arguments: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.slow
 def test_the_report_names_tokens_and_paths(deep: Path, tmp_path: Path) -> None:
     run_cli(
         *["quantize", deep, tmp_path / "out", "--method", "precal+oac", "--bits", "3", "--group-size", "32"],

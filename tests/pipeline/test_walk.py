@@ -50,6 +50,7 @@ def by_hooks(model: Any, modules: dict[str, Any]) -> tuple[dict[str, Tensor], Te
     return sums, torch.cat([one.hidden_states[1] for one in hidden])
 
 
+@pytest.mark.slow
 def test_what_a_walk_observes_and_where_it_goes(tmp_path: Path, threads: int) -> None:
     folder = build_tiny(tmp_path / "model", dtype="float32")
     model = load(folder, dtype=torch.float32, device="cpu")

@@ -66,6 +66,7 @@ def test_the_answer_is_that_of_generate(talking: Path) -> None:
     assert 0 < answer.first_seconds < answer.seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text"])
 def test_kept_keys_give_the_same_answers(kind: str, tmp_path: Path) -> None:
     """With sliding windows that are shorter than the conversation, too."""
@@ -104,6 +105,7 @@ def _with_template(folder: Path, template: str) -> Conversation:
     return conversation
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_answers(talking: Path) -> None:
     def drawn(seed: int) -> list[str]:
         return talk(open_conversation(str(talking), ChatChoice(max_new_tokens=12, seed=seed)), "a", "b")
@@ -230,6 +232,7 @@ def test_what_a_terminal_must_not_get() -> None:
     assert printable_text("می\u200cخواهم") == "می\u200cخواهم"
 
 
+@pytest.mark.slow
 def test_one_prompt_from_the_command_line(talking: Path) -> None:
     words = ("chat", talking, "--prompt", "hello", "--temperature", "0", "--max-new-tokens", "12")
     result = run_cli(*words)

@@ -113,6 +113,7 @@ def test_statistics_of_scales_and_zeros(bits: int, group_size: int) -> None:
     check(Scheme(bits, group_size, "real-zero", scale_format="statistics", statistic_bits=3, statistic_rows=16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6])
 def test_two_level_scales(bits: int) -> None:
     check(normal_float(bits, scale_format="two-level"))

@@ -33,6 +33,7 @@ def test_a_package_that_cannot_be_imported_is_known_unless_fewbit_asked() -> Non
     assert known_cause(caught.value, {}) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -142,6 +142,7 @@ def _compare_compiled(folder: Path, tokens: int, backend: str) -> None:
         torch.testing.assert_close(logits(compiled, ids), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
 def test_device_maps(folder: Path, device_map: Any) -> None:
     pytest.importorskip("accelerate")
@@ -179,6 +180,7 @@ def _parts(folder: Path) -> dict[str, tuple[str, Any, str]]:
     }
 
 
+@pytest.mark.slow
 def test_dequantized(folder: Path, tmp_path: Path, kernels: bool) -> None:
     model = load(folder)
     generate(model, do_sample=False)
@@ -191,5 +193,6 @@ def test_dequantized(folder: Path, tmp_path: Path, kernels: bool) -> None:
     assert torch.equal(logits(load(tmp_path / "plain"), LONG), wanted)
 
 
+@pytest.mark.slow
 def test_fewbit_load_is_the_same(folder: Path) -> None:
     assert torch.equal(logits(fewbit.load(folder, device="cpu"), LONG), logits(load(folder), LONG))

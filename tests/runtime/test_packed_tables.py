@@ -99,6 +99,7 @@ def test_a_large_head_is_multiplied_some_rows_at_a_time(tmp_path: Path, monkeypa
         assert torch.equal(model.lm_head(states), pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_are_those_of_the_unpacked_model(tied: bool, tmp_path: Path) -> None:
     model = fewbit.load(packed(tmp_path, tied=tied, dtype="float32"), device="cpu")
@@ -200,6 +201,7 @@ def test_a_weight_that_is_used_otherwise_is_decoded(tmp_path: Path) -> None:
     assert torch.equal(nn.functional.linear(states, lazy), nn.functional.linear(states, weight))
 
 
+@pytest.mark.slow
 def test_adapters_of_other_layers(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = fewbit.load(packed(tmp_path), device="cpu")

@@ -67,6 +67,7 @@ def test_an_unpacked_folder_gives_the_packed_logits(kind: str, tmp_path: Path) -
     assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
 
 
+@pytest.mark.slow
 def test_experts_that_the_checkpoint_stores_fused_run_in_a_network_that_merges_others(tmp_path: Path) -> None:
     needs, _, _ = MIXTURES["qwen3_moe"]
     build(tmp_path / "apart", "qwen3_moe", **needs)
@@ -80,6 +81,7 @@ def test_experts_that_the_checkpoint_stores_fused_run_in_a_network_that_merges_o
     assert torch.equal(logits(one), logits(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "needs"),
     [
@@ -154,6 +156,7 @@ def test_only_the_experts_that_are_used_are_decoded(tmp_path: Path, monkeypatch:
     assert asked == [2, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_gradients_pass_and_no_decoded_weight_is_kept_for_them(tmp_path: Path) -> None:
     packed = fewbit.load(made(tmp_path, "mixtral", dtype="float32"), device="cpu")
     plain = unpack_modules(fewbit.load(tmp_path / "packed", device="cpu"))

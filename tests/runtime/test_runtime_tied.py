@@ -68,6 +68,7 @@ def test_logits_packed_and_unpacked(
     assert torch.equal(logits(copied), logits(plain))
 
 
+@pytest.mark.slow
 def test_what_was_tied_stays_one_weight(tmp_path: Path) -> None:
     build(tmp_path / "model", tie_word_embeddings=True)
     quantized(tmp_path / "model", tmp_path / "packed", include=(EMBEDDINGS,))

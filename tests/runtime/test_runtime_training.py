@@ -42,6 +42,7 @@ def test_gradients_are_those_of_plain_layers(folder: Path, checkpointing: bool) 
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_packed_layer_keeps_no_decoded_weight_for_its_gradient(folder: Path, dtype: torch.dtype) -> None:
     layer = fewbit.load(folder, device="cpu").model.layers[0].mlp.up_proj

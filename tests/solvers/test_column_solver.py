@@ -98,6 +98,7 @@ def solved_weight(weight: Tensor, curvature: Tensor | None, recipe: Recipe) -> T
     return solve_weight(weight, curvature, recipe.for_weight(scheme_for(weight.shape[1], recipe))).decoded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 @settings(max_examples=8, deadline=None)
 @given(power=st.integers(-60, 60))

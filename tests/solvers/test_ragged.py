@@ -79,6 +79,7 @@ def problems(draw: Any) -> tuple[Recipe, Scheme, Tensor]:
     return recipe, scheme, weight
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(problems())
 def test_what_is_rounded_is_what_is_read(problem: tuple[Recipe, Scheme, Tensor]) -> None:

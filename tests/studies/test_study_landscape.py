@@ -41,6 +41,7 @@ def rows_of(result: Any, table: str) -> list[dict[str, Any]]:
     return [row for row in result[1]["rows"] if row["table"] == table]
 
 
+@pytest.mark.slow
 def test_a_move_is_what_it_says_and_is_undone_bit_for_bit(tiny: Path, folder: Path, tmp_path: Path) -> None:
     opened = open_cells(study_choice("landscape", tiny, tmp_path / "out", folders=(str(folder),)))
     movable = opened.movable
@@ -118,6 +119,7 @@ def test_directions_and_what_is_said_of_them(result: Any) -> None:
     assert at["mean"] == pytest.approx((curve[0.5] + other[0.5]) / 2)
 
 
+@pytest.mark.slow
 def test_the_page_shows_it_and_fetches_nothing(result: Any, tmp_path: Path) -> None:
     page = result[0] / "study.html"
     check_page(page)
@@ -168,6 +170,7 @@ def test_bad_input(tiny: Path, folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_changes_more_than_linear_layers_is_refused(tiny: Path, tmp_path: Path) -> None:
     choice = study_choice("landscape", tiny, tmp_path / "out", **{**FEW, "methods": ("awq",)})
     with pytest.raises(FewbitError, match=r"awq-2bit: .*layernorm.weight differs from the original: only folders"):

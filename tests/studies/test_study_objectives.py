@@ -164,6 +164,7 @@ def test_a_model_with_fused_experts(tmp_path: Path) -> None:
         assert data["rows"]
 
 
+@pytest.mark.slow
 def test_without_ray_the_error_names_the_extra(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

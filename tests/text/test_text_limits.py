@@ -82,6 +82,7 @@ def overflowing(folder: Path) -> Path:
     return folder / "large"
 
 
+@pytest.mark.slow
 def test_logits_that_overflow(tmp_path: Path, text: Path) -> None:
     model = overflowing(tmp_path / "model")
     with pytest.raises(
@@ -101,6 +102,7 @@ def test_logits_that_overflow(tmp_path: Path, text: Path) -> None:
         assert not out.exists()
 
 
+@pytest.mark.slow
 def test_losses_that_are_no_numbers(tiny: Path, tmp_path: Path, text: Path) -> None:
     model = overflowing(tmp_path / "model")
     words = ("--data", text, "--seq-len", 32, "--windows", 2, "--json")

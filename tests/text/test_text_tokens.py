@@ -196,6 +196,7 @@ PARTS = (
 PART = st.sampled_from([*PARTS[0], *PARTS[1]])
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parts=st.lists(st.tuples(PART, st.integers(1, 60)), min_size=1, max_size=60), cut=st.integers(1, 300))
 def test_any_text(tokenizer: Any, parts: list[tuple[str, int]], cut: int) -> None:
@@ -217,6 +218,7 @@ class Slow:
         return self.inner(text, **options)
 
 
+@pytest.mark.slow
 def test_tokenizers_without_offsets(tokenizer: Any) -> None:
     for kind in ("prose", "no space", "one digit run", "special tokens"):
         check(Slow(tokenizer), LONG[kind])

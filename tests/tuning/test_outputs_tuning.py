@@ -136,6 +136,7 @@ def test_a_disk_that_is_full_while_it_trains_keeps_the_snapshots(folder: Path, t
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_out_made_meanwhile_keeps_the_training(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
@@ -174,6 +175,7 @@ def test_the_first_steps_place_may_be_someone_elses(model: Path, tmp_path: Path,
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_first_step_that_failed_does_not_block_another(model: Path, tmp_path: Path) -> None:
     def publish(work: WorkFolder) -> None:
         raise RuntimeError("a fault")

@@ -39,6 +39,7 @@ def read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "fewbit_report.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_calibrated_weight_keeps_its_path_and_loses_its_curvature_error(model: Path, tmp_path: Path) -> None:
     before = quantized(model, tmp_path / "q", "gptq")
     assert all(layer.keys() > ERRORS for layer in before["layers"])
@@ -59,6 +60,7 @@ def test_a_calibrated_weight_keeps_its_path_and_loses_its_curvature_error(model:
         assert new["relative_squared_error"] != old["relative_squared_error"]
 
 
+@pytest.mark.slow
 def test_weights_that_did_not_change_keep_all_errors(model: Path, tmp_path: Path) -> None:
     before = quantized(model, tmp_path / "q", "gptq")
     tune(tmp_path / "q", tmp_path / "out", STILL, OPTIONS)
@@ -67,6 +69,7 @@ def test_weights_that_did_not_change_keep_all_errors(model: Path, tmp_path: Path
         assert {k: v for k, v in new.items() if k not in ERRORS} == {k: v for k, v in old.items() if k not in ERRORS}
 
 
+@pytest.mark.slow
 def test_errors_that_cannot_be_computed_again_are_left_out(model: Path, tmp_path: Path) -> None:
     before = quantized(model, tmp_path / "q", "awq")
     tune(tmp_path / "q", tmp_path / "out", CHOICE, OPTIONS)

@@ -163,6 +163,7 @@ def test_learned_rounding_moves_a_code_by_one_at_most(quantized: dict[str, Path]
         assert float(moved.double().mean()) > 0.7
 
 
+@pytest.mark.slow
 def test_latent_weights_begin_at_the_original_where_codes_allow(quantized: dict[str, Path]) -> None:
     originals = open_checkpoint(quantized["model"])
     module, stored, parts = weights(quantized["rtn"])[0]

@@ -125,6 +125,7 @@ def test_a_float16_model_is_trained_in_bfloat16(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "out").config["dtype"] == "float16"
 
 
+@pytest.mark.slow
 def test_accumulation_and_checkpointing_change_nothing(folder: Path, tmp_path: Path) -> None:
     options = TuneOptions(calibration=TEXT, device="cpu", checkpointing=False)
     short = {**vars(CHOICE), "epochs": 1}
@@ -304,6 +305,7 @@ def test_quantize_and_tune_killed_at_its_very_end(model: Path, tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.slow
 def test_text_that_changed_between_two_runs_is_refused(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some words that go on and on. " * 100)

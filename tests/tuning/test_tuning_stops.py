@@ -67,6 +67,7 @@ def test_what_is_no_number_stops_with_the_update_and_the_layer(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_reconstruction_stops_too(folder: Path, tmp_path: Path) -> None:
     choice = replace(CHOICE, reconstruction=1, lr=1e300)
     with pytest.raises(FewbitError, match=r"the gradient of block 1 is NaN or infinite at its update \d+: lower --lr"):
@@ -81,6 +82,7 @@ def test_other_losses(folder: Path, tmp_path: Path, loss: str, top: int) -> None
     assert held["held_out"][1] < held["held_out"][0]
 
 
+@pytest.mark.slow
 def test_it_ends_when_nothing_gets_better(folder: Path, tmp_path: Path) -> None:
     shown: list[str] = []
     options = TuneOptions(calibration=TEXT, device="cpu")
@@ -91,6 +93,7 @@ def test_it_ends_when_nothing_gets_better(folder: Path, tmp_path: Path) -> None:
     assert re.fullmatch(r"loss \d+\.\d{3}, held out \d+\.\d{3}, rate 0\.09", line)
 
 
+@pytest.mark.slow
 def test_without_held_out_sequences_there_is_no_such_loss(folder: Path, tmp_path: Path) -> None:
     report = tune(
         folder, tmp_path / "out", replace(CHOICE, held_out=0, epochs=2), TuneOptions(calibration=TEXT, device="cpu")
@@ -147,6 +150,7 @@ def test_killed_behind_the_last_rename(
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_rates_are_halved_and_gradients_clipped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[tuple[float, int]] = []
     norms: list[float] = []

@@ -34,6 +34,7 @@ def test_tables_keep_their_codes_and_layers_are_trained(tied: bool, tmp_path: Pa
     assert report["output"]["bits_per_weight_all"] == whole["output"]["bits_per_weight_all"]
 
 
+@pytest.mark.slow
 def test_all_weights_of_an_earlier_folder_are_counted(tmp_path: Path) -> None:
     model = build_tiny(tmp_path / "model", shard_size="1GB")
     fewbit.quantize(model, tmp_path / "packed", fewbit.preset("rtn", bits=3, embedding_bits=16))
