@@ -1,17 +1,37 @@
 """Tiny models built on the spot, and text: what every Python has, and files beside the checkout where there are any."""
 
+import atexit
 import io
 import os
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _own_cache() -> None:
+    """A cache that the tests begin empty and remove: only fetched models stay in the user's (workers inherit it)."""
+    mark = "FEWBIT_TESTS_CACHE"
+    if mark in os.environ:
+        return
+    from fewbit.checkpoints.cache import cache_folder
+
+    models, cache = cache_folder() / "models", Path(tempfile.mkdtemp(prefix="fewbit-tests-"))
+    with suppress(OSError):
+        models.mkdir(parents=True, exist_ok=True)
+        (cache / "models").symlink_to(models.resolve(), target_is_directory=True)
+    os.environ["FEWBIT_CACHE"] = os.environ[mark] = str(cache)
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+
+
+_own_cache()
 # Text and questions that are not part of the project; tests that need them skip without, and others run on
 # `pydoc_data.topics`, which changes with the version of Python: they compare, and know no figures.
 TESTS = Path(__file__).parent

@@ -283,7 +283,7 @@ def test_quantize_and_tune_killed_at_its_very_end(model: Path, tmp_path: Path) -
     remove, unlink, record = shutil.rmtree, Path.unlink, ".out.fewbit-untuned.json"
     with pytest.MonkeyPatch.context() as patch:
         # Published, and the record of the first step is still there.
-        patch.setattr(Path, "unlink", lambda path, *rest: 1 / 0 if path.name == record else unlink(path, *rest))
+        patch.setattr(Path, "unlink", lambda path, **more: 1 / 0 if path.name == record else unlink(path, **more))
         with pytest.raises(ZeroDivisionError):
             run_cli(*command, "random-tokens:16")
     assert len(list(tmp_path.iterdir())) == 3

@@ -131,12 +131,12 @@ def test_killed_behind_the_last_rename(
     choice, options = replace(CHOICE, epochs=1), TuneOptions(calibration=TEXT, device="cpu")
     unlink, left = Path.unlink, [removed]
 
-    def dying(path: Path, *arguments: Any) -> None:
+    def dying(path: Path, **more: Any) -> None:
         if path.parent.name == ".out.fewbit-partial" and (tmp_path / "out").exists():
             left[0] -= 1
             if left[0] < 0:
                 raise KeyboardInterrupt
-        unlink(path, *arguments)
+        unlink(path, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", dying)
