@@ -6,7 +6,8 @@
 
 `--synthetic LAYERS,HIDDEN,FFN` needs no file: a Llama with random weights, in which layers of one shape share the
 values, not the memory, of their packed weights. Otherwise the model is quantized with `adpq+` into the folder.
-Each row is run both step by step and as a CUDA graph: step by step, Python's time for each operation is most of it.
+Each row is run step by step, as a CUDA graph, and compiled (`torch.compile(model, mode="reduce-overhead")`): step by
+step, Python's time for each operation is most of it.
 Memory is what torch has allocated above what it had before the model. `--products` measures single products with
 several tiles instead (`fewbit/runtime/kernels/triton_products.py`), each with enough copies not to fit the cache.
 """
@@ -190,7 +191,7 @@ def graph_of(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 @torch.inference_mode()
 def measure_decode(model: Any, ids: Tensor, before: int, repeats: int) -> dict[str, Any]:
-    """Seconds for a token, step by step and as a graph; megabytes."""
+    """Seconds for a token: step by step, as a graph, compiled; megabytes."""
     cache = StaticCache(config=model.config, max_cache_len=LENGTH)
     token = ids[:, :1].clone()
     model(ids[:, :PROMPT], past_key_values=cache, use_cache=True)
@@ -212,6 +213,17 @@ def measure_decode(model: Any, ids: Tensor, before: int, repeats: int) -> dict[s
     except RuntimeError as error:
         print(f"no graph: {str(error).splitlines()[0]}", file=sys.stderr)
         row["graph_seconds"] = None
+    torch.compiler.reset()
+    compiled = torch.compile(model, mode="reduce-overhead")
+    cache.reset()
+    model(ids[:, :PROMPT], past_key_values=cache, use_cache=True)
+    wanted = step().clone()
+    cache.reset()
+    model(ids[:, :PROMPT], past_key_values=cache, use_cache=True)
+    once = lambda: compiled(token, past_key_values=cache, use_cache=True).logits  # noqa: E731
+    found = once().clone()
+    row["compiled_difference"] = float((found - wanted).float().norm() / wanted.float().norm())
+    row["compiled_seconds"] = seconds(lambda: [once() for _ in range(STEPS)], repeats) / STEPS
     return row
 
 
@@ -294,11 +306,18 @@ def report(row: dict[str, Any], call: Callable[[Tensor, Any], Any], x: Tensor, w
 def print_table(rows: list[dict[str, Any]]) -> None:
     """The rows, with ratios to the first one."""
     first = rows[0]
-    print("| | tokens a second | | as a graph | | 512 at once | | memory, MB | at most: 1 token | at most: 512 |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    speeds = ("tokens a second", "as a graph", "compiled", "512 at once")
+    heads = ["", *(head for name in speeds for head in (name, "")), "memory, MB", "at most: 1 token", "at most: 512"]
+    print(f"| {' | '.join(heads)} |")
+    print(f"|{' --- |' * len(heads)}")
     for row in rows:
         cells = [row["row"]]
-        for key, tokens in (("decode_seconds", 1), ("graph_seconds", 1), ("prefill_seconds", PREFILL)):
+        for key, tokens in (
+            ("decode_seconds", 1),
+            ("graph_seconds", 1),
+            ("compiled_seconds", 1),
+            ("prefill_seconds", PREFILL),
+        ):
             known = row[key] is not None
             cells.append(f"{tokens / row[key]:.0f}" if known else "-")
             cells.append(f"{first[key] / row[key]:.2f} x" if known and first[key] is not None else "-")

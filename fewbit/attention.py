@@ -76,7 +76,7 @@ class _WideAttention(TorchFunctionMode):
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
         query = args[0] if args else kwargs["query"]
-        if query.device.type != "cpu" or is_native(query.dtype):
+        if torch.compiler.is_compiling() or query.device.type != "cpu" or is_native(query.dtype):
             return func(*args, **kwargs)
         wide = {name: _widened(value) for name, value in kwargs.items()}
         return func(*map(_widened, args), **wide).to(query.dtype)

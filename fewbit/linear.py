@@ -34,6 +34,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` for x `(..., in)`, weight `(out, in)` and bias `(out,)`, in their dtype, summed in float32."""
     if has_torch_function((x, weight)):
         return handle_torch_function(linear, (x, weight), x, weight, bias)
+    if torch.compiler.is_compiling():
+        # A compiler chooses products of its own, and cannot ask the processor.
+        return nn.functional.linear(x, weight, bias)
     tokens = x.numel() // max(1, x.shape[-1])
     if x.device.type != "cpu" or x.dtype != weight.dtype or tokens < _FEWEST_TOKENS or is_native(x.dtype):
         return nn.functional.linear(x, weight, bias)

@@ -66,7 +66,7 @@ class PackedLinear(nn.Linear):
         self.out_features, self.in_features = stored.shape
         add_parts(self, stored, device)
         remember_dtype(self, dtype)
-        self.ready = Ready()
+        self.ready = Ready(stored)
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None  # type: ignore[assignment]
 
     @property

@@ -37,7 +37,7 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.name, self.stored = name, stored
         add_parts(self, stored, "meta")
-        self.ready = Ready()
+        self.ready = Ready(stored)
 
     def forward(self, dtype: torch.dtype, work: Work | None = None) -> Tensor:
         """The tensor in `dtype`; with `work`, what that computes from this weight."""

@@ -90,6 +90,8 @@ NUMBA = Kernel(
     extra="fast",
     dtypes=_DTYPES,
     most_tokens=8,
+    # What is decoded is still in a cache when it is multiplied.
+    weights_at_once=1 << 23,
     supports=_supports,
     prepare=_prepare,
     product=_product,

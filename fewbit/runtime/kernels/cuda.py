@@ -53,6 +53,8 @@ TRITON = Kernel(
     extra="triton",
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     most_tokens=16,
+    # Every slice costs the time of several launches.
+    weights_at_once=1 << 26,
     supports=_supports,
     prepare=_prepare,
     product=_product,

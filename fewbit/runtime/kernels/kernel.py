@@ -20,7 +20,8 @@ class Kernel:
     prepare(parts, stored, dtype): what it needs of a weight for inputs in `dtype`, made once from its parts; it refers
     to the parts, and raises ValueError if they do not fit together.
     product(prepared, x, bias): ``x W^T + b`` `(..., out)` in the dtype of x `(..., in)`, with the weights rounded to
-    that dtype and sums in float32; for at most `most_tokens` tokens, beyond which decoding first is faster.
+    that dtype and sums in float32; for at most `most_tokens` tokens, beyond which decoding first is faster, at most
+    `weights_at_once` of them at a time.
     rows(prepared, first, last): the rows of the weight from `first` to before `last`, in that dtype.
     gather(prepared, ids): the rows at ids `(n,)` on the device, of a weight without outliers, without waiting for the
     device; None if decoding with tensor operations is as good.
@@ -33,6 +34,7 @@ class Kernel:
     extra: str
     dtypes: tuple[torch.dtype, ...]
     most_tokens: int
+    weights_at_once: int
     supports: Callable[[StoredWeight], bool]
     prepare: Callable[[Mapping[str, Tensor], StoredWeight, torch.dtype], Any]
     product: Callable[[Any, Tensor, Tensor | None], Tensor]

@@ -1,6 +1,6 @@
 """A packed weight made ready for its kernel: prepared at the first product, and again if its parts have changed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fewbit.formats import native
+from fewbit.formats.native import part_layout
 from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import linear
+from fewbit.runtime.kernels import operators
 from fewbit.runtime.kernels.kernel import Kernel
 from fewbit.runtime.kernels.table import can_gather, kernel_for
-
-_AT_ONCE = 1 << 23
-"""Weights that are decoded at one time for a product with many tokens."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +31,26 @@ class _Prepared:
 class Ready:
     """The prepared form of one packed weight, for the module that holds its parts.
 
-    It is never saved, copied or moved: a copy of it is empty.
+    It is never saved, copied or moved: a copy of it is empty. number: by which compiled graphs find it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stored: StoredWeight) -> None:
+        self.stored, self.number = stored, operators.number(self)
         self._prepared: _Prepared | None = None
 
     def __deepcopy__(self, memo: Any) -> "Ready":
-        return Ready()
+        return Ready(self.stored)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Ready, ()
+        return Ready, (self.stored,)
+
+    def multiply(self, parts: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x W^T + b`` for parts in the order of :func:`fewbit.formats.native.part_layout`."""
+        return product(self, dict(zip(part_layout(self.stored), parts, strict=True)), self.stored, x, bias)
+
+    def take(self, parts: Sequence[Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows at ids `(n,)`, for parts in that order."""
+        return gather(self, dict(zip(part_layout(self.stored), parts, strict=True)), self.stored, ids, dtype)
 
     def forget(self) -> None:
         """Release the prepared form and the parts that it refers to."""
@@ -85,15 +93,18 @@ def through_kernel(
 ) -> Tensor | None:
     """As :func:`product`, or None if there is no kernel for this weight and these inputs.
 
-    Few tokens are multiplied with packed weights; for many, some rows at a time are decoded.
+    Few tokens are multiplied with packed weights; for many, some rows at a time are decoded. Where torch.compile
+    traces, the result is a call of an operator, which does this when the graph runs.
     """
+    if operators.in_a_graph():
+        return operators.packed_product(x, bias, _in_order(parts, stored), ready.number, stored.shape[0])
     found = ready.get(parts, stored, x.dtype) if _is_plain(x) else None
     if found is None or found.kernel is None or x.device.type != found.kernel.device:
         return None
     outputs, columns = stored.shape
     if x.numel() <= found.kernel.most_tokens * columns:
         return found.kernel.product(found.form, x, bias)
-    slices, flat = list(_slices(stored)), x.reshape(-1, columns)
+    slices, flat = list(_slices(stored, found.kernel.weights_at_once)), x.reshape(-1, columns)
     if len(slices) == 1:
         return linear(x, found.kernel.rows(found.form, 0, outputs), bias)
     out = flat.new_empty(len(flat), outputs)
@@ -108,6 +119,8 @@ def gather(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, ids:
 
     A kernel gives NaN for an id that has no row, where there would be an IndexError without one.
     """
+    if operators.in_a_graph():
+        return operators.packed_rows(ids, _in_order(parts, stored), ready.number, stored.shape[1], dtype)
     found = ready.get(parts, stored, dtype) if can_gather(ids.device) and _is_plain(ids) else None
     if found is None or found.kernel is None or found.kernel.gather is None or ids.device.type != found.kernel.device:
         return native.decode_rows(parts, stored, ids, dtype)
@@ -128,8 +141,12 @@ def decode(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, dtyp
     return weight
 
 
-def _slices(stored: StoredWeight) -> Iterator[slice]:
-    step = max(1, _AT_ONCE // stored.shape[1])
+def _in_order(parts: Mapping[str, Tensor], stored: StoredWeight) -> list[Tensor]:
+    return [parts[name] for name in part_layout(stored)]
+
+
+def _slices(stored: StoredWeight, at_once: int) -> Iterator[slice]:
+    step = max(1, at_once // stored.shape[1])
     for first in range(0, stored.shape[0], step):
         yield slice(first, min(first + step, stored.shape[0]))
 
