@@ -8,7 +8,8 @@ the same type (`--pure`), embeddings and head are q8_0 in all files. The importa
 computes: the mean square of every input of every layer, here from transformers, on 128 sequences of 512 tokens of C4;
 our methods with data get as many from the same file. Excess loss: that of the file, read by transformers in float32,
 less that of the original, on 24 windows of 1,024 tokens of WikiText-2 (test). The ratio is to their file with the
-importance matrix: below 1 is better. llama.cpp-plain is their file without one, as adpq+ has no data either. Both files have the same size, but for metadata.
+importance matrix: below 1 is better. llama.cpp-plain is their file without one: adpq+ has no data either. Files have
+the same size, but for metadata.
 """
 
 import argparse
@@ -164,7 +165,7 @@ def main() -> None:
 def measured(
     model: str, grid: str, files: dict[str, Path], choices: argparse.Namespace, known: dict[str, Any]
 ) -> dict[str, Any]:
-    """Rows of results; those that are known for the same windows, of files with the same bytes, are not measured again."""
+    """Rows of results; what is known for the same windows, of files with the same bytes, is kept."""
     names = {method: f"{name_of(model)} {grid} {method}" for method in files}
     stamps = {
         method: {"windows": choices.windows, "samples": choices.samples, "sha256": sha256(file)}

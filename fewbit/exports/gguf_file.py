@@ -14,6 +14,7 @@ import numpy as np
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.choices import check_name
+from fewbit.curvature.choice import CurvatureChoice
 from fewbit.errors import FewbitError
 from fewbit.exports.gguf_architectures import Architecture, architecture_of, metadata
 from fewbit.exports.gguf_tensors import check_schemes, import_gguf, items_of, own_tensors, tensor_names
@@ -71,9 +72,9 @@ def write_gguf(
 
     place(name): the path for a file of that name; all are in one folder. embeddings: the type to which embeddings and
     head are rounded, however they are stored, one of EMBEDDING_TYPES; all other tensors are written without loss.
-    largest: bytes of tensors in one file, unless one tensor is larger; default LARGEST. Returns the name of the first file, from which
-    llama.cpp finds the others, those of all, the number of tensors by type, the bytes, and the relative squared errors
-    of what was rounded. Raises FewbitError for what GGUF cannot hold.
+    largest: bytes of tensors in one file, unless one tensor is larger; default LARGEST. Returns the name of the first
+    file, from which llama.cpp finds the others, those of all, the number of tensors by type, the bytes, and the
+    relative squared errors of what was rounded. Raises FewbitError for what GGUF cannot hold.
     """
     gguf = import_gguf()
     check_name("embeddings", embeddings, EMBEDDING_TYPES)
@@ -133,7 +134,11 @@ def in_short(recipe: Mapping[str, Any]) -> dict[str, Any]:
     unused = set(grid.brings) if grid else set()
     if recipe.get("outliers") == "none":
         unused |= {"outlier_fraction", "outlier_scope", "outlier_grid", "outlier_bits", "sensitivity"}
-    nested = {"solver": plain["solver"], "search": asdict(ScaleSearch())}
+    if grid and len(grid.widths) == 1:
+        unused |= {"bits"}
+    # Those of embeddings and head are in the types of their tensors.
+    unused |= {"embedding_bits"}
+    nested = {"solver": plain["solver"], "search": asdict(ScaleSearch()), "curvature": asdict(CurvatureChoice())}
     found = {}
     for key, value in recipe.items():
         if key not in unused and value != plain.get(key):
