@@ -7,11 +7,13 @@ llama-quantize is llama.cpp's program (Debian's package `llama.cpp-tools` has it
 the same type (`--pure`), embeddings and head are q8_0 in all files. The importance matrix is what llama-imatrix
 computes: the mean square of every input of every layer, here from transformers, on 128 sequences of 512 tokens of C4;
 our methods with data get as many from the same file. Excess loss: that of the file, read by transformers in float32,
-less that of the original, on 24 windows of 1,024 tokens of WikiText-2 (test). The ratio is ours by theirs: below 1 is
-better. Both files have the same size, but for metadata.
+less that of the original, on 24 windows of 1,024 tokens of WikiText-2 (test). The ratio is to their file with the
+importance matrix: below 1 is better. llama.cpp-plain is their file without one: adpq+ has no data either. Files have
+the same size, but for metadata.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import subprocess
@@ -92,19 +94,18 @@ def write_importance(sums: dict[str, tuple[torch.Tensor, int]], file: Path, samp
 
 
 def their_file(quantizer: str, folder: Path, model: str, grid: str, samples: int) -> Path:
-    """The file that llama.cpp's quantizer makes of the model."""
+    """The file that llama.cpp's quantizer makes of the model; samples: of the importance matrix, 0 for none."""
     source, importance = folder / f"{name_of(model)}-16", folder / f"{name_of(model)}.imatrix.gguf"
-    out = folder / f"{name_of(model)}-{grid}-theirs.gguf"
+    out = folder / f"{name_of(model)}-{grid}-theirs{'' if samples else '-plain'}.gguf"
     if not source.exists():
         fewbit.export(model, source)
-    if not importance.exists():
+    if samples and not importance.exists():
         write_importance(mean_squares(model, samples), importance, samples)
     eight = ["--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"]
     command = [
         quantizer,
         "--pure",
-        "--imatrix",
-        importance,
+        *(["--imatrix", importance] if samples else []),
         *eight,
         next(source.glob("*.gguf")),
         out,
@@ -149,26 +150,54 @@ def main() -> None:
     results = json.loads(choices.out.read_text()) if choices.out.exists() else {}
     for model in choices.model or ["smollm2-135m"]:
         for grid in choices.grid or ["q4_0"]:
-            files = {"llama.cpp": their_file(choices.quantizer, choices.folder, model, grid, choices.samples)}
+            files = {
+                name: their_file(choices.quantizer, choices.folder, model, grid, samples)
+                for name, samples in (("llama.cpp", choices.samples), ("llama.cpp-plain", 0))
+            }
             for method in choices.method or ["adpq+", "precal+oac"]:
                 files[method] = our_file(choices.folder, model, grid, method, choices.samples)
-            protocol = Protocol(1024, choices.windows)
-            rows = fewbit.evaluate([model, *files.values()], TEXT, protocol, device="cpu")["models"]
-            losses = [math.log(row["perplexity"]) for row in rows]
-            for place, (method, file) in enumerate(files.items(), start=1):
-                excess = losses[place] - losses[0]
-                found = {
-                    "perplexity": rows[place]["perplexity"],
-                    "perplexity_16_bit": rows[0]["perplexity"],
-                    "excess_loss": excess,
-                    "ratio": excess / (losses[1] - losses[0]),
-                    "bytes": file.stat().st_size,
-                    "windows": choices.windows,
-                    "samples": choices.samples,
-                }
-                results[f"{name_of(model)} {grid} {method}"] = found
-                print(f"{name_of(model)} {grid} {method}: {json.dumps(found)}", flush=True)
+            for name, row in measured(model, grid, files, choices, results).items():
+                results[name] = row
+                print(f"{name}: {json.dumps(row)}", flush=True)
             choices.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measured(
+    model: str, grid: str, files: dict[str, Path], choices: argparse.Namespace, known: dict[str, Any]
+) -> dict[str, Any]:
+    """Rows of results; what is known for the same windows, of files with the same bytes, is kept."""
+    names = {method: f"{name_of(model)} {grid} {method}" for method in files}
+    stamps = {
+        method: {"windows": choices.windows, "samples": choices.samples, "sha256": sha256(file)}
+        for method, file in files.items()
+    }
+    new = [method for method in files if not stamps[method].items() <= known.get(names[method], {}).items()]
+    alike = [row for name, row in known.items() if name.split()[0] == name_of(model)]
+    original = next((row["perplexity_16_bit"] for row in alike if row["windows"] == choices.windows), None)
+    asked = [*([] if original else [model]), *(files[method] for method in new)]
+    found: list[float] = []
+    if asked:
+        rows = fewbit.evaluate(asked, TEXT, Protocol(1024, choices.windows), device="cpu")["models"]
+        found = [row["perplexity"] for row in rows]
+    original = original or found.pop(0)
+    fresh = dict(zip(new, found, strict=True))
+    made = {}
+    for method, file in files.items():
+        perplexity = fresh[method] if method in fresh else known[names[method]]["perplexity"]
+        made[names[method]] = {
+            "perplexity": perplexity,
+            "perplexity_16_bit": original,
+            "excess_loss": math.log(perplexity / original),
+            "bytes": file.stat().st_size,
+            **stamps[method],
+        }
+    theirs = made[names["llama.cpp"]]["excess_loss"]
+    return {name: {**row, "ratio": row["excess_loss"] / theirs} for name, row in made.items()}
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

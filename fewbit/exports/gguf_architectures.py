@@ -212,6 +212,34 @@ def _phi3_factors(config: Config) -> dict[str, Tensor]:
     }
 
 
+def experts_of(config: Config) -> int:
+    """How many experts a layer has."""
+    return int(config.get("num_local_experts") or config.get("num_experts") or 0)
+
+
+def _expert_facts(config: Config) -> Facts:
+    shared, own = config.get("shared_expert_intermediate_size"), config.get("moe_intermediate_size")
+    return {
+        "expert_count": experts_of(config),
+        "expert_used_count": int(config["num_experts_per_tok"]),
+        "expert_feed_forward_length": int(own) if own else None,
+        "expert_shared_feed_forward_length": int(shared) if shared else None,
+    }
+
+
+def _needs_experts(normalized: bool) -> Callable[[Config], str | None]:
+    """normalized: llama.cpp divides the weights of a token's experts by their sum, or never does."""
+
+    def refuses(config: Config) -> str | None:
+        if int(config.get("decoder_sparse_step") or 1) != 1 or config.get("mlp_only_layers"):
+            return "layers without experts"
+        if bool(config.get("norm_topk_prob", False)) != normalized:
+            return f"norm_topk_prob {not normalized}"
+        return None
+
+    return refuses
+
+
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         "llama",
@@ -220,6 +248,25 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         refuses=_first(_rope_problem("linear", "yarn", "llama3"), _needs_silu, _no_window),
         heads=_llama_heads,
         tensors=_llama3_frequencies,
+    ),
+    Architecture(
+        "llama",
+        ("mixtral",),
+        _expert_facts,
+        refuses=_first(_rope_problem("linear", "yarn"), _needs_silu, _no_window),
+        heads=_llama_heads,
+    ),
+    Architecture(
+        "qwen2moe",
+        ("qwen2_moe",),
+        _expert_facts,
+        refuses=_first(_rope_problem("yarn"), _needs_silu, _no_window, _needs_experts(normalized=False)),
+    ),
+    Architecture(
+        "qwen3moe",
+        ("qwen3_moe",),
+        _expert_facts,
+        refuses=_first(_rope_problem("yarn"), _needs_silu, _no_window, _needs_experts(normalized=True)),
     ),
     Architecture(
         "qwen2", ("qwen2",), lambda config: {}, refuses=_first(_rope_problem("yarn"), _needs_silu, _no_window)

@@ -68,8 +68,7 @@ class Target:
 
 
 def _write_gguf(checkpoint: Checkpoint, work: WorkFolder, embeddings: str, progress: Progress | None) -> dict[str, Any]:
-    name = f"{work.out.name}.gguf"
-    return {"file": name, **write_gguf(checkpoint, work.file(name), embeddings, progress)}
+    return write_gguf(checkpoint, work.file, work.out.name, embeddings, progress)
 
 
 FORMATS: dict[str, Format] = {
@@ -77,7 +76,7 @@ FORMATS: dict[str, Format] = {
     for one in (
         Format(
             "gguf",
-            "one .gguf file for llama.cpp and what is built on it",
+            "a .gguf file for llama.cpp and what is built on it; several above 40 GB",
             lambda scheme: form_of(scheme) is not None,
             gguf_problem,
             _write_gguf,
@@ -111,7 +110,7 @@ TARGETS: dict[str, Target] = {
     for one in (
         Target(
             llama_cpp_target.NAME,
-            "llama.cpp, Ollama, LM Studio: a folder with one .gguf file",
+            "llama.cpp, Ollama, LM Studio: a folder with a .gguf file",
             "gguf",
             (*llama_cpp_target.GRID_NAMES, *MIXTURES),
             llama_cpp_target.BITS,

@@ -75,7 +75,7 @@ def test_with_data_the_best_method_and_own_choices(mixed: Path, tmp_path: Path) 
     run_cli("quantize", mixed, tmp_path / "out", "--for", "llama.cpp", "--bits", 4, *data, *more)
     fields, _, kinds = read(tmp_path / "out" / "out.gguf")
     recipe = json.loads(fields["fewbit.recipe"])
-    assert (recipe["method"], recipe["grid"], recipe["outliers"]) == ("precal+oac", "iq4_nl", "none")
+    assert (recipe["method"], recipe["grid"]) == ("precal+oac", "iq4_nl")
     assert kinds["blk.0.attn_output.weight"] == "q8_0"
     assert kinds["blk.0.ffn_up.weight"] == "bf16"
     assert kinds["blk.1.ffn_up.weight"] == "iq4_nl"
