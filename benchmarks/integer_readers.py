@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -37,7 +38,6 @@ import torch
 from runtimes_table import Row, put
 
 import fewbit
-from fewbit.checkpoints.json_file import read_json
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.evaluation.perplexity import Protocol
@@ -46,6 +46,7 @@ from fewbit.evaluation.windows import read_windows
 from fewbit.exports.quantize_for import choices_for
 from fewbit.exports.table import target_named
 from fewbit.formats.config import weights_of
+from fewbit.grids.table import GRIDS
 from fewbit.recipe_choices import recipe_from_choices
 from fewbit.runtime.unpack import unpack_modules
 
@@ -56,12 +57,15 @@ WIDTHS = {"gptq": (8, 4, 3, 2), "awq": (4,), "mlx": (8, 4, 3, 2)}
 
 @dataclass(frozen=True)
 class Reader:
-    """A loaded model. logits(ids): float32 `(tokens, vocabulary)` after each of `ids` `(tokens,)`. step(ids, cache):
-    the most likely token after `ids`, and the cache with them, which is None at first. weights: module -> what the
-    reader decodes, `(out, in)`, in the dtype in which it does."""
+    """A loaded model.
+
+    logits(ids): float32 `(tokens, vocabulary)` after each of `ids` `(tokens,)`. step(ids, cache): the most likely
+    tokens `(sequences,)` after `ids` `(sequences, tokens)`, and the cache with them, which is None at first. weights:
+    module -> what the reader decodes, `(out, in)`, in the dtype in which it does.
+    """
 
     logits: Callable[[torch.Tensor], torch.Tensor]
-    step: Callable[[list[int], Any], tuple[int, Any]]
+    step: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
     weights: Callable[[], dict[str, torch.Tensor]]
 
 
@@ -78,9 +82,9 @@ def transformers_reader(folder: Path, method: str | None, dtype: str) -> Reader:
     }
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kernels[method]()).eval()
 
-    def step(ids: list[int], cache: Any) -> tuple[int, Any]:
-        found = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
-        return int(found.logits[0, -1].argmax()), found.past_key_values
+    def step(ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        found = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return found.logits[:, -1].argmax(dim=-1), found.past_key_values
 
     def weights() -> dict[str, torch.Tensor]:
         layers = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
@@ -109,9 +113,10 @@ def mlx_reader(folder: Path, method: str | None, dtype: str) -> Reader:
     def logits(ids: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(np.array(model(mx.array(ids[None].numpy())).astype(mx.float32)))[0]
 
-    def step(ids: list[int], cache: Any) -> tuple[int, Any]:
+    def step(ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
         cache = cache or make_prompt_cache(model)
-        return int(mx.argmax(model(mx.array([ids]), cache=cache)[0, -1]).item()), cache
+        last = model(mx.array(ids.numpy()), cache=cache)[:, -1]
+        return torch.from_numpy(np.array(mx.argmax(last, axis=-1)).astype(np.int64)), cache
 
     def weights() -> dict[str, torch.Tensor]:
         found = {}
@@ -153,35 +158,42 @@ def divergence(ours: Any, theirs: Reader, windows: torch.Tensor) -> dict[str, fl
 
 
 @torch.no_grad()
-def generate(reader: Reader, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
-    """Greedy tokens of each prompt, and tokens for each second of processor time, without the prompts."""
-    generated, seconds = [], 0.0
-    for prompt in prompts:
-        token, cache = reader.step(prompt, None)
-        chosen, began = [token], time.process_time()
-        while len(chosen) < GREEDY:
-            token, cache = reader.step([token], cache)
-            chosen.append(token)
-        seconds += time.process_time() - began
-        generated.append(chosen)
-    return generated, len(prompts) * (GREEDY - 1) / seconds
+def generate(reader: Reader, prompts: torch.Tensor) -> torch.Tensor:
+    """Greedy tokens `(prompts, GREEDY)`."""
+    token, cache = reader.step(prompts, None)
+    found = [token]
+    while len(found) < GREEDY:
+        token, cache = reader.step(found[-1][:, None], cache)
+        found.append(token)
+    return torch.stack(found, dim=1)
 
 
 @torch.no_grad()
-def gaps(ours: Any, prompts: list[list[int]], generated: list[list[int]]) -> list[float]:
+def tokens_per_second(reader: Reader, prompt: torch.Tensor) -> float:
+    """Tokens after one prompt `(1, tokens)` for each second of processor time, without the prompt."""
+    token, cache = reader.step(prompt, None)
+    seconds = []
+    for _ in range(GREEDY):
+        began = time.process_time()
+        token, cache = reader.step(token[:, None], cache)
+        seconds.append(time.process_time() - began)
+    # The first ones warm up.
+    return 1 / statistics.median(seconds)
+
+
+@torch.no_grad()
+def gaps(ours: Any, prompts: torch.Tensor, generated: torch.Tensor) -> list[float]:
     """For every generated token that we would not have chosen: by how much our largest logit is larger."""
-    found = []
-    for prompt, chosen in zip(prompts, generated, strict=True):
-        logits = ours(torch.tensor([prompt + chosen[:-1]])).logits[0, len(prompt) - 1 :].float()
-        behind = logits.max(dim=1).values - logits.gather(1, torch.tensor(chosen)[:, None])[:, 0]
-        found += [float(gap) for gap, row, token in zip(behind, logits, chosen, strict=True) if row.argmax() != token]
-    return found
+    ids = torch.cat((prompts, generated[:, :-1]), dim=1)
+    logits = ours(ids, logits_to_keep=GREEDY).logits.float()
+    behind = logits.max(dim=-1).values - logits.gather(-1, generated[..., None])[..., 0]
+    return behind[logits.argmax(dim=-1) != generated].tolist()
 
 
-def prompts_of(windows: torch.Tensor) -> list[list[int]]:
-    """Prompts from different places of the text."""
+def prompts_of(windows: torch.Tensor) -> torch.Tensor:
+    """Prompts `(PROMPTS, PROMPT_TOKENS)` from different places of the text."""
     places = ((index % len(windows), index // len(windows) * PROMPT_TOKENS) for index in range(PROMPTS))
-    return [windows[row, start : start + PROMPT_TOKENS].tolist() for row, start in places]
+    return torch.stack([windows[row, start : start + PROMPT_TOKENS] for row, start in places])
 
 
 def versions_of(method: str) -> str:
@@ -201,9 +213,9 @@ def make(model: str, method: str, kind: str, bits: int, group_size: str | None, 
 
 def choice_of(native: Path) -> str:
     """The grid and the group sizes of a folder, in words."""
-    report = read_json(native / "fewbit_report.json") or {}
-    sizes = sorted({one["group_size"] for one in report["tensors"] if one.get("group_size")})
-    return f"{report['recipe']['grid']}, groups of {' and '.join(map(str, sizes))}"
+    schemes = [stored.scheme for stored in weights_of(open_checkpoint(native)).values()]
+    sizes = sorted({scheme.group_size for scheme in schemes})
+    return f"{GRIDS[schemes[0].grid].choice}, groups of {' and '.join(map(str, sizes))}"
 
 
 def main() -> int:
@@ -227,14 +239,13 @@ def main() -> int:
         protocol = Protocol(sequence_length=choices.tokens, windows=choices.windows)
         windows, _ = read_windows(locate(model), read_text(choices.data), protocol)
         prompts = prompts_of(windows)
-        _, plain = generate(reader(Path(locate(model)), None, choices.dtype or "auto"), prompts)
+        plain = tokens_per_second(reader(Path(locate(model)), None, choices.dtype or "auto"), prompts[:1])
         for bits in choices.bits or WIDTHS[kind]:
             with tempfile.TemporaryDirectory() as scratch:
                 native, out = make(model, choices.method, kind, bits, choices.group_size, Path(scratch))
                 theirs = reader(out, kind, choices.dtype or "auto")
                 ours = unpack_modules(fewbit.load(native, dtype=torch.float32, device="cpu"))
-                generated, speed = generate(theirs, prompts)
-                behind = gaps(ours, prompts, generated)
+                behind = gaps(ours, prompts, generate(theirs, prompts))
                 found = divergence(ours, theirs, windows)
                 row = Row(
                     *(kind, bits, choice_of(native)),
@@ -243,7 +254,7 @@ def main() -> int:
                     greedy_equal=PROMPTS * GREEDY - len(behind),
                     greedy_tokens=PROMPTS * GREEDY,
                     greedy_gap=max(behind, default=0.0),
-                    tokens_per_second=speed,
+                    tokens_per_second=tokens_per_second(theirs, prompts[:1]),
                     tokens_per_second_16_bit=plain,
                     bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
                     note=f"KL {found['kl_mean']:.1e}",
