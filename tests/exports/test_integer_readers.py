@@ -1,5 +1,6 @@
 """GPTQ, AWQ and MLX in the programs that read them, where they are installed (see docs/exports.md)."""
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("readers") / "model")
 
 
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """Compiling takes minutes, and changes no weights."""
+    with torch._dynamo.config.patch(disable=True):
+        yield
+
+
 def made(model: Path, tmp_path: Path, name: str, grid: str, bits: int) -> tuple[Path, Path]:
     """A native folder in which one layer is kept, and the exported one."""
     native = make(model, tmp_path / "native", grid, bits, 64, exclude=[f"{KEPT}.weight"])
@@ -44,15 +52,13 @@ def divergence(native: Path, logits: Any) -> float:
 
 
 @needs_gptqmodel
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("grid", "bits"), [("symmetric", 2), ("symmetric", 3), ("symmetric", 4), ("symmetric", 8), ("zero-point", 4)]
 )
-def test_gptq_in_transformers(
-    grid: str, bits: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gptq_in_transformers(grid: str, bits: int, model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, GPTQConfig
 
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     native, out = made(model, tmp_path, "gptq", grid, bits)
     torch_kernel = GPTQConfig(bits=bits, backend="gptq_torch")
     loaded = AutoModelForCausalLM.from_pretrained(out, quantization_config=torch_kernel)
@@ -63,12 +69,12 @@ def test_gptq_in_transformers(
 
 
 @needs_gptqmodel
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("grid", ["symmetric", "zero-point"])
-def test_awq_in_transformers(grid: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_awq_in_transformers(grid: str, model: Path, tmp_path: Path) -> None:
     from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
     from transformers import AutoModelForCausalLM, AwqConfig
 
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     native, out = made(model, tmp_path, "awq", grid, 4)
     loaded = AutoModelForCausalLM.from_pretrained(out, quantization_config=AwqConfig(backend="torch_awq"))
     assert type(loaded.get_submodule(KEPT)) is torch.nn.Linear

@@ -1,0 +1,142 @@
+"""The table of docs/exports.md: which of our files which runtime loads, and what it computes from them.
+
+    python benchmarks/runtimes_table.py            # print it
+    python benchmarks/runtimes_table.py --write    # put it between the two marks in docs/exports.md
+
+Rows are the objects of the lists in `results/runtimes/*.json`, one file for each script that measures: see Row. Other
+scripts add theirs with `put(name, rows)`, which replaces rows of the same file, model, runtime and version.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "runtimes"
+DOCUMENT = HERE.parent / "docs" / "exports.md"
+MARKS = ("<!-- runtimes: made by benchmarks/runtimes_table.py -->", "<!-- end of runtimes -->")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file in one runtime.
+
+    format: as in `--format`. choice: grid, type or group size within it ("symmetric, groups of 64"). version: of the
+    runtime and of what loads the file in it. same_weights: whether what the runtime decodes is bit-equal to what
+    `fewbit unpack` gives; None where the runtime does not show it. greedy_equal of greedy_tokens tokens are equal; of
+    the others, our two logits differ by greedy_gap at most. tokens_per_second: generated tokens for each second of
+    processor time with one thread; tokens_per_second_16_bit: of the same runtime with the 16-bit model, in the same
+    run. bytes: of all weight files. None: not measured. note: in few words, for instance why it does not load.
+    """
+
+    format: str
+    bits: float
+    choice: str
+    runtime: str
+    version: str
+    model: str
+    loads: bool
+    same_weights: bool | None = None
+    greedy_equal: int | None = None
+    greedy_tokens: int | None = None
+    greedy_gap: float | None = None
+    tokens_per_second: float | None = None
+    tokens_per_second_16_bit: float | None = None
+    bytes: int | None = None
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two rows of one measurement have in common."""
+        return self.format, self.bits, self.choice, self.runtime, self.version, self.model
+
+
+def read(folder: Path) -> list[Row]:
+    """All rows. Raises ValueError for one with a field that is missing or unknown."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        for row in json.loads(path.read_text()):
+            try:
+                found.append(Row(**row))
+            except TypeError as error:
+                raise ValueError(f"{path}: {error}; a row has {', '.join(one.name for one in fields(Row))}") from error
+    return found
+
+
+def put(name: str, rows: Iterable[Row], folder: Path = RESULTS) -> None:
+    """Write rows into `NAME.json`, in place of those with the same key."""
+    path, new = folder / f"{name}.json", {row.key: row for row in rows}
+    before = [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
+    kept = [new.pop(row.key, row) for row in before]
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(row) for row in (*kept, *new.values())], indent=1) + "\n")
+
+
+def _said(value: bool | None) -> str:
+    return "" if value is None else "yes" if value else "no"
+
+
+def _greedy(row: Row) -> str:
+    if row.greedy_equal is None or row.greedy_tokens is None:
+        return ""
+    gap = f" (gap {row.greedy_gap:.2g})" if row.greedy_gap and row.greedy_equal < row.greedy_tokens else ""
+    return f"{row.greedy_equal} of {row.greedy_tokens}{gap}"
+
+
+def _speed(row: Row) -> str:
+    if row.tokens_per_second is None:
+        return ""
+    ratio = f" ({row.tokens_per_second / row.tokens_per_second_16_bit:.2f})" if row.tokens_per_second_16_bit else ""
+    return f"{row.tokens_per_second:.1f}{ratio}"
+
+
+COLUMNS = {
+    "format": lambda row: row.format,
+    "bits": lambda row: f"{row.bits:g}",
+    "choice": lambda row: row.choice,
+    "model": lambda row: row.model,
+    "runtime": lambda row: f"{row.runtime} {row.version}",
+    "loads": lambda row: _said(row.loads),
+    "same weights": lambda row: _said(row.same_weights),
+    "same greedy tokens": _greedy,
+    "tokens/s (to 16 bits)": _speed,
+    "MB": lambda row: "" if row.bytes is None else f"{row.bytes / 1e6:.0f}",
+    "note": lambda row: row.note,
+}
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as a Markdown table, sorted by format, model, runtime and bits; columns that are empty are left out."""
+    found = sorted(rows, key=lambda row: (row.format, row.model, row.runtime, -row.bits, row.choice, row.version))
+    cells = {name: [cell(row) for row in found] for name, cell in COLUMNS.items()}
+    used = {name: column for name, column in cells.items() if any(column)}
+    if not found:
+        return ""
+    lines = [tuple(used), ("---",) * len(used), *zip(*used.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--write", action="store_true", help="into docs/exports.md")
+    choices = parser.parse_args()
+    made = table(read(choices.results))
+    if not choices.write:
+        print(made)
+        return
+    text = DOCUMENT.read_text()
+    before, found, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not found or not end:
+        sys.exit(f"{DOCUMENT}: has not both of the lines {' and '.join(MARKS)}")
+    DOCUMENT.write_text(f"{before}{found}\n\n{made}\n\n{end}{after}")
+
+
+if __name__ == "__main__":
+    main()
