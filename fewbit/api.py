@@ -19,6 +19,7 @@ from fewbit.options import EVALUATE, PLAN, QUANTIZE, TUNE, described_by, given_o
 from fewbit.pipeline.calibration_options import CalibrationOptions, parse_refresh, refuse_unused, share_of_stored
 from fewbit.pipeline.run import RunOptions, job_of
 from fewbit.pipeline.run import quantize as run_quantize
+from fewbit.presets import PRESETS
 from fewbit.progress import Progress
 from fewbit.recipe import Recipe
 from fewbit.recipe_choices import recipe_from_choices
@@ -174,8 +175,17 @@ def _for_target(
         raise FewbitError(f"--for {target.name}: chooses the files itself: leave out --shard-size")
     if method == DEFAULT_METHOD and (choices.get("calibration") or choices.get("curvature")):
         method = DEFAULT_CALIBRATED
+    flat = {**_of_inputs(method, flat), **{key: value for key, value in flat.items() if value is not None}}
     flat, notes = choices_for(target, model, flat)
     return method, target, flat, notes
+
+
+def _of_inputs(method: str, flat: dict[str, Any]) -> dict[str, Any]:
+    """What a preset that rounds inputs says of them and of its grid, which a target would otherwise choose."""
+    row = PRESETS.get(method, {})
+    if "input_bits" not in row or flat.get("symmetric") is not None:
+        return {key: row[key] for key in ("input_bits",) if key in row}
+    return {key: row[key] for key in ("input_bits", "grid")}
 
 
 def _recipe_in(path: Path, flat: dict[str, Any]) -> Recipe:

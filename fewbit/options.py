@@ -95,6 +95,13 @@ QUANTIZE: tuple[Option, ...] = (
         "recipe",
         _GRID,
     ),
+    Option(
+        "input_bits",
+        int,
+        "Round the inputs of the linear layers to 8 bits per token while the model runs; 16 (default) keeps them.",
+        "recipe",
+        _GRID,
+    ),
     Option("transform", str, f"Transform of each layer's inputs {_AXES}.", "recipe", _GRID),
     Option(
         "set",

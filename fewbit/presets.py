@@ -40,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "solver": SolverChoice("column", damping=1.0, refit=True),
     },
     "awq": {"group_size": "128,64,auto", "transform": "awq", "curvature": CurvatureChoice("gram")},
+    "w8a8": {"bits": 8, "group_size": "row", "grid": "symmetric", "input_bits": 8},
     "billm": {
         "bits": 1,
         "group_size": "128,192,auto",
@@ -66,6 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "solver": SolverChoice("column", damping=0.1, act_order=True, importance="inverse"),
     },
 }
+PRESETS["smoothquant"] = {**PRESETS["w8a8"], "transform": "smoothquant", "curvature": CurvatureChoice("gram")}
 _LASSO = {"outliers": "adaptive-lasso"}
 PRESETS["precal+gptq"] = {
     **PRESETS["adpq"],

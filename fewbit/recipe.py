@@ -15,6 +15,7 @@ from fewbit.errors import FewbitError
 from fewbit.grids.choice import GridChoice, ScaleChoice
 from fewbit.grids.embeddings import KEPT, EmbeddingChoice, default_bits
 from fewbit.grids.grid import ScaleSearch
+from fewbit.grids.inputs import InputChoice
 from fewbit.grids.scheme import Scheme
 from fewbit.grids.table import chosen_grid
 from fewbit.outliers.choice import OutlierChoice
@@ -41,6 +42,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "outlier_bits": ("outliers", "bits"),
     "sensitivity": ("outliers", "sensitivity"),
     "embedding_bits": ("embeddings", "bits"),
+    "input_bits": ("inputs", "bits"),
 }
 """Flat name -> axis and parameter of that axis."""
 _AXES = {
@@ -49,6 +51,7 @@ _AXES = {
     "scales": ScaleChoice,
     "outliers": OutlierChoice,
     "embeddings": EmbeddingChoice,
+    "inputs": InputChoice,
 }
 _WHOLE = ("method", "curvature", "solver", "include", "exclude", "sets")
 _BY_KIND: dict[str, Any] = {"solver": SolverChoice, "curvature": CurvatureChoice}
@@ -69,7 +72,8 @@ class Recipe:
     methods. grid, scales: which weight a code stands for, and how scales are stored. solver: how codes are chosen.
     include, exclude: patterns of tensor names. sets: choices for the tensors that match a pattern, such as
     ``("*.down_proj.weight", (("bits", 4),))``; if several patterns match, the last one that sets a choice wins.
-    embeddings: how embeddings and output heads are stored, which are always quantized without data.
+    embeddings: how embeddings and output heads are stored, which are always quantized without data. inputs: how the
+    inputs of the layers are rounded at run time.
     """
 
     method: str = "rtn"
@@ -83,6 +87,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     sets: tuple[TensorChoices, ...] = ()
     embeddings: EmbeddingChoice = field(default_factory=EmbeddingChoice)
+    inputs: InputChoice = field(default_factory=InputChoice)
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -139,6 +144,7 @@ class Recipe:
             statistic_bits=self.scales.statistic_bits if statistics else 0,
             statistic_rows=self.scales.statistic_rows if statistics else 0,
             transform="none" if self.transform.kind.folded else self.transform.name,
+            input_bits=self.inputs.stored,
         )
         return replace(
             scheme, outlier_bits=self.outliers.kind.bits(self.outliers.bits, scheme.whole_bits) if split else 0
@@ -157,6 +163,8 @@ class Recipe:
         data["curvature"] = asdict(self.curvature) if self.curvature else None
         data["solver"] = asdict(self.solver)
         data["include"], data["exclude"] = list(self.include), list(self.exclude)
+        if not self.inputs.stored:
+            del data["input_bits"]
         if self.sets:
             data["sets"] = [[pattern, dict(choices)] for pattern, choices in self.sets]
         return data

@@ -226,6 +226,7 @@ def _table(written: Written) -> str:
     best = (tuning.get("history") or {}).get("best_epoch", 0)
     rows = [
         ("method", report.get("method")),
+        ("inputs of the linear layers", _inputs(written)),
         ("bits per weight of the linear layers", _number(output.get("bits_per_weight"))),
         ("bits per weight of the whole model", _number(output.get("bits_per_weight_all"))),
         ("size of the weight files", show_size(written.bytes)),
@@ -237,6 +238,11 @@ def _table(written: Written) -> str:
     ]
     lines = [f"| {name} | {_cell(str(value))} |" for name, value in rows if value is not None]
     return "\n".join(["| | |", "| --- | --- |", *lines])
+
+
+def _inputs(written: Written) -> str | None:
+    bits = (written.report.get("recipe") or {}).get("input_bits")
+    return f"rounded to {bits} bits per token at run time" if bits and written.form != "plain" else None
 
 
 def _text_used(described: Mapping[str, Any]) -> str | None:

@@ -31,14 +31,17 @@ class Accumulator:
     tokens: number of tokens by layer; for fisher, only those whose gradient is not 0 (it is 0 for the last token of a
     sequence). live: for fisher, mask of the columns that were not 0 for at least one token, other than the last of a
     sequence. length: for fisher, tokens per sequence. For a call with another number of rows (an expert, whose tokens
-    come in any order), `live` counts the tokens with a gradient instead.
+    come in any order), `live` counts the tokens with a gradient instead. largest: for a Gram with `with_largest`, the
+    largest magnitude of each input `(in,)`, by layer.
     """
 
     choice: CurvatureChoice
+    with_largest: bool = False
     sums: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     live: dict[str, Tensor] = field(default_factory=dict)
+    largest: dict[str, Tensor] = field(default_factory=dict)
     length: int = 0
     _traces: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _last: tuple[str, Tensor] | None = None
@@ -55,6 +58,8 @@ class Accumulator:
             self.shared[key] = self._last[0]
             return
         self._last = (key, x)
+        if self.with_largest:
+            self._add_largest(key, x.abs().amax(dim=0).float())
         self._add(key, self._tempered(x).to(torch.float32), x.dtype)
 
     def _observe_fisher(self, key: str, x: Tensor, gradient: Tensor) -> None:
@@ -103,7 +108,7 @@ class Accumulator:
 
     def another(self) -> "Accumulator":
         """An empty accumulator for the same curvature, to be used for a part of the sequences."""
-        return Accumulator(self.choice)
+        return Accumulator(self.choice, self.with_largest)
 
     def add(self, other: "Accumulator") -> None:
         """Add the sums of another part of the sequences."""
@@ -114,6 +119,12 @@ class Accumulator:
             self.tokens[key] = self.tokens.get(key, 0) + count
         for key, live in other.live.items():
             self.live[key] = self.live[key] | live if key in self.live else live
+        for key, largest in other.largest.items():
+            self._add_largest(key, largest)
+
+    def largest_inputs(self, key: str) -> Tensor | None:
+        """The largest magnitude of each input `(in,)` of a layer; None if it never ran, or they were not measured."""
+        return self.largest.get(self.shared.get(key, key))
 
     def curvature(self, key: str) -> Tensor | None:
         """The complete curvature of a layer, or None if it never ran (an expert that no token reached).
@@ -152,6 +163,9 @@ class Accumulator:
                 raise FewbitError(f"{key}: the gradients of {lost} active columns underflowed to 0: {_ADVICE}")
         if self.live and not any(self.tokens.values()):
             raise FewbitError(f"{next(iter(self.live))}: its gradients are all 0 although it had inputs: {_ADVICE}")
+
+    def _add_largest(self, key: str, largest: Tensor) -> None:
+        self.largest[key] = torch.maximum(self.largest[key], largest) if key in self.largest else largest
 
     def _add(self, key: str, rows: Tensor, precision: torch.dtype) -> None:
         if self.choice.diagonal:

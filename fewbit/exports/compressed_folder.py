@@ -15,7 +15,7 @@ from fewbit.checkpoints.shards import shard_name, split_by_size
 from fewbit.checkpoints.source import INDEX_NAME, Checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, copy_companions, write_index
 from fewbit.errors import ChangedError
-from fewbit.exports.compressed_weights import FORMS, InexactError, arguments_of, form_of
+from fewbit.exports.compressed_weights import FORMS, InexactError, arguments_of, form_of, input_arguments_of
 from fewbit.formats.config import tables_of, tied_of, weights_of
 from fewbit.formats.native import part_layout, stored_bytes
 from fewbit.grids.scheme import StoredWeight
@@ -74,8 +74,18 @@ def _refusal(stored: StoredWeight) -> str | None:
         return "experts that are fused in one tensor: keep them in 16 bits with  --exclude"
     if stored.transposed:
         return "weights that are stored as (in, out): use  fewbit unpack"
-    if form_of(scheme) is not None:
+    form = form_of(scheme)
+    if form is not None and form.of_rows and stored.groups > 1:
+        return (
+            f"rounded inputs with weights in groups of {scheme.group_size}: quantize the original with  --method w8a8"
+        )
+    if form is not None:
         return None
+    if scheme.input_bits:
+        return (
+            f"rounded inputs with {scheme.bits:g} bits on the {GRIDS[scheme.grid].choice} grid: quantize the original "
+            "with  --method w8a8"
+        )
     outliers = " with outliers" if scheme.has_outliers else ""
     changed = " and a transform of its inputs" if scheme.transform != "none" else ""
     return (
@@ -147,7 +157,7 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
         assert form is not None
         scheme = {
             "weights": arguments_of(form, stored),
-            "input_activations": None,
+            "input_activations": input_arguments_of(form),
             "output_activations": None,
             "format": form.format,
         }
@@ -272,6 +282,11 @@ def _notes(items: list[_Item]) -> Iterator[str]:
     if experts:
         yield experts
     packed = [item.stored.scheme for item in items if item.stored is not None and not item.is_table]
+    if any(scheme.input_bits for scheme in packed):
+        yield (
+            "inputs are rounded to 8 bits per token at run time: vLLM multiplies whole numbers, transformers rounds "
+            "and multiplies in the model's dtype"
+        )
     split = sorted({scheme.whole_bits for scheme in packed if 32 % scheme.whole_bits})
     if split:
         yield (

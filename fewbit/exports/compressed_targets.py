@@ -12,6 +12,7 @@ from fewbit.errors import FewbitError
 from fewbit.exports.compressed_folder import expert_problem
 from fewbit.exports.compressed_weights import FORMS
 from fewbit.grids.embeddings import KEPT
+from fewbit.grids.inputs import KEPT as INPUTS_KEPT
 from fewbit.grids.scheme import StoredWeight
 from fewbit.grids.table import GRIDS
 from fewbit.pipeline.plan import Plan, PlannedTensor
@@ -52,6 +53,11 @@ def _choices(
     if grid not in grids:
         raise FewbitError(f"--for {name}: runs the grids {', '.join(grids)}, not {grid}")
     rest |= {"grid": grid, "outliers": "none", "embedding_bits": KEPT}
+    if flat.get("input_bits") not in (None, INPUTS_KEPT):
+        _check_bits(name, (8,), flat.get("bits") or 8)
+        rest |= {"bits": 8, "group_size": flat.get("group_size") or "row"}
+        rest["scale_format"] = _scales(name, flat.get("scale_format"), checkpoint)
+        return rest
     if not GRIDS[grid].brings:
         _check_bits(name, bits, flat.get("bits") or 4)
         rest["group_size"] = flat.get("group_size") or _GROUPS
@@ -63,6 +69,10 @@ def _check_bits(name: str, held: tuple[int, ...], bits: float) -> None:
     if bits in held:
         return
     listed = [f"{one}" for one in held]
+    if len(listed) == 1:
+        raise FewbitError(
+            f"--for {name}: runs {listed[0]} bits where inputs are rounded, not {bits:g}: leave out --bits"
+        )
     others = [runtime.name for runtime in RUNTIMES if runtime.name != name and bits in BITS[runtime.name]]
     also = f", or --for {others[0]}" if others else ""
     raise FewbitError(
@@ -97,6 +107,8 @@ def _shape_problem(item: PlannedTensor) -> str | None:
         return f"{item.tensor.entry.name}: experts that are fused in one tensor: keep them with --exclude"
     if item.stored.transposed:
         return f"{item.tensor.entry.name}: it is stored as (in, out), which compressed-tensors does not have"
+    if item.stored.scheme.input_bits and item.stored.groups > 1:
+        return f"{item.tensor.entry.name}: rounded inputs need --group-size row, not {item.stored.scheme.group_size}"
     return None
 
 
@@ -128,7 +140,8 @@ def _loads_vllm(plan: Plan) -> str | None:
 
 def _described(stored: StoredWeight) -> str:
     group = "row" if stored.groups == 1 else str(stored.scheme.group_size)
-    return f"{stored.scheme.bits:g} bits on {GRIDS[stored.scheme.grid].choice} in groups of {group}"
+    inputs = f" with inputs in {stored.scheme.input_bits} bits" if stored.scheme.input_bits else ""
+    return f"{stored.scheme.bits:g} bits on {GRIDS[stored.scheme.grid].choice} in groups of {group}{inputs}"
 
 
 BITS = {"transformers": (2, 3, 4, 8), "vllm": (4, 8)}

@@ -33,6 +33,7 @@ class Form:
     of scales of ours that it may hold. tensors(parts, stored, dtype): the tensors that replace a weight, by the ends
     of their names; dtype is that of the model. Raises InexactError. kind(scheme): in a few letters, for reports.
     as_expert: transformers reads it in mixtures of experts, where it uses one scale for each group, and nothing else.
+    of_rows: a scale must be that of a whole row. inputs: the `QuantizationArgs` of the inputs, if they are rounded.
     """
 
     format: str
@@ -41,11 +42,17 @@ class Form:
     tensors: Callable[[Mapping[str, Tensor], StoredWeight, torch.dtype], dict[str, Tensor]]
     kind: Callable[[Scheme], str]
     as_expert: bool = True
+    of_rows: bool = False
+    inputs: Mapping[str, Any] | None = None
 
 
 def form_of(scheme: Scheme) -> Form | None:
-    """The form that decodes to the same weights, if its scales are numbers of the model's dtype; None without one."""
-    form = FORMS.get(scheme.grid)
+    """The form that decodes to the same weights, if its scales are numbers of the model's dtype; None without one.
+
+    A form of whole rows is one for weights with one group in a row.
+    """
+    rounded = INPUT_FORMS.get((scheme.grid, scheme.bits, scheme.input_bits))
+    form = rounded if scheme.input_bits else FORMS.get(scheme.grid)
     if form is None or scheme.has_outliers or scheme.transform != "none" or scheme.scale_format not in form.scales:
         return None
     return form
@@ -69,6 +76,14 @@ def arguments_of(form: Form, stored: StoredWeight) -> dict[str, Any]:
         "observer_kwargs": {},
     }
     return {**given, **form.arguments}
+
+
+def input_arguments_of(form: Form) -> dict[str, Any] | None:
+    """The `QuantizationArgs` of a weight's inputs, all of them, as the package writes them; None if they are kept."""
+    if form.inputs is None:
+        return None
+    rest = ("group_size", "block_structure", "actorder", "scale_dtype", "zp_dtype", "observer")
+    return {**dict.fromkeys(rest), "type": "int", "symmetric": True, "observer_kwargs": {}, **form.inputs}
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
@@ -113,6 +128,12 @@ def _integers(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dt
         zeros = values["offset"].squeeze(-1).to(torch.uint8)
         found["weight_zero_point"] = pack_words(zeros.t().contiguous(), bits).t().contiguous()
     return {**found, "weight_shape": torch.tensor(stored.shape, dtype=torch.int64)}
+
+
+def _whole_numbers(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    # Our codes have 2^7 added; without it, 0 to 127 are 128 to 255, which as signed bytes are -128 to -1.
+    codes = (_matrix(parts, stored) ^ 0x80).contiguous().view(torch.int8)
+    return {"weight": codes, "weight_scale": _scales(_values(parts, stored), dtype)}
 
 
 def _fp8(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -170,3 +191,14 @@ FORMS: dict[str, Form] = {
     ),
 }
 """By the names of grids in files."""
+_W8A8 = Form(
+    "int-quantized",
+    {},
+    _FLOATS,
+    _whole_numbers,
+    _named("int8, inputs int8"),
+    of_rows=True,
+    inputs={"num_bits": 8, "strategy": "token", "dynamic": True},
+)
+INPUT_FORMS: dict[tuple[str, float, int], Form] = {(grid, 8, 8): _W8A8 for grid in ("symmetric", "signed")}
+"""For weights whose inputs are rounded: by grid, bits of the weights, and bits of the inputs."""

@@ -15,8 +15,8 @@ from fewbit.checkpoints.stamps import file_stamps
 from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.checkpoints.workdir import WorkFolder, check_output
 from fewbit.errors import FewbitError
-from fewbit.exports.table import format_named
-from fewbit.formats.config import recipe_of
+from fewbit.exports.table import Format, format_named
+from fewbit.formats.config import recipe_of, weights_of
 from fewbit.pipeline.records import published
 from fewbit.progress import Progress
 from fewbit.runtime.whole import check_all_parts
@@ -41,7 +41,7 @@ def export(
     kind, out = format_named(format), Path(dest)
     check_is_folder(out, format)
     checkpoint = open_checkpoint(locate(folder))
-    problem = kind.problem(checkpoint, embeddings)
+    problem = kind.problem(checkpoint, embeddings) or _inputs_problem(kind, checkpoint)
     if problem:
         raise FewbitError(problem)
     if checkpoint.is_native:
@@ -69,6 +69,16 @@ def check_is_folder(out: Path, format: str) -> None:
     """Raise FewbitError for an output that is named like a file of the format."""
     if out.suffix == f".{format}":
         raise FewbitError(f"{out}: give a folder, such as {out.with_suffix('')}: the file is written into it")
+
+
+def _inputs_problem(kind: Format, checkpoint: Checkpoint) -> str | None:
+    """Why a folder whose inputs are rounded at run time cannot be written, or None."""
+    if kind.with_inputs or not checkpoint.is_native:
+        return None
+    rounded = next((module for module, stored in weights_of(checkpoint).items() if stored.scheme.input_bits), None)
+    if rounded is None:
+        return None
+    return f"{checkpoint.folder}: {rounded}: {kind.name} has no rounded inputs: use compressed-tensors"
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:

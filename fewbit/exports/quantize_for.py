@@ -11,7 +11,8 @@ from fewbit.checkpoints.source import open_checkpoint
 from fewbit.checkpoints.workdir import check_output, tidy
 from fewbit.errors import FewbitError, WorkKeptError
 from fewbit.exports.export import check_is_folder, export
-from fewbit.exports.table import FORMATS, Target
+from fewbit.exports.table import FORMATS, TARGETS, Target
+from fewbit.grids.inputs import KEPT
 from fewbit.pipeline.plan import make_plan
 from fewbit.pipeline.run import RunOptions
 from fewbit.recipe import Recipe
@@ -24,6 +25,9 @@ def choices_for(target: Target, model: str | Path, flat: dict[str, Any]) -> tupl
 
     Raises FewbitError if the target cannot run the model or does not hold what was chosen.
     """
+    if flat.get("input_bits") not in (None, KEPT) and not FORMATS[target.format].with_inputs:
+        others = [one.name for one in TARGETS.values() if FORMATS[one.format].with_inputs]
+        raise FewbitError(f"--for {target.name}: has no rounded inputs: use --for {' or '.join(others)}")
     return target.choices(open_checkpoint(locate(model)), flat)
 
 
@@ -35,8 +39,8 @@ def embedding_type(target: Target, model: str | Path, flat: dict[str, Any]) -> s
 def plan_problem(target: Target, model: str | Path, recipe: Recipe) -> str | None:
     """Why the target does not load the model quantized with that recipe, or None. Raises FewbitError as a run does."""
     plan = make_plan(open_checkpoint(locate(model)), recipe)
-    holds = FORMATS[target.format].holds
-    lost = next((item.tensor.entry.name for item in plan.quantized if not holds(item.stored.scheme)), None)
+    keeps = FORMATS[target.format].keeps
+    lost = next((item.tensor.entry.name for item in plan.quantized if not keeps(item.stored.scheme)), None)
     if lost is not None:
         return f"{lost}: {target.format} does not hold the grid, scales, outliers or transform chosen for it"
     return target.problem(plan)

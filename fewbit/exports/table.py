@@ -36,7 +36,7 @@ class Format:
     holds(scheme): whether a stored weight keeps its bits. problem(checkpoint, embeddings): why a model cannot be
     written, or None. write(checkpoint, work, embeddings, progress): write the model into the folder of `work`; returns
     what the report says about it, with the name of the `file` that holds the weights, or lists those that do.
-    embeddings: what embeddings and head can be rounded to.
+    embeddings: what embeddings and head can be rounded to. with_inputs: it also holds that inputs are rounded.
     """
 
     name: str
@@ -45,6 +45,11 @@ class Format:
     problem: Callable[[Checkpoint, str], str | None]
     write: Callable[[Checkpoint, WorkFolder, str, Progress | None], dict[str, Any]]
     embeddings: tuple[str, ...] = ("keep",)
+    with_inputs: bool = False
+
+    def keeps(self, scheme: Scheme) -> bool:
+        """Whether a stored weight keeps its bits, and its inputs their rounding."""
+        return self.holds(scheme) and (self.with_inputs or not scheme.input_bits)
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ FORMATS: dict[str, Format] = {
             lambda scheme: compressed_form(scheme) is not None,
             compressed_problem,
             write_compressed,
+            with_inputs=True,
         ),
         *(
             Format(one.name, one.summary, partial(holds, one), partial(folder_problem, one), partial(write_folder, one))
@@ -147,7 +153,7 @@ def export_problems(recipe: Recipe, planned: Sequence[dict[str, Any]]) -> dict[s
     """Format -> None, or why it cannot hold the planned weights, as `fewbit plan` lists them (name, group_size)."""
     found: dict[str, str | None] = {}
     for name, kind in FORMATS.items():
-        lost = [one["name"] for one in planned if not kind.holds(recipe.at(one["name"]).scheme(one["group_size"]))]
+        lost = [one["name"] for one in planned if not kind.keeps(recipe.at(one["name"]).scheme(one["group_size"]))]
         found[name] = f"cannot hold {len(lost)} of {len(planned)} weights: see --for" if lost else None
     return found
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fewbit.grids.inputs import INPUT_BITS, round_tokens
 from fewbit.grids.scheme import Layout, Scheme, StoredWeight
 from fewbit.grids.table import check_core, grid_of, row_block
 from fewbit.outliers.grids import check_outlier_values, check_outliers, outlier_layout, read_positions, read_values
@@ -34,6 +35,8 @@ def check_scheme(scheme: Scheme) -> Scheme:
     check_outliers(scheme)
     if scheme.transform not in TRANSFORMS or TRANSFORMS[scheme.transform].folded:
         raise ValueError(f"a stored weight cannot have this transform {scheme.transform!r}")
+    if scheme.input_bits and scheme.input_bits not in INPUT_BITS:
+        raise ValueError(f"inputs cannot be rounded to {scheme.input_bits!r} bits")
     return scheme
 
 
@@ -113,8 +116,9 @@ def transform_weight(weight: Tensor, parts: Mapping[str, Tensor], stored: Stored
 
 
 def transform_inputs(x: Tensor, parts: Mapping[str, Tensor], stored: StoredWeight) -> Tensor:
-    """Inputs `(..., in)` after the weight's transform."""
-    return TRANSFORMS[stored.scheme.transform].inputs(x, read_transform(parts, stored))
+    """Inputs `(..., in)` as the stored weight takes them: after its transform, and rounded if its scheme says so."""
+    x = TRANSFORMS[stored.scheme.transform].inputs(x, read_transform(parts, stored))
+    return round_tokens(x, stored.scheme.input_bits) if stored.scheme.input_bits else x
 
 
 def check_parts(parts: Mapping[str, Tensor], stored: StoredWeight) -> None:

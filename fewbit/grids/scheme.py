@@ -22,7 +22,8 @@ class Scheme:
     code; bits that do not fit into the dense codes are stored beside them. statistic_bits, statistic_rows: for the
     scale format statistics, the bits of a scale and of a zero-point, and how many rows share the second level.
     transform: the transform that is applied to the layer's inputs before this weight, a name in
-    :data:`fewbit.transforms.table.TRANSFORMS`.
+    :data:`fewbit.transforms.table.TRANSFORMS`. input_bits: bits to which the layer's inputs are rounded at run time, a
+    scale for each token; 0 if they are not rounded.
     """
 
     bits: float
@@ -35,6 +36,7 @@ class Scheme:
     statistic_bits: int = 0
     statistic_rows: int = 0
     transform: str = "none"
+    input_bits: int = 0
 
     def __post_init__(self) -> None:
         for good, what in ((0 < self.bits <= 8, f"bits {self.bits}"), (self.group_size >= 1, "group size")):
@@ -58,6 +60,8 @@ class Scheme:
             del data["statistic_bits"], data["statistic_rows"]
         if self.transform == "none":
             del data["transform"]
+        if not self.input_bits:
+            del data["input_bits"]
         return data
 
     @classmethod

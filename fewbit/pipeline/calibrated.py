@@ -77,7 +77,16 @@ def _blocks(
         return stored_blocks(network, options.stored, run.counter)
     assert calibration is not None
     assert choice is not None
-    source = Source(network, calibration.ids, choice, options.memory, run.store.folder, run.solved, run.counter)
+    source = Source(
+        network,
+        calibration.ids,
+        choice,
+        options.memory,
+        run.store.folder,
+        run.solved,
+        run.counter,
+        run.recipe.transform.kind.from_largest,
+    )
     if not choice.source.gradients:
         return gram_blocks(source, options.original_inputs)
     stages = stages_of(matrix_bytes(network.sites), options.refresh, options.memory)

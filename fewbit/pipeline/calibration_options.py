@@ -68,6 +68,11 @@ def check_fit(recipe: Recipe, options: CalibrationOptions) -> None:
         raise FewbitError("--original-inputs: applies only to a Gram that is measured in this run")
     if options.stored is None:
         return
+    if recipe.transform.kind.from_largest:
+        raise FewbitError(
+            f"{options.stored.folder}: {recipe.transform.name} needs the largest inputs, which no stored curvature "
+            "has: give --calibration instead of --curvature"
+        )
     found = options.stored.choice
     if found.kind != wanted.kind:
         raise FewbitError(

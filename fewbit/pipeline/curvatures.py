@@ -28,6 +28,7 @@ Known = Callable[[int], bool]
 class BlockCurvature:
     """The curvatures of a block. of(site): `(in, in)`, or None if the layer never ran.
 
+    largest(site): the largest magnitude of each input `(in,)`, or None if it was not measured.
     measured: all sums by layer, if they were measured in this run. fixed: they are measured with the original weights,
     which stay in the network for later blocks.
     """
@@ -36,6 +37,7 @@ class BlockCurvature:
     of: Callable[[Site], Tensor | None]
     measured: Accumulator | None = None
     fixed: bool = False
+    largest: Callable[[Site], Tensor | None] = lambda site: None
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Source:
     """What a curvature is measured on: sequences `(samples, length)` that run through a network, with `memory` bytes.
 
     spill: folder for hidden states that do not fit in memory. known(index): whether a block need not be measured.
+    with_largest: also measure the largest inputs, for a Gram.
     """
 
     network: Network
@@ -52,6 +55,7 @@ class Source:
     spill: Path
     known: Known
     counter: Counter
+    with_largest: bool = False
 
     def layers(self, blocks: list[int]) -> list[Watched]:
         """The linear layers of some blocks, each once."""
@@ -65,7 +69,7 @@ def gram_blocks(source: Source, original_inputs: bool) -> Iterator[BlockCurvatur
     source.counter.total = (1 if original_inputs else 2) * len(network.blocks) * samples
     walk = Walk(network.model, network.blocks, source.ids, source.memory // 2, source.spill)
     for index in range(len(network.blocks)):
-        accumulator = Accumulator(source.choice)
+        accumulator = Accumulator(source.choice, source.with_largest)
         network.take(index)
         if source.known(index):
             if original_inputs:
@@ -120,4 +124,10 @@ def stored_blocks(network: Network, stored: StoredCurvature, counter: Counter) -
 
 
 def _measured(index: int, accumulator: Accumulator, fixed: bool) -> BlockCurvature:
-    return BlockCurvature(index, lambda site: accumulator.curvature(site.watched.key), accumulator, fixed)
+    return BlockCurvature(
+        index,
+        lambda site: accumulator.curvature(site.watched.key),
+        accumulator,
+        fixed,
+        lambda site: accumulator.largest_inputs(site.watched.key),
+    )

@@ -13,19 +13,20 @@ from torch import Tensor, nn
 
 from fewbit.architecture.folding import find_feeder
 from fewbit.architecture.network import Site
-from fewbit.transforms.transform import Inputs
+from fewbit.transforms.transform import Inputs, Transform
 
 
 @dataclass(frozen=True)
 class Folding:
     """How channel scales are chosen.
 
-    choose: the function of a transform (:class:`fewbit.transforms.transform.Transform`). rounding(site, w): the decoded
-    weights that a layer's weights `(out, in)` round to.
+    transform: one that is folded. rounding(site, w): the decoded weights that a layer's weights `(out, in)` round to.
+    largest(site): the largest magnitude of each input `(in,)`, or None if it was not measured.
     """
 
-    choose: Callable[..., tuple[dict[str, Any], Tensor | None]]
+    transform: Transform
     rounding: Callable[[Site, Tensor], Tensor]
+    largest: Callable[[Site], Tensor | None] = lambda site: None
 
 
 def fold_block(
@@ -48,16 +49,20 @@ def fold_block(
         if gram is not None:
             shared.setdefault(gram.data_ptr(), []).append(site)
     notes: list[dict[str, Any]] = []
+    choose = folding.transform.choose
+    assert choose is not None
     for consumers in shared.values():
         names = [site.tensor.entry.name for site in consumers]
-        feeder = find_feeder(block, consumers, sites, run)
+        feeder = find_feeder(block, consumers, [] if folding.transform.from_norms else sites, run)
         if feeder is None:
-            notes.append({"layers": names, "exponent": None, "reason": "no foldable module feeds them"})
+            module = "norm" if folding.transform.from_norms else "module"
+            notes.append({"layers": names, "exponent": None, "reason": f"no foldable {module} feeds them"})
             continue
         gram = curvature(consumers[0])
         assert gram is not None
         weights = [site.read() for site in consumers]
-        said, scales = folding.choose(weights, Inputs(gram), partial(_round, folding.rounding, consumers))
+        inputs = Inputs(gram, folding.largest(consumers[0]))
+        said, scales = choose(weights, inputs, partial(_round, folding.rounding, consumers))
         if scales is not None:
             left = feeder.divide(scales)
             for site in consumers:

@@ -1,6 +1,7 @@
 """The plan of a run: what happens to every tensor, how it will be stored, in which file, and in how many bytes."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from fewbit.solvers.settled import WeightChoices
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 _SMALLEST_AUTO = 8
+_EXPERT = re.compile(r".*\.experts\.[0-9]+\..*")
+"""The name of a module in one of several experts, whose layers the network joins."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,10 @@ def _plan_tensor(tensor: WeightTensor, recipe: Recipe, exact: frozenset[str]) ->
     scheme = scheme_for(columns, recipe)
     outliers = OUTLIER_RULES[recipe.outliers.rule].expected(rows * columns, scheme.group_size, recipe.outliers)
     _check_rows(tensor, scheme)
+    if scheme.input_bits and (tensor.original_shape is not None or _EXPERT.fullmatch(tensor.module)):
+        raise FewbitError(
+            f"{tensor.entry.name}: inputs of experts cannot be rounded: keep them with --exclude or --input-bits 16"
+        )
     placed = place_outliers((rows, columns), recipe.for_weight(scheme), outliers)
     stored = StoredWeight(scheme, (rows, columns), outliers, placed, tensor.transposed, tensor.original_shape)
     try:

@@ -58,7 +58,7 @@ class BlockSolver:
         """Solve the weights of a block, or take them from an interrupted run, and put them into the network."""
         index, curvature = block.index, block.of
         if self.recipe.transform.kind.folded:
-            self._fold(index, curvature)
+            self._fold(index, block)
         by_tensor: dict[str, list[Site]] = {}
         for site in self.network.sites[index]:
             by_tensor.setdefault(site.tensor.entry.name, []).append(site)
@@ -93,7 +93,7 @@ class BlockSolver:
                 site.write(decoded[first : first + site.rows])
                 first += site.rows
 
-    def _fold(self, index: int, curvature: Callable[[Site], Tensor | None]) -> None:
+    def _fold(self, index: int, measured: BlockCurvature) -> None:
         """Scale the channels of a block; unquantized tensors that this changes are stored for the output."""
         block, sites = self.network.blocks[index], self.network.sites[index]
         sample = self.sample
@@ -112,9 +112,8 @@ class BlockSolver:
             return round_weight(weight, self.items[site.tensor.entry.name].choices)
 
         before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
-        choose = self.recipe.transform.kind.choose
-        assert choose is not None
-        notes = fold_block(block, sites, curvature, Folding(choose, rounding), partial(sample.change, index))
+        folding = Folding(self.recipe.transform.kind, rounding, measured.largest)
+        notes = fold_block(block, sites, measured.of, folding, partial(sample.change, index))
         self.notes += notes
         self.store.put_notes(index, notes)
         matrices = {id(site.watched.weight) for site in sites}

@@ -154,6 +154,9 @@ def _pack(network: _Network, target: str, members: list[str], is_shared: bool) -
     if conversion is None:
         return _pack_one(network, target, members[0], is_shared)
     merge = Merge(conversion, tuple(str(network.places[name].pattern) for name in members), network.model.config)
+    for name in members:
+        if name in network.weights:
+            _check_inputs(name, network.weights[name])
     sources = [_source(network, name) for name in members]
     made = merge(target, [torch.empty(_shape_of(source), device="meta") for source in sources])
     values: dict[str, PackedParameter] = {}
@@ -188,10 +191,20 @@ def _pack_one(network: _Network, target: str, name: str, is_shared: bool) -> dic
         setattr(network.model.get_submodule(parent), child, packed)
         _note_parts(network, name, packed, path)
         return {}
+    _check_inputs(name, stored)
     value = PackedParameter(target, [PackedWeight(name, stored)], None, network.dtype_of(target))
     _hold(network, target, value)
     _note(network, name, value.sources[0], f"{_place_of_value(target)}.stored_sources.0")
     return {target: value}
+
+
+def _check_inputs(name: str, stored: StoredWeight) -> None:
+    """Raises FewbitError for a weight with rounded inputs that is not the weight of a plain linear layer."""
+    if stored.scheme.input_bits:
+        raise FewbitError(
+            f"{name}: its inputs are rounded, which only plain linear layers can do: quantize the original with "
+            "--input-bits 16"
+        )
 
 
 def _hold(network: _Network, target: str, value: PackedParameter) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from fewbit.curvature.cost import curvature_cost
 from fewbit.curvature.damping import prepare
 from fewbit.curvature.products import products
-from fewbit.errors import FewbitError
 from fewbit.transforms.transform import Inputs, Rounding, Transform, Values
 
 _STEPS = 20
@@ -66,8 +65,7 @@ def _awq(weights: Sequence[Tensor], inputs: Inputs, rounding: Rounding) -> tuple
 
 
 def _smoothquant(weights: Sequence[Tensor], inputs: Inputs, rounding: Rounding) -> tuple[dict[str, Any], Tensor | None]:
-    if inputs.largest is None:
-        raise FewbitError("smoothquant needs the largest inputs, which this run does not measure: use awq")
+    assert inputs.largest is not None
     return {"exponent": 0.5}, smoothing_scales(inputs.largest, list(weights), 0.5)
 
 
@@ -88,5 +86,10 @@ AWQ = Transform(
     "awq", "scale channels so that those with large inputs are rounded more finely (AWQ)", choose=_awq, **_MAP
 )
 SMOOTHQUANT = Transform(
-    "smoothquant", "scale channels so that large inputs become smaller (SmoothQuant)", choose=_smoothquant, **_MAP
+    "smoothquant",
+    "scale channels so that large inputs become smaller (SmoothQuant)",
+    choose=_smoothquant,
+    from_largest=True,
+    from_norms=True,
+    **_MAP,
 )

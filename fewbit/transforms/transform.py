@@ -44,7 +44,8 @@ class Transform:
     stored form, as parts whose names begin with ``transform``.
     If T is folded into the preceding layer: choose(weights, inputs, rounding): the values for the report, and the
     channel scales s of ``T = diag(1 / s)``, or None for no scaling; rounding(i, w): the decoded weights that weight i
-    rounds to. `choose` is None if T is applied at run time or is the identity.
+    rounds to. `choose` is None if T is applied at run time or is the identity. from_largest: `choose` needs the largest
+    inputs. from_norms: T is folded only into norms, not into linear layers.
     problem(values): why stored values cannot be those of T, or None. is_chosen: a recipe can name it; otherwise its
     values only come with a stored weight, and `fixed` is not used.
     """
@@ -60,6 +61,8 @@ class Transform:
     layout: Callable[[int], Layout] = lambda columns: {}
     read: Callable[[Parts], Values] = lambda parts: {}
     choose: Callable[[Sequence[Tensor], Inputs, Rounding], tuple[dict[str, Any], Tensor | None]] | None = None
+    from_largest: bool = False
+    from_norms: bool = False
     problem: Callable[[Values], str | None] = lambda values: None
     is_chosen: bool = True
 

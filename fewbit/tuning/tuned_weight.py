@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewbit.formats import native
 from fewbit.grids.grid import Fitted, Values
+from fewbit.grids.inputs import round_tokens
 from fewbit.grids.scales import divisor
 from fewbit.grids.scheme import StoredWeight
 from fewbit.grids.straight_through import seen_as
@@ -97,7 +98,9 @@ class TunedWeight(nn.Module):
 
     def inputs(self, x: Tensor) -> Tensor:
         """Inputs `(..., in)` as the weight takes them."""
-        return TRANSFORMS[self.stored.scheme.transform].inputs(x, self._map())
+        scheme = self.stored.scheme
+        x = TRANSFORMS[scheme.transform].inputs(x, self._map())
+        return round_tokens(x, scheme.input_bits) if scheme.input_bits else x
 
     def plain(self) -> Tensor:
         """The weight `(out, in)` as :meth:`decoded`, for inputs as they are."""
