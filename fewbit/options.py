@@ -199,6 +199,13 @@ TUNE: tuple[Option, ...] = (
     Option("loss", str, "nll (next tokens), kd (predictions of the original; default), or nll+kd.", "choice"),
     Option("train", str, "weights, scales, codes (each by at most one level), or all (default).", "choice"),
     Option("epochs", int, "Epochs; default 3.", "choice"),
+    Option(
+        "embeddings",
+        bool,
+        "Train packed embeddings and head like layers (default), or only the layers.",
+        "choice",
+        flag="--embeddings/--no-embeddings",
+    ),
     OVERWRITE,
     Option("lr", float, "Learning rate of weights, in steps of their grid; default 0.002.", "choice", _HOW),
     Option("scale_lr", float, "Learning rate of scales, relative to their size; default 0.003.", "choice", _HOW),
