@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewbit.advice import advice
+from fewbit.api_models import Named, decoded, with_codes
 from fewbit.calibration.choice import CalibrationChoice, choice_from
 from fewbit.checkpoints.json_in import read_json_object
 from fewbit.checkpoints.locate import locate
@@ -49,6 +50,7 @@ def quantize(
     Returns the report that is also written to `fewbit_report.json`, with an additional `run` entry (seconds, peak
     memory). Raises FewbitError for bad input; `out` is then not created.
     """
+    model = decoded(model)
     if isinstance(method, Recipe) or options is not None:
         if choices:
             raise FewbitError("give either a Recipe and RunOptions, or a method name and single choices, not both")
@@ -123,7 +125,7 @@ def quantize_request(
     model: str | Path, method: str, choices: dict[str, Any], progress: Progress | None = None
 ) -> QuantizeRequest:
     """The recipe, options and training for flat choices. Raises FewbitError for choices that cannot be combined."""
-    choices = checked("quantize", QUANTIZE, choices)
+    choices, model = checked("quantize", QUANTIZE, choices), decoded(model)
     flat = given_of(QUANTIZE, choices, "recipe")
     flat["sets"] = flat.pop("set", ())
     file = flat.pop("recipe", None)
@@ -205,10 +207,10 @@ def plan(model: str | Path, method: str = "adpq+", **choices: Any) -> dict[str, 
     from fewbit.pipeline.forecast import forecast
 
     choices = checked("plan", PLAN, choices)
-    request = quantize_request(model, method, choices)
-    result = forecast(model, request.recipe, request.options.calibration)
+    request, named, model = quantize_request(model, method, choices), model, decoded(model)
+    result = {**forecast(model, request.recipe, request.options.calibration), "model": str(named)}
     if request.target is not None:
-        result["advice"] = advice(str(model), request.recipe, request.target.name)
+        result["advice"] = advice(str(named), request.recipe, request.target.name)
     result["problems"] += request.notes
     if request.target is not None and not result["problems"]:
         from fewbit.exports.quantize_for import plan_problem
@@ -237,6 +239,7 @@ def tune(
     from fewbit.tuning.run import TuneOptions
     from fewbit.tuning.run import tune as run
 
+    folder = with_codes(folder)
     if choice is not None or options is not None:
         if choices:
             raise FewbitError("give either a TuningChoice and TuneOptions, or single choices, not both")
@@ -263,8 +266,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate models on a text, on tasks, or on both.
 
-    models: one or several originals or quantized folders. data: a text. reference: the original, with which each model
-    is compared on the text. tasks: comma-separated names, or a `fewbit.TaskChoice`. protocol, rounded: a
+    models: one or several originals, quantized folders, or models that another tool quantized. data: a text. reference:
+    the original, with which each model is compared on the text. tasks: comma-separated names, or a `fewbit.TaskChoice`. protocol, rounded: a
     `fewbit.Protocol` and a `fewbit.RoundedChoice`, instead of the options below.
     Returns ``{"models": [...], "protocol": {...}, "versions": {...}}`` with the stable keys of `docs/guide.md`.
     Raises FewbitError for bad input.
@@ -286,7 +289,8 @@ def evaluate(
         tasks = choose_tasks(tasks, None if place is None else Path(place), given.get("task_limit", 0))
     if rounded is None:
         rounded = choose_rounded(choices.get("w8a8"), _text(EVALUATE, choices))
-    return run(models, data, protocol, reference, device, progress, tasks, rounded)
+    named = Named.of([models] if isinstance(models, str | Path) else models, reference)
+    return named.restore(run(named.places, data, protocol, named.reference, device, progress, tasks, rounded))
 
 
 def export(
@@ -309,7 +313,8 @@ def export(
     from fewbit.exports.export import export as run
     from fewbit.exports.table import format_named
 
-    kind, checkpoint = format_named(format), open_checkpoint(locate(folder))
+    kind, folder = format_named(format), with_codes(folder)
+    checkpoint = open_checkpoint(locate(folder))
     if not (allow_requantize and checkpoint.is_native):
         return run(folder, dest, format, embeddings, overwrite, progress)
     if embeddings not in kind.embeddings:
@@ -357,6 +362,7 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
     """
     from fewbit.runtime.unpack import unpack as run
 
+    folder = with_codes(folder)
     return run(folder, out, overwrite, parse_size(shard_size) if isinstance(shard_size, str) else shard_size)
 
 

@@ -158,7 +158,8 @@ class PackedParameter(nn.Module):
         """
         if self.merge is not None or isinstance(source := self.sources[0], KeptWeight):
             return None
-        plain = len(source.stored.tensor_shape) == 2 and not source.stored.transposed
+        stored: Any = source.stored
+        plain = len(stored.tensor_shape) == 2 and not stored.transposed
         return source if plain else None
 
     def forward(self, experts: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:

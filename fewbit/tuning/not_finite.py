@@ -11,7 +11,6 @@ from fewbit.errors import FewbitError
 from fewbit.tuning.tuned_model import trained
 from fewbit.tuning.tuned_weight import TunedWeight
 
-
 _WRAPPED = re.compile(r"\.tuned|\.held\.own\.\w+\.stored_sources\.\d+")
 """What training and packing put into names."""
 
