@@ -68,7 +68,7 @@ def _carried_out(
     embeddings: str | None = None,
 ) -> dict[str, Any]:
     """Quantize, and write the format of the target if there is one. embeddings: None for what the target chooses."""
-    if request.target is None or out is None or request.options.report_only:
+    if request.target is None or request.target.format is None or out is None or request.options.report_only:
         return {**_quantized(model, out, request, choices), **({"notes": request.notes} if request.notes else {})}
     from fewbit.exports.quantize_for import embedding_type, plan_problem, quantize_for
 
@@ -170,13 +170,13 @@ def _for_target(
     from fewbit.exports.table import target_named
 
     target = target_named(choices["target"])
-    if file is not None:
+    if file is not None and target.format is not None:
         raise FewbitError(f"--for {target.name}: chooses grids itself: leave out --recipe")
-    if choices.get("shard_size") is not None:
+    if choices.get("shard_size") is not None and target.format is not None:
         raise FewbitError(f"--for {target.name}: chooses the files itself: leave out --shard-size")
     if method == DEFAULT_METHOD and (choices.get("calibration") or choices.get("curvature")):
         method = DEFAULT_CALIBRATED
-    flat, notes = choices_for(target, model, flat)
+    flat, notes = choices_for(target, model, method, flat)
     return method, target, flat, notes
 
 
@@ -212,7 +212,7 @@ def plan(model: str | Path, method: str = "adpq+", **choices: Any) -> dict[str, 
     if request.target is not None:
         result["advice"] = advice(str(named), request.recipe, request.target.name)
     result["problems"] += request.notes
-    if request.target is not None and not result["problems"]:
+    if request.target is not None and request.target.format is not None and not result["problems"]:
         from fewbit.exports.quantize_for import plan_problem
 
         problem = plan_problem(request.target, model, request.recipe)
@@ -267,8 +267,8 @@ def evaluate(
     """Evaluate models on a text, on tasks, or on both.
 
     models: one or several originals, quantized folders, or models that another tool quantized. data: a text. reference:
-    the original, with which each model is compared on the text. tasks: comma-separated names, or a `fewbit.TaskChoice`. protocol, rounded: a
-    `fewbit.Protocol` and a `fewbit.RoundedChoice`, instead of the options below.
+    the original, with which each model is compared on the text. tasks: comma-separated names, or a `fewbit.TaskChoice`.
+    protocol, rounded: a `fewbit.Protocol` and a `fewbit.RoundedChoice`, instead of the options below.
     Returns ``{"models": [...], "protocol": {...}, "versions": {...}}`` with the stable keys of `docs/guide.md`.
     Raises FewbitError for bad input.
     """

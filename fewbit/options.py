@@ -53,8 +53,8 @@ _PATTERN = (
 TARGET = Option(
     "target",
     str,
-    "The runtime that is to load the result: llama.cpp, transformers, vllm, gptq, awq, mlx. OUT is then in its "
-    "format, and grids are chosen by --bits (or --grid) among those that it loads.",
+    "The runtime that is to load the result: fewbit (default), llama.cpp, transformers, vllm, gptq, awq, mlx. OUT is "
+    "in its format, and grids are chosen by --bits (or --grid) among those that it loads.",
     "target",
     flag="--for",
 )
