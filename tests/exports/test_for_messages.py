@@ -74,6 +74,20 @@ def test_fewbits_own_format_is_a_target(model: Path, tmp_path: Path) -> None:
     assert next(iter(TARGETS)) == "fewbit" and {grid.choice for grid in GRIDS.values()} == {*TARGETS["fewbit"].grids}
 
 
+def test_packed_embeddings_that_grow_are_said(model: Path, tmp_path: Path) -> None:
+    run_cli("quantize", model, tmp_path / "packed", "--grid", "q4_0", "--method", "rtn")
+    kept = run_cli("export", tmp_path / "packed", tmp_path / "kept").stdout
+    assert "in 16 bits: --embeddings q8_0 rounds them again and takes 0.0 MB" in kept
+    small = run_cli("export", tmp_path / "packed", tmp_path / "small", "--embeddings", "q8_0").stdout
+    assert "--embeddings" not in small
+    sizes = [(tmp_path / name / f"{name}.gguf").stat().st_size for name in ("kept", "small")]
+    assert sizes[0] - sizes[1] == 320 * 64 * 2 - 320 * 2 * 34
+    # Types of llama.cpp are written as they are.
+    fewbit.import_model(tmp_path / "small" / "small.gguf", tmp_path / "imported")
+    assert "--embeddings" not in run_cli("export", tmp_path / "imported", tmp_path / "again").stdout
+    assert "--embeddings" not in run_cli("export", model, tmp_path / "plain").stdout
+
+
 def test_with_a_calibration_set_it_takes_the_best_method(model: Path, tmp_path: Path) -> None:
     options = ["--calibration", "random-tokens", "--samples", 2, "--sequence-length", 16]
     run_cli("quantize", model, tmp_path / "out", "--for", "fewbit", *options)

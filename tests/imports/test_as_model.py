@@ -57,7 +57,7 @@ def test_the_codes_are_read_by_every_command(models: dict[str, Path], kind: str,
         load_file(tmp_path / "plain" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].float(),
         fewbit.load(imported, device="cpu").model.layers[0].mlp.up_proj.weight.float(),
     )
-    assert json.loads(run_cli("chat", model, "--prompt", "ab", "--max-new-tokens", 2, "--json").stdout)
+    assert json.loads(run_cli("chat", model, "--prompt", "#$%", "--max-new-tokens", 2, "--json").stdout)
     assert "give the original with --reference" in run_cli("tune", model, tmp_path / "t", code=2).stderr
 
 
