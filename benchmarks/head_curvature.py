@@ -2,12 +2,13 @@
 
     python benchmarks/head_curvature.py --bits 4 --bits 6
 
-The layers stay in 16 bits. The Gram is that of the final hidden states on the calibration text (`--text`); the divergence
-from the original is measured on other text (`--data`). With a tied head, the table is used on both sides ("both"), on
-the side of the embeddings alone, or on that of the head alone. Prints rows of a Markdown table.
+The layers stay in 16 bits. The Gram is that of the final hidden states on the calibration text (`--text`). The
+divergence from the original is measured on other text (`--data`). With a tied head, the table is used on both sides
+("both"), on the side of the embeddings alone, or on that of the head alone. Prints rows of a Markdown table.
 """
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,26 +52,22 @@ def main() -> None:
     gram = gram_of(model, head, read_windows(folder, read_text(arguments.text), Protocol(512, arguments.samples))[0])
     windows = read_windows(folder, read_text(arguments.data), Protocol(512, arguments.windows))[0]
     tied = bool(model.config.tie_word_embeddings)
-    print(
-        "| model | bits | solver | side | squared error | KL | perplexity |\n| --- | --- | --- | --- | --- | --- | --- |"
-    )
+    print("| model | bits | solver | side | squared error | KL | perplexity |")
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    originals = [window_logits(model, window) for window in windows]
     for bits in arguments.bits:
         for name, solver in SOLVERS.items():
             table = solved(last.float(), gram, bits, solver)
             error = float((table - last.float()).square().sum() / last.float().square().sum())
             for side in ("both", "embeddings", "head") if tied else ("head",):
                 total = Totals()
-                for window in windows:
-                    put(embedding, head, first, last)
-                    expected = window_logits(model, window)
-                    low = table.to(last.dtype)
-                    put(embedding, head, low if side != "head" else first, low if side != "embeddings" else last)
+                low = table.to(last.dtype)
+                put(embedding, head, low if side != "head" else first, low if side != "embeddings" else last)
+                for window, expected in zip(windows, originals, strict=True):
                     total.add(window_logits(model, window), window[1:], expected)
                 kl = float(torch.cat(total.divergences).double().mean())
-                nll = total.nll / total.tokens
-                print(
-                    f"| {arguments.model} | {bits} | {name} | {side} | {error:.2e} | {kl:.4f} | {2.718281828**nll:.2f} |"
-                )
+                found = f"{error:.2e} | {kl:.4f} | {math.exp(total.nll / total.tokens):.2f}"
+                print(f"| {arguments.model} | {bits} | {name} | {side} | {found} |", flush=True)
 
 
 def put(embedding: Any, head: Any, first: torch.Tensor, last: torch.Tensor) -> None:

@@ -87,11 +87,11 @@ def _other_groups(scheme: Scheme, target: Target) -> dict[str, Scheme]:
 
 
 def _other_grids(scheme: Scheme, target: Target) -> dict[str, Scheme]:
-    found = {}
+    found: dict[str, Scheme] = {}
     for grid in GRIDS.values():
         if grid.choice in target.grids and grid.name != scheme.grid:
             brought = {"bits": grid.widths[0], "scale_format": grid.scales, "group_size": grid.brings.get("group_size")}
-            own = {key: value for key, value in brought.items() if value} if grid.brings else {}
+            own: dict[str, Any] = {key: value for key, value in brought.items() if value} if grid.brings else {}
             size = own.get("group_size", scheme.group_size)
             own["group_size"] = size if isinstance(size, int) else scheme.group_size
             found[grid.choice] = replace(scheme, **{**own, "grid": grid.name, "levels": ()})

@@ -49,16 +49,18 @@ def _check_brought(target: Target, flat: dict[str, Any], brought: dict[str, Any]
         return
     for key, value in flat.items():
         if key in brought and key != "bits" and value is not None and value != brought[key]:
-            raise FewbitError(f"--for {target.name}: {_HAVE_THEIR_OWN[key]}: leave out --{key.replace('_', '-')}")
+            raise FewbitError(
+                f"--for {target.name}: {_HAVE_THEIR_OWN.get(key, _OTHERS)}: leave out --{key.replace('_', '-')}"
+            )
         if key.startswith("outlier") and value not in (None, "none", 0):
             raise FewbitError(f"--for {target.name}: holds no outliers: leave out --{key.replace('_', '-')}")
     for pattern, pairs in sets_of(flat.get("sets") or ()):
         changes = dict(pairs)
-        key = next((key for key in changes if key in (*brought, "bits") or key.startswith("outlier")), None)
-        if key is not None and "grid" not in changes:
+        named = next((key for key in changes if key in (*brought, "bits") or key.startswith("outlier")), None)
+        if named is not None and "grid" not in changes:
             raise FewbitError(
-                f"--for {target.name}: --set {pattern}: {_HAVE_THEIR_OWN.get(key, 'its types have no outliers')}: name "
-                f"the type in place of {key}, as in  --set '{pattern}:grid={target.grids[0]}'"
+                f"--for {target.name}: --set {pattern}: {_HAVE_THEIR_OWN.get(named, _NONE)}: name "
+                f"the type in place of {named}, as in  --set '{pattern}:grid={target.grids[0]}'"
             )
 
 
@@ -69,6 +71,8 @@ def embedding_type(target: Target, model: str | Path, flat: dict[str, Any]) -> s
 
 def plan_problem(target: Target, model: str | Path, recipe: Recipe) -> str | None:
     """Why the target does not load the model quantized with that recipe, or None. Raises FewbitError as a run does."""
+    if target.format is None:
+        return None
     plan = make_plan(open_checkpoint(locate(model)), recipe)
     holds = FORMATS[target.format].holds
     lost = next((item for item in plan.quantized if not holds(item.stored.scheme)), None)
@@ -83,9 +87,8 @@ _HAVE_THEIR_OWN = {
     "group_size": "its types have groups of their own",
     "scale_format": "its types have scales of their own",
     "bits": "its types have bits of their own",
-    "outliers": "its types have no outliers",
-    "search": "its types are fitted in a way of their own",
 }
+_OTHERS, _NONE = "its types determine this", "its types have no outliers"
 
 
 def quantize_for(
@@ -103,6 +106,7 @@ def quantize_for(
     and head are rounded to, from :func:`embedding_type`. If it is killed, the same call resumes. Raises FewbitError as
     the two steps do; nothing is left then, except for a WorkKeptError.
     """
+    assert target.format is not None, "fewbit's own format is written without an export"
     between = out.absolute().with_name(f".{out.name}.fewbit-native")
     record = between.with_name(f"{between.name}.json")
     source = locate(model)
