@@ -8,8 +8,8 @@ in an environment that this script makes) with transformers in float32 on the we
 - perplexity on the same windows. llama.cpp rounds the inputs of quantized layers to 8 bits. So it also reads a file
   with the same weights decoded to float32, with which it rounds nothing: this must differ by less than 0.1 % from ours.
   The quantized file itself must differ by less than 1 %;
-- our model with the inputs of every quantized layer rounded to 8 bits in blocks as llama.cpp rounds them. Other rounding
-  errors in between lead to other codes, so this only shows how large such a difference is;
+- our model with the inputs of every quantized layer rounded to 8 bits in blocks as llama.cpp rounds them. Other
+  rounding errors in between lead to other codes, so this only shows how large such a difference is;
 - 24 greedy tokens of 20 prompts, which must be equal except where our two largest logits nearly tie. llama.cpp rounds
   activations to 8 bits, so that logits differ; a tie is near within TIE. Each token is compared after the tokens that
   llama.cpp chose before it;

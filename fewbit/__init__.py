@@ -50,8 +50,8 @@ _WHERE = {
     "evaluate": "fewbit.api",
     "export": "fewbit.api",
     "import_model": "fewbit.api",
-    "inspect": "fewbit.inspection.inspect",
-    "load": "fewbit.runtime.load",
+    "inspect": "fewbit.api_models",
+    "load": "fewbit.api_models",
     "plan": "fewbit.api",
     "preset": "fewbit.recipe",
     "quantize": "fewbit.api",
@@ -61,18 +61,17 @@ _WHERE = {
 
 if TYPE_CHECKING:
     from fewbit.api import evaluate, export, import_model, plan, quantize, tune, unpack
+    from fewbit.api_models import inspect, load
     from fewbit.calibration.choice import CalibrationChoice
     from fewbit.curvature.choice import CurvatureChoice
     from fewbit.errors import FewbitError
     from fewbit.evaluation.perplexity import Protocol
     from fewbit.evaluation.rounded import RoundedChoice
     from fewbit.evaluation.tasks import TaskChoice
-    from fewbit.inspection.inspect import inspect
     from fewbit.pipeline.calibration_options import CalibrationOptions
     from fewbit.pipeline.run import RunOptions
     from fewbit.presets import PRESETS
     from fewbit.recipe import Recipe, preset
-    from fewbit.runtime.load import load
     from fewbit.tuning.choice import TuningChoice
     from fewbit.tuning.run import TuneOptions
 

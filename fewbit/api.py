@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewbit.advice import advice
+from fewbit.api_models import Named, decoded, with_codes
 from fewbit.calibration.choice import CalibrationChoice, choice_from
 from fewbit.checkpoints.json_in import read_json_object
 from fewbit.checkpoints.locate import locate
@@ -50,6 +51,7 @@ def quantize(
     Returns the report that is also written to `fewbit_report.json`, with an additional `run` entry (seconds, peak
     memory). Raises FewbitError for bad input; `out` is then not created.
     """
+    model = decoded(model)
     if isinstance(method, Recipe) or options is not None:
         if choices:
             raise FewbitError("give either a Recipe and RunOptions, or a method name and single choices, not both")
@@ -67,7 +69,7 @@ def _carried_out(
     embeddings: str | None = None,
 ) -> dict[str, Any]:
     """Quantize, and write the format of the target if there is one. embeddings: None for what the target chooses."""
-    if request.target is None or out is None or request.options.report_only:
+    if request.target is None or request.target.format is None or out is None or request.options.report_only:
         return {**_quantized(model, out, request, choices), **({"notes": request.notes} if request.notes else {})}
     from fewbit.exports.quantize_for import embedding_type, plan_problem, quantize_for
 
@@ -124,7 +126,7 @@ def quantize_request(
     model: str | Path, method: str, choices: dict[str, Any], progress: Progress | None = None
 ) -> QuantizeRequest:
     """The recipe, options and training for flat choices. Raises FewbitError for choices that cannot be combined."""
-    choices = checked("quantize", QUANTIZE, choices)
+    choices, model = checked("quantize", QUANTIZE, choices), decoded(model)
     flat = given_of(QUANTIZE, choices, "recipe")
     flat["sets"] = flat.pop("set", ())
     file = flat.pop("recipe", None)
@@ -169,14 +171,14 @@ def _for_target(
     from fewbit.exports.table import target_named
 
     target = target_named(choices["target"])
-    if file is not None:
+    if file is not None and target.format is not None:
         raise FewbitError(f"--for {target.name}: chooses grids itself: leave out --recipe")
-    if choices.get("shard_size") is not None:
+    if choices.get("shard_size") is not None and target.format is not None:
         raise FewbitError(f"--for {target.name}: chooses the files itself: leave out --shard-size")
     if method == DEFAULT_METHOD and (choices.get("calibration") or choices.get("curvature")):
         method = DEFAULT_CALIBRATED
     flat = {**_of_inputs(method, flat), **{key: value for key, value in flat.items() if value is not None}}
-    flat, notes = choices_for(target, model, flat)
+    flat, notes = choices_for(target, model, method, flat)
     return method, target, flat, notes
 
 
@@ -215,12 +217,12 @@ def plan(model: str | Path, method: str = "adpq+", **choices: Any) -> dict[str, 
     from fewbit.pipeline.forecast import forecast
 
     choices = checked("plan", PLAN, choices)
-    request = quantize_request(model, method, choices)
-    result = forecast(model, request.recipe, request.options.calibration)
+    request, named, model = quantize_request(model, method, choices), model, decoded(model)
+    result = {**forecast(model, request.recipe, request.options.calibration), "model": str(named)}
     if request.target is not None:
-        result["advice"] = advice(str(model), request.recipe, request.target.name)
+        result["advice"] = advice(str(named), request.recipe, request.target.name)
     result["problems"] += request.notes
-    if request.target is not None and not result["problems"]:
+    if request.target is not None and request.target.format is not None and not result["problems"]:
         from fewbit.exports.quantize_for import plan_problem
 
         problem = plan_problem(request.target, model, request.recipe)
@@ -247,6 +249,7 @@ def tune(
     from fewbit.tuning.run import TuneOptions
     from fewbit.tuning.run import tune as run
 
+    folder = with_codes(folder)
     if choice is not None or options is not None:
         if choices:
             raise FewbitError("give either a TuningChoice and TuneOptions, or single choices, not both")
@@ -273,9 +276,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate models on a text, on tasks, or on both.
 
-    models: one or several originals or quantized folders. data: a text. reference: the original, with which each model
-    is compared on the text. tasks: comma-separated names, or a `fewbit.TaskChoice`. protocol, rounded: a
-    `fewbit.Protocol` and a `fewbit.RoundedChoice`, instead of the options below.
+    models: one or several originals, quantized folders, or models that another tool quantized. data: a text. reference:
+    the original, with which each model is compared on the text. tasks: comma-separated names, or a `fewbit.TaskChoice`.
+    protocol, rounded: a `fewbit.Protocol` and a `fewbit.RoundedChoice`, instead of the options below.
     Returns ``{"models": [...], "protocol": {...}, "versions": {...}}`` with the stable keys of `docs/guide.md`.
     Raises FewbitError for bad input.
     """
@@ -296,7 +299,8 @@ def evaluate(
         tasks = choose_tasks(tasks, None if place is None else Path(place), given.get("task_limit", 0))
     if rounded is None:
         rounded = choose_rounded(choices.get("w8a8"), _text(EVALUATE, choices))
-    return run(models, data, protocol, reference, device, progress, tasks, rounded)
+    named = Named.of([models] if isinstance(models, str | Path) else models, reference)
+    return named.restore(run(named.places, data, protocol, named.reference, device, progress, tasks, rounded))
 
 
 def export(
@@ -319,7 +323,8 @@ def export(
     from fewbit.exports.export import export as run
     from fewbit.exports.table import format_named
 
-    kind, checkpoint = format_named(format), open_checkpoint(locate(folder))
+    kind, folder = format_named(format), with_codes(folder)
+    checkpoint = open_checkpoint(locate(folder))
     if not (allow_requantize and checkpoint.is_native):
         return run(folder, dest, format, embeddings, overwrite, progress)
     if embeddings not in kind.embeddings:
@@ -367,6 +372,7 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
     """
     from fewbit.runtime.unpack import unpack as run
 
+    folder = with_codes(folder)
     return run(folder, out, overwrite, parse_size(shard_size) if isinstance(shard_size, str) else shard_size)
 
 

@@ -12,7 +12,7 @@ from fewbit.cli_chat import chat
 from fewbit.cli_import import import_command
 from fewbit.cli_plan import plan
 from fewbit.cli_quantize import curvature, quantize
-from fewbit.cli_shared import HtmlFlag, JsonFlag, announce, print_json, with_options
+from fewbit.cli_shared import HtmlFlag, JsonFlag, announce, print_json, read_foreign, with_options
 from fewbit.cli_study import study_app
 from fewbit.cli_tune import tune
 from fewbit.faults import fault_report, hidden_error, line_for
@@ -62,7 +62,7 @@ app.command()(chat)
 @app.command("eval")
 @with_options(EVALUATE)
 def evaluate_command(
-    models: Annotated[list[str], typer.Argument(help="Original models and quantized folders.")],
+    models: Annotated[list[str], typer.Argument(help="Original models, and quantized folders or .gguf files.")],
     as_json: JsonFlag = False,
     html: HtmlFlag = None,
     **choices: Any,
@@ -83,6 +83,7 @@ def evaluate_command(
 
     check_page(html)
     announce(*models, choices["reference"])
+    read_foreign(*models, choices["reference"])
     with progress_line("evaluating") as progress:
         result = evaluate(list(models), progress=progress, **choices)
     if as_json:
@@ -95,7 +96,7 @@ def evaluate_command(
 
 @app.command("inspect")
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="An original model or a quantized folder.")],
+    model: Annotated[str, typer.Argument(help="An original model, or a quantized folder or .gguf file.")],
     reference: Annotated[
         str | None,
         typer.Option(help="The original of a quantized folder; default: the one it was made from."),
@@ -111,12 +112,13 @@ def inspect_command(
 
       fewbit inspect small --html small.html
     """
-    from fewbit.inspection.inspect import inspect
+    from fewbit.api_models import inspect
     from fewbit.report.html import check_page, write_inspection_page
     from fewbit.report.text import inspection_table
 
     check_page(html)
     announce(model, reference)
+    read_foreign(model)
     with progress_line("inspecting") as progress:
         result = inspect(model, reference, progress)
     if as_json:
@@ -130,7 +132,7 @@ def inspect_command(
 @app.command()
 @with_options(UNPACK)
 def unpack(
-    folder: Annotated[Path, typer.Argument(help="A quantized folder.")],
+    folder: Annotated[Path, typer.Argument(help="A quantized folder, or a model that another tool quantized.")],
     out: Annotated[Path, typer.Argument(help="The output folder.")],
     as_json: JsonFlag = False,
     **choices: Any,
@@ -140,6 +142,7 @@ def unpack(
     from fewbit.checkpoints.source import open_checkpoint
     from fewbit.versions import versions
 
+    read_foreign(folder)
     written = run(folder, out, **given_of(UNPACK, choices, "run"))
     if as_json:
         row = {"name": str(written), "method": "unpacked", "bytes": open_checkpoint(written).bytes}
@@ -151,7 +154,9 @@ def unpack(
 @app.command("export")
 @with_options(EXPORT)
 def export_command(
-    folder: Annotated[str, typer.Argument(help="A quantized folder, or a 16-bit model.")],
+    folder: Annotated[
+        str, typer.Argument(help="A quantized folder, a 16-bit model, or a model that another tool quantized.")
+    ],
     dest: Annotated[Path, typer.Argument(help="The output folder.")],
     as_json: JsonFlag = False,
     **choices: Any,
@@ -169,6 +174,7 @@ def export_command(
     from fewbit.versions import versions
 
     announce(folder)
+    read_foreign(folder)
     with progress_line(f"exporting {folder}") as progress:
         report = run(folder, dest, progress=progress, **given_of(EXPORT, choices, "run"))
     if as_json:

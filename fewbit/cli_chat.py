@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fewbit.cli_shared import JsonFlag, announce, print_json, with_options
+from fewbit.cli_shared import JsonFlag, announce, print_json, read_foreign, with_options
 from fewbit.errors import FewbitError
 from fewbit.options import given_of
 from fewbit.options_more import CHAT
@@ -38,6 +38,7 @@ def chat(
       fewbit chat small --system "Answer in one sentence." < questions.txt
     """
     from fewbit.api import checked
+    from fewbit.api_models import with_codes
     from fewbit.runtime.chat import ChatChoice, open_conversation
 
     choices = checked("chat", CHAT, choices)
@@ -47,7 +48,9 @@ def chat(
     if prompt == _STDIN:
         prompt = _clean(_read_all())
     announce(folder)
-    conversation = open_conversation(folder, choice, choices["device"])
+    read_foreign(folder)
+    place = str(with_codes(folder))
+    conversation = open_conversation(place, choice, choices["device"])
     if is_typed:
         what = "Talk with it" if conversation.has_template else "It has no chat template and continues what you type"
         print(f"{printable(f'{folder}: {what}')}. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
@@ -62,7 +65,7 @@ def chat(
         if answers:
             print(printable(f"fewbit: {_figures(answers)}"), file=sys.stderr)
     if as_json:
-        print_json(_json(folder, answers))
+        print_json(_json(folder, place, answers))
 
 
 def _ask(conversation: "Conversation", message: str, is_shown: bool, goes_on: bool) -> "Answer":
@@ -142,7 +145,7 @@ def _figures(answers: "list[Answer]") -> str:
     return f"{tokens} token{'s' * (tokens != 1)} in {sum(one.seconds for one in answers):.1f} s{shown}, {used}"
 
 
-def _json(folder: str, answers: "list[Answer]") -> dict[str, Any]:
+def _json(folder: str, place: str, answers: "list[Answer]") -> dict[str, Any]:
     from dataclasses import asdict
 
     from fewbit.runtime.chat import model_facts, tokens_per_second
@@ -151,7 +154,7 @@ def _json(folder: str, answers: "list[Answer]") -> dict[str, Any]:
     speed = tokens_per_second(answers)
     row = {
         "name": folder,
-        **model_facts(folder),
+        **model_facts(place),
         "seconds": sum(one.seconds for one in answers),
         **({"tokens_per_second": speed} if speed is not None else {}),
     }

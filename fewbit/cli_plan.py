@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fewbit.cli_shared import JsonFlag, MethodOption, ModelArgument, announce, print_json, with_options
+from fewbit.cli_shared import JsonFlag, MethodOption, ModelArgument, announce, print_json, read_foreign, with_options
 from fewbit.options import PLAN
 
 
@@ -20,6 +20,7 @@ def plan(model: ModelArgument, method: MethodOption = "adpq+", as_json: JsonFlag
     from fewbit.report.text import plan_text
 
     announce(model)
+    read_foreign(model, again=True)
     result = run(model, method, **choices)
     if as_json:
         print_json(result)

@@ -13,6 +13,7 @@ from fewbit.cli_shared import (
     ModelArgument,
     announce,
     print_json,
+    read_foreign,
     resumable,
     with_options,
 )
@@ -55,6 +56,7 @@ def quantize(
 
     check_page(html, None if choices["report_only"] else out, Path(model))
     announce(model)
+    read_foreign(model, again=True)
     request = quantize_request(model, method, choices)
     target = request.target.name if request.target is not None else None
     for line in advice(model, request.recipe, target) if request.tuning is None and out is not None else ():
@@ -94,6 +96,7 @@ def curvature(
 
       fewbit quantize smollm2-135m small --method precal+oac --bits 2 --curvature smol-fisher
     """
+    from fewbit.api_models import decoded
     from fewbit.calibration.choice import choice_from
     from fewbit.curvature.choice import curvature_choice
     from fewbit.pipeline.calibration_options import CalibrationOptions
@@ -101,6 +104,7 @@ def curvature(
     from fewbit.sizes import parse_size, show_size
 
     announce(model)
+    read_foreign(model, again=True)
     text = given_of(CURVATURE, choices, "text")
     if "calibration" in text:
         text["sources"] = text.pop("calibration")
@@ -109,7 +113,7 @@ def curvature(
     choice = curvature_choice(**given_of(CURVATURE, choices, "choice"))
     patterns = [tuple(choices[name] or ()) for name in ("include", "exclude")]
     with progress_line(f"{choice.kind} of {model}") as progress, resumable():
-        result = measure(model, out, choice, options, choices["device"] or "cpu", progress, *patterns)
+        result = measure(decoded(model), out, choice, options, choices["device"] or "cpu", progress, *patterns)
     if as_json:
         print_json(result)
     else:

@@ -54,6 +54,22 @@ def announce(*models: str | None) -> None:
             print(printable(f"fewbit: {left_out(Path(name))}"), file=sys.stderr)
 
 
+def read_foreign(*models: str | Path | None, again: bool = False) -> None:
+    """Read models that another tool quantized into the cache, and print a line for each.
+
+    again: they are to be quantized again, so their weights are decoded.
+    """
+    from fewbit.imports.as_model import decoded, with_codes
+    from fewbit.progress import progress_line
+
+    for name in models:
+        if name is not None:
+            with progress_line(f"reading {name}") as progress:
+                found = (decoded if again else with_codes)(name, progress)
+            if found.said:
+                print(printable(f"fewbit: {found.said}"), file=sys.stderr)
+
+
 def with_options(options: Sequence[Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator that turns a function with ``**choices`` into a command with the options of a table."""
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbit.cli_shared import JsonFlag, ModelArgument, announce, print_json, resumable, with_options
+from fewbit.cli_shared import JsonFlag, ModelArgument, announce, print_json, read_foreign, resumable, with_options
 from fewbit.options import given_of
 from fewbit.options_more import CALIBRATION_SETS, LANDSCAPE, OBJECTIVES, OUTLIERS, STUDIES
 from fewbit.printable import printable
@@ -100,12 +100,18 @@ def run_named(
     name: str, model: str, out: Path, data: str, given: dict[str, Any], *, overwrite: bool, as_json: bool
 ) -> None:
     """Run a study with the given options and print its conclusion, or its full result if `as_json`."""
+    from fewbit.api_models import decoded, with_codes
     from fewbit.studies.registry import find_study, make_choice
     from fewbit.studies.run import run_study
 
     study = find_study(name)
-    choice = make_choice(study, model, out, data, given)
+    make_choice(study, model, out, data, given)
     announce(model)
+    read_foreign(model, again=True)
+    named = given.get("folders") or ()
+    read_foreign(*named)
+    folders = tuple(str(with_codes(folder)) for folder in named)
+    choice = make_choice(study, str(decoded(model)), out, data, {**given, "folders": folders})
     with progress_line(f"study {name}") as progress, resumable():
         result = run_study(study, choice, progress, overwrite)
     if as_json:

@@ -5,14 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbit.cli_shared import JsonFlag, announce, print_json, resumable, with_options
+from fewbit.cli_shared import JsonFlag, announce, print_json, read_foreign, resumable, with_options
 from fewbit.options import TUNE
 from fewbit.progress import progress_line
 
 
 @with_options(TUNE)
 def tune(
-    folder: Annotated[Path, typer.Argument(help="A folder that fewbit quantized with any method.")],
+    folder: Annotated[Path, typer.Argument(help="A folder that fewbit or another tool quantized, or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="The output folder; same format, bits and outliers.")],
     as_json: JsonFlag = False,
     **choices: Any,
@@ -31,6 +31,7 @@ def tune(
     from fewbit.report.text import quantize_json, tuning_summary
 
     announce(choices["reference"])
+    read_foreign(folder)
     with progress_line("tuning") as progress, resumable():
         report = run(folder, out, progress=progress, **choices)
     if not report:

@@ -33,6 +33,10 @@ class ChangedError(FewbitError):
     """A value of a model cannot be written in a foreign format without changing it."""
 
 
+class CannotImportError(FewbitError):
+    """The codes of another tool's checkpoint cannot be written in fewbit's format, though they may be in order."""
+
+
 class NoTokenizerError(FewbitError):
     """A model's folder has no tokenizer that transformers can read. The model itself may be usable."""
 

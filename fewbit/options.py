@@ -53,8 +53,8 @@ _PATTERN = (
 TARGET = Option(
     "target",
     str,
-    "The runtime that is to load the result: llama.cpp, transformers, vllm, gptq, awq, mlx. OUT is then in its "
-    "format, and grids are chosen by --bits (or --grid) among those that it loads.",
+    "The runtime that is to load the result: fewbit (default), llama.cpp, transformers, vllm, gptq, awq, mlx. OUT is "
+    "in its format, and grids are chosen by --bits (or --grid) among those that it loads.",
     "target",
     flag="--for",
 )
@@ -206,6 +206,13 @@ TUNE: tuple[Option, ...] = (
     Option("loss", str, "nll (next tokens), kd (predictions of the original; default), or nll+kd.", "choice"),
     Option("train", str, "weights, scales, codes (each by at most one level), or all (default).", "choice"),
     Option("epochs", int, "Epochs; default 3.", "choice"),
+    Option(
+        "embeddings",
+        bool,
+        "Train packed embeddings and head like layers (default), or only the layers.",
+        "choice",
+        flag="--embeddings/--no-embeddings",
+    ),
     OVERWRITE,
     Option("lr", float, "Learning rate of weights, in steps of their grid; default 0.002.", "choice", _HOW),
     Option("scale_lr", float, "Learning rate of scales, relative to their size; default 0.003.", "choice", _HOW),

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoints.cache import build_once, cache_folder
-from fewbit.checkpoints.gguf_header import MAGIC, GgufHeader, read_gguf_header
+from fewbit.checkpoints.gguf_header import MAGIC, GgufHeader
+from fewbit.checkpoints.gguf_parts import files_of, read_gguf, stem_of, write_joined
 from fewbit.checkpoints.stamps import file_stamp
 from fewbit.errors import FewbitError, is_out_of_memory, missing_extra, raised_in
 from fewbit.printable import first_line, one_line
@@ -19,18 +21,28 @@ from fewbit.quiet import quiet_transformers
 
 _ALONE = "model.gguf"
 _HEAD = 1 << 20
-_ARCHITECTURE, _PARTS = "general.architecture", "split.count"
+_ARCHITECTURE = "general.architecture"
 _TOKENIZER = ("tokenizer.ggml.model", "tokenizer.ggml.tokens")
 
 
 def folder_of_gguf(path: Path) -> Path:
-    """The converted folder of a GGUF file, from the cache if the same file was converted before."""
-    with path.open("rb") as file:
+    """The converted folder of a GGUF file, from the cache if the same file was converted before.
+
+    path: the file, or any of its parts.
+    """
+    key = gguf_key(path)
+    return build_once(cache_folder() / "gguf" / f"{stem_of(path)}-{key}", lambda out: convert_gguf(path, out))
+
+
+def gguf_key(path: Path) -> str:
+    """A key that changes with the beginning of a GGUF file, and with the size, times or inode of any of its parts."""
+    files = files_of(path)
+    with files[0].open("rb") as file:
         head = file.read(_HEAD)
     if not head.startswith(MAGIC):
-        raise FewbitError(f"{path}: not a GGUF file (it does not start with the bytes GGUF)")
-    key = hashlib.sha256(head + json.dumps(file_stamp(path)).encode()).hexdigest()[:16]
-    return build_once(cache_folder() / "gguf" / f"{path.stem}-{key}", lambda out: convert_gguf(path, out))
+        raise FewbitError(f"{files[0]}: not a GGUF file (it does not start with the bytes GGUF)")
+    stamps = json.dumps([file_stamp(one) for one in files])
+    return hashlib.sha256(head + stamps.encode()).hexdigest()[:16]
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -44,7 +56,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise missing_extra(error.name or "transformers", "hf") from error
-    header = read_gguf_header(path, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
+    header = read_gguf(path, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
     check_complete(path, header)
     with read_alone(path, header, folder) as (alone, source):
         tokenizer = AutoTokenizer.from_pretrained(alone, **source)
@@ -55,14 +67,18 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def read_alone(path: Path, header: GgufHeader, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_alone(
+    path: Path, header: GgufHeader, folder: Path, make: Callable[[GgufHeader, Path], None] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """A place from which transformers can read a GGUF file, and the arguments for its `from_pretrained`.
 
     The file gets another name inside `folder`, in a folder of its own, because transformers also reads a config or an
-    adapter beside it. Raises FewbitError if transformers, when it is used inside, says that it cannot read the file.
+    adapter beside it. Parts are joined. make(header, place): writes another file to read in its place. Raises
+    FewbitError if transformers, when it is used inside, says that it cannot read the file.
     """
+    make = make or (write_joined if len(header.files) > 1 else partial(_link, path))
     with tempfile.TemporaryDirectory(dir=folder) as alone, quiet_transformers():
-        _link(path, Path(alone) / _ALONE)
+        make(header, Path(alone) / _ALONE)
         try:
             yield alone, {"gguf_file": _ALONE, "trust_remote_code": False}
         except Exception as error:
@@ -82,9 +98,6 @@ def check_complete(path: Path, header: GgufHeader) -> None:
     for key in _TOKENIZER:
         if key not in header.values:
             raise FewbitError(f"{path}: contains no tokenizer ({key} is missing), which transformers needs to read it")
-    parts = header.values.get(_PARTS)
-    if isinstance(parts, int) and parts > 1:
-        raise FewbitError(f"{path}: is one of {parts} parts: join them with  llama-gguf-split --merge")
 
 
 def _is_refusal(error: Exception, header: GgufHeader) -> bool:
@@ -103,7 +116,7 @@ def _is_refusal(error: Exception, header: GgufHeader) -> bool:
     )
 
 
-def _link(path: Path, place: Path) -> None:
+def _link(path: Path, header: GgufHeader, place: Path) -> None:
     """Give a file another name: by a link if possible, otherwise by copying it."""
     for make in (os.symlink, os.link):
         try:

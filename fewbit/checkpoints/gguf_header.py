@@ -23,7 +23,7 @@ BlockSizes = Mapping[int, tuple[int, int]]
 @dataclass(frozen=True)
 class GgufTensor:
     """A tensor and its location. kind: the number of its type. shape: of its weights, rows first. start: its first byte
-    in the file.
+    in `file`.
     """
 
     name: str
@@ -31,17 +31,28 @@ class GgufTensor:
     shape: tuple[int, ...]
     start: int
     bytes: int
+    file: Path = Path()
 
 
 @dataclass(frozen=True)
 class GgufHeader:
     """The texts and numbers of a header by their keys (of lists, the number of items), its tensors by name, and the
     byte order of the file, as in `struct`.
+
+    spans: the bytes of `file` that hold each key with its value. alignment: of the data of tensors.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, GgufTensor] = field(default_factory=dict)
     order: str = "<"
+    file: Path = Path()
+    spans: Mapping[str, slice] = field(default_factory=dict)
+    alignment: int = _ALIGNMENT
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold its tensors, in order; the first holds all other facts."""
+        return list(dict.fromkeys([self.file, *(tensor.file for tensor in self.tensors.values())]))
 
 
 def read_gguf_header(path: Path, blocks: BlockSizes) -> GgufHeader:
@@ -65,11 +76,14 @@ def read_gguf_header(path: Path, blocks: BlockSizes) -> GgufHeader:
             )
         tensors, count = reader.scalar("Q"), reader.scalar("Q")
         values: dict[str, Any] = {}
+        spans: dict[str, slice] = {}
         for _ in range(count):
+            begin = file.tell()
             key = reader.text(_LONGEST_NAME)
             if key in values:
                 raise FewbitError(f"{path}: the key {key} occurs twice: the file is damaged")
             values[key] = reader.value(reader.scalar("I"))
+            spans[key] = slice(begin, file.tell())
         found: dict[str, GgufTensor] = {}
         for _ in range(tensors):
             name = reader.text(_LONGEST_NAME)
@@ -80,10 +94,10 @@ def read_gguf_header(path: Path, blocks: BlockSizes) -> GgufHeader:
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise FewbitError(f"{path}: its general.alignment is not a power of two: the file is damaged")
         begin = -(-file.tell() // alignment) * alignment
-        placed = {name: replace(tensor, start=begin + tensor.start) for name, tensor in found.items()}
+        placed = {name: replace(tensor, start=begin + tensor.start, file=path) for name, tensor in found.items()}
         if any(tensor.start + tensor.bytes > reader.size for tensor in placed.values()):
             raise reader.truncated()
-    return GgufHeader(values, placed, reader.order)
+    return GgufHeader(values, placed, reader.order, path, spans, alignment)
 
 
 @dataclass

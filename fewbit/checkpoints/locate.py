@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fewbit.checkpoints.gguf import folder_of_gguf
+from fewbit.checkpoints.gguf_parts import only_gguf_in
 from fewbit.checkpoints.named import NAMED_MODELS, fetch_named
 from fewbit.errors import FewbitError, missing_extra
 from fewbit.hub_errors import is_unreachable
@@ -19,10 +20,12 @@ _HUB_LEFT = ["*.py", "*.bin", "*.pt", "*.pth", "original/*", "onnx/*", "openvino
 def locate(model: str | Path) -> Path:
     """The local folder of a model, fetched or converted if needed.
 
-    An existing path takes precedence, so a local model never needs the network.
+    A folder with a .gguf file and no config stands for that file. An existing path takes precedence, so a local model
+    never needs the network.
     """
     path = Path(model).expanduser()
     check_name(str(path))
+    path = only_gguf_in(path) or path
     if path.is_file():
         if path.suffix == ".gguf":
             return folder_of_gguf(path)

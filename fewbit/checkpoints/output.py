@@ -139,7 +139,8 @@ def _refuse_added(out: Path, source: Path) -> None:
         listed |= _copied_from(source) | _copied_from(origin_of(out))
         reason = f"fewbit may not have written ({RUN} does not list the folder's files)"
     # A user may have written a card in place of ours.
-    listed = listed | {CARD} if is_own_card(out / CARD) else listed - {CARD}
+    is_ours = is_own_card(out / CARD) or _is_copied_card(out, source)
+    listed = listed | {CARD} if is_ours else listed - {CARD}
     added = sorted(names - listed - {RUN})
     if added:
         more = f" and {len(added) - _SAID} more" if len(added) > _SAID else ""
@@ -147,6 +148,20 @@ def _refuse_added(out: Path, source: Path) -> None:
             f"{out}: contains {', '.join(added[:_SAID])}{more}, which {reason}, so --overwrite does not replace the "
             f"folder: move {'that file' if len(added) == 1 else 'those files'} elsewhere first"
         )
+
+
+def _is_copied_card(out: Path, source: Path) -> bool:
+    """Whether the card of a folder is that of its original, which earlier versions copied, byte for byte."""
+    card = out / CARD
+    if card.is_symlink() or not card.is_file():
+        return False
+    models = [source, origin_of(source), origin_of(out)]
+    places = [model / CARD for model in models if model is not None]
+    try:
+        own = card.read_bytes()
+        return any(place.is_file() and place.read_bytes() == own for place in places)
+    except OSError:
+        return False
 
 
 def _listed(out: Path) -> set[str] | None:

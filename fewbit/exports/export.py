@@ -16,11 +16,16 @@ from fewbit.checkpoints.whole_file import said_when_full
 from fewbit.checkpoints.workdir import WorkFolder, check_output
 from fewbit.errors import FewbitError
 from fewbit.exports.table import Format, format_named
-from fewbit.formats.config import recipe_of, weights_of
+from fewbit.formats.config import recipe_of, tables_of, weights_of
+from fewbit.formats.native import stored_bytes
 from fewbit.pipeline.records import published
 from fewbit.progress import Progress
 from fewbit.runtime.whole import check_all_parts
+from fewbit.sizes import show_size
 from fewbit.version import __version__
+
+_SMALLER, _BLOCK, _BLOCK_BYTES = "q8_0", 32, 34
+"""The type for embeddings that loses least, the weights and the bytes of a block of it."""
 
 
 def export(
@@ -51,7 +56,8 @@ def export(
     try:
         with said_when_full("free some space and run the same command again"):
             written = kind.write(checkpoint, work, embeddings, progress)
-            report = {"format": format, **written, **_source(checkpoint)}
+            notes = [*written.get("notes", ()), *_about_tables(kind, checkpoint, embeddings)]
+            report = {"format": format, **written, **({"notes": notes} if notes else {}), **_source(checkpoint)}
             write_json(work.file(REPORT), report)
             base = replace(base_of(checkpoint.folder, public_model(folder), checkpoint.config), has_card=False)
             described = report.get("quantize") or {"fewbit_version": __version__, "recipe": report["recipe"]}
@@ -63,6 +69,22 @@ def export(
     finally:
         work.release()
     return report
+
+
+def _about_tables(kind: Format, checkpoint: Checkpoint, embeddings: str) -> list[str]:
+    """A line if packed embeddings or heads grow to 16 bits in a format that could hold them in fewer."""
+    if embeddings != "keep" or _SMALLER not in kind.embeddings or not checkpoint.is_native:
+        return []
+    weights = weights_of(checkpoint)
+    found = [weights[name] for name in tables_of(checkpoint) if not kind.holds(weights[name].scheme)]
+    count = sum(stored.weights for stored in found)
+    if not count or any(stored.shape[1] % _BLOCK for stored in found):
+        return []
+    packed = sum(stored_bytes(stored) for stored in found)
+    return [
+        f"embeddings and head, packed in {show_size(packed)}, take {show_size(2 * count)} in 16 bits: --embeddings "
+        f"{_SMALLER} rounds them again and takes {show_size(count // _BLOCK * _BLOCK_BYTES)}"
+    ]
 
 
 def check_is_folder(out: Path, format: str) -> None:

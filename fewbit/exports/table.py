@@ -23,7 +23,9 @@ from fewbit.exports.integer_folder import write_folder
 from fewbit.exports.integer_format import folder_problem, holds
 from fewbit.exports.integer_targets import INTEGER_TARGETS
 from fewbit.exports.mlx import MLX
+from fewbit.grids.choice import MAX_BITS
 from fewbit.grids.scheme import Scheme
+from fewbit.grids.table import GRIDS
 from fewbit.pipeline.plan import Plan
 from fewbit.progress import Progress
 from fewbit.recipe import Recipe
@@ -56,15 +58,16 @@ class Format:
 class Target:
     """A runtime.
 
-    format: the name of its format. grids, bits: those that it loads. choices(checkpoint, flat): the choices of a recipe
-    that it loads, from those that were given, and notes for the user; raises FewbitError if it cannot run the model or
-    lacks what was asked for. problem(plan): why it does not load a planned model, or None. embeddings(checkpoint,
-    flat): what embeddings and head are rounded to when the format is written.
+    format: the name of its format, or None for fewbit's own, which needs no export. grids, bits: those that it loads.
+    choices(checkpoint, flat): the choices of a recipe that it loads, from those that were given, and notes for the
+    user; raises FewbitError if it cannot run the model or lacks what was asked for. problem(plan): why it does not load
+    a planned model, or None. embeddings(checkpoint, flat): what embeddings and head are rounded to when the format is
+    written.
     """
 
     name: str
     summary: str
-    format: str
+    format: str | None
     grids: tuple[str, ...]
     bits: tuple[int, ...]
     choices: Callable[[Checkpoint, dict[str, Any]], tuple[dict[str, Any], list[str]]]
@@ -111,9 +114,19 @@ def _without_notes(one: Any) -> Callable[[Checkpoint, dict[str, Any]], tuple[dic
     return lambda checkpoint, flat: (one.choices(checkpoint, flat), [])
 
 
+OWN = "fewbit"
+"""The target that is meant if none is given."""
 TARGETS: dict[str, Target] = {
     one.name: one
     for one in (
+        Target(
+            OWN,
+            "fewbit's own format, which holds every choice: transformers loads it where fewbit is installed",
+            None,
+            tuple(dict.fromkeys(grid.choice for grid in GRIDS.values())),
+            tuple(range(1, MAX_BITS + 1)),
+            lambda _, flat: (flat, []),
+        ),
         Target(
             llama_cpp_target.NAME,
             "llama.cpp, Ollama, LM Studio: a folder with a .gguf file",

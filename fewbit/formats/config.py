@@ -55,7 +55,7 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, StoredWeight]:
 def tables_of(checkpoint: Checkpoint) -> frozenset[str]:
     """The packed weights of a native folder that are embeddings or heads; its config was read with :func:`weights_of`.
 
-    They are not counted in its bits per weight, and are not trained.
+    They are not counted in its bits per weight.
     """
     return frozenset((checkpoint.quantization or {}).get("embeddings", ()))
 

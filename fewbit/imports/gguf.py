@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fewbit.architecture.coverage import WeightTensor
 from fewbit.checkpoints.gguf import check_complete
-from fewbit.checkpoints.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from fewbit.checkpoints.gguf_header import GgufHeader, GgufTensor
+from fewbit.checkpoints.gguf_parts import read_gguf
 from fewbit.checkpoints.read_at import open_to_read, read_at
-from fewbit.errors import FewbitError
+from fewbit.errors import CannotImportError, FewbitError
 from fewbit.exports.gguf_architectures import reordered
 from fewbit.exports.gguf_file import import_gguf
 from fewbit.exports.gguf_types import PLAIN
@@ -38,7 +39,7 @@ def open_gguf(path: Path, config: Path | None, scratch: Path) -> Source:
     or that has an architecture or a type of tensor that fewbit lacks.
     """
     gguf = import_gguf()
-    header = read_gguf_header(path, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
+    header = read_gguf(path, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
     check_complete(path, header)
     if header.order != "<":
         raise FewbitError(f"{path}: is big-endian: convert it with  gguf-convert-endian FILE little")
@@ -53,21 +54,22 @@ def open_gguf(path: Path, config: Path | None, scratch: Path) -> Source:
     check_some_packed(tensors, path)
     counts = Counter(types[tensor.kind].lower() for tensor in header.tensors.values())
     facts: dict[str, Any] = {"types": dict(counts)}
-    return Source(path, "GGUF", model.config, tensors, [path], model.companions, model.left, facts)
+    return Source(path, "GGUF", model.config, tensors, header.files, model.companions, model.left, facts)
 
 
 def _check_tensors(path: Path, header: GgufHeader, types: Mapping[int, str]) -> None:
     """Raise FewbitError for types that fewbit lacks, rows that are no blocks, and tensors that lie over each other."""
     end, before = 0, ""
-    for tensor in sorted(header.tensors.values(), key=lambda one: one.start):
-        if tensor.start < end:
-            raise FewbitError(f"{path}: the tensors {before} and {tensor.name} overlap: the file is damaged")
-        end, before = tensor.start + tensor.bytes, tensor.name
+    place = path
+    for tensor in sorted(header.tensors.values(), key=lambda one: (str(one.file), one.start)):
+        if tensor.start < end and tensor.file == place:
+            raise FewbitError(f"{place}: the tensors {before} and {tensor.name} overlap: the file is damaged")
+        end, before, place = tensor.start + tensor.bytes, tensor.name, tensor.file
         if 0 in tensor.shape or not tensor.shape:
             raise FewbitError(f"{path}: the tensor {tensor.name} has no weights: the file is damaged")
         kind = BLOCK_TYPES.get(_KINDS.get(tensor.kind, ""))
         if kind is None and tensor.kind not in _DTYPES:
-            raise FewbitError(
+            raise CannotImportError(
                 f"{path}: the tensor {tensor.name} has the type {types[tensor.kind]}, which fewbit has no grid for: "
                 f"import a file with the types {', '.join(BLOCK_TYPES)}, or  fewbit quantize  this one"
             )
@@ -89,10 +91,10 @@ def _check_names(path: Path, header: GgufHeader, model: Model) -> None:
         if called in computed and called not in model.names:
             continue
         if called not in model.names:
-            raise FewbitError(f"{path}: {called} has no place in a {model.config['model_type']}: {CONFIG_ADVICE}")
+            raise CannotImportError(f"{path}: {called} has no place in a {model.config['model_type']}: {CONFIG_ADVICE}")
         name, shape = model.names[called]
         if tensor.shape != shape:
-            raise FewbitError(
+            raise CannotImportError(
                 f"{path}: {called} is {list(tensor.shape)}, but its config gives {list(shape)} for {name}: the file is "
                 f"damaged, or {CONFIG_ADVICE}"
             )
@@ -106,10 +108,10 @@ def _check_computed(reader: "_Reader", header: GgufHeader) -> None:
     for called, ours in extra_tensors(reader.model).items():
         tensor = header.tensors.get(called)
         if tensor is None or tensor.kind not in _DTYPES:
-            raise FewbitError(f"{reader.path}: has no {called}, which its config needs: {CONFIG_ADVICE}")
+            raise CannotImportError(f"{reader.path}: has no {called}, which its config needs: {CONFIG_ADVICE}")
         theirs = reader.plain(tensor, 0, 0.0).float()
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-4):
-            raise FewbitError(f"{reader.path}: its {called} are not those of its config: {CONFIG_ADVICE}")
+            raise CannotImportError(f"{reader.path}: its {called} are not those of its config: {CONFIG_ADVICE}")
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,9 @@ class _Reader:
         """A tensor of the file under its name in the network."""
         heads = self.model.architecture.heads(name, self.model.config)
         if heads and tensor.shape[0] % (2 * heads):
-            raise FewbitError(f"{self.path}: {tensor.name} does not have the rows of {heads} heads: {CONFIG_ADVICE}")
+            raise CannotImportError(
+                f"{self.path}: {tensor.name} does not have the rows of {heads} heads: {CONFIG_ADVICE}"
+            )
         if tensor.kind in _DTYPES:
             offset = self.model.architecture.norm_offset if tensor.name.endswith("_norm.weight") else 0.0
             read = partial(self.plain, tensor, heads, offset)
@@ -138,12 +142,12 @@ class _Reader:
         """So many bytes of a tensor from byte `first`."""
         data = torch.empty(count, dtype=torch.uint8)
         view, position = memoryview(data.numpy()), tensor.start + first  # type: ignore[arg-type]
-        descriptor = open_to_read(self.path)
+        descriptor = open_to_read(tensor.file)
         try:
             while len(view):
                 got = read_at(descriptor, view, position)
                 if got == 0:
-                    raise FewbitError(f"{self.path}: the file ends inside {tensor.name}: fetch or copy it again")
+                    raise FewbitError(f"{tensor.file}: the file ends inside {tensor.name}: fetch or copy it again")
                 view, position = view[got:], position + got
         finally:
             os.close(descriptor)

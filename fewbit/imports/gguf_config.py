@@ -13,8 +13,9 @@ from torch import Tensor
 from fewbit.checkpoints.companions import Companion, find_companions
 from fewbit.checkpoints.gguf import read_alone
 from fewbit.checkpoints.gguf_header import GgufHeader
+from fewbit.checkpoints.gguf_parts import write_emptied, write_outline
 from fewbit.checkpoints.json_in import read_json_object
-from fewbit.errors import FewbitError, missing_extra
+from fewbit.errors import CannotImportError, FewbitError, missing_extra
 from fewbit.exports.gguf_architectures import ARCHITECTURES, Architecture, Facts, common_facts
 from fewbit.printable import first_line
 from fewbit.quiet import quiet_transformers
@@ -54,7 +55,7 @@ def architecture_named(path: Path, header: GgufHeader) -> Architecture:
     found = next((one for one in ARCHITECTURES if one.name == name), None)
     if found is None:
         known = ", ".join(one.name for one in ARCHITECTURES)
-        raise FewbitError(
+        raise CannotImportError(
             f"{path}: models of the architecture {name} cannot be imported (only {known}): quantize the file itself, "
             "whose weights are then decoded"
         )
@@ -95,12 +96,14 @@ def _from_file(path: Path, header: GgufHeader, scratch: Path) -> tuple[dict[str,
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     except ImportError as error:
         raise missing_extra(error.name or "transformers", "hf") from error
-    with read_alone(path, header, scratch) as (alone, source):
+    with read_alone(path, header, scratch, write_outline) as (alone, source):
         config = AutoConfig.from_pretrained(alone, **source)
+    # The tokenizer needs no tensors, but transformers must find those of all parts.
+    with read_alone(path, header, scratch, write_emptied if len(header.files) > 1 else None) as (alone, source):
         tokenizer = AutoTokenizer.from_pretrained(alone, **source)
         kinds = AutoModelForCausalLM._model_mapping
         if type(config) not in kinds:
-            raise FewbitError(f"{path}: transformers has no language model of the type {config.model_type}")
+            raise CannotImportError(f"{path}: transformers has no language model of the type {config.model_type}")
         config.architectures, config.dtype = [kinds[type(config)].__name__], _DTYPE
     made = scratch / "made"
     with quiet_transformers():
@@ -166,7 +169,7 @@ def _rope(
     tensor = header.tensors.get("rope_freqs.weight")
     if tensor is None or tensor.kind != 0:
         return rope
-    with path.open("rb") as file:
+    with tensor.file.open("rb") as file:
         file.seek(tensor.start)
         divisors = torch.frombuffer(bytearray(file.read(tensor.bytes)), dtype=torch.float32)
     known = {"factor": round(float(divisors.max()), 3), "original_max_position_embeddings": _LLAMA3_CONTEXT}
@@ -182,20 +185,22 @@ def _check_facts(path: Path, header: GgufHeader, found: Architecture, config: di
         facts: Facts = {**common_facts(config), **found.facts(config)}
         refused = found.refuses(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise FewbitError(
+        raise CannotImportError(
             f"{path}: its config lacks what the architecture {found.name} needs ({first_line(error)}): {CONFIG_ADVICE}"
         ) from error
     if refused:
-        raise FewbitError(f"{path}: {refused}, which cannot be imported: quantize the file itself")
+        raise CannotImportError(f"{path}: {refused}, which cannot be imported: quantize the file itself")
     for key, ours in facts.items():
         theirs = header.values.get(f"{found.name}.{key}")
         if theirs is None or ours is None or key in _HEADER_ONLY:
             continue
         if not _same(ours, theirs):
-            raise FewbitError(f"{path}: {found.name}.{key} is {theirs}, but its config gives {ours}: {CONFIG_ADVICE}")
+            raise CannotImportError(
+                f"{path}: {found.name}.{key} is {theirs}, but its config gives {ours}: {CONFIG_ADVICE}"
+            )
     for key, theirs in header.values.items():
         if key.startswith(f"{found.name}.rope.scaling.") and key.removeprefix(f"{found.name}.") not in facts:
-            raise FewbitError(f"{path}: {key} is {theirs}, which its config does not have: {CONFIG_ADVICE}")
+            raise CannotImportError(f"{path}: {key} is {theirs}, which its config does not have: {CONFIG_ADVICE}")
 
 
 def _same(ours: Any, theirs: Any) -> bool:
@@ -217,7 +222,7 @@ def _names(
     for name, shape in _network(path, config):
         called = known.get_name(name, try_suffixes=_SUFFIXES)
         if called is None:
-            raise FewbitError(f"{path}: llama.cpp has no tensor for {name}: {CONFIG_ADVICE}")
+            raise CannotImportError(f"{path}: llama.cpp has no tensor for {name}: {CONFIG_ADVICE}")
         if called == "output.weight" and tied:
             if not config.get("tie_word_embeddings"):
                 raise FewbitError(f"{path}: has no output.weight, but its config has a head that is not tied")
@@ -238,7 +243,7 @@ def _network(path: Path, config: dict[str, Any]) -> Iterator[tuple[str, tuple[in
         cause = known_cause(error, config)
         if cause is None:
             raise
-        raise FewbitError(f"{path}: transformers cannot build its model ({cause}): {CONFIG_ADVICE}") from error
+        raise CannotImportError(f"{path}: transformers cannot build its model ({cause}): {CONFIG_ADVICE}") from error
     yield from ((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
 
 

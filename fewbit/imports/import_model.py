@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fewbit.checkpoints.gguf_parts import stem_of
 from fewbit.checkpoints.json_file import write_json
 from fewbit.checkpoints.model_card import Written, base_of, write_card
 from fewbit.checkpoints.output import CARD, CONFIG, REPORT, RUN
@@ -174,7 +175,7 @@ def _report(found: Source, written: Sequence[WrittenTensor], work: WorkFolder) -
     recipe = _recipe(found)
     plain = [one for one in found.tensors if isinstance(one, PlainTensor)]
     report = Report(
-        model=found.place.stem if found.place.is_file() else public_model(found.place),
+        model=stem_of(found.place) if found.place.is_file() else public_model(found.place),
         method=recipe["method"],
         recipe=recipe,
         source={"bytes": found.bytes, "tensors": len(found.tensors)},

@@ -16,7 +16,7 @@ from torch import Tensor
 from fewbit.architecture.coverage import WeightTensor
 from fewbit.checkpoints.safetensors_io import FileReader, TensorEntry
 from fewbit.checkpoints.source import Checkpoint
-from fewbit.errors import FewbitError
+from fewbit.errors import CannotImportError, FewbitError
 from fewbit.grids.packing import pack
 from fewbit.grids.scheme import Scheme, StoredWeight
 from fewbit.imports.source import PackedTensor, PlainTensor, cover_logical
@@ -151,7 +151,7 @@ def _packed(checkpoint: Checkpoint, module: str, layer: EvenLayer, logical: Weig
     try:
         scheme = scheme_of(layer)
     except ValueError as error:
-        raise FewbitError(
+        raise CannotImportError(
             f"{checkpoint.folder}: {module}: {error}: give the 16-bit original to  fewbit quantize"
         ) from error
     if logical.matrix_shape != layer.shape:

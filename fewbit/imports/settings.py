@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewbit.errors import FewbitError
+from fewbit.errors import CannotImportError, FewbitError
 from fewbit.printable import one_line
 
 _EMPTY: tuple[Any, ...] = (None, False, {}, [], "")
@@ -22,7 +22,7 @@ class Settings:
     def refuse(self, key: str, why: str) -> FewbitError:
         """The error for a key whose value cannot be imported."""
         value = one_line(self.values.get(key), _LONGEST)
-        return FewbitError(f"{self.place}: {key} is {value}: {why}: give the 16-bit original to  fewbit quantize")
+        return CannotImportError(f"{self.place}: {key} is {value}: {why}: give the 16-bit original to  fewbit quantize")
 
     def only(self, known: Collection[str]) -> None:
         """Raise FewbitError for a key that is not known and not empty: it may change what the codes mean."""
@@ -61,5 +61,5 @@ class Settings:
 def settings_of(folder: Path, values: Any) -> Settings:
     """The `quantization_config` of a folder. Raises FewbitError if it is no object, or empty."""
     if not isinstance(values, dict) or not values:
-        raise FewbitError(f"{folder}: no quantization_config describes its codes: fetch the checkpoint again")
+        raise CannotImportError(f"{folder}: no quantization_config describes its codes: fetch the checkpoint again")
     return Settings(f"{folder}: quantization_config", values)

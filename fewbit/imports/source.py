@@ -11,7 +11,7 @@ from torch import Tensor
 from fewbit.architecture.coverage import Coverage, WeightTensor, cover
 from fewbit.checkpoints.companions import Companion
 from fewbit.checkpoints.safetensors_io import TensorEntry
-from fewbit.errors import FewbitError
+from fewbit.errors import CannotImportError
 from fewbit.formats.native import part_layout, stored_bytes
 from fewbit.grids.scheme import StoredWeight
 
@@ -96,6 +96,6 @@ def cover_logical(
 
 
 def check_some_packed(tensors: Iterable[PackedTensor | PlainTensor], place: Path) -> None:
-    """Raise FewbitError if no layer is quantized."""
+    """Raise CannotImportError if no layer is quantized."""
     if not any(isinstance(one, PackedTensor) and not one.is_table for one in tensors):
-        raise FewbitError(f"{place}: contains no quantized layers: give it to  fewbit quantize")
+        raise CannotImportError(f"{place}: contains no quantized layers: give it to  fewbit quantize")

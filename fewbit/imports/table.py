@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fewbit.checkpoints.gguf_parts import only_gguf_in
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.named import NAMED_MODELS
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
-from fewbit.errors import FewbitError
+from fewbit.errors import CannotImportError, FewbitError
 from fewbit.imports.awq import open_awq
 from fewbit.imports.compressed import open_compressed
 from fewbit.imports.gguf import open_gguf
@@ -38,6 +39,12 @@ FORMATS: dict[str, Format] = {
 """Formats of folders by name; a .gguf file is recognised by its ending."""
 
 
+def format_of(checkpoint: Checkpoint) -> Format | None:
+    """The format of a quantized folder, or None if it cannot be imported, or is not quantized by another tool."""
+    tool = checkpoint.foreign.tool if checkpoint.foreign is not None else None
+    return next((one for one in FORMATS.values() if tool in one.tools), None)
+
+
 def open_source(source: str | Path, config: str | Path | None, scratch: Path) -> Source:
     """A foreign checkpoint: a .gguf file, a folder, or a name on the hub.
 
@@ -45,11 +52,7 @@ def open_source(source: str | Path, config: str | Path | None, scratch: Path) ->
     made. Raises FewbitError for what cannot be imported.
     """
     path = Path(source).expanduser()
-    if path.is_dir() and not (path / "config.json").exists():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            raise FewbitError(f"{path}: contains {len(files)} .gguf files: give one of them")
-        path = files[0] if files else path
+    path = only_gguf_in(path) or path
     if path.is_file() and path.suffix == ".gguf":
         return open_gguf(path, None if config is None else locate(config), scratch)
     if config is not None:
@@ -62,10 +65,10 @@ def open_source(source: str | Path, config: str | Path | None, scratch: Path) ->
     if checkpoint.foreign is None:
         raise FewbitError(f"{checkpoint.folder}: is not quantized: give it to  fewbit quantize")
     tool = checkpoint.foreign.tool
-    found = next((one for one in FORMATS.values() if tool in one.tools), None)
+    found = format_of(checkpoint)
     if found is None:
         known = ", ".join(["GGUF", *(one.tools[0] for one in FORMATS.values())])
-        raise FewbitError(
+        raise CannotImportError(
             f"{checkpoint.folder}: quantized by {tool}, which cannot be imported (only {known}): give the 16-bit "
             "original to  fewbit quantize"
         )

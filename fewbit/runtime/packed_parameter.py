@@ -23,6 +23,7 @@ from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import Linear
 from fewbit.runtime.decoded import to_look_at
 from fewbit.runtime.kernels.ready import Ready, decode
+from fewbit.runtime.kernels.ready import gather as rows_at
 from fewbit.runtime.packed_linear import add_parts, parts_of, remember_dtype
 from fewbit.runtime.packed_table import DIRECT, Work, has_rows, rows_on_demand
 
@@ -51,6 +52,10 @@ class PackedWeight(nn.Module):
         if native.read_transform(parts, self.stored):
             return native.decode(parts, self.stored, dtype)
         return decode(self.ready, parts, self.stored, dtype)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `(n, in)` of a weight that has separate rows, for ids `(n,)`."""
+        return rows_at(self.ready, parts_of(self), self.stored, ids, dtype)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.ready.forget()
@@ -146,11 +151,15 @@ class PackedParameter(nn.Module):
         return self.shared[0].sources if hasattr(self, "shared") else self.stored_sources
 
     @property
-    def table(self) -> PackedWeight | None:
-        """The only source, if it is a matrix `(out, in)` as the network has it; otherwise None."""
-        if self.merge is not None or not isinstance(source := self.sources[0], PackedWeight):
+    def table(self) -> Any:
+        """The only source, if it is a matrix `(out, in)` as the network has it; otherwise None.
+
+        That is a :class:`PackedWeight`, or what stands in for it while it is trained.
+        """
+        if self.merge is not None or isinstance(source := self.sources[0], KeptWeight):
             return None
-        plain = len(source.stored.tensor_shape) == 2 and not source.stored.transposed
+        stored: Any = source.stored
+        plain = len(stored.tensor_shape) == 2 and not stored.transposed
         return source if plain else None
 
     def forward(self, experts: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from fewbit.formats import native
 from fewbit.linear import Linear, linear
-from fewbit.runtime.kernels.ready import gather as rows_at
 from fewbit.runtime.kernels.ready import through_kernel
 from fewbit.runtime.packed_linear import parts_of
 
@@ -32,7 +31,8 @@ def gather(value: Any, ids: Tensor) -> Tensor:
     """Rows `(..., in)` of a packed parameter, for ids `(...)`, in its dtype."""
 
     def work(weight: Any, dtype: torch.dtype) -> Tensor:
-        return rows_at(weight.ready, parts_of(weight), weight.stored, ids.reshape(-1), dtype)
+        found: Tensor = weight.rows(ids.reshape(-1), dtype)
+        return found
 
     rows: Tensor = value.table(value.like.dtype, work)
     return rows.view(*ids.shape, rows.shape[-1])
@@ -96,6 +96,9 @@ def _multiply(module: Any, value: Any, input: Tensor) -> Any:
     if value.table is None:
         return None
     bias = module.bias
+    if hasattr(value.table, "times"):
+        # It is trained, and takes gradients itself.
+        return value.table(input.dtype, lambda table, dtype: table.times(input, bias))
     if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
         return _Product.apply(input, bias, value.table)
     return value.table(input.dtype, lambda packed, dtype: product(packed, input, bias))

@@ -24,7 +24,7 @@ class TuningChoice:
     the best epoch. patience: stop after this many epochs without improvement. top: number of most likely tokens of the
     original that are stored for kd, with the rest as one probability; 0 for all of them, recomputed each time.
     reconstruction: epochs of training each block to reproduce the original's outputs, before the main training. seed:
-    for the order of the sequences.
+    for the order of the sequences. embeddings: also train packed embeddings and heads.
     """
 
     loss: str = "kd"
@@ -41,6 +41,7 @@ class TuningChoice:
     top: int = 64
     reconstruction: int = 0
     seed: int = 0
+    embeddings: bool = True
 
     def __post_init__(self) -> None:
         check_values(self, flag_names(self))

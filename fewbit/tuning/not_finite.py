@@ -1,5 +1,6 @@
 """Finds where a NaN or infinity came from, for the message that ends a training run."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ from fewbit.errors import FewbitError
 from fewbit.tuning.tuned_model import trained
 from fewbit.tuning.tuned_weight import TunedWeight
 
+_WRAPPED = re.compile(r"\.tuned|\.held\.own\.\w+\.stored_sources\.\d+")
+"""What training and packing put into names."""
+
 
 class TrainingStoppedError(FewbitError):
     """The loss or a gradient is NaN or infinite: the same run would end in the same way again."""
@@ -17,7 +21,7 @@ class TrainingStoppedError(FewbitError):
 
 def plain_name(name: str) -> str:
     """A module's or parameter's name as the checkpoint has it, without what training wraps around it."""
-    return name.removeprefix("module.").replace(".tuned", "")
+    return _WRAPPED.sub("", name.removeprefix("module."))
 
 
 @torch.no_grad()

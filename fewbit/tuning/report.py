@@ -77,16 +77,18 @@ def tuned_report(
     """
     weights = weights_of(checkpoint)
     modules = {weights[module].tensor_name(module): module for module in parts}
-    layers = []
     with FileReader() as reader:
-        for record in report.layers:
+
+        def after(record: LayerRecord) -> LayerRecord:
             module = modules.get(record.name)
-            if module is not None:
-                stored = weights[module]
-                before = read_parts(checkpoint, reader, module, stored)
-                record = _tuned(record, stored, before, parts[module], original(module))
-            layers.append(record)
-    return replace(report, method=tuned_name(report.method), layers=layers, tuning=tuning)
+            if module is None:
+                return record
+            stored = weights[module]
+            before = read_parts(checkpoint, reader, module, stored)
+            return _tuned(record, stored, before, parts[module], original(module))
+
+        layers, tables = [after(one) for one in report.layers], [after(one) for one in report.embeddings]
+    return replace(report, method=tuned_name(report.method), layers=layers, embeddings=tables, tuning=tuning)
 
 
 def _tuned(

@@ -136,7 +136,8 @@ def _train(run: _Run, started: float, progress: Progress | None) -> dict[str, An
     sequences = _split(calibration.ids, choice)
     teacher = _teacher(original, sequences.ids, choice, path, accelerator, progress)
     with FileReader() as reader:
-        places = make_trainable(model, choice, _originals(checkpoint, run.original, reader), tables_of(checkpoint))
+        fixed = () if choice.embeddings else tables_of(checkpoint)
+        places = make_trainable(model, choice, _originals(checkpoint, run.original, reader), fixed)
     model.to(accelerator.device)
     blocks = list(find_blocks(model))
     if choice.reconstruction:

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.architecture.orientation import from_matrix
 from fewbit.errors import FewbitError
-from fewbit.linear import linear
 from fewbit.runtime.packed_linear import PackedLinear, parts_of
 from fewbit.runtime.packed_parameter import PackedWeight
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.report import Originals
+from fewbit.tuning.tuned_table import TunedTensor, product
 from fewbit.tuning.tuned_weight import TunedWeight
 
 
@@ -26,19 +25,7 @@ class TunedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(self.tuned.inputs(x), self.tuned.decoded().to(x.dtype), self.bias)
-
-
-class TunedTensor(nn.Module):
-    """A tensor of the checkpoint as it would be stored now, for a parameter that is made from it (fused experts)."""
-
-    def __init__(self, weight: TunedWeight) -> None:
-        super().__init__()
-        self.tuned = weight
-
-    def forward(self, dtype: torch.dtype) -> Tensor:
-        stored = self.tuned.stored
-        return from_matrix(self.tuned.plain().to(dtype), stored.tensor_shape, stored.transposed)
+        return product(self.tuned, x, self.bias)
 
 
 def make_trainable(

@@ -4,6 +4,7 @@ Latent weights are held in steps of their group's first grid, and scales as mult
 learning rate means the same for every layer, bit-width and model.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -136,6 +137,20 @@ class TunedWeight(nn.Module):
         if self.outliers is not None:
             value = value.scatter(0, self.places, self._outlier_values())
         return value.view(self.stored.shape)
+
+    def rows(self, chosen: Tensor | slice, given: Mapping[str, Tensor] | None = None) -> "TunedWeight":
+        """The same weight with some of its rows only, for one that has separate rows; gradients reach the parameters.
+
+        chosen: ascending indices `(n,)`, or a slice. given: what stands in for those rows of some parameters.
+        """
+        known = {name: value for name, value in self._parameters.items() if value is not None}
+        taken = {name: value[chosen] for name, value in known.items() if given is None or name not in given}
+        part = copy.copy(self)
+        part._parameters = {**dict.fromkeys(self._parameters), **taken, **(given or {})}  # type: ignore[dict-item]
+        part._buffers = {name: None if value is None else value[chosen] for name, value in self._buffers.items()}
+        count = part.first.shape[0]
+        part.stored = replace(self.stored, shape=(count, self.stored.shape[1]), original_shape=None)
+        return part
 
     @torch.no_grad()
     def parts(self) -> dict[str, Tensor]:

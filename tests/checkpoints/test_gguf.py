@@ -169,7 +169,7 @@ def test_files_that_transformers_cannot_use(tmp_path: Path) -> None:
     for leave in ("model", "tokens"):
         assert f"tokenizer.ggml.{leave} is missing" in refused(write_gguf(tmp_path / "a.gguf", leave=(leave,)))
     assert "contains no tensors" in refused(write_gguf(tmp_path / "a.gguf", leave=("tensors",)))
-    assert "is one of 3 parts" in refused(write_gguf(tmp_path / "a.gguf", parts=3))
+    assert "is one of 3 parts, whose names must be NAME-00001" in refused(write_gguf(tmp_path / "a.gguf", parts=3))
     assert "Error while initializing BPE" in refused(write_gguf(tmp_path / "a.gguf", merge="x yz"))
     said = refused(write_gguf(tmp_path / "a.gguf", "nothing"))
     assert said.startswith("transformers cannot read this GGUF file (GGUF model with architecture nothing")
@@ -198,7 +198,7 @@ def test_scratch_of_a_killed_process_is_inside_what_is_removed(
 ) -> None:
     seen = []
 
-    def link(path: Path, place: Path) -> None:
+    def link(path: Path, header: Any, place: Path) -> None:
         seen.append(place)
         shutil.copyfile(path, place)
 
