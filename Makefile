@@ -24,7 +24,7 @@ test: check
 	    --durations 15 $(if $(QUICK),-m "not slow and not real_model")
 
 test-interop: $(FOR_TESTS)
-	$(BIN)/python benchmarks/llama_cpp.py --data $(or $(DATA),topics) --out .interop-llama-cpp.json \
+	$(BIN)/python benchmarks/llama_cpp.py --data $(or $(DATA),topics) --out .interop-llama-cpp.json --windows 4 \
 	    --model smollm2-135m --model gemma3-270m --grid none --grid q4_0 --grid iq4_nl
 	LLAMA_CPP_PYTHON=$(CURDIR)/.venv-llama-cpp/bin/python $(BIN)/python -m pytest tests/exports/test_in_llama_cpp.py
 
