@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 @dataclass(frozen=True)
 class Part:
     """packages: what is installed. alone: what is installed without what it asks for. tests: which of the tests run.
-    formats: options of `integer_readers.py`, a run each."""
+    runs: options of `integer_readers.py`, a run each."""
 
     packages: tuple[str, ...]
     alone: tuple[str, ...]
@@ -30,11 +30,12 @@ class Part:
 
 
 _HALF = ("--dtype", "float16")
+# gptqmodel 7.7.0 asks for torch 2.14; it runs with the torch of constraints.txt, and then without much of the rest.
+_GPTQ = ("optimum==2.3.0", "datasets", "threadpoolctl", "protobuf", "device-smi", "pypcre", "tokenicer", "logbar")
 PARTS = {
-    # gptqmodel 7.7.0 asks for torch 2.14, and for packages that only its quantizer needs.
     "gptq": Part(
-        ("optimum==2.3.0", "threadpoolctl", "protobuf", "device-smi", "pypcre", "tokenicer", "logbar", "dill"),
-        ("gptqmodel==7.7.0", "defuser==0.0.28", "datasets", "pyarrow", "multiprocess", "xxhash", "pandas"),
+        _GPTQ,
+        ("gptqmodel==7.7.0", "defuser==0.0.28", "torchao==0.18.0"),
         "gptq or awq",
         (("--format", "gptq", *_HALF), ("--format", "awq", *_HALF)),
     ),
@@ -52,8 +53,7 @@ def environment(name: str) -> Path | None:
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     tests = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100")
     own = ("--constraint", ROOT / "constraints.txt", "--editable", f"{ROOT}[hf,fast]", *tests)
-    # Builds of gptqmodel import torch.
-    steps = [(*own, *part.packages), *([("--no-deps", "--no-build-isolation", *part.alone)] if part.alone else [])]
+    steps = [(*own, *part.packages), *([("--no-deps", *part.alone)] if part.alone else [])]
     for step in steps:
         done = subprocess.run([*pip, *step], capture_output=True, text=True)
         if done.returncode:
