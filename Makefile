@@ -1,6 +1,7 @@
 # make demo    fetch a small model, quantize it, measure it, write demo-out/report.html
 # make test    lint, format, types, tests; QUICK=1 leaves out the tests that take long
-# make test-interop  run our files in llama.cpp, in an environment of its own (half an hour; DATA=FILE: the text)
+# make test-interop  run our files in llama.cpp, vLLM, GPTQModel and MLX, in environments of their own (over an hour;
+#              DATA=FILE: the text); test-interop-llama-cpp, -vllm, -gptq and -mlx run one of them
 # make check   lint, format and types only
 # make dist    build the wheel and the source package into dist/
 
@@ -14,7 +15,7 @@ FOR_DEMO := $(VENV)/.ready-demo
 FOR_TESTS := $(VENV)/.ready-tests
 NEEDS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-interop check dist clean
+.PHONY: demo test test-interop test-interop-llama-cpp test-interop-vllm test-interop-gptq test-interop-mlx check dist clean
 
 demo: $(FOR_DEMO)
 	$(BIN)/fewbit demo demo-out
@@ -23,10 +24,19 @@ test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	    --durations 15 $(if $(QUICK),-m "not slow and not real_model")
 
-test-interop: $(FOR_TESTS)
+test-interop: test-interop-llama-cpp test-interop-vllm test-interop-gptq test-interop-mlx
+
+test-interop-llama-cpp: $(FOR_TESTS)
 	$(BIN)/python benchmarks/llama_cpp.py --data $(or $(DATA),topics) --out .interop-llama-cpp.json --windows 4 \
 	    --model smollm2-135m --model gemma3-270m --grid none --grid q4_0 --grid iq4_nl
 	LLAMA_CPP_PYTHON=$(CURDIR)/.venv-llama-cpp/bin/python $(BIN)/python -m pytest tests/exports/test_in_llama_cpp.py
+
+test-interop-vllm: $(FOR_TESTS)
+	$(BIN)/python benchmarks/vllm_client.py --data $(or $(DATA),topics) --out .interop-vllm.json \
+	    --model smollm2-135m --kind none --kind int4-64 --kind w8a8 --kind gptq
+
+test-interop-gptq test-interop-mlx: test-interop-%:
+	$(PYTHON) benchmarks/interop.py $* --data $(or $(DATA),topics)
 
 check: $(FOR_TESTS)
 	$(BIN)/ruff check .
@@ -50,4 +60,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .venv-llama-cpp .interop-llama-cpp.json demo-out dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-llama-cpp .venv-vllm .venv-gptq .venv-mlx .interop-* demo-out dist build .pytest_cache .mypy_cache .ruff_cache

@@ -19,7 +19,6 @@ bound.
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import tempfile
@@ -29,9 +28,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-# Before the libraries that read it are loaded.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch

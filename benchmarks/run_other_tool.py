@@ -65,7 +65,25 @@ def gptqmodel(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps:
     return plain, model.tokenizer, seconds
 
 
-TOOLS = {"autoround": autoround, "gptqmodel": gptqmodel}
+def mlx(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) -> tuple[Any, Any, float]:
+    """MLX's own rounding, as `mlx_lm.convert` does it, of the layers in the blocks; it needs no tokens."""
+    import mlx.core as mx
+    import numpy as np
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    began = time.perf_counter()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            weight = mx.array(module.weight.data.float().numpy()).astype(mx.bfloat16)
+            codes, *others = mx.quantize(weight, group_size, bits)
+            decoded = mx.dequantize(codes, *(one.astype(mx.float32) for one in others), group_size, bits)
+            module.weight = torch.nn.Parameter(torch.from_numpy(np.array(decoded)).float(), requires_grad=False)
+    seconds = time.perf_counter() - began
+    return model.float(), AutoTokenizer.from_pretrained(folder), seconds
+
+
+TOOLS = {"autoround": autoround, "gptqmodel": gptqmodel, "mlx": mlx}
 
 
 def main() -> None:

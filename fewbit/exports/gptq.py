@@ -133,6 +133,10 @@ def _with_half(config: dict[str, Any]) -> dict[str, Any]:
 
 
 _SCALES = ("float16", "bfloat16")
+_EXPERT_NOTE = (
+    "experts: transformers does not read them in this format and goes on with random ones; GPTQModel.load reads those "
+    "of Qwen 3 MoE"
+)
 GPTQ = IntegerFormat(
     "gptq",
     "GPTQ",
@@ -146,6 +150,7 @@ GPTQ = IntegerFormat(
     one_for_all=True,
     fills_words=True,
     turned=True,
+    expert_note=_EXPERT_NOTE,
 )
 AWQ = IntegerFormat(
     "awq",
@@ -159,4 +164,5 @@ AWQ = IntegerFormat(
     awq_config,
     one_for_all=True,
     fills_words=True,
+    expert_note=_EXPERT_NOTE,
 )

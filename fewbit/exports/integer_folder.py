@@ -1,6 +1,6 @@
 """Write a quantized folder in a format of evenly spaced integers: config, one weight file, tokenizer and companions."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +14,7 @@ from fewbit.checkpoints.safetensors_io import FileReader, ShardWriter, TensorEnt
 from fewbit.checkpoints.source import SINGLE_NAME, Checkpoint
 from fewbit.checkpoints.workdir import WorkFolder, copy_companions
 from fewbit.errors import ChangedError
-from fewbit.exports.integer_format import IntegerFormat, Layers, NotHeldError, advice, layers_of
+from fewbit.exports.integer_format import EXPERT, IntegerFormat, Layers, NotHeldError, advice, layers_of
 from fewbit.formats.config import weights_of
 from fewbit.formats.native import part_layout
 from fewbit.grids.scheme import Scheme, StoredWeight
@@ -36,25 +36,29 @@ def write_folder(
     """
     layers, dtype = layers_of(checkpoint), plain_dtype(checkpoint)
     items = list(_items(checkpoint))
+    groups = _joined(kind, items)
     kinds: Counter[str] = Counter()
     path = work.file(SINGLE_NAME)
     writer = ShardWriter(path, header_room([f"{name}.qweight" for name, _ in items for _ in range(_TENSORS)]))
     try:
         with FileReader() as reader:
-            for index, (name, item) in enumerate(items):
-                if isinstance(item, TensorEntry):
+            for index, (joined, members) in enumerate(groups.items()):
+                name, item = members[0]
+                if isinstance(item, TensorEntry) and joined == name:
                     writer.copy(item, reader)
-                    kinds[_short(item.dtype)] += 1
-                elif name in layers.packed:
-                    for end, tensor in _packed(kind, checkpoint, reader, (name, item)).items():
-                        writer.add(f"{name}.{end}", tensor)
-                    kinds[f"{kind.name} {item.scheme.bits:g} bits"] += 1
-                else:
+                    kinds[_said(kind, item)] += 1
+                elif isinstance(item, StoredWeight) and name not in layers.packed:
                     weight = read_weight(checkpoint, reader, name, item).to(dtype)
                     writer.add(item.tensor_name(name), from_matrix(weight, item.tensor_shape, item.transposed))
                     kinds[_short(dtype)] += 1
+                else:
+                    parts = [_parts(kind, checkpoint, reader, one) for one in members]
+                    for end in parts[0]:
+                        found = [one[end] for one in parts]
+                        writer.add(f"{joined}{end}", found[0] if joined == name else torch.stack(found))
+                    kinds[_said(kind, item)] += len(members)
                 if progress:
-                    progress(index + 1, len(items), name)
+                    progress(index + 1, len(groups), name)
         writer.close()
     except BaseException:
         writer.abandon()
@@ -86,12 +90,30 @@ def _items(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorEntry | StoredWe
             yield module, weights[module]
 
 
-def _packed(
-    kind: IntegerFormat, checkpoint: Checkpoint, reader: FileReader, named: tuple[str, StoredWeight]
+def _joined(
+    kind: IntegerFormat, items: list[tuple[str, TensorEntry | StoredWeight]]
+) -> dict[str, list[tuple[str, TensorEntry | StoredWeight]]]:
+    """Name of what is written -> the items in it, in order: one each, but all experts where the format joins them."""
+    found: dict[str, list[tuple[int, str, TensorEntry | StoredWeight]]] = defaultdict(list)
+    for name, item in items:
+        joined, place = kind.joined(name) or (name, 0)
+        found[joined].append((place, name, item))
+    return {
+        joined: [(name, item) for _, name, item in sorted(members, key=lambda one: one[0])]
+        for joined, members in found.items()
+    }
+
+
+def _parts(
+    kind: IntegerFormat, checkpoint: Checkpoint, reader: FileReader, named: tuple[str, TensorEntry | StoredWeight]
 ) -> dict[str, Tensor]:
+    """The tensors of a packed weight, or a plain one, by the ends of their names."""
     module, stored = named
+    if isinstance(stored, TensorEntry):
+        return {"": reader.tensor(stored)}
     try:
-        return kind.tensors(read_parts(checkpoint, reader, module, stored), stored, plain_dtype(checkpoint))
+        parts = read_parts(checkpoint, reader, module, stored)
+        return {f".{end}": one for end, one in kind.tensors(parts, stored, plain_dtype(checkpoint)).items()}
     except NotHeldError as error:
         raise ChangedError(f"{checkpoint.folder}: {module}: {error}: {_advice(kind, stored.scheme, error)}") from error
 
@@ -104,6 +126,8 @@ def _advice(kind: IntegerFormat, scheme: Scheme, error: NotHeldError) -> str:
 
 def _notes(kind: IntegerFormat, checkpoint: Checkpoint, layers: Layers, config: dict[str, Any]) -> Iterator[str]:
     weights = weights_of(checkpoint)
+    if kind.expert_note and any(EXPERT.fullmatch(name) for name in layers.packed):
+        yield kind.expert_note
     for name in layers.tables:
         if name in weights:
             yield (
@@ -113,6 +137,10 @@ def _notes(kind: IntegerFormat, checkpoint: Checkpoint, layers: Layers, config: 
     for key in ("dtype", "torch_dtype"):
         if config.get(key) != checkpoint.config.get(key):
             yield f"the folder is to be loaded in {config[key]}, which has all scales exactly"
+
+
+def _said(kind: IntegerFormat, item: TensorEntry | StoredWeight) -> str:
+    return _short(item.dtype) if isinstance(item, TensorEntry) else f"{kind.name} {item.scheme.bits:g} bits"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,7 +1,8 @@
 """Formats of evenly spaced integers: what GPTQ, AWQ and MLX have in common."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from fewbit.formats.config import tables_of, weights_of
 from fewbit.formats.native import part_layout
 from fewbit.grids.scheme import Scheme, StoredWeight
 from fewbit.grids.table import GRIDS
+
+EXPERT = re.compile(r"(.+)\.experts\.([0-9]+)\.([^.]+)(\..+)?")
+"""The name of a module or tensor of one expert: what is before, its number, the layer, the end."""
 
 
 class NotHeldError(Exception):
@@ -48,7 +52,9 @@ class IntegerFormat:
     sizes and scale formats that it holds. one_for_all: all weights must have the same bits and group size. fills_words:
     the rows of a weight, too, must fill whole words. turned: weights stored as (in, out) are possible. in_model_dtype:
     scales are stored in the model's dtype. tensors(parts, stored, dtype): the tensors of a weight by the ends of their
-    names, for a model of that dtype; raises NotHeldError. config(config, layers): the config.json.
+    names, for a model of that dtype; raises NotHeldError. config(config, layers): the config.json. joined(name): for
+    the name of a module or tensor of one expert, that of the tensor which holds those of all experts, and its place in
+    it; None for all others. expert_note: what users should know about experts in this format.
     """
 
     name: str
@@ -64,6 +70,8 @@ class IntegerFormat:
     fills_words: bool = False
     turned: bool = False
     in_model_dtype: bool = False
+    joined: Callable[[str], tuple[str, int] | None] = lambda name: None
+    expert_note: str = ""
 
 
 def holds(kind: IntegerFormat, scheme: Scheme) -> bool:
@@ -111,6 +119,22 @@ def differ(kind: IntegerFormat, weights: Mapping[str, StoredWeight]) -> str | No
     )
 
 
+def join_problem(kind: IntegerFormat, weights: Mapping[str, StoredWeight], kept: Iterable[str] = ()) -> str | None:
+    """Why experts cannot be joined, or None: all experts must be there, and be stored alike."""
+    sizes: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    said = {**dict.fromkeys(kept, "16 bits"), **{name: _said(stored) for name, stored in weights.items()}}
+    for name, size in said.items():
+        joined = kind.joined(name)
+        if joined:
+            sizes[joined[0]].append((name, size))
+    for members in sizes.values():
+        first, size = members[0]
+        other = next(((name, its) for name, its in members if its != size), None)
+        if other:
+            return f"{other[0]}: has {other[1]}, {first} {size}: {kind.called} has one size for all experts of a layer"
+    return None
+
+
 def _said(stored: StoredWeight) -> str:
     return f"{stored.scheme.bits:g} bits in groups of {stored.scheme.group_size}"
 
@@ -139,7 +163,8 @@ def folder_problem(kind: IntegerFormat, checkpoint: Checkpoint, embeddings: str)
         return f"--embeddings {embeddings}: {kind.called} folders have embeddings and head in 16 bits: leave it out"
     if not checkpoint.is_native:
         return f"{where}: is not quantized by fewbit: quantize the original with  --for {kind.name} --bits 4"
-    weights = layers_of(checkpoint).packed
+    layers = layers_of(checkpoint)
+    weights = layers.packed
     for module, stored in weights.items():
         changed = lost(kind, stored.scheme)
         if changed:
@@ -149,7 +174,7 @@ def folder_problem(kind: IntegerFormat, checkpoint: Checkpoint, embeddings: str)
         problem = shape_problem(kind, stored)
         if problem:
             return f"{where}: {module}: {problem} with  --exclude {stored.tensor_name(module)}"
-    problem = differ(kind, weights)
+    problem = differ(kind, weights) or join_problem(kind, weights, layers.kept)
     return f"{where}: {problem}: quantize the original with  --for {kind.name}  and without --set" if problem else None
 
 

@@ -11,7 +11,7 @@ from fewbit.checkpoints.model_dtype import model_dtype
 from fewbit.checkpoints.source import Checkpoint
 from fewbit.errors import FewbitError
 from fewbit.exports.gptq import AWQ, GPTQ
-from fewbit.exports.integer_format import IntegerFormat, differ, shape_problem
+from fewbit.exports.integer_format import IntegerFormat, differ, join_problem, shape_problem
 from fewbit.exports.mlx import MLX
 from fewbit.exports.words import whole_words
 from fewbit.grids.embeddings import KEPT
@@ -174,7 +174,11 @@ def _problem(kind: IntegerFormat, plan: Plan) -> str | None:
     weights = {item.tensor.entry.name: item.stored for item in plan.quantized}
     shapes = ((name, shape_problem(kind, stored)) for name, stored in weights.items())
     wrong = next((f"{name}: {problem} with  --exclude" for name, problem in shapes if problem), None)
-    return wrong or differ(kind, weights)
+    return (
+        wrong
+        or differ(kind, weights)
+        or join_problem(kind, {item.tensor.module: item.stored for item in plan.quantized})
+    )
 
 
 def _or(words: Any) -> str:

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.exports.integer_format import IntegerFormat, Layers, exactly
+from fewbit.exports.integer_format import EXPERT, IntegerFormat, Layers, exactly
 from fewbit.exports.words import to_words
 from fewbit.grids.packing import unpack
 from fewbit.grids.scheme import Scheme, StoredWeight
 from fewbit.grids.table import grid_of
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_EXPERT_LAYERS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 def mlx_tensors(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -37,6 +38,20 @@ def mlx_tensors(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.
     }
 
 
+def joined_experts(name: str) -> tuple[str, int] | None:
+    """Where mlx_lm has a tensor or module of one expert: the name of the one with all experts, and its place in it."""
+    found = EXPERT.fullmatch(name)
+    if found is None:
+        return None
+    before, place, layer, end = found.groups()
+    return f"{before}.switch_mlp.{_EXPERT_LAYERS.get(layer, layer)}{end or ''}", int(place)
+
+
+def _name(module: str) -> str:
+    joined = joined_experts(module)
+    return joined[0] if joined else module
+
+
 def mlx_config(config: dict[str, Any], layers: Layers) -> dict[str, Any]:
     """The config.json of an MLX folder.
 
@@ -49,9 +64,21 @@ def mlx_config(config: dict[str, Any], layers: Layers) -> dict[str, Any]:
     for name, stored in layers.packed.items():
         size = _size(stored.scheme)
         if size != most:
-            described[name] = {"group_size": size[0], "bits": size[1], "mode": "affine"}
-    described |= dict.fromkeys((*layers.kept, *layers.tables), False)
-    return {**config, **_rotary(config), "quantization": described, "quantization_config": described}
+            described[_name(name)] = {"group_size": size[0], "bits": size[1], "mode": "affine"}
+    described |= dict.fromkeys(map(_name, (*layers.kept, *layers.tables)), False)
+    return {
+        **config,
+        **_experts(config),
+        **_rotary(config),
+        "quantization": described,
+        "quantization_config": described,
+    }
+
+
+def _experts(config: dict[str, Any]) -> dict[str, Any]:
+    """The number of experts under the name that mlx_lm reads, from where newer releases of transformers have it."""
+    count = config.get("num_local_experts")
+    return {} if count is None or "num_experts" in config else {"num_experts": count}
 
 
 def _size(scheme: Scheme) -> tuple[int, int]:
@@ -86,4 +113,5 @@ MLX = IntegerFormat(
     mlx_tensors,
     mlx_config,
     in_model_dtype=True,
+    joined=joined_experts,
 )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from integer_models import build
+from test_integer_experts import EXPERTS, mixtral, qwen
 from test_integer_formats import decoded, make
 
 import fewbit
@@ -104,3 +105,28 @@ def test_mlx(bits: int, grid: str, model: Path, tmp_path: Path) -> None:
         return torch.from_numpy(np.array(loaded(mx.array(ids.numpy())).astype(mx.float32)))
 
     assert divergence(native, logits) < LARGEST_KL
+
+
+@needs_mlx
+@pytest.mark.parametrize("build_experts", [qwen, mixtral])
+def test_experts_in_mlx(build_experts: Any, tmp_path: Path) -> None:
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    native = make(build_experts(tmp_path / "model"), tmp_path / "native", "minimum", 2, 32)
+    fewbit.export(native, tmp_path / "out", "mlx")
+    loaded, _ = load_model(tmp_path / "out")
+    assert divergence(native, lambda ids: torch.from_numpy(np.array(loaded(mx.array(ids.numpy()))))) < LARGEST_KL
+
+
+@needs_gptqmodel
+@pytest.mark.usefixtures("uncompiled")
+def test_experts_in_gptqmodel(tmp_path: Path) -> None:
+    """Its own loader reads experts that are stored one by one; transformers does not."""
+    from gptqmodel import BACKEND, GPTQModel
+
+    native = make(qwen(tmp_path / "model"), tmp_path / "native", "symmetric", 2, 32)
+    fewbit.export(native, tmp_path / "out", "gptq")
+    loaded = GPTQModel.load(str(tmp_path / "out"), backend=BACKEND.GPTQ_TORCH, device="cpu").model
+    assert sum(hasattr(module, "qweight") for module in loaded.modules()) == 2 * (4 + 3 * EXPERTS)
+    assert divergence(native, lambda ids: loaded(ids).logits) < LARGEST_KL

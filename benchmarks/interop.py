@@ -1,0 +1,95 @@
+"""Run our GPTQ, AWQ and MLX folders in the programs that read them, each in an environment of its own.
+
+    python benchmarks/interop.py gptq
+    python benchmarks/interop.py mlx --data wiki.txt
+
+Makes `.venv-NAME` once (from constraints.txt), runs `tests/exports/test_integer_readers.py` in it, and compares
+smollm2-135m with `integer_readers.py`. Where a package does not install, it says so and succeeds.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Part:
+    """packages: what is installed. alone: what is installed without what it asks for. tests: which of the tests run.
+    runs: options of `integer_readers.py`, a run each."""
+
+    packages: tuple[str, ...]
+    alone: tuple[str, ...]
+    tests: str
+    runs: tuple[tuple[str, ...], ...]
+
+
+_HALF = ("--dtype", "float16")
+# gptqmodel 7.7.0 asks for torch 2.14; it runs with the torch of constraints.txt, and then without much of the rest.
+_GPTQ = ("optimum==2.3.0", "datasets", "threadpoolctl", "protobuf", "device-smi", "pypcre", "tokenicer", "logbar")
+PARTS = {
+    "gptq": Part(
+        _GPTQ,
+        ("gptqmodel==7.7.0", "defuser==0.0.28", "torchao==0.18.0"),
+        "gptq or awq",
+        (("--format", "gptq", *_HALF), ("--format", "awq", *_HALF)),
+    ),
+    "mlx": Part(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"), (), "mlx", (("--format", "mlx"),)),
+}
+
+
+def environment(name: str) -> Path | None:
+    """The interpreter of the environment, or None with a line that says what does not install."""
+    part, folder = PARTS[name], ROOT / f".venv-{name}"
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    if (folder / ".ready").exists():
+        return python
+    venv.create(folder, with_pip=True, clear=True)
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    tests = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100")
+    own = ("--constraint", ROOT / "constraints.txt", "--editable", f"{ROOT}[hf,fast]", *tests)
+    steps = [(*own, *part.packages), *([("--no-deps", *part.alone)] if part.alone else [])]
+    for step in steps:
+        done = subprocess.run([*pip, *step], capture_output=True, text=True)
+        if done.returncode:
+            print(f"{name}: skipped: {' '.join(part.packages + part.alone)}: {done.stderr.strip().splitlines()[-1]}")
+            return None
+    (folder / ".ready").touch()
+    return python
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=PARTS)
+    parser.add_argument("--data", default="topics")
+    choices = parser.parse_args()
+    python = environment(choices.name)
+    if python is None:
+        return 0
+    part, here = PARTS[choices.name], Path(__file__).parent
+    common = [
+        "--method",
+        "rtn",
+        "--windows",
+        "2",
+        "--data",
+        choices.data,
+        "--results",
+        ROOT / f".interop-{choices.name}",
+    ]
+    commands = [
+        ["-m", "pytest", "-q", ROOT / "tests" / "exports" / "test_integer_readers.py", "-k", part.tests],
+        *([here / "integer_readers.py", *run, *common] for run in part.runs),
+    ]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return max(subprocess.run([python, *one], cwd=ROOT, env=one_thread).returncode for one in commands)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
