@@ -1,6 +1,6 @@
 # make demo    fetch a small model, quantize it, measure it, write demo-out/report.html
 # make test    lint, format, types, tests; QUICK=1 leaves out the tests that take long
-# make test-interop  run our files in llama.cpp, in an environment of its own (half an hour; DATA=FILE: the text)
+# make test-interop  run our files in llama.cpp and vLLM, in environments of their own (an hour; DATA=FILE: the text)
 # make check   lint, format and types only
 # make dist    build the wheel and the source package into dist/
 
@@ -26,6 +26,8 @@ test: check
 test-interop: $(FOR_TESTS)
 	$(BIN)/python benchmarks/llama_cpp.py --data $(or $(DATA),topics) --out .interop-llama-cpp.json \
 	    --model smollm2-135m --model gemma3-270m --grid none --grid q4_0 --grid iq4_nl
+	$(BIN)/python benchmarks/vllm_client.py --data $(or $(DATA),topics) --out .interop-vllm.json \
+	    --model smollm2-135m --kind none --kind int4-64 --kind w8a8 --kind gptq
 
 check: $(FOR_TESTS)
 	$(BIN)/ruff check .
@@ -49,4 +51,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .venv-llama-cpp .interop-llama-cpp.json demo-out dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-llama-cpp .interop-llama-cpp.json .venv-vllm .interop-vllm.json demo-out dist build .pytest_cache .mypy_cache .ruff_cache
