@@ -1,5 +1,6 @@
 """Convert packed layers to plain ones, in memory or on disk, for programs that cannot use the packed form."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fewbit.errors import FewbitError
 from fewbit.formats import native
 from fewbit.formats.config import weights_of
 from fewbit.formats.native import part_layout
+from fewbit.grids.inputs import round_tokens
 from fewbit.grids.scheme import StoredWeight
 from fewbit.linear import Linear
 from fewbit.runtime.packed_linear import PackedLinear
@@ -53,8 +55,20 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None, own_class
     return model
 
 
+@dataclass(frozen=True)
+class RoundInputs:
+    """Called before a plain layer, it rounds the inputs as the packed layer did."""
+
+    bits: int
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (round_tokens(inputs[0], self.bits), *inputs[1:])
+
+
 def plain_layer(packed: PackedLinear, dtype: torch.dtype, own_class: bool = False) -> nn.Module:
-    """A plain layer with the same weight in `dtype` and the same bias. own_class: as for :func:`unpack_modules`."""
+    """A plain layer with the same weight in `dtype`, the same bias, and inputs rounded as before.
+
+    own_class: as for :func:`unpack_modules`."""
     weight = packed.decode(dtype)
     if own_class and packed.stored.transposed:
         from transformers.pytorch_utils import Conv1D
@@ -66,6 +80,8 @@ def plain_layer(packed: PackedLinear, dtype: torch.dtype, own_class: bool = Fals
         layer = Linear(packed.in_features, packed.out_features, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.register_parameter("bias", packed.bias)
+    if packed.stored.scheme.input_bits:
+        layer.register_forward_pre_hook(RoundInputs(packed.stored.scheme.input_bits))
     return layer.train(packed.training)
 
 
@@ -93,6 +109,7 @@ def read_weight(checkpoint: Checkpoint, reader: FileReader, module: str, stored:
 def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_size: int = 5_000_000_000) -> Path:
     """Convert a native folder to a plain 16-bit one that any tool can load, with one tensor in memory at a time.
 
+    It holds weights only: if inputs were rounded at run time, they no longer are.
     Returns `out`. Raises FewbitError if `folder` is not a complete native folder or `out` cannot be written.
     """
     checkpoint = open_checkpoint(Path(folder))

@@ -88,3 +88,12 @@ def test_experts_that_transformers_misreads(choices: tuple[str, ...], says: str,
     run_cli("quantize", model, tmp_path / "q", "--method", "rtn", *scales, *grid, *choices)
     done = run_cli("export", tmp_path / "q", tmp_path / "out", "--format", "compressed-tensors")
     assert says in done.stdout
+
+
+def test_inputs_of_experts_cannot_be_rounded(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(fewbit.FewbitError, match="inputs of experts cannot be rounded: keep them with --exclude"):
+        fewbit.quantize(model, tmp_path / "q", "w8a8")
+    report = fewbit.quantize(model, tmp_path / "q", "w8a8", exclude=["*.experts.*"])
+    assert not any("experts" in layer["name"] for layer in report["layers"])
+    with torch.no_grad():
+        assert torch.isfinite(fewbit.load(tmp_path / "q")(torch.arange(16).unsqueeze(0) + 3).logits).all()

@@ -48,7 +48,7 @@ def test_folding_changes_no_output_before_rounding(name: str, tmp_path: Path) ->
     with in_float32(block):
         expected = walk.change(0)
         # A rounding that is hurt by small channels, so that every set is scaled.
-        folding = Folding(TRANSFORMS["awq"].choose, lambda _, w: (w * 20).round() / 20)
+        folding = Folding(TRANSFORMS["awq"], lambda _, w: (w * 20).round() / 20)
         notes = fold_block(block, sites, gram, folding, lambda: walk.change(0))
         found = walk.change(0)
     assert float((found - expected).norm() / expected.norm()) < 1e-5

