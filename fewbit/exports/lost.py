@@ -106,9 +106,9 @@ def _other_grids(scheme: Scheme, target: Target) -> dict[str, Scheme]:
 _TRAITS = (
     _Trait("transform", lambda scheme: f"the transform {scheme.transform}", _without_transform),
     _Trait("outliers", lambda scheme: "outliers", _without_outliers),
-    _Trait("input_bits", lambda scheme: f"inputs of {scheme.input_bits} bits", _without_rounded_inputs),
     _Trait("bits", lambda scheme: f"{scheme.bits:g} bits", _other_bits),
     _Trait("group_size", lambda scheme: f"groups of {scheme.group_size}", _other_groups),
     _Trait("scale_format", lambda scheme: f"{scheme.scale_format} scales", _other_scales),
     _Trait("grid", lambda scheme: f"the grid {GRIDS[scheme.grid].choice}", _other_grids),
+    _Trait("input_bits", lambda scheme: f"inputs of {scheme.input_bits} bits", _without_rounded_inputs),
 )

@@ -102,10 +102,10 @@ def test_a_grid_by_name(mixed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("choices", "says"),
     [
-        ({"target": "nothing"}, "--for must be one of llama.cpp.*, not 'nothing'"),
+        ({"target": "nothing"}, "--for must be one of fewbit, llama.cpp.*, not 'nothing'"),
         ({"target": "llama.cpp", "bits": 1}, "has no type of 1 bits: use --bits 2 or more"),
         ({"target": "llama.cpp", "recipe": "recipe.json"}, "leave out --recipe"),
-        ({"target": "llama.cpp", "outlier_fraction": 0.01}, "has the outliers none"),
+        ({"target": "llama.cpp", "outlier_fraction": 0.01}, "holds no outliers: leave out --outlier-fraction"),
     ],
 )
 def test_choices_that_do_not_go_together(choices: dict[str, Any], says: str, mixed: Path, tmp_path: Path) -> None:

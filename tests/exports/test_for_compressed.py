@@ -92,7 +92,10 @@ def test_scales_in_the_dtype_of_the_model(tmp_path: Path) -> None:
         ({"target": "vllm", "grid": "normal-float"}, "not normal-float"),
         ({"target": "transformers", "embedding_bits": 8}, "leave out --embedding-bits"),
         ({"target": "transformers", "outlier_fraction": 0.01}, "holds no outliers: leave out --outlier-fraction"),
-        ({"target": "transformers", "scale_format": "two-level"}, "does not hold the grid, scales"),
+        (
+            {"target": "transformers", "scale_format": "two-level"},
+            "does not hold two-level scales: leave out --scale-format",
+        ),
         ({"target": "vllm", "set": "*.down_proj:bits=3"}, "down_proj.weight: vLLM runs 4 and 8 bits, not 3"),
         ({"target": "vllm", "group_size": "16"}, "vLLM has groups of 32, 64, 128 or row, not 16"),
         ({"target": "vllm", "set": "*.k_proj:bits=8"}, "vLLM reads them as one matrix"),
