@@ -14,7 +14,7 @@ from fewbit.linear import linear
 from fewbit.runtime.kernels.kernel import Kernel
 from fewbit.runtime.kernels.table import can_gather, kernel_for
 
-_AT_ONCE = 1 << 19
+_AT_ONCE = 1 << 20
 """Weights that are decoded at one time for a product with many tokens: so few that caches hold them. The memory of
 larger ones would not go back to the system, because what is kept of later layers lies behind it."""
 
