@@ -51,6 +51,8 @@ class Batch(ctypes.Structure):
 
 def library() -> ctypes.CDLL:
     found = importlib.util.find_spec("xllamacpp")
+    if found is None or not found.submodule_search_locations:
+        sys.exit("the wheel xllamacpp is not installed")
     folder = Path(found.submodule_search_locations[0])
     lib = ctypes.CDLL(str(next(folder.glob("xllamacpp*.so"))))
     pointer = ctypes.c_void_p
