@@ -5,8 +5,13 @@
 Each row is measured in processes of its own, in turns, on one thread. Times are of the processor, not of the clock: for
 one thread that is the same on an idle machine, and other work disturbs it less. Memory is that of the operating system
 above what the process had before it loaded the model; before that, it ran a tiny model of the same kind, so that the
-code of the libraries is not counted. `--other NAME=COMMAND` adds a row from a command that prints such a row as JSON
-(`decode_seconds`, `prefill_seconds`, `bytes`), such as a script that runs llama.cpp on the same model.
+code of the libraries is not counted. Embeddings and head have the bits that `fewbit quantize` gives them, and 16 in one
+more row for each `--kept-embeddings BITS`. `--other NAME=COMMAND` adds a row from a command that prints such a row as
+JSON (`decode_seconds`, `prefill_seconds`, `bytes`); for llama.cpp on the same model that is
+
+    --other "llama.cpp, q4_0=VENV/bin/python benchmarks/llama_cpp_runner.py MODEL.gguf --speed"
+
+where VENV has the wheel `xllamacpp` and NumPy.
 """
 
 import argparse
@@ -87,13 +92,14 @@ def measure(model: str, dtype: str, bits: int) -> dict[str, Any]:
     }
 
 
-def folder_of(model: str, bits: int, top: Path) -> Path:
-    """The model quantized with `adpq+`, made if it is not there."""
+def folder_of(model: str, bits: int, embeddings: int | None, top: Path) -> Path:
+    """The model quantized with `adpq+`, made if it is not there. embeddings: their bits and the head's."""
     import fewbit
 
-    out = top / f"{model}-{bits}"
+    out = top / (f"{model}-{bits}" if embeddings is None else f"{model}-{bits}-{embeddings}")
     if not out.exists():
-        fewbit.quantize(model, out, fewbit.preset("adpq+", bits=bits))
+        kept = {} if embeddings is None else {"embedding_bits": embeddings}
+        fewbit.quantize(model, out, fewbit.preset("adpq+", bits=bits, **kept))
     return out
 
 
@@ -110,6 +116,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--bits", type=int, action="append")
+    parser.add_argument("--kept-embeddings", type=int, action="append", default=[])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--other", action="append", default=[])
     parser.add_argument("--results", type=Path, default=HERE / "results" / "decode.json")
@@ -124,10 +131,12 @@ def main() -> None:
     own = [sys.executable, str(Path(__file__)), "--row"]
     rows = {f"transformers, {dtype}": [*own, arguments.model, dtype, "16"] for dtype in ("bfloat16", "float32")}
     sizes = {}
-    for bits in arguments.bits or (8, 4, 3, 2):
-        made = folder_of(arguments.model, bits, arguments.folder)
-        rows[f"packed, {bits} bits"] = [*own, str(made), "bfloat16", str(bits)]
-        sizes[f"packed, {bits} bits"] = sum(file.stat().st_size for file in made.glob("*.safetensors"))
+    packed: list[tuple[int, int | None]] = [(bits, None) for bits in arguments.bits or (8, 4, 3, 2)]
+    for bits, embeddings in packed + [(bits, 16) for bits in arguments.kept_embeddings]:
+        made = folder_of(arguments.model, bits, embeddings, arguments.folder)
+        name = f"packed, {bits} bits" + (", embeddings and head 16" if embeddings else "")
+        rows[name] = [*own, str(made), "bfloat16", str(bits)]
+        sizes[name] = sum(file.stat().st_size for file in made.glob("*.safetensors"))
     rows |= {name: shlex.split(command) for name, _, command in (one.partition("=") for one in arguments.other)}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
     for _ in range(arguments.repeats):

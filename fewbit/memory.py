@@ -73,3 +73,14 @@ def keep_freed_memory() -> None:
         mmap_threshold, trim_threshold = -3, -1
         mallopt(mmap_threshold, 1 << 28)
         mallopt(trim_threshold, 1 << 28)
+
+
+def return_freed_memory() -> None:
+    """Give the memory that this process has freed back to the system, if its C library is glibc; otherwise nothing."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -10,6 +10,7 @@ from fewbit.checkpoints.plain_copy import folder_to_load
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.device import check_device
 from fewbit.errors import FewbitError, missing_extra
+from fewbit.memory import return_freed_memory
 from fewbit.quiet import quiet_transformers
 from fewbit.runtime.load_errors import known_cause
 
@@ -28,6 +29,7 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
 
         from fewbit.linear import use_fast_products
         from fewbit.runtime.classes import class_of
+        from fewbit.runtime.prepare import prepare
     except ImportError as error:
         raise missing_extra(error.name or "transformers", "hf") from error
     folder = locate(model)
@@ -58,7 +60,11 @@ def load(model: str | Path, dtype: Any = "auto", device: str | None = None) -> A
                 f"{folder}: {kind.replace('_keys', '')} weights ({names}): the folder is incomplete or damaged"
             )
     use_fast_products(loaded)
-    return loaded.to(target).eval()
+    loaded = loaded.to(target).eval()
+    if target.type == "cpu":
+        prepare(loaded)
+        return_freed_memory()
+    return loaded
 
 
 def load_decoder(model: str | Path, dtype: Any = "auto", device: str | None = None) -> Any:

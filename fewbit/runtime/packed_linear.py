@@ -10,7 +10,7 @@ from fewbit.formats import native
 from fewbit.formats.native import GUARD, part_layout
 from fewbit.grids.scheme import StoredWeight
 from fewbit.runtime.decoded import to_look_at
-from fewbit.runtime.kernels.ready import Ready, product
+from fewbit.runtime.kernels.ready import Ready, at_once, product
 from fewbit.runtime.kernels.ready import back as for_inputs
 
 _BUFFER = "packed_"
@@ -66,7 +66,8 @@ class PackedLinear(nn.Linear):
         self.out_features, self.in_features = stored.shape
         add_parts(self, stored, device)
         remember_dtype(self, dtype)
-        self.ready = Ready(stored)
+        self.ready = Ready(stored, _BUFFER)
+        self.takes_inputs_as_they_are = stored.scheme.transform == "none" and not stored.scheme.input_bits
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None  # type: ignore[assignment]
 
     @property
@@ -83,9 +84,15 @@ class PackedLinear(nn.Linear):
         return native.decode_stored(parts_of(self), self.stored, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias, parts = self.bias, parts_of(self)
+        bias = self.bias
+        has_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if not has_gradient and self.takes_inputs_as_they_are:
+            found = at_once(self.ready, self._buffers, x, bias)
+            if found is not None:
+                return found
+        parts = parts_of(self)
         x = native.transform_inputs(x, parts, self.stored)
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        if has_gradient:
             return _Product.apply(x, bias, self)
         return product(self.ready, parts, self.stored, x, bias)
 

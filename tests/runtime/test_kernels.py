@@ -188,7 +188,7 @@ def test_shapes(rows: int, columns: int, group_size: int, bits: int) -> None:
 def ready_product(x: Tensor, scheme: Scheme | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The product that a layer computes, and the decoded weight."""
     parts, stored = pack(scheme or normal_float(3, outlier_grid="row", outlier_bits=8))
-    found = ready.product(Ready(), parts, stored, x, bias)
+    found = ready.product(Ready(stored), parts, stored, x, bias)
     return found, native.decode_stored(parts, stored, x.dtype)
 
 
@@ -248,7 +248,7 @@ def test_threads_give_equal_results(dtype: torch.dtype, monkeypatch: pytest.Monk
 def test_what_is_prepared_follows_its_parts() -> None:
     parts, stored = pack(normal_float(3))
     other, _ = pack(normal_float(3), columns=192)
-    form, x = Ready(), torch.randn(1, 192)
+    form, x = Ready(stored), torch.randn(1, 192)
     first = ready.product(form, parts, stored, x, None)
     kept = form.get(parts, stored, x.dtype)
     assert form.get(parts, stored, x.dtype) is kept

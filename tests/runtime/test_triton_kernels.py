@@ -212,7 +212,7 @@ def test_what_a_module_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert can_gather(DEVICE)
     found = kernel_for(stored, DEVICE, torch.float16)
     assert found is not None and found.name == "triton"
-    prepared = Ready()
+    prepared = Ready(stored)
     for tokens in (1, 16, 17, 40):
         x = torch.randn(tokens, 192).half().to(DEVICE)
         check_product(ready.product(prepared, parts, stored, x, None), x, weight, None)

@@ -32,11 +32,16 @@ def _prepare(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dty
 
 def _product(about: Description, x: Tensor, bias: Tensor | None) -> Tensor:
     (rows, columns), run = about.shape, about.run
-    x, out, tokens = x.contiguous(), torch.empty((*x.shape[:-1], rows), dtype=x.dtype), x.numel() // columns
+    x, out, tokens, shift = x.contiguous(), x.new_empty((*x.shape[:-1], rows)), x.numel() // columns, 0
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
+        shift = bias.data_ptr()
     fixed = (about.address, x.data_ptr(), tokens, out.data_ptr(), rows)
-    shift = 0 if bias is None else bias.data_ptr()
+    if rows * columns * tokens < 2 * _WORTH_A_THREAD:
+        # A small layer takes little more time than what is around its product.
+        work = torch.empty(room(columns, tokens), dtype=torch.uint8)
+        run(*fixed, 0, rows, shift, work.data_ptr())
+        return out
     _in_threads(lambda start, end, work: run(*fixed, start, end, shift, work), about, 0, rows, tokens)
     return out
 
@@ -90,8 +95,9 @@ NUMBA = Kernel(
     extra="fast",
     dtypes=_DTYPES,
     most_tokens=8,
-    # What is decoded is still in a cache when it is multiplied.
-    weights_at_once=1 << 23,
+    # So few that caches hold them. The memory of larger ones would not go back to the system, because what is kept of
+    # later layers lies behind it.
+    weights_at_once=1 << 20,
     supports=_supports,
     prepare=_prepare,
     product=_product,

@@ -5,6 +5,7 @@ Codes stay packed and are read where they are. Nothing decoded is kept but the n
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from mmap import mmap
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ ROWS = 8
 """Rows that are decoded, and then multiplied, together."""
 _LANES = 16
 _LONGEST_GAP = 255
+_ALIGNED = 64
 
 
 @dataclass(frozen=True)
@@ -114,46 +116,65 @@ def describe(
     if formula is None:
         raise ValueError(f"no kernel computes the grid {stored.scheme.grid}")
     kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> int:
-        kept.append(tensor.contiguous())
-        return kept[-1].data_ptr()
-
+    made: dict[int, Tensor] = {}
     fields = [0] * _FIELDS
     fields[COLUMNS], fields[GROUP], fields[GROUPS] = stored.shape[1], stored.scheme.group_size, stored.groups
     terms = formula.terms(grid_of(stored.scheme).read(parts, stored.scheme, stored.groups))
     kinds = [0, 0, 0]
     products = factors(parts, stored, terms.scale)
     if products is not None:
-        kinds[0], fields[SCALE], fields[UNITS] = SIGNED, keep(products[0]), keep(products[1])
+        kinds[0], made[SCALE], made[UNITS] = SIGNED, *products
     for place, values in enumerate((terms.scale, terms.zero, terms.minimum)):
         if values is not None and not (place == 0 and products is not None):
             numbers = smallest(values) if values.shape[-1] == 1 else values.to(torch.float32)
-            fields[SCALE + place], kinds[place] = keep(numbers), KIND_OF[numbers.dtype]
+            made[SCALE + place], kinds[place] = numbers, KIND_OF[numbers.dtype]
     outlier_kind = 0
     if stored.scheme.has_outliers and stored.outliers > 0:
         found = _outliers(parts, stored, formula, dtype)
-        fields[STARTS], fields[GAPS], fields[VALUES] = map(keep, (found.starts, found.gaps, found.values))
+        made |= {STARTS: found.starts, GAPS: found.gaps, VALUES: found.values}
         outlier_kind = KIND_OF[found.values.dtype]
         if found.steps is not None:
-            fields[STEPS], fields[MIDDLE] = keep(found.steps), found.middle
+            made[STEPS], fields[MIDDLE] = found.steps, found.middle
+        del found
     reading = _reading(formula, stored, kinds, terms.scale.shape[-1], (outlier_kind, KIND_OF[dtype]))
-    fields[LADDER] = keep(_ladder(formula, reading))
+    made[LADDER] = _ladder(formula, reading)
     each = len(formula.ladder) // reading.magnitudes
-    fields[PICKS] = keep((torch.arange(_LANES) % len(formula.ladder) // each).to(torch.int32))
+    made[PICKS] = (torch.arange(_LANES) % len(formula.ladder) // each).to(torch.int32)
     below = 0
     for number, plane in enumerate(formula.planes):
         at = PLANES + 5 * number
         start, size = plane.place(stored.shape[1])
         part = parts[plane.part]
-        fields[at] = keep(part) + start
+        kept.append(part.contiguous())
+        fields[at] = kept[-1].data_ptr() + start
         fields[at + 1] = 0 if plane.shared else part.shape[-1]
         if reading.expanded:
             fields[at + 2], fields[at + 4] = plane.codes_in_a_byte, size
-            fields[at + 3] = keep(_of_bytes(plane, below))
+            made[at + 3] = _of_bytes(plane, below)
         below += plane.width
+    own, addresses = _together(made)
+    kept.append(own)
+    for place, address in addresses.items():
+        fields[place] = address
     known = torch.tensor(fields, dtype=torch.int64)
     return Description(stored.shape, dtype, reading, known, tuple(kept), compiled(reading), known.data_ptr())
+
+
+def _together(tensors: Mapping[int, Tensor]) -> tuple[Tensor, dict[int, int]]:
+    """The numbers of all tensors in one, and the address of each there.
+
+    It has pages of its own. Elsewhere it would lie between larger tensors that are needed only until all is prepared,
+    and keep their memory from going back to the system.
+    """
+    places, size = {}, 0
+    for key, tensor in tensors.items():
+        places[key] = size
+        size += -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED
+    own = torch.frombuffer(mmap(-1, size), dtype=torch.uint8)
+    for key, tensor in tensors.items():
+        flat = tensor.contiguous().view(-1).view(torch.uint8)
+        own[places[key] : places[key] + flat.numel()] = flat
+    return own, {key: own.data_ptr() + place for key, place in places.items()}
 
 
 def _reading(
