@@ -49,6 +49,15 @@ def decoded(model: str | Path) -> str | Path:
     return find(model).place
 
 
+def check_apart(out: str | Path | None, model: str | Path) -> None:
+    """Raise FewbitError if an output is the model itself, or one is inside the other: what is read may be a copy."""
+    from fewbit.checkpoints.output import check_place
+
+    path = Path(model).expanduser()
+    if out is not None and path.exists():
+        check_place(Path(out), path)
+
+
 @dataclass(frozen=True)
 class Named:
     """Models under the names that a user gave, and what to open for them."""

@@ -137,6 +137,8 @@ def test_truncated_folders(models: dict[str, Path], tmp_path: Path, kind: str) -
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_quantize_names_the_command(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    line = run_cli("quantize", models[kind], tmp_path / "out", code=2).stderr
+def test_quantize_of_what_cannot_be_read_names_the_command(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    model = changed(models, kind, tmp_path, "new_key", "strange")
+    line = run_cli("quantize", model, tmp_path / "out", code=2).stderr
     assert "already quantized" in line and "fewbit import" in line and line.count("\n") == 1
+    assert "new_key is strange: fewbit does not know this key" in refused(model, tmp_path)
