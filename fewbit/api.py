@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewbit.advice import advice
-from fewbit.api_models import Named, check_apart, decoded, with_codes
+from fewbit.api_models import Named, check_apart, decoded, with_codes, with_codes_here
 from fewbit.calibration.choice import CalibrationChoice, choice_from
 from fewbit.checkpoints.json_in import read_json_object
 from fewbit.checkpoints.locate import locate
@@ -241,7 +241,7 @@ def tune(
     from fewbit.tuning.run import tune as run
 
     check_apart(out, folder)
-    folder = with_codes(folder)
+    folder = with_codes_here(folder)
     if choice is not None or options is not None:
         if choices:
             raise FewbitError("give either a TuningChoice and TuneOptions, or single choices, not both")
@@ -366,7 +366,7 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
     from fewbit.runtime.unpack import unpack as run
 
     check_apart(out, folder)
-    folder = with_codes(folder)
+    folder = with_codes_here(folder)
     return run(folder, out, overwrite, parse_size(shard_size) if isinstance(shard_size, str) else shard_size)
 
 
