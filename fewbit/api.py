@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewbit.advice import advice
-from fewbit.api_models import Named, decoded, with_codes
+from fewbit.api_models import Named, check_apart, decoded, with_codes, with_codes_here
 from fewbit.calibration.choice import CalibrationChoice, choice_from
 from fewbit.checkpoints.json_in import read_json_object
 from fewbit.checkpoints.locate import locate
@@ -51,6 +51,7 @@ def quantize(
     Returns the report that is also written to `fewbit_report.json`, with an additional `run` entry (seconds, peak
     memory). Raises FewbitError for bad input; `out` is then not created.
     """
+    check_apart(out, model)
     model = decoded(model)
     if isinstance(method, Recipe) or options is not None:
         if choices:
@@ -249,7 +250,8 @@ def tune(
     from fewbit.tuning.run import TuneOptions
     from fewbit.tuning.run import tune as run
 
-    folder = with_codes(folder)
+    check_apart(out, folder)
+    folder = with_codes_here(folder)
     if choice is not None or options is not None:
         if choices:
             raise FewbitError("give either a TuningChoice and TuneOptions, or single choices, not both")
@@ -323,6 +325,7 @@ def export(
     from fewbit.exports.export import export as run
     from fewbit.exports.table import format_named
 
+    check_apart(dest, folder)
     kind, folder = format_named(format), with_codes(folder)
     checkpoint = open_checkpoint(locate(folder))
     if not (allow_requantize and checkpoint.is_native):
@@ -372,7 +375,8 @@ def unpack(folder: str | Path, out: str | Path, overwrite: bool = False, shard_s
     """
     from fewbit.runtime.unpack import unpack as run
 
-    folder = with_codes(folder)
+    check_apart(out, folder)
+    folder = with_codes_here(folder)
     return run(folder, out, overwrite, parse_size(shard_size) if isinstance(shard_size, str) else shard_size)
 
 

@@ -42,11 +42,25 @@ def with_codes(model: str | Path) -> str | Path:
     return find(model).place
 
 
+def with_codes_here(folder: str | Path) -> str | Path:
+    """As :func:`with_codes`, for commands that take a folder or file of this machine, and no names."""
+    return with_codes(folder) if Path(folder).expanduser().exists() else folder
+
+
 def decoded(model: str | Path) -> str | Path:
     """What to quantize for a model: if another tool quantized it, the folder in the cache with its decoded weights."""
     from fewbit.imports.as_model import decoded as find
 
     return find(model).place
+
+
+def check_apart(out: str | Path | None, model: str | Path) -> None:
+    """Raise FewbitError if an output is the model itself, or one is inside the other: what is read may be a copy."""
+    from fewbit.checkpoints.output import check_place
+
+    path = Path(model).expanduser()
+    if out is not None and path.exists():
+        check_place(Path(out), path)
 
 
 @dataclass(frozen=True)

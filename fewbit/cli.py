@@ -142,7 +142,7 @@ def unpack(
     from fewbit.checkpoints.source import open_checkpoint
     from fewbit.versions import versions
 
-    read_foreign(folder)
+    read_foreign(folder if folder.exists() else None)
     written = run(folder, out, **given_of(UNPACK, choices, "run"))
     if as_json:
         row = {"name": str(written), "method": "unpacked", "bytes": open_checkpoint(written).bytes}

@@ -31,7 +31,7 @@ def tune(
     from fewbit.report.text import quantize_json, tuning_summary
 
     announce(choices["reference"])
-    read_foreign(folder)
+    read_foreign(folder if folder.exists() else None)
     with progress_line("tuning") as progress, resumable():
         report = run(folder, out, progress=progress, **choices)
     if not report:

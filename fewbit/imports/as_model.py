@@ -93,7 +93,8 @@ def _found(model: str | Path) -> _Found | None:
         return None
     file = path if path.is_file() and path.suffix == ".gguf" else only_gguf_in(path)
     if file is not None:
-        return _Found(file, "GGUF", stem_of(file), gguf_key(file)) if _is_quantized(file) else None
+        found = _Found(file, "GGUF", stem_of(file), gguf_key(file))
+        return found if _place(found).is_dir() or _is_quantized(file) else None
     folder = locate(model)
     checkpoint = open_checkpoint(folder)
     kind = format_of(checkpoint)
@@ -115,8 +116,11 @@ def _imported(found: _Found, progress: Progress | None) -> Path:
     def build(out: Path) -> None:
         import_model(found.path, out / found.name, progress=progress)
 
-    target = cache_folder() / "imported" / hashlib.sha256(f"{__version__} {found.key}".encode()).hexdigest()[:16]
-    return build_once(target, build) / found.name
+    return build_once(_place(found), build) / found.name
+
+
+def _place(found: _Found) -> Path:
+    return cache_folder() / "imported" / hashlib.sha256(f"{__version__} {found.key}".encode()).hexdigest()[:16]
 
 
 def _unpack(packed: Path, out: Path) -> None:

@@ -82,9 +82,6 @@ def test_packed_embeddings_that_grow_are_said(model: Path, tmp_path: Path) -> No
     assert "--embeddings" not in small
     sizes = [(tmp_path / name / f"{name}.gguf").stat().st_size for name in ("kept", "small")]
     assert sizes[0] - sizes[1] == 320 * 64 * 2 - 320 * 2 * 34
-    # Types of llama.cpp are written as they are.
-    fewbit.import_model(tmp_path / "small" / "small.gguf", tmp_path / "imported")
-    assert "--embeddings" not in run_cli("export", tmp_path / "imported", tmp_path / "again").stdout
     assert "--embeddings" not in run_cli("export", model, tmp_path / "plain").stdout
 
 

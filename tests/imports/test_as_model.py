@@ -146,6 +146,21 @@ def test_a_folder_that_cannot_be_read_is_left_to_transformers_or_refused(
         assert line.count("\n") == 1
 
 
+@pytest.mark.parametrize("kind", ["gptq", "gguf"])
+def test_an_output_never_replaces_what_it_is_made_from(models: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    model = copy_folder(models[kind], tmp_path / "m")
+    # As if fewbit itself had written it.
+    (model / "fewbit_report.json").write_text(json.dumps({"fewbit_version": "0", "recipe": {}}))
+    names = sorted(path.name for path in model.iterdir())
+    (model / "fewbit_run.json").write_text(json.dumps({"files": names}))
+    given = model if kind == "gptq" else model / "file.gguf"
+    for command in ("quantize", "unpack", "export"):
+        for out in (model, tmp_path):
+            line = run_cli(command, given, out, "--overwrite", code=2).stderr
+            assert "is inside the model's own folder" in line or "contains the model's folder" in line
+    assert sorted(path.name for path in model.iterdir()) == sorted([*names, "fewbit_run.json"])
+
+
 def test_another_tool_is_refused_as_before(tmp_path: Path) -> None:
     model = build_tiny(tmp_path / "m", shard_size="1GB")
     config = json.loads((model / "config.json").read_text())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import copy_folder
+from conftest import copy_folder, run_cli
 from safetensors.torch import load_file, save_file
 from test_import_folders import LAYER, awq, compressed, gptq
 from test_import_gguf import refused
@@ -134,3 +134,11 @@ def test_truncated_folders(models: dict[str, Path], tmp_path: Path, kind: str) -
     data = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(data[: len(data) // 2])
     assert "not a complete safetensors file" in refused(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_quantize_of_what_cannot_be_read_names_the_command(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    model = changed(models, kind, tmp_path, "new_key", "strange")
+    line = run_cli("quantize", model, tmp_path / "out", code=2).stderr
+    assert "already quantized" in line and "fewbit import" in line and line.count("\n") == 1
+    assert "new_key is strange: fewbit does not know this key" in refused(model, tmp_path)
