@@ -12,9 +12,10 @@ same folder, with the package compressed-tensors; folders of GPTQ are read with 
   standard errors over the windows.
 
 With matrix units for 8 bits (AMX), vLLM rounds the inputs of 4-bit layers to 8 bits unless VLLM_CPU_INT4_W4A8=0 is set.
-Rows are measured without that, and those whose name ends in +8 with it: they show what it costs, without a bound. Where
-vLLM runs no such folder, the row has its error. Exits with 1 if anything is beyond its bound, or a folder that should
-run does not; where the wheel cannot be installed, or has no kernels for the processor, it says so and exits with 0.
+Rows are measured without that, and those whose name ends in +8 with it: they show what it costs, without a bound.
+Where vLLM runs no such folder, the row has its error. Exits with 1 if anything is beyond its bound, or a folder that
+should run does not; where the wheel cannot be installed, or has no kernels for the processor, it says so and exits
+with 0.
 """
 
 import argparse

@@ -94,6 +94,20 @@ def test_one_graph_for_a_whole_model(folder: Path, backend: str) -> None:
 
 
 @pytest.mark.slow
+def test_blocks_that_are_compiled_one_by_one(tmp_path: Path) -> None:
+    """They share their code, not the numbers of their weights."""
+    torch._dynamo.reset()
+    build(tmp_path / "model", dtype="float32", num_hidden_layers=3)
+    model = load(quantized(tmp_path / "model", tmp_path / "out", "adpq+", 4))
+    with torch.inference_mode():
+        wanted = model(IDS).logits
+        for block in model.model.layers:
+            block.compile(backend="aot_eager")
+        for _ in range(2):
+            torch.testing.assert_close(model(IDS).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_an_exported_program_has_none(tmp_path: Path) -> None:
     """It runs where this package is not installed."""
     build(tmp_path / "model", dtype="float32", num_hidden_layers=1)

@@ -38,7 +38,7 @@ def _numbered(place: int) -> Any:
 @torch.library.custom_op(
     "fewbit::packed_product",
     mutates_args=(),
-    schema="(Tensor x, Tensor? bias, Tensor[] parts, int place, int outputs) -> Tensor",
+    schema="(Tensor x, Tensor? bias, Tensor[] parts, SymInt place, SymInt outputs) -> Tensor",
 )
 def packed_product(x: Tensor, bias: Tensor | None, parts: list[Tensor], place: int, outputs: int) -> Tensor:
     """``x W^T + b`` `(..., outputs)` for x `(..., in)`, in the dtype of x."""
@@ -53,7 +53,7 @@ def _(x: Tensor, bias: Tensor | None, parts: list[Tensor], place: int, outputs: 
 @torch.library.custom_op(
     "fewbit::packed_rows",
     mutates_args=(),
-    schema="(Tensor ids, Tensor[] parts, int place, int columns, ScalarType dtype) -> Tensor",
+    schema="(Tensor ids, Tensor[] parts, SymInt place, SymInt columns, ScalarType dtype) -> Tensor",
 )
 def packed_rows(ids: Tensor, parts: list[Tensor], place: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Rows `(n, columns)` of a weight, in `dtype`, at ids `(n,)`."""

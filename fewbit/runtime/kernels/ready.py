@@ -40,6 +40,7 @@ class Ready:
 
     def __init__(self, stored: StoredWeight, prefix: str = "") -> None:
         self.stored, self.number = stored, operators.number(self)
+        self._names = tuple(part_layout(stored))
         self._prefix = prefix
         self._prepared: _Prepared | None = None
 
@@ -51,11 +52,15 @@ class Ready:
 
     def multiply(self, parts: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b`` for parts in the order of :func:`fewbit.formats.native.part_layout`."""
-        return product(self, dict(zip(part_layout(self.stored), parts, strict=True)), self.stored, x, bias)
+        return product(self, dict(zip(self._names, parts, strict=True)), self.stored, x, bias)
 
     def take(self, parts: Sequence[Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows at ids `(n,)`, for parts in that order."""
-        return gather(self, dict(zip(part_layout(self.stored), parts, strict=True)), self.stored, ids, dtype)
+        return gather(self, dict(zip(self._names, parts, strict=True)), self.stored, ids, dtype)
+
+    def in_order(self, parts: Mapping[str, Tensor]) -> list[Tensor]:
+        """The parts in that order: only looked up, since nothing is computed while a graph is traced."""
+        return [parts[name] for name in self._names]
 
     def forget(self) -> None:
         """Release the prepared form and the parts that it refers to."""
@@ -142,7 +147,7 @@ def through_kernel(
     traces, the result is a call of an operator, which does this when the graph runs.
     """
     if operators.in_a_graph():
-        return operators.packed_product(x, bias, _in_order(parts, stored), ready.number, stored.shape[0])
+        return operators.packed_product(x, bias, ready.in_order(parts), ready.number, stored.shape[0])
     found = ready.get(parts, stored, x.dtype) if _is_plain(x) and x.shape[-1] == stored.shape[1] else None
     if found is None or found.kernel is None or x.device.type != found.kernel.device:
         return None
@@ -165,7 +170,7 @@ def gather(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, ids:
     A kernel gives NaN for an id that has no row, where there would be an IndexError without one.
     """
     if operators.in_a_graph():
-        return operators.packed_rows(ids, _in_order(parts, stored), ready.number, stored.shape[1], dtype)
+        return operators.packed_rows(ids, ready.in_order(parts), ready.number, stored.shape[1], dtype)
     found = ready.get(parts, stored, dtype) if can_gather(ids.device) and _is_plain(ids) else None
     if found is None or found.kernel is None or found.kernel.gather is None or ids.device.type != found.kernel.device:
         return native.decode_rows(parts, stored, ids, dtype)
@@ -184,10 +189,6 @@ def decode(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, dtyp
         return native.decode_stored(parts, stored, dtype)
     weight: Tensor = found.kernel.rows(found.form, 0, stored.shape[0])
     return weight
-
-
-def _in_order(parts: Mapping[str, Tensor], stored: StoredWeight) -> list[Tensor]:
-    return [parts[name] for name in part_layout(stored)]
 
 
 def _slices(stored: StoredWeight, at_once: int) -> Iterator[slice]:
