@@ -39,7 +39,7 @@ PARTS = {
         "gptq or awq",
         (("--format", "gptq", *_HALF), ("--format", "awq", *_HALF)),
     ),
-    "mlx": Part(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"), (), "mlx", (("--format", "mlx"),)),
+    "mlx": Part(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"), (), "mlx", (("--format", "mlx", "--bits", "4"),)),
 }
 
 
