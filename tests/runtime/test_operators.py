@@ -9,7 +9,7 @@ import pytest
 import torch
 from runtime_models import build, quantized
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 
 from fewbit.errors import FewbitError
 from fewbit.formats.native import part_layout
@@ -81,16 +81,33 @@ def test_a_weight_that_is_gone(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_one_graph_for_a_whole_model(folder: Path, backend: str) -> None:
+def test_written_by_inductor(folder: Path) -> None:
     """`fullgraph` allows no step outside of the graph."""
     torch._dynamo.reset()
     model = load(folder)
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True)
     with torch.inference_mode():
         wanted = model(IDS).logits
         for _ in range(2):
             torch.testing.assert_close(compiled(IDS).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_decoding_is_one_graph(folder: Path) -> None:
+    """One token at a time with a static cache: the graph of the first step does for all."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = load(folder)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = []
+    with torch.inference_mode():
+        for step in (model, compiled):
+            cache = StaticCache(config=model.config, max_cache_len=32)
+            model(IDS, past_key_values=cache, use_cache=True)
+            found.append([step(IDS[:, :1], past_key_values=cache, use_cache=True).logits.clone() for _ in range(3)])
+    for one, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow
