@@ -48,14 +48,14 @@ def test_nothing_is_said_of_the_rest(method: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("target", [None, "llama.cpp"])
-def test_the_commands_are_the_programs_own(target: str | None) -> None:
+def test_the_commands_are_the_programs_own(target: str | None, tiny: Path) -> None:
     group: Any = typer.main.get_command(app)
     found = commands(advice("m", fewbit.preset("adpq+", bits=3), target))
     assert len(found) == 2
     for _, name, *words in found:
         assert ("--for" in words) == (target is not None)
         given = group.commands[name].make_context(name, words).params
-        fewbit.api.quantize_request("m", given["method"], {k: given[k] for k in ("bits", "calibration", "tune")})
+        fewbit.api.quantize_request(tiny, given["method"], {k: given[k] for k in ("bits", "calibration", "tune")})
 
 
 def test_where_it_is_said(tiny: Path, tmp_path: Path) -> None:

@@ -101,6 +101,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, rest, others.carried, others.left, foreign, guards)
 
 
+def says_native(folder: Path) -> bool:
+    """Whether the folder's config names fewbit, without opening its tensors; False for what opening would refuse."""
+    path = folder / "config.json"
+    try:
+        return path.is_file() and _is_native(_read_config(path))
+    except FewbitError:
+        return False
+
+
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raises FewbitError with the tool's name if a checkpoint is already quantized, since its original weights are
     gone.

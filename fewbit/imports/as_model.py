@@ -11,7 +11,7 @@ from fewbit.checkpoints.gguf_parts import only_gguf_in, read_gguf, stem_of
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.named import NAMED_MODELS
 from fewbit.checkpoints.public_names import last_part, public_model
-from fewbit.checkpoints.source import Checkpoint, open_checkpoint
+from fewbit.checkpoints.source import Checkpoint, open_checkpoint, says_native
 from fewbit.checkpoints.stamps import file_stamp
 from fewbit.errors import CannotImportError
 from fewbit.exports.gguf_file import import_gguf
@@ -96,6 +96,8 @@ def _found(model: str | Path) -> _Found | None:
         found = _Found(file, "GGUF", stem_of(file), gguf_key(file))
         return found if _place(found).is_dir() or _is_quantized(file) else None
     folder = locate(model)
+    if says_native(folder):
+        return None
     checkpoint = open_checkpoint(folder)
     kind = format_of(checkpoint)
     if kind is None or checkpoint.foreign is None:

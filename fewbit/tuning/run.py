@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,9 @@ class _Run:
 
 def _train(run: _Run, started: float, progress: Progress | None) -> dict[str, Any]:
     """Load, train, and write in the main process, whose report is returned. What the end needs is checked first."""
-    checkpoint, choice, options, accelerator = run.checkpoint, run.choice, run.options, run.accelerator
+    checkpoint, options, accelerator = run.checkpoint, run.options, run.accelerator
+    # Processes that share the parameters would have to gather a head's before each of its products.
+    choice = replace(run.choice, embeddings=False) if _shares(accelerator) else run.choice
     reference, path = run.original.folder, run.path
     if run.work is not None:
         _check_space(checkpoint, path)
@@ -177,6 +179,11 @@ def _check_space(checkpoint: Checkpoint, folder: Path) -> None:
     if checkpoint.bytes > free:
         needed = checkpoint.bytes / 1e9
         raise WorkKeptError(f"{folder.parent}: the output needs {needed:.1f} GB, but only {free / 1e9:.1f} GB are free")
+
+
+def _shares(accelerator: Any) -> bool:
+    """Whether each process holds only a share of the parameters (FSDP)."""
+    return getattr(accelerator.state, "fsdp_plugin", None) is not None
 
 
 def _accelerator(device: str | None) -> Any:

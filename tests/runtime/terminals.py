@@ -40,6 +40,19 @@ class Terminal:
                 raise AssertionError(f"{wanted!r} was not shown: {self.seen[start:]!r}")
         return at + len(wanted)
 
+    def press(self, key: str, wanted: str, start: int, times: int = 24) -> int:
+        """Send a key until a text is shown behind `start`; returns where it ends.
+
+        Python's `input` misses an interrupt that comes when the prompt is shown and it does not wait for keys yet.
+        """
+        for _ in range(times):
+            self.type(key)
+            try:
+                return self.wait_for(wanted, start, 5)
+            except AssertionError:
+                continue
+        raise AssertionError(f"{wanted!r} was not shown: {self.seen[start:]!r}")
+
     def wait_for_more(self, count: int, seconds: float = 120) -> None:
         """Wait until `count` more characters are shown."""
         until, size = time.monotonic() + seconds, len(self.seen) + count

@@ -29,7 +29,7 @@ def test_keys_of_a_terminal(tmp_path: Path) -> None:
         terminal.type("\x03")
         at = terminal.wait_for("\n> ", len(terminal.seen))
         # At the prompt, it ends nothing either.
-        terminal.type("\x03")
+        at = terminal.press("\x03", "Ctrl-D ends", at)
         at = terminal.wait_for("> ", at)
         terminal.type("go on\n")
         terminal.wait_for("go on", at)

@@ -1,6 +1,7 @@
 """The kernels against products with decoded weights in float64, for everything that can be stored."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fewbit.formats import native
 from fewbit.grids.scheme import Scheme, StoredWeight
-from fewbit.runtime.kernels import ready
+from fewbit.runtime.kernels import ready, table
 from fewbit.runtime.kernels.kernel import Kernel
 from fewbit.runtime.kernels.ready import Ready
 from fewbit.runtime.kernels.table import KERNELS
@@ -218,7 +219,7 @@ def test_float64_is_computed_as_before() -> None:
 
 
 def test_many_tokens_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ready, "_AT_ONCE", 192 * 4)
+    monkeypatch.setattr(table, "KERNELS", (replace(CPU, weights_at_once=192 * 4),))
     x, bias = torch.randn(2, 20, 192), torch.randn(21)
     found, weight = ready_product(x, bias=bias)
     check_product(found.view(-1, 21), x.view(-1, 192), weight, bias)
