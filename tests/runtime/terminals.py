@@ -2,6 +2,7 @@
 
 import os
 import select
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -15,6 +16,8 @@ class Terminal:
 
         self._process, self._file = pty.fork()
         if self._process == 0:
+            # What a shell starts in the background ignores interrupts, and so would this program.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execvpe(words[0], list(words), dict(environment))
         self.seen = ""
         """All that was shown so far."""
