@@ -111,6 +111,7 @@ def _sources(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def own_tensors(found: Architecture, checkpoint: Checkpoint) -> Iterator[Item]:
+    """The float32 tensors that llama.cpp expects and no checkpoint has, such as factors of rotary embeddings."""
     for name, tensor in found.tensors(checkpoint.config).items():
         yield Item(name, tuple(tensor.shape), "F32", (tensor.numel() * 4,), partial(plain_bytes, tensor))
 

@@ -42,7 +42,7 @@ def _numbered(place: int) -> Any:
 )
 def packed_product(x: Tensor, bias: Tensor | None, parts: list[Tensor], place: int, outputs: int) -> Tensor:
     """``x W^T + b`` `(..., outputs)` for x `(..., in)`, in the dtype of x."""
-    return _own(_numbered(place).multiply(parts, x, bias))
+    return _numbered(place).multiply(parts, x, bias).contiguous()
 
 
 @packed_product.register_fake
@@ -57,17 +57,12 @@ def _(x: Tensor, bias: Tensor | None, parts: list[Tensor], place: int, outputs: 
 )
 def packed_rows(ids: Tensor, parts: list[Tensor], place: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Rows `(n, columns)` of a weight, in `dtype`, at ids `(n,)`."""
-    return _own(_numbered(place).take(parts, ids, dtype))
+    return _numbered(place).take(parts, ids, dtype).contiguous()
 
 
 @packed_rows.register_fake
 def _(ids: Tensor, parts: list[Tensor], place: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(ids.shape[0], columns, dtype=dtype, device=ids.device)
-
-
-def _own(made: Tensor) -> Tensor:
-    """Contiguous, as the shapes that graphs are made with."""
-    return made.contiguous()
 
 
 def in_a_graph() -> bool:
