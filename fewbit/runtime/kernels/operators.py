@@ -67,4 +67,5 @@ def _(ids: Tensor, parts: list[Tensor], place: int, columns: int, dtype: torch.d
 
 def in_a_graph() -> bool:
     """Whether torch.compile is tracing; torch.export is not meant, since exported programs run without this package."""
-    return torch.compiler.is_compiling() and not getattr(torch.compiler, "is_exporting", bool)()
+    # `torch.compiler.is_exporting()` is no help: up to torch 2.12 it is true wherever a graph is traced.
+    return torch.compiler.is_compiling() and not getattr(torch.compiler, "_is_exporting_flag", False)
