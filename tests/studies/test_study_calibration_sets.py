@@ -196,16 +196,6 @@ def test_a_set_that_a_method_cannot_take_is_a_result(model: Path, text: Path, tm
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_rows(model: Path, text: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="the extra ray is not installed")
-    few: dict[str, Any] = {"methods": ("gptq", "w8a8"), "options": {"seeds": [1, 1]}}
-    local = run_study(STUDY, choice_of(model, tmp_path / "local", text, **few))
-    spread = run_study(STUDY, choice_of(model, tmp_path / "ray", text, engine="ray", **few))
-    assert spread["rows"] == local["rows"]
-    assert spread["findings"] == local["findings"]
-
-
-@pytest.mark.slow
 def test_the_page_in_a_browser(model: Path, text: Path, tmp_path: Path) -> None:
     run_study(STUDY, choice_of(model, tmp_path / "out", text, methods=("w8a8", "smoothquant")))
     seen = look_at(tmp_path / "out" / "study.html", tmp_path)

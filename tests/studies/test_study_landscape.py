@@ -148,15 +148,6 @@ def test_a_killed_study_goes_on_and_gives_the_same_result(tiny: Path, tmp_path: 
     assert not (out / "work").exists()
 
 
-@pytest.mark.slow
-def test_ray_gives_the_same_rows(tiny: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="the extra ray is not installed")
-    few = {**FEW, "methods": ("rtn",)}
-    local = run_study(STUDY, study_choice("landscape", tiny, tmp_path / "local", **few))
-    spread = run_study(STUDY, study_choice("landscape", tiny, tmp_path / "ray", engine="ray", **few))
-    assert spread["rows"] == local["rows"]
-
-
 def test_bad_input(tiny: Path, folder: Path, tmp_path: Path) -> None:
     for given, message in (
         ({"options": {"directions": 0}}, "--directions must be at least 1, not 0"),

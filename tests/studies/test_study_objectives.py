@@ -2,14 +2,12 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import build_tiny, byte_tokenizer, run_cli
-from safetensors.torch import load_file, save_file
 from study_cases import SMALL, kill_half_way, look_at, study_choice, without_run
 from test_architectures import build
 from test_evaluation import check_page
@@ -128,30 +126,6 @@ def test_a_killed_study_goes_on_and_gives_the_same_result(tiny: Path, tmp_path: 
     assert without_run(out / "study.json") == without_run(straight / "study.json")
     assert (out / "study.html").read_text() == (straight / "study.html").read_text()
     assert all((out / "cells" / name).stat().st_mtime_ns == time for name, time in finished.items())
-
-
-@pytest.mark.slow
-def test_ray_gives_the_same_rows(tiny: Path, folder: Path, tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
-    few = {"methods": ("rtn", "oac"), "bits": (3,)}
-    local = run_study(STUDY, study_choice("objectives", tiny, tmp_path / "local", **few))
-    # Both runs on one cluster that was there before, whose workers have imported torch by the second.
-    with ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False):
-        spread = run_study(STUDY, study_choice("objectives", tiny, tmp_path / "ray", engine="ray", **few))
-        assert spread["rows"] == local["rows"]
-        assert spread["findings"] == local["findings"]
-        assert spread["run"]["engine"] == "ray"
-        damaged = tmp_path / "damaged"
-        shutil.copytree(folder, damaged)
-        tensors = load_file(damaged / "model.safetensors")
-        del tensors["model.norm.weight"]
-        save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-        choice = study_choice("objectives", tiny, tmp_path / "error", engine="ray", folders=(str(damaged),), **few)
-        with pytest.raises(
-            FewbitError, match=r"damaged: .*missing weights .model.norm.weight.*finished cells are kept"
-        ):
-            run_study(STUDY, choice)
-        assert ray.is_initialized()
 
 
 @pytest.mark.slow

@@ -127,16 +127,6 @@ def test_experts_that_see_few_tokens_and_weights_that_are_transposed(name: str, 
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_rows(planted: Path, texts: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="the extra ray is not installed")
-    few: dict[str, Any] = {"bits": (4,), "methods": ("awq",)}
-    local = run_study(STUDY, choice_of(planted, tmp_path / "local", texts, **few))
-    spread = run_study(STUDY, choice_of(planted, tmp_path / "ray", texts, engine="ray", **few))
-    assert spread["rows"] == local["rows"]
-    assert spread["findings"] == local["findings"]
-
-
-@pytest.mark.slow
 def test_the_page_in_a_browser(planted: Path, texts: Path, tmp_path: Path) -> None:
     options = {"sets": as_options([parse_set(f"language/hindi={texts / 'hindi.txt'}")])}
     run_study(STUDY, choice_of(planted, tmp_path / "out", texts, bits=(4,), methods=("awq",), options=options))
