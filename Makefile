@@ -14,6 +14,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 FOR_DEMO := $(VENV)/.ready-demo
 FOR_TESTS := $(VENV)/.ready-tests
 NEEDS := pyproject.toml constraints.txt
+# The tests start a hundred processes that import torch: each would compile all of its modules again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-interop test-interop-llama-cpp test-interop-vllm test-interop-gptq test-interop-mlx check dist clean
 
