@@ -211,11 +211,10 @@ def test_a_state_dict_that_lacks_parts_is_refused(folder: Path) -> None:
         LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
 
 
+# One before the other as a whole: test_runtime.py, with a folder that is loaded.
 ORDERS = {
     "the hook first": "import fewbit.runtime.hf_quantizer",
     "transformers' registry first": "import transformers.quantizers.auto, fewbit",
-    "fewbit first": "import fewbit, transformers",
-    "transformers first": "import transformers, fewbit",
     "asked for and not imported": "import fewbit, importlib.util as u; u.find_spec('transformers.quantizers.auto')",
     "imported twice": "import fewbit, importlib, transformers.quantizers.auto as a; importlib.reload(a)",
     "in threads": (
