@@ -20,14 +20,11 @@ from fewbit.linear import is_native
 
 @contextmanager
 def fast_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """A context in which 16-bit attention in `modules` is computed in float32 on processors without 16-bit products.
-
-    Blocks that are recomputed under checkpointing must be listed themselves.
-    """
+    """A context in which 16-bit attention in `modules` is computed in float32 on processors without 16-bit products."""
     if is_native(torch.bfloat16) and is_native(torch.float16):
         yield
         return
-    changed = list(modules)
+    changed = list(dict.fromkeys(part for module in modules for part in (module, *_holders(module))))
     before = [module.__dict__.get("forward") for module in changed]
     try:
         for module in changed:
@@ -38,6 +35,15 @@ def fast_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.__dict__.pop("forward", None)
             if forward is not None:
                 module.forward = forward
+
+
+def _holders(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules inside that hold others, as an attention does its layers.
+
+    What recomputes a part of the network may call any of them by itself; and where transformers checkpoints a block, it
+    does so within the forward of its class, behind a forward of the instance.
+    """
+    return (part for part in module.modules() if next(part.children(), None) is not None)
 
 
 class SharedKeys(TorchFunctionMode):

@@ -1,5 +1,6 @@
 """Attention of 16-bit models in float32, where a processor has no products of its own."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+import fewbit
 import fewbit.attention
+from fewbit.architecture.network import find_blocks
 from fewbit.attention import fast_attention
 
 
@@ -54,3 +57,19 @@ def test_where_products_are_native_nothing_changes() -> None:
         patch.setattr(fewbit.attention, "is_native", lambda asked: True)
         with fast_attention([block]):
             assert torch.equal(block(query, query, query), plain) and "forward" not in block.__dict__
+
+
+def test_blocks_that_transformers_checkpoints(tiny: Path) -> None:
+    ids = torch.arange(12).unsqueeze(0) + 3
+    found = []
+    for checkpointing in (False, True):
+        model = fewbit.load(tiny, device="cpu").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fewbit.attention, "is_native", lambda asked: asked == torch.float32)
+            with fast_attention(find_blocks(model)):
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert gradient is not None and torch.equal(gradient, found[1][name]), name

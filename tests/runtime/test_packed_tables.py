@@ -41,6 +41,12 @@ def plain(folder: Path) -> Any:
     return fewbit.load(unpack(folder / "packed", folder / "plain"), device="cpu")
 
 
+def assert_same(found: torch.Tensor, wanted: torch.Tensor, kind: str) -> None:
+    """Equal; where GPT-2 has layers of its own, nearly: without products in bfloat16 these sum in another order."""
+    apart = float((found - wanted).abs().max())
+    assert apart <= (0.01 * float(wanted.abs().max()) if kind == "gpt2" else 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [True, False])
@@ -49,15 +55,15 @@ def test_logits_are_those_of_the_unpacked_folder(kind: str, tied: bool, tmp_path
     ids = IDS.clone()
     ids[0, 3] = 300
     other = plain(tmp_path)
-    assert torch.equal(logits(model, ids), logits(other, ids))
+    assert_same(logits(model, ids), logits(other, ids), kind)
     embeddings, weight = model.get_input_embeddings(), other.get_input_embeddings().weight
     assert torch.equal(embeddings.weight, weight) and isinstance(embeddings, nn.Embedding)
     assert embeddings.padding_idx == other.get_input_embeddings().padding_idx
     assert isinstance(model.get_output_embeddings(), PackedLinear) != tied
     model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(logits(again, ids), logits(other, ids))
-    assert torch.equal(logits(again.dequantize(), ids), logits(other, ids))
+    assert_same(logits(again, ids), logits(other, ids), kind)
+    assert_same(logits(again.dequantize(), ids), logits(other, ids), kind)
 
 
 @pytest.mark.slow
