@@ -14,6 +14,7 @@ from typing import Any
 from fewbit.checkpoints.cache import build_once, cache_folder
 from fewbit.checkpoints.gguf_header import MAGIC, GgufHeader
 from fewbit.checkpoints.gguf_parts import files_of, read_gguf, stem_of, write_joined
+from fewbit.checkpoints.gguf_reader import reading_once
 from fewbit.checkpoints.stamps import file_stamp
 from fewbit.errors import FewbitError, is_out_of_memory, missing_extra, raised_in
 from fewbit.printable import first_line, one_line
@@ -77,7 +78,7 @@ def read_alone(
     FewbitError if transformers, when it is used inside, says that it cannot read the file.
     """
     make = make or (write_joined if len(header.files) > 1 else partial(_link, path))
-    with tempfile.TemporaryDirectory(dir=folder) as alone, quiet_transformers():
+    with tempfile.TemporaryDirectory(dir=folder) as alone, quiet_transformers(), reading_once():
         make(header, Path(alone) / _ALONE)
         try:
             yield alone, {"gguf_file": _ALONE, "trust_remote_code": False}

@@ -13,6 +13,7 @@ import fewbit
 from fewbit.checkpoints import gguf as converted
 from fewbit.checkpoints.gguf import folder_of_gguf
 from fewbit.checkpoints.gguf_header import read_gguf_header
+from fewbit.checkpoints.gguf_reader import reading_once
 from fewbit.errors import FewbitError
 
 gguf = pytest.importorskip("gguf")
@@ -207,3 +208,26 @@ def test_scratch_of_a_killed_process_is_inside_what_is_removed(
     [place] = seen
     assert place.parent.parent.name == f"{folder.name}.partial-{os.getpid()}"
     assert [path.name for path in (cache / "gguf").iterdir()] == [folder.name]
+
+
+def test_one_reading_for_all(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+
+    plain, parsed = gguf.GGUFReader(whole), []
+    build = gguf.GGUFReader._build_fields
+    monkeypatch.setattr(
+        gguf.GGUFReader, "_build_fields", lambda self, *given: parsed.append(self) or build(self, *given)
+    )
+    folder_of_gguf(whole)
+    assert len(parsed) == 1
+    with pytest.raises(ZeroDivisionError), reading_once():
+        reader = gguf.GGUFReader(whole)
+        assert gguf.GGUFReader(str(whole)) is reader and isinstance(reader, type(plain))
+        assert gguf.GGUFReader(whole, "c") is not reader
+        assert list(reader.fields) == list(plain.fields)
+        for name, field in plain.fields.items():
+            assert [part.tolist() for part in field.parts] == [part.tolist() for part in reader.fields[name].parts]
+        for ours, theirs in zip(reader.tensors, plain.tensors, strict=True):
+            assert ours.name == theirs.name and (ours.data == theirs.data).all()
+        raise ZeroDivisionError
+    assert gguf.GGUFReader(whole) is not reader and gguf.GGUFReader is type(plain)
