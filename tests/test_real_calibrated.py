@@ -17,7 +17,7 @@ from fewbit.pipeline.run import RunOptions
 
 pytestmark = pytest.mark.real_model
 MODEL = "smollm2-135m"
-PROTOCOL = Protocol(256, 4)
+PROTOCOL = Protocol(128, 4)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def kept(halves: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A stored Gram and a stored Fisher with the presets' share of it, of 6 sequences of 192 tokens."""
+    """A stored Gram and a stored Fisher with the presets' share of it, of 6 sequences of 128 tokens."""
     folder = tmp_path_factory.mktemp("curvature")
-    choice = CalibrationChoice(str(halves[0]), 6, 192)
+    choice = CalibrationChoice(str(halves[0]), 6, 128)
     for method in ("gptq", "oac"):
         wanted = fewbit.preset(method).curvature
         assert wanted is not None

@@ -18,7 +18,7 @@ from fewbit.recipe_choices import recipe_from_choices
 
 pytestmark = pytest.mark.real_model
 WIKITEXT = SHARED / "wikitext2_raw_test.txt"
-FEW = Protocol(256, 4)
+FEW = Protocol(128, 4)
 # Where a comparison needs no more, only the first five blocks are quantized.
 BEHIND_THE_FIFTH = ("model.layers.[5-9].*", "model.layers.1[0-9].*", "model.layers.2[0-9].*")
 

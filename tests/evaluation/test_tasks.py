@@ -161,7 +161,7 @@ def test_all_six_tasks_with_a_tokenizer_that_merges(tmp_path: Path) -> None:
     # Tokens of several letters could reach over the place where a prompt ends and a choice begins.
     tokenizer = tokenizer_of(locate("smollm2-135m"))
     model = build_tiny(tmp_path / "model", "float32", max_position_embeddings=4096, vocab_size=len(tokenizer))
-    opened = open_tasks(TaskChoice(tuple(TASKS), made_up(tmp_path, 10), 10))
+    opened = open_tasks(TaskChoice(tuple(TASKS), made_up(tmp_path, 5), 5))
     check_against_hand(fewbit.load(model), tokenizer, opened, tmp_path, tolerance=1e-5)
 
 
