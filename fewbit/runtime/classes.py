@@ -1,5 +1,8 @@
 """The transformers class for a folder: the class that its config.json names, found through the Auto classes."""
 
+from collections.abc import Iterator
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +20,33 @@ def class_of(folder: Path, config: Any) -> Any:
     """
     import transformers
 
-    others = sorted(name for name in dir(transformers) if name.startswith("AutoModel") and name not in _FIRST)
-    found = {name: _classes(getattr(transformers, name), config) for name in (*_FIRST, *others)}
     named = list(getattr(config, "architectures", None) or ())
     for wanted in named:
-        for classes in found.values():
-            for candidate in classes:
+        for auto in chain(_FIRST, _others()):
+            for candidate in _classes(getattr(transformers, auto, None), config):
                 if candidate.__name__ == wanted:
                     return candidate
     # The name of a decoder may be one that only its authors use, or that transformers no longer has.
     if not named or named[0].endswith(_DECODERS):
         for auto in (*_FIRST, "AutoModel"):
-            if found.get(auto):
+            if _classes(getattr(transformers, auto, None), config):
                 return getattr(transformers, auto)
     kind = getattr(config, "model_type", "") or "?"
     what = f"no Auto class that has {named[0]} for it" if named else "no Auto class for it"
     raise FewbitError(f"{folder}: is a model of type {kind}, and transformers has {what}: it cannot be loaded")
+
+
+def _others() -> Iterator[str]:
+    """The names of all other Auto classes."""
+    yield from _listed()
+
+
+@cache
+def _listed() -> tuple[str, ...]:
+    # To list all that transformers has takes it a fifth of a second.
+    import transformers
+
+    return tuple(sorted(name for name in dir(transformers) if name.startswith("AutoModel") and name not in _FIRST))
 
 
 def check_predicts_tokens(folder: Path, model: Any) -> None:
