@@ -1,5 +1,6 @@
 """Talk with a model: conversations by its chat template, or plain continuation, token by token."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -252,6 +253,13 @@ def _backends() -> dict[str, tuple[str, bool, dict[str, Any]]]:
     }
 
 
+def _cache_group(config: Any) -> dict[str, int]:
+    """Groups of at most 64 numbers of which each head has an even number: two of them are packed together by HQQ."""
+    text = config.get_text_config(decoder=True)
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return {"q_group_size": max(1, math.gcd(128, size) // 2)}
+
+
 def _quantized_cache(config: Any, name: str) -> Any:
     """An empty quantized cache of transformers. Raises FewbitError if no backend is installed, or for other layers."""
     from transformers import QuantizedCache
@@ -262,7 +270,8 @@ def _quantized_cache(config: Any, name: str) -> Any:
         packages = " or ".join(package for package, _, _ in backends.values())
         raise FewbitError(f"--quantized-cache needs the package {packages}: pip install {backends['quanto'][0]}")
     try:
-        return QuantizedCache(found, config, **backends[found][2])
+        options = backends[found][2]
+        return QuantizedCache(found, config, **options, **(_cache_group(config) if options else {}))
     except ValueError as error:
         if not raised_in(error, "transformers"):
             raise

@@ -202,6 +202,23 @@ def test_the_quantized_cache_names_its_packages(talking: Path, monkeypatch: pyte
         open_conversation(str(talking), ChatChoice(quantized_cache=True))
 
 
+@pytest.mark.parametrize("backend", ["quanto", "hqq"])
+def test_the_quantized_cache_with_any_number_of_heads_and_tokens(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HQQ packs groups in pairs, so a group must not be as long as a head; skips without the backend's package."""
+    found = chat._backends()[backend]
+    if not found[1]:
+        pytest.skip(f"{found[0]} is not installed")
+    monkeypatch.setattr(chat, "_backends", lambda: {backend: found})
+    for size, heads in ((64, 3), (16, 1), (80, 3)):
+        sizes = {"head_dim": size, "num_attention_heads": heads, "num_key_value_heads": heads}
+        build(tmp_path / str(size), "llama", **{**VOCABULARY, **sizes})
+        choice = ChatChoice(max_new_tokens=9, temperature=0, quantized_cache=True)
+        conversation = Conversation(fewbit.load(tmp_path / str(size)), byte_tokenizer(), choice, "m")
+        assert [conversation.ask(prompt, ignore).tokens for prompt in ("ab", "abc")] == [9, 9]
+
+
 def test_the_quantized_cache_of_transformers(talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import cache_utils
 
