@@ -158,6 +158,9 @@ def test_without_numba(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: py
     ]
     assert kernels_used(packed) == {""}
     assert all(map(torch.equal, found, steps(unpack_modules(load(folder)))))
+    # What later tests find is asked anew.
+    monkeypatch.undo()
+    table._is_installed.cache_clear()
 
 
 @needs_numba

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewbit.grids.scheme import StoredWeight
 from fewbit.grids.table import grid_of
-from fewbit.runtime.kernels.description import ROWS, Description, describe, room
+from fewbit.runtime.kernels.description import ROWS, Description, Reading, describe, room
 from fewbit.runtime.kernels.kernel import Kernel
 
 # Products of a weight and an input below which a second thread costs more than it saves.
@@ -25,9 +25,12 @@ def _supports(stored: StoredWeight) -> bool:
 
 
 def _prepare(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> Description:
-    from fewbit.runtime.kernels.products import kernel
+    from fewbit.runtime.kernels import pair_lanes, pairs, products
 
-    return describe(parts, stored, dtype, kernel)
+    def compiled(reading: Reading) -> Callable[..., int]:
+        return pairs.kernel(reading) if reading.by_pairs else products.kernel(reading)
+
+    return describe(parts, stored, dtype, compiled, pair_lanes.has_pairs())
 
 
 def _product(about: Description, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -39,7 +42,7 @@ def _product(about: Description, x: Tensor, bias: Tensor | None) -> Tensor:
     fixed = (about.address, x.data_ptr(), tokens, out.data_ptr(), rows)
     if rows * columns * tokens < 2 * _WORTH_A_THREAD:
         # A small layer takes little more time than what is around its product.
-        work = torch.empty(room(columns, tokens), dtype=torch.uint8)
+        work = torch.empty(room(about, tokens), dtype=torch.uint8)
         run(*fixed, 0, rows, shift, work.data_ptr())
         return out
     _in_threads(lambda start, end, work: run(*fixed, start, end, shift, work), about, 0, rows, tokens)
@@ -62,7 +65,7 @@ def _in_threads(some: Callable[[int, int, int], Any], about: Description, first:
 
     Python's own threads: numba's end the process if it is forked, or if two threads of it compute at the same time.
     """
-    size = room(about.shape[1], tokens)
+    size = room(about, tokens)
     threads = min(torch.get_num_threads(), (last - first) * about.shape[1] * max(1, tokens) // _WORTH_A_THREAD)
     if threads < 2:
         work = torch.empty(size, dtype=torch.uint8)

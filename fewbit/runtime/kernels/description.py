@@ -4,18 +4,18 @@ Codes stay packed and are read where they are. Nothing decoded is kept but the n
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from mmap import mmap
 
 import torch
 from torch import Tensor
 
-from fewbit.grids.formula import Formula, Plane
-from fewbit.grids.grid import Grid
+from fewbit.grids.formula import Formula, Plane, Terms
 from fewbit.grids.scale_formats import SCALE_FORMATS
 from fewbit.grids.scheme import StoredWeight
 from fewbit.grids.table import grid_of
-from fewbit.outliers.grids import OUTLIER_GRIDS, at_positions, read_outlier_codes, read_positions
+from fewbit.runtime.kernels.order import BLOCK, columns_in_order
+from fewbit.runtime.kernels.outliers import Arrangement, outliers_by_row
 
 COLUMNS, GROUP, GROUPS, MIDDLE, LADDER, PICKS, SCALE, ZERO, MINIMUM, UNITS, STARTS, GAPS, VALUES, STEPS = range(14)
 """Fields of a description, int64 each; from LADDER on they are addresses. UNITS: by which the scales of each row are
@@ -38,8 +38,8 @@ KIND_OF = {
 ROWS = 8
 """Rows that are decoded, and then multiplied, together."""
 _LANES = 16
-_LONGEST_GAP = 255
 _ALIGNED = 64
+_SMALL, _LARGE = 2.0**-70, 2.0**20
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Reading:
     group has a table of its weights. by_levels: the levels are not 0, 1, 2, …. expanded: a row's codes are first
     written as bytes, because groups do not start at a whole vector or codes are not in planes. vectors: so many whole
     ones follow each other in a group, at least. scale, zero, minimum: kinds of numbers, 0 for none. magnitudes: scales
-    in a group. values: the kind of the outliers, 0 if there are none. to: the kind of the weights.
+    in a group. values: the kind of the outliers, 0 if there are none. to: the kind of the weights. by_pairs: whether
+    columns are decoded in blocks, in an order of their own, to be multiplied by pairs.
     """
 
     widths: tuple[int, ...]
@@ -65,6 +66,7 @@ class Reading:
     magnitudes: int
     values: int
     to: int
+    by_pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Description:
     kept: tuple[Tensor, ...]
     run: Callable[..., int]
     address: int
+    groups: int
 
     @property
     def bytes(self) -> int:
@@ -95,8 +98,16 @@ def formula_of(stored: StoredWeight) -> Formula | None:
     return grid.formula(stored.scheme) if grid.formula is not None else None
 
 
-def room(columns: int, tokens: int) -> int:
-    """Bytes of working memory for one call: decoded rows, a byte for each code of a row, inputs and sums in float32."""
+def room(about: "Description", tokens: int) -> int:
+    """Bytes of working memory for one call.
+
+    Decoded rows, a byte for each code of a row, inputs and sums in float32; or for products by pairs decoded rows and
+    inputs of two bytes, sums, and for each group of a row its numbers and a table.
+    """
+    columns = about.shape[1]
+    if about.reading.by_pairs:
+        groups = (about.groups + 15) // 16 * 16
+        return 2 * ROWS * columns + 4 * 64 + 3 * 4 * groups + 32 * groups + 2 * columns * tokens
     whole = (columns + _LANES - 1) // _LANES * _LANES
     # The last vector of a group that does not end with one is written too.
     return ROWS * 4 * (whole + _LANES) + whole + 64 + 4 * tokens * whole + 4 * ROWS + 4 * _LANES
@@ -107,10 +118,11 @@ def describe(
     stored: StoredWeight,
     dtype: torch.dtype,
     compiled: Callable[[Reading], Callable[..., int]],
+    has_pairs: bool = False,
 ) -> Description:
     """Prepare a weight on the CPU for products in `dtype`; raises ValueError if its outliers lie outside of it.
 
-    compiled: gives the function for a way of reading.
+    compiled: gives the function for a way of reading. has_pairs: whether the processor multiplies bfloat16 by pairs.
     """
     formula = formula_of(stored)
     if formula is None:
@@ -128,15 +140,18 @@ def describe(
         if values is not None and not (place == 0 and products is not None):
             numbers = smallest(values) if values.shape[-1] == 1 else values.to(torch.float32)
             made[SCALE + place], kinds[place] = numbers, KIND_OF[numbers.dtype]
-    outlier_kind = 0
+    reading = _reading(formula, stored, kinds, terms.scale.shape[-1], KIND_OF[dtype])
+    if has_pairs and dtype == torch.bfloat16 and _fits_in_blocks(formula, stored, reading) and _are_normal(terms):
+        reading = replace(reading, by_pairs=True)
     if stored.scheme.has_outliers and stored.outliers > 0:
-        found = _outliers(parts, stored, formula, dtype)
+        order = columns_in_order(reading.widths, reading.by_table)
+        how = Arrangement(ROWS, order) if reading.by_pairs else Arrangement()
+        found = outliers_by_row(parts, stored, formula, dtype, how)
         made |= {STARTS: found.starts, GAPS: found.gaps, VALUES: found.values}
-        outlier_kind = KIND_OF[found.values.dtype]
+        reading = replace(reading, values=KIND_OF[found.values.dtype])
         if found.steps is not None:
             made[STEPS], fields[MIDDLE] = found.steps, found.middle
         del found
-    reading = _reading(formula, stored, kinds, terms.scale.shape[-1], (outlier_kind, KIND_OF[dtype]))
     made[LADDER] = _ladder(formula, reading)
     each = len(formula.ladder) // reading.magnitudes
     made[PICKS] = (torch.arange(_LANES) % len(formula.ladder) // each).to(torch.int32)
@@ -156,8 +171,8 @@ def describe(
     kept.append(own)
     for place, address in addresses.items():
         fields[place] = address
-    known = torch.tensor(fields, dtype=torch.int64)
-    return Description(stored.shape, dtype, reading, known, tuple(kept), compiled(reading), known.data_ptr())
+    known, run = torch.tensor(fields, dtype=torch.int64), compiled(reading)
+    return Description(stored.shape, dtype, reading, known, tuple(kept), run, known.data_ptr(), stored.groups)
 
 
 def _together(tensors: Mapping[int, Tensor]) -> tuple[Tensor, dict[int, int]]:
@@ -170,16 +185,29 @@ def _together(tensors: Mapping[int, Tensor]) -> tuple[Tensor, dict[int, int]]:
     for key, tensor in tensors.items():
         places[key] = size
         size += -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED
-    own = torch.frombuffer(mmap(-1, size), dtype=torch.uint8)
+    # A vector of the last numbers may end behind them.
+    own = torch.frombuffer(mmap(-1, size + _ALIGNED), dtype=torch.uint8)
     for key, tensor in tensors.items():
         flat = tensor.contiguous().view(-1).view(torch.uint8)
         own[places[key] : places[key] + flat.numel()] = flat
     return own, {key: own.data_ptr() + place for key, place in places.items()}
 
 
-def _reading(
-    formula: Formula, stored: StoredWeight, kinds: list[int], magnitudes: int, ends: tuple[int, int]
-) -> Reading:
+def _fits_in_blocks(formula: Formula, stored: StoredWeight, reading: Reading) -> bool:
+    """Whether groups are whole blocks, and codes places in a table of 16 or whole numbers."""
+    whole = stored.scheme.group_size % BLOCK == 0 and stored.shape[1] == stored.groups * stored.scheme.group_size
+    first = formula.ladder[0]
+    numbers = not reading.by_levels and first == int(first) and abs(first) < _LARGE
+    return whole and not reading.expanded and reading.magnitudes == 1 and (reading.by_table or numbers)
+
+
+def _are_normal(terms: Terms) -> bool:
+    """Whether no weight is below the normal numbers of float32, which those products take for zeros."""
+    given = (one.abs() for one in (terms.scale, terms.minimum) if one is not None)
+    return all(bool(((one == 0) | (one > _SMALL)).all()) for one in given)
+
+
+def _reading(formula: Formula, stored: StoredWeight, kinds: list[int], magnitudes: int, to: int) -> Reading:
     widths = tuple(plane.width for plane in formula.planes)
     bits, first, group = sum(widths), formula.ladder[0], stored.scheme.group_size
     scale, zero, minimum = kinds
@@ -194,8 +222,8 @@ def _reading(
         zero=zero,
         minimum=minimum,
         magnitudes=magnitudes,
-        values=ends[0],
-        to=ends[1],
+        values=0,
+        to=to,
     )
 
 
@@ -233,77 +261,3 @@ def factors(parts: Mapping[str, Tensor], stored: StoredWeight, scale: Tensor) ->
     if found is None or not torch.equal((found[0].to(torch.float32) * found[1]).unsqueeze(-1), scale):
         return None
     return found
-
-
-@dataclass(frozen=True)
-class _Outliers:
-    """Outliers by row: the first of every row int32 `(rows + 1,)`, gaps between columns uint8, and values.
-
-    A row's first gap is its first outlier's column. A gap above 255 is divided by weights that are no outliers. values:
-    in the dtype of the weights, or codes to be multiplied by `steps` `(rows,)` float32 after `middle` is subtracted.
-    """
-
-    starts: Tensor
-    gaps: Tensor
-    values: Tensor
-    steps: Tensor | None = None
-    middle: int = 0
-
-
-def _outliers(parts: Mapping[str, Tensor], stored: StoredWeight, formula: Formula, dtype: torch.dtype) -> _Outliers:
-    (rows, columns), where = stored.shape, read_positions(parts, stored)
-    if bool((where[1:] <= where[:-1]).any()) or not 0 <= int(where[0]) <= int(where[-1]) < rows * columns:
-        raise ValueError("positions of outliers do not ascend, or lie outside the weight")
-    dense = codes_at(parts, stored, formula, where)
-    codes = read_outlier_codes(parts, stored, dense, torch.arange(len(where)))
-    row, column = where // columns, where % columns
-    before = torch.cat([column.new_zeros(1), column[:-1]])
-    before[torch.cat([row.new_ones(1, dtype=torch.bool), row[1:] != row[:-1]])] = 0
-    between = (column - before - 1).clamp(min=0) // _LONGEST_GAP
-    grid = OUTLIER_GRIDS[stored.scheme.outlier_grid]
-    limits = grid.read(parts, stored)
-    scale = limits["scale"]
-    if grid.middle is not None and not bool(between.any()) and not bool((scale < 0).any()):
-        starts = torch.zeros(rows + 1, dtype=torch.int64)
-        starts[1:] = torch.bincount(row, minlength=rows).cumsum(0)
-        # Codes are read in whole vectors.
-        short = torch.nn.functional.pad(codes.to(torch.uint8), (0, _LANES))
-        gaps = (column - before).to(torch.uint8)
-        return _Outliers(starts.to(torch.int32), gaps, short, scale.reshape(-1), grid.middle(stored.scheme))
-    values = grid.decode(codes, *at_positions(limits, where, stored.shape), stored.scheme)
-    each = torch.repeat_interleave(between + 1)
-    step = torch.arange(len(each)) - ((between + 1).cumsum(0) - between - 1)[each]
-    last = step == between[each]
-    reached = torch.where(last, column[each], before[each] + _LONGEST_GAP * (step + 1))
-    start = torch.where(step == 0, before[each], before[each] + _LONGEST_GAP * step)
-    values = values[each]
-    core = (~last).nonzero().squeeze(1)
-    if core.numel():
-        values[core] = _core_at(parts, stored, formula, row[each][core] * columns + reached[core])
-    starts = torch.zeros(rows + 1, dtype=torch.int64)
-    starts[1:] = torch.bincount(row[each], minlength=rows).cumsum(0)
-    return _Outliers(starts.to(torch.int32), (reached - start).to(torch.uint8), values.to(dtype))
-
-
-def codes_at(parts: Mapping[str, Tensor], stored: StoredWeight, formula: Formula, where: Tensor) -> Tensor:
-    """The dense codes at some flat positions, uint8 1-D."""
-    row, column = where // stored.shape[1], where % stored.shape[1]
-    codes, below = torch.zeros_like(where), 0
-    for plane in formula.planes:
-        start, _ = plane.place(stored.shape[1])
-        part = parts[plane.part]
-        line = torch.zeros_like(row) if plane.shared else row
-        byte = part.reshape(-1)[line * part.shape[-1] + start + column // plane.codes_in_a_byte].to(torch.int64)
-        codes |= (byte // plane.base ** (column % plane.codes_in_a_byte) % plane.base) << below
-        below += plane.width
-    return codes.to(torch.uint8)
-
-
-def _core_at(parts: Mapping[str, Tensor], stored: StoredWeight, formula: Formula, where: Tensor) -> Tensor:
-    """The weights without outliers at some flat positions, 1-D float32."""
-    grid: Grid = grid_of(stored.scheme)
-    values = grid.read(parts, stored.scheme, stored.groups)
-    row, group = where // stored.shape[1], where % stored.shape[1] // stored.scheme.group_size
-    chosen = {name: value[row, group].unsqueeze(1) for name, value in values.items()}
-    codes = codes_at(parts, stored, formula, where)
-    return grid.decode(codes.view(-1, 1, 1), chosen, stored.scheme).view(-1)

@@ -12,7 +12,7 @@ from fewbit.runtime.kernels.lanes import FLOATS, LANES, call, constant, floats, 
 _INT, _FLOAT = ir.IntType(32), ir.FloatType()
 
 
-def _features() -> frozenset[str]:
+def features() -> frozenset[str]:
     """The processor's features for which numba compiles, such as avx2."""
     features = cpu_target.target_context.codegen().magic_tuple()[2]
     return frozenset(one[1:] for one in features.split(",") if one.startswith("+"))
@@ -29,10 +29,10 @@ def look_up(_: Any, table: Any, codes: Any, bits: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         table, codes, _ = args
-        features = _features()
-        if "avx512f" in features:
+        known = features()
+        if "avx512f" in known:
             return call(builder, "llvm.x86.avx512.permvar.sf.512", FLOATS, table, codes)
-        if "avx2" in features and bits > 2:
+        if "avx2" in known and bits > 2:
             return _look_up_in_halves(builder, table, codes, bits)
         return _look_up_by_bits(builder, table, codes, bits)
 

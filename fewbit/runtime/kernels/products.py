@@ -49,6 +49,7 @@ from fewbit.runtime.kernels.lanes import (
     total,
 )
 from fewbit.runtime.kernels.look_up import look_up
+from fewbit.runtime.kernels.outliers import SKIP
 from fewbit.runtime.kernels.rows import expand, number_at, put_number, rounded, widen, write_row
 
 
@@ -185,13 +186,17 @@ def kernel(reading: Reading) -> Callable[..., int]:
                         value = subtract(as_floats(codes_at(8, values + index)), middle)
                         put_floats(sums, rounded(multiply(value, step_of_row), to))
                         for each in range(min(16, behind - index)):
-                            place += 4 * byte_at(gaps + index + each)
-                            put_float(place, float_at(sums + 4 * each))
+                            gap = byte_at(gaps + index + each)
+                            place += 4 * gap
+                            if gap != SKIP:
+                                put_float(place, float_at(sums + 4 * each))
                 elif value_kind:
                     place = decoded
                     for index in range(int_at(starts + 4 * row), int_at(starts + 4 * row + 4)):
-                        place += 4 * byte_at(gaps + index)
-                        put_float(place, number_at(values, index, value_kind))
+                        gap = byte_at(gaps + index)
+                        place += 4 * gap
+                        if gap != SKIP:
+                            put_float(place, number_at(values, index, value_kind))
                 for column in range(columns, whole):
                     put_float(decoded + 4 * column, 0.0)
                 if tokens == 0:

@@ -15,7 +15,8 @@ from fewbit.grids.formula import Formula, Plane
 from fewbit.grids.scheme import StoredWeight
 from fewbit.grids.table import grid_of
 from fewbit.outliers.grids import OUTLIER_GRIDS, at_positions, read_outlier_codes, read_positions
-from fewbit.runtime.kernels.description import codes_at, factors, formula_of, smallest
+from fewbit.runtime.kernels.description import factors, formula_of, smallest
+from fewbit.runtime.kernels.outliers import codes_at
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By the bits of a plane: the number that holds eight of its codes."""

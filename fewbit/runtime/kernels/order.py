@@ -1,0 +1,36 @@
+"""The order of the columns of a block of 64, in which processors with products of bfloat16 pairs decode them."""
+
+BLOCK = 64
+"""Columns that are decoded together: a code in each of 64 bytes, which are 32 words of 16 bits."""
+
+
+def widest(widths: tuple[int, ...]) -> int:
+    """The plane that decides on the order: the widest one below 8 bits, or 8. widths: of the planes."""
+    return max((width for width in widths if width < 8), default=8)
+
+
+def column_of_byte(widths: tuple[int, ...], byte: int) -> int:
+    """The column in its block of the code in one of 64 bytes.
+
+    The codes of a plane of w bits are 4 w words, which come 8 / w times, one after the other. Each time they are
+    shifted by w bits more: then the lowest bits of both bytes of each word are the next codes.
+    """
+    width, (word, high) = widest(widths), divmod(byte, 2)
+    if width == 8:
+        return byte
+    time, place = divmod(word, 4 * width)
+    return 16 // width * place + time + 8 // width * high
+
+
+def columns_in_order(widths: tuple[int, ...], by_table: bool) -> list[int]:
+    """The column in a block at each of the 64 places, which are two vectors of 32.
+
+    by_table: each byte is a place in a table, and those of the first vector are the low bytes of words; otherwise those
+    are the first and second byte of each four.
+    """
+    found = []
+    for place in range(BLOCK):
+        vector, lane = divmod(place, 32)
+        byte = 2 * lane + vector if by_table else 4 * (lane % 16) + 2 * vector + lane // 16
+        found.append(column_of_byte(widths, byte))
+    return found

@@ -1,0 +1,305 @@
+"""Operations on 64 codes of a byte, and on 32 bfloat16, for numba: of processors that multiply bfloat16 by pairs.
+
+Both are kept in the same type as 16 integers of 32 bits. See :mod:`fewbit.runtime.kernels.lanes`.
+"""
+
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic
+
+from fewbit.runtime.kernels.description import BFLOAT, BYTE, FLOAT, HALF, SIGNED
+from fewbit.runtime.kernels.lanes import FLOATS, LANES, call, constant, floats, integers, repeated
+from fewbit.runtime.kernels.look_up import features
+from fewbit.runtime.kernels.order import column_of_byte, columns_in_order, widest
+
+_BYTE, _SHORT, _INT, _LONG = (ir.IntType(width) for width in (8, 16, 32, 64))
+_FLOAT = ir.FloatType()
+_INTS, _BYTES = ir.VectorType(_INT, LANES), ir.VectorType(_BYTE, 64)
+_SHORTS, _LONGS = ir.VectorType(_SHORT, 32), ir.VectorType(_LONG, 8)
+_NEEDED = frozenset(("avx512bw", "avx512vbmi", "avx512bf16"))
+_MAGIC = 0x4B000000
+"""2^23 as float32: the bits of a smaller integer are its last ones."""
+
+
+class _BFloatType(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _BFloatType)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+_PAIRS = ir.VectorType(_BFloatType(), 32)
+
+
+def has_pairs() -> bool:
+    """Whether the processor, as numba sees it, has what is used here. Earlier versions of LLVM have other types."""
+    return features() >= _NEEDED and binding.llvm_version_info >= (20,)
+
+
+def _constants(kind: Any, values: Any) -> Any:
+    return ir.Constant(kind, [ir.Constant(kind.element, value) for value in values])
+
+
+def _digits(widths: Any) -> tuple[int, ...]:
+    return tuple(int(digit) for digit in str(widths.literal_value))
+
+
+@intrinsic(prefer_literal=True)
+def block_at(_: Any, widths: Any, plane: Any, address: Any) -> Any:
+    """64 codes of one plane as bytes, shifted to their place above those of the lower planes; other bits mean nothing.
+
+    widths: of all planes, from the lowest bits: a decimal digit for each.
+    """
+    every, number = _digits(widths), plane.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        width, below = every[number], sum(every[:number])
+        if width == 8:
+            return builder.load(builder.inttoptr(args[2], _INTS.as_pointer()), align=1)
+        kind = ir.VectorType(_LONG, width)
+        some = builder.load(builder.inttoptr(args[2], kind.as_pointer()), align=1)
+        bits = [width * column_of_byte(every, byte) for byte in range(64)]
+        longs = builder.shuffle_vector(some, some, _constants(ir.VectorType(_INT, 8), [bit // 64 for bit in bits[::8]]))
+        if width == widest(every) and not below:
+            # Processors can shift while they look up what was shifted before.
+            words = builder.bitcast(longs, _SHORTS)
+            return builder.bitcast(builder.lshr(words, _constants(_SHORTS, [bit % 16 for bit in bits[::2]])), _INTS)
+        shifts = _constants(_BYTES, [(bit - below) % 64 for bit in bits])
+        found = call(builder, "llvm.x86.avx512.pmultishift.qb.512", _BYTES, shifts, builder.bitcast(longs, _BYTES))
+        return builder.bitcast(found, _INTS)
+
+    return integers(widths, plane, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def join(_: Any, low: Any, high: Any, below: Any) -> Any:
+    """The lowest `below` bits of each byte of `low`, and the other ones of `high`."""
+    bits = below.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        mask = (2**bits - 1) * 0x01010101
+        return builder.or_(
+            builder.and_(args[0], constant([mask] * LANES)),
+            builder.and_(args[1], constant([mask ^ 0xFFFFFFFF] * LANES)),
+        )
+
+    return integers(integers, integers, below), generate
+
+
+@intrinsic(prefer_literal=True)
+def byte_of(_: Any, codes: Any, byte: Any, bits: Any) -> Any:
+    """Of every four bytes one, of which the lowest bits count, as float32 above 2^23."""
+    place, count = byte.literal_value, bits.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        moved = builder.lshr(args[0], constant([8 * place] * LANES))
+        low = builder.and_(moved, constant([2**count - 1] * LANES))
+        return builder.bitcast(builder.or_(low, constant([_MAGIC] * LANES)), FLOATS)
+
+    return floats(integers, byte, bits), generate
+
+
+@intrinsic
+def pairs(_: Any, first: Any, second: Any) -> Any:
+    """Twice 16 float32 as 32 bfloat16, rounded half to even; numbers below 2^-126 become zeros."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        found = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, args[1], args[0])
+        return builder.bitcast(found, _INTS)
+
+    return integers(floats, floats), generate
+
+
+@intrinsic
+def table_at(_: Any, address: Any) -> Any:
+    """16 bfloat16 at an address, twice."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        half = builder.load(builder.inttoptr(args[0], ir.VectorType(_INT, 8).as_pointer()), align=1)
+        return builder.shuffle_vector(half, half, constant([*range(8), *range(8)]))
+
+    return integers(types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def find(_: Any, table: Any, codes: Any, odd: Any) -> Any:
+    """The numbers of a table of 16, which is there twice, at the even or the odd ones of 64 codes in bytes."""
+    shift = 8 * odd.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        table, codes = (builder.bitcast(one, _SHORTS) for one in args[:2])
+        if shift:
+            codes = builder.lshr(codes, _constants(_SHORTS, [shift] * 32))
+        return builder.bitcast(call(builder, "llvm.x86.avx512.permvar.hi.512", _SHORTS, table, codes), _INTS)
+
+    return integers(integers, integers, odd), generate
+
+
+@intrinsic
+def add_products(_: Any, sums: Any, first: Any, second: Any) -> Any:
+    """16 sums, and the products of 32 bfloat16 with 32 others, two to a sum."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        a, b = (builder.bitcast(one, _PAIRS) for one in args[1:])
+        return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, args[0], a, b)
+
+    return floats(floats, integers, integers), generate
+
+
+@intrinsic(prefer_literal=True)
+def ordered(_: Any, first: Any, second: Any, widths: Any, by_table: Any, which: Any) -> Any:
+    """One of two vectors of 64 bfloat16 in the order of a block, from those in the order of the columns.
+
+    which: 0 or 1; 2 and 3 are the two vectors the other way round, in the order of the columns.
+    """
+    every, number = _digits(widths), which.literal_value
+    is_table = bool(by_table.literal_value)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        order = columns_in_order(every, is_table)
+        if number > 1:
+            order = [order.index(column) for column in range(64)]
+        mask = ir.Constant(ir.VectorType(_INT, 32), [_INT(one) for one in order[number % 2 * 32 :][:32]])
+        a, b = (builder.bitcast(one, _SHORTS) for one in args[:2])
+        return builder.bitcast(builder.shuffle_vector(a, b, mask), _INTS)
+
+    return integers(integers, integers, widths, by_table, which), generate
+
+
+@intrinsic
+def put_integers(_: Any, address: Any, values: Any) -> Any:
+    """Store 64 bytes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], builder.inttoptr(args[0], _INTS.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, integers), generate
+
+
+@intrinsic
+def copy_short(_: Any, address: Any, source: Any) -> Any:
+    """Store the two bytes that are at another address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to, at = (builder.inttoptr(one, _SHORT.as_pointer()) for one in args)
+        builder.store(builder.load(at, align=1), to, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def numbers_at(_: Any, address: Any, index: Any, kind: Any) -> Any:
+    """16 numbers of some kind from an index of an array on, as float32."""
+    chosen = kind.literal_value
+    of, size = {
+        FLOAT: (_FLOAT, 4),
+        HALF: (ir.HalfType(), 2),
+        BFLOAT: (_SHORT, 2),
+        BYTE: (_BYTE, 1),
+        SIGNED: (_BYTE, 1),
+    }[chosen]
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = builder.add(args[0], builder.mul(args[1], _LONG(size)))
+        found = builder.load(builder.inttoptr(at, ir.VectorType(of, LANES).as_pointer()), align=1)
+        if chosen == HALF:
+            return builder.fpext(found, FLOATS)
+        if chosen == BFLOAT:
+            return builder.bitcast(builder.shl(builder.zext(found, _INTS), constant([16] * LANES)), FLOATS)
+        if chosen == BYTE:
+            return builder.uitofp(found, FLOATS)
+        return builder.sitofp(found, FLOATS) if chosen == SIGNED else found
+
+    return floats(types.int64, types.int64, kind), generate
+
+
+@intrinsic
+def eight_totals(_: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
+    """The sums of eight times 16 float32, always in the same order: the first eight of the result, and again."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        left, width = list(args), LANES
+        while width > 1:
+            # The halves of each two vectors are added; what belongs to one of the eight stays together.
+            width //= 2
+            places = [[lane + start for lane in range(LANES) if lane // width % 2 == 0] for start in (0, width)]
+            several = [[*one, *(lane + LANES for lane in one)] for one in places]
+            left = [
+                builder.fadd(*(builder.shuffle_vector(one, other, constant(lanes)) for lanes in several))
+                for one, other in zip(left[::2], left[1::2] or left, strict=True)
+            ]
+        return left[0]
+
+    return floats(*[floats] * 8), generate
+
+
+@intrinsic
+def put_eight(_: Any, address: Any, values: Any) -> Any:
+    """Store the first 16 bytes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        eight = builder.shuffle_vector(args[1], args[1], _constants(ir.VectorType(_INT, 4), range(4)))
+        builder.store(eight, builder.inttoptr(args[0], eight.type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, integers), generate
+
+
+@intrinsic
+def places_after(_: Any, gaps: Any, before: Any) -> Any:
+    """The place `before`, and after it 16 gaps: where each of them ends."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        found, none, step = args[0], ir.Constant(_INTS, None), 1
+        while step < LANES:
+            lanes = constant([lane - step if lane >= step else LANES for lane in range(LANES)])
+            found = builder.add(found, builder.shuffle_vector(found, none, lanes))
+            step *= 2
+        return builder.add(found, repeated(builder, builder.trunc(args[1], _INT)))
+
+    return integers(integers, types.int64), generate
+
+
+@intrinsic
+def last_of(_: Any, values: Any) -> Any:
+    """The last of 16 integers."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.sext(builder.extract_element(args[0], _INT(LANES - 1)), _LONG)
+
+    return types.int64(integers), generate
+
+
+@intrinsic
+def parts_of(_: Any, places: Any, share: Any) -> Any:
+    """Into which equal part of `1 / share` places each of 16 falls."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        middle = builder.fadd(builder.sitofp(args[0], FLOATS), ir.Constant(FLOATS, [_FLOAT(0.5)] * LANES))
+        return builder.fptosi(builder.fmul(middle, repeated(builder, args[1])), _INTS)
+
+    return integers(integers, types.float32), generate
+
+
+@intrinsic(prefer_literal=True)
+def unless(_: Any, places: Any, gaps: Any, no: Any, left: Any, other: Any) -> Any:
+    """The first `left` of 16 places, but `other` for those whose gap is `no`, and for those behind."""
+    skip = no.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        some = repeated(builder, builder.trunc(args[3], _INT))
+        here = builder.icmp_signed("<", constant(range(LANES)), some)
+        real = builder.icmp_unsigned("!=", args[1], constant([skip] * LANES))
+        return builder.select(builder.and_(here, real), args[0], repeated(builder, builder.trunc(args[4], _INT)))
+
+    return integers(integers, integers, no, types.int64, types.int64), generate

@@ -1,0 +1,247 @@
+"""Products in bfloat16 on processors that multiply its numbers by pairs (AVX512-BF16): 64 codes are decoded at once.
+
+The weights are those of :mod:`fewbit.runtime.kernels.products`, and sums are in float32. The columns of each block of
+64 are in another order here (:mod:`fewbit.runtime.kernels.order`), and so are the inputs.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from fewbit.runtime.kernels.compiled import compiled, kept, sources
+from fewbit.runtime.kernels.description import (
+    BFLOAT,
+    BYTE,
+    COLUMNS,
+    GAPS,
+    GROUP,
+    GROUPS,
+    LADDER,
+    MIDDLE,
+    MINIMUM,
+    PLANES,
+    ROWS,
+    SCALE,
+    SIGNED,
+    STARTS,
+    STEPS,
+    UNITS,
+    VALUES,
+    ZERO,
+    Reading,
+)
+from fewbit.runtime.kernels.lanes import (
+    add,
+    as_floats,
+    codes_at,
+    float_at,
+    floats_at,
+    int_at,
+    integers_at,
+    long_at,
+    multiply,
+    no_floats,
+    put_bfloat,
+    put_floats,
+    splat,
+    subtract,
+)
+from fewbit.runtime.kernels.look_up import look_up
+from fewbit.runtime.kernels.outliers import SKIP
+from fewbit.runtime.kernels.pair_lanes import (
+    add_products,
+    block_at,
+    byte_of,
+    copy_short,
+    eight_totals,
+    find,
+    join,
+    last_of,
+    numbers_at,
+    ordered,
+    pairs,
+    parts_of,
+    places_after,
+    put_eight,
+    put_integers,
+    table_at,
+    unless,
+)
+from fewbit.runtime.kernels.rows import number_at
+
+
+@compiled
+def times_eight_pairs(weights: int, step: int, inputs: int, columns: int) -> Any:
+    """Eight rows of bfloat16, `step` bytes apart, times one input: the first eight of 16 float32.
+
+    columns: a multiple of 64.
+    """
+    a, b, c, d = no_floats(), no_floats(), no_floats(), no_floats()
+    e, f, g, h = no_floats(), no_floats(), no_floats(), no_floats()
+    # Two sums for each row, because a product takes longer than the next ones have to wait for otherwise.
+    s, t, u, v = no_floats(), no_floats(), no_floats(), no_floats()
+    w, x, y, z = no_floats(), no_floats(), no_floats(), no_floats()
+    for at in range(0, 2 * columns, 128):
+        one, two, row = integers_at(inputs + at), integers_at(inputs + at + 64), weights + at
+        a, s = add_products(a, integers_at(row), one), add_products(s, integers_at(row + 64), two)
+        row += step
+        b, t = add_products(b, integers_at(row), one), add_products(t, integers_at(row + 64), two)
+        row += step
+        c, u = add_products(c, integers_at(row), one), add_products(u, integers_at(row + 64), two)
+        row += step
+        d, v = add_products(d, integers_at(row), one), add_products(v, integers_at(row + 64), two)
+        row += step
+        e, w = add_products(e, integers_at(row), one), add_products(w, integers_at(row + 64), two)
+        row += step
+        f, x = add_products(f, integers_at(row), one), add_products(x, integers_at(row + 64), two)
+        row += step
+        g, y = add_products(g, integers_at(row), one), add_products(y, integers_at(row + 64), two)
+        row += step
+        h, z = add_products(h, integers_at(row), one), add_products(z, integers_at(row + 64), two)
+    a, b, c, d = add(a, s), add(b, t), add(c, u), add(d, v)
+    e, f, g, h = add(e, w), add(f, x), add(g, y), add(h, z)
+    return eight_totals(a, b, c, d, e, f, g, h)
+
+
+@lru_cache
+def kernel(reading: Reading) -> Callable[..., int]:
+    """The function of :func:`fewbit.runtime.kernels.products.kernel` for weights whose columns are in blocks."""
+    widths = int("".join(map(str, reading.widths)))
+    planes, bits, by_table = len(reading.widths), reading.bits, reading.by_table
+    one, two, three = (8 * width for width in (*reading.widths, 0, 0)[:3])
+    above, top = reading.widths[0], sum(reading.widths[:2])
+    scale_kind, zero_kind, minimum_kind, value_kind = reading.scale, reading.zero, reading.minimum, reading.values
+    in_units, by_code = scale_kind == SIGNED, value_kind == BYTE
+    version = sources()
+
+    @compiled
+    def codes(some: int, more: int, most: int) -> Any:
+        found = block_at(widths, 0, some)
+        if planes > 1:
+            found = join(found, block_at(widths, 1, more), above)
+        if planes > 2:
+            found = join(found, block_at(widths, 2, most), top)
+        return found
+
+    @kept
+    def run(
+        about: int, x: int, tokens: int, out: int, outputs: int, first: int, last: int, bias: int, work: int
+    ) -> int:
+        columns, group, groups = long_at(about + 8 * COLUMNS), long_at(about + 8 * GROUP), long_at(about + 8 * GROUPS)
+        step = 2 * columns
+        sums = work + ROWS * step
+        # Behind the rows is a place for what is not to be seen.
+        nowhere, offsets = ROWS * columns, sums + 128
+        scale_of = sums + 192
+        padded = (groups + 15) // 16 * 64
+        zero_of = scale_of + padded
+        minimum_of = zero_of + padded
+        tables = minimum_of + padded
+        inputs = tables + 8 * padded
+        for at in range(0, 2 * columns * tokens, 128):
+            low, high = integers_at(x + at), integers_at(x + at + 64)
+            put_integers(inputs + at, ordered(low, high, widths, by_table, 0))
+            put_integers(inputs + at + 64, ordered(low, high, widths, by_table, 1))
+        ladder, planes_at = long_at(about + 8 * LADDER), about + 8 * PLANES
+        scales, zeros, minima = long_at(about + 8 * SCALE), long_at(about + 8 * ZERO), long_at(about + 8 * MINIMUM)
+        starts, gaps, values = long_at(about + 8 * STARTS), long_at(about + 8 * GAPS), long_at(about + 8 * VALUES)
+        units, steps = long_at(about + 8 * UNITS), long_at(about + 8 * STEPS)
+        middle = splat(long_at(about + 8 * MIDDLE))
+        levels = floats_at(ladder)
+        lowest = splat(8388608.0 - float_at(ladder))
+        share = 1 / columns
+        for start in range(first // ROWS * ROWS, last, ROWS):
+            count = min(ROWS, last - start)
+            for number in range(count):
+                row, target = start + number, work + number * step
+                some = long_at(planes_at) + row * long_at(planes_at + 8)
+                more = long_at(planes_at + 40) + row * long_at(planes_at + 48)
+                most = long_at(planes_at + 80) + row * long_at(planes_at + 88)
+                unit = splat(float_at(units + 4 * row)) if in_units else no_floats()
+                for each in range(0, groups, 16):
+                    index = row * groups + each
+                    scale = numbers_at(scales, index, scale_kind)
+                    if in_units:
+                        scale = multiply(scale, unit)
+                    put_floats(scale_of + 4 * each, scale)
+                    if zero_kind:
+                        put_floats(zero_of + 4 * each, numbers_at(zeros, index, zero_kind))
+                    if minimum_kind:
+                        put_floats(minimum_of + 4 * each, numbers_at(minima, index, minimum_kind))
+                if by_table:
+                    for each in range(0, groups, 2):
+                        known, other = levels, levels
+                        if zero_kind:
+                            known = subtract(known, splat(float_at(zero_of + 4 * each)))
+                            other = subtract(other, splat(float_at(zero_of + 4 * each + 4)))
+                        known = multiply(known, splat(float_at(scale_of + 4 * each)))
+                        other = multiply(other, splat(float_at(scale_of + 4 * each + 4)))
+                        if minimum_kind:
+                            known = add(known, splat(float_at(minimum_of + 4 * each)))
+                            other = add(other, splat(float_at(minimum_of + 4 * each + 4)))
+                        put_integers(tables + 32 * each, pairs(known, other))
+                    for each in range(groups):
+                        known = table_at(tables + 32 * each)
+                        for _ in range(0, group, 64):
+                            code = codes(some, more, most)
+                            put_integers(target, find(known, code, 0))
+                            put_integers(target + 64, find(known, code, 1))
+                            some, more, most, target = some + one, more + two, most + three, target + 128
+                else:
+                    for each in range(groups):
+                        scale = splat(float_at(scale_of + 4 * each))
+                        for _ in range(0, group, 64):
+                            code = codes(some, more, most)
+                            a = subtract(byte_of(code, 0, bits), lowest)
+                            b = subtract(byte_of(code, 1, bits), lowest)
+                            c = subtract(byte_of(code, 2, bits), lowest)
+                            d = subtract(byte_of(code, 3, bits), lowest)
+                            if zero_kind:
+                                zero = splat(float_at(zero_of + 4 * each))
+                                a, b, c, d = subtract(a, zero), subtract(b, zero), subtract(c, zero), subtract(d, zero)
+                            a, b = multiply(a, scale), multiply(b, scale)
+                            c, d = multiply(c, scale), multiply(d, scale)
+                            if minimum_kind:
+                                least = splat(float_at(minimum_of + 4 * each))
+                                a, b, c, d = add(a, least), add(b, least), add(c, least), add(d, least)
+                            put_integers(target, pairs(a, b))
+                            put_integers(target + 64, pairs(c, d))
+                            some, more, most, target = some + one, more + two, most + three, target + 128
+            if value_kind:
+                run_at = starts + start // ROWS * 4
+                behind, place, of_rows = int_at(run_at + 4), 0, floats_at(steps + 4 * start) if by_code else levels
+                for index in range(int_at(run_at), behind, 16):
+                    gap = codes_at(8, gaps + index)
+                    places = places_after(gap, place)
+                    place = last_of(places)
+                    put_integers(offsets, unless(places, gap, SKIP, behind - index, nowhere))
+                    source = values + 2 * index
+                    if by_code:
+                        value = subtract(as_floats(codes_at(8, values + index)), middle)
+                        value = multiply(value, look_up(of_rows, parts_of(places, share), 4))
+                        source = sums
+                        put_integers(sums, pairs(value, value))
+                    for each in range(16):
+                        copy_short(work + 2 * int_at(offsets + 4 * each), source + 2 * each)
+            if tokens == 0:
+                for number in range(max(0, first - start), count):
+                    of_row, to = work + number * step, out + 2 * columns * (start + number - first)
+                    for at in range(0, 2 * columns, 128):
+                        low, high = integers_at(of_row + at), integers_at(of_row + at + 64)
+                        put_integers(to + at, ordered(low, high, widths, by_table, 2))
+                        put_integers(to + at + 64, ordered(low, high, widths, by_table, 3))
+            for token in range(tokens):
+                found = times_eight_pairs(work, step, inputs + step * token, columns)
+                to = out + 2 * (outputs * token + start)
+                if count == ROWS and not bias:
+                    put_eight(to, pairs(found, found))
+                else:
+                    put_floats(sums, found)
+                    for number in range(count):
+                        sum_of_row = float_at(sums + 4 * number)
+                        if bias:
+                            sum_of_row += number_at(bias, start + number, BFLOAT)
+                        put_bfloat(to + 2 * number, sum_of_row)
+        return version
+
+    return run

@@ -1,0 +1,80 @@
+"""Products of bfloat16 by pairs, with weights that are decoded 64 columns at a time in an order of their own."""
+
+import pytest
+import torch
+from packed_matrices import finish, normal_float, pack
+
+from fewbit.formats import native
+from fewbit.grids.scheme import Scheme
+from fewbit.runtime.kernels.order import BLOCK, columns_in_order
+from fewbit.solvers.settled import WeightChoices, settle, settle_around
+
+pytest.importorskip("numba", reason="needs numba: pip install 'fewbit[fast]'")
+from test_kernels import CPU, check_parts, check_product, prepared
+
+from fewbit.runtime.kernels.pair_lanes import has_pairs
+
+needs_pairs = pytest.mark.skipif(not has_pairs(), reason="needs a processor with products of bfloat16 by pairs")
+BFLOAT = (torch.bfloat16,)
+
+
+def reading(parts: object, stored: object, dtype: torch.dtype = torch.bfloat16) -> bool:
+    return bool(prepared(parts, stored, dtype).reading.by_pairs)  # type: ignore[attr-defined, arg-type]
+
+
+@pytest.mark.parametrize("widths", [(1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (8,)])
+@pytest.mark.parametrize("by_table", [True, False])
+def test_every_column_has_one_place(widths: tuple[int, ...], by_table: bool) -> None:
+    assert sorted(columns_in_order(widths, by_table)) == list(range(BLOCK))
+
+
+@needs_pairs
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        normal_float(4, scale_format="two-level", outlier_grid="row", outlier_bits=8),
+        normal_float(3, 128, scale_format="two-level", outlier_grid="row", outlier_bits=8),
+        normal_float(2, outlier_grid="minmax", outlier_bits=4),
+        normal_float(1),
+        Scheme(5, 64, "zero-point", outlier_grid="row", outlier_bits=8),
+        Scheme(6, 128, "symmetric"),
+        Scheme(7, 64, "minimum"),
+        Scheme(8, 64, "symmetric", scale_format="two-level"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("share", [0.05, 0.001])
+def test_products(scheme: Scheme, share: float) -> None:
+    """Outliers close to each other, and further apart than a byte can say."""
+    parts, stored = pack(scheme, rows=19, columns=640, share=share)
+    assert reading(parts, stored) and not reading(parts, stored, torch.float32)
+    check_parts(parts, stored, 2, BFLOAT)
+
+
+@needs_pairs
+def test_outliers_at_the_ends() -> None:
+    """In the first and last column of rows, in one row only, and in all columns of a row."""
+    scheme = normal_float(4, outlier_grid="row", outlier_bits=8)
+    generator = torch.Generator().manual_seed(0)
+    for rows in (1, 8, 17):
+        weight, mask = torch.randn(rows, 576, generator=generator), torch.zeros(rows, 576, dtype=torch.bool)
+        mask[:, 0] = mask[:, -1] = True
+        mask[rows // 2] = True
+        parts, stored = finish(weight, settle_around(weight, mask, WeightChoices(scheme)), scheme)
+        assert reading(parts, stored)
+        whole = prepared(parts, stored, torch.bfloat16)
+        wanted = native.decode_stored(parts, stored, torch.bfloat16)
+        for first in range(0, rows, 5):
+            assert torch.equal(CPU.rows(whole, first, rows), wanted[first:])
+        x = torch.randn(1, 576, generator=generator).bfloat16()
+        check_product(CPU.product(whole, x, None), x, wanted, None)
+
+
+@pytest.mark.parametrize(("size", "group_size", "columns"), [(2.0**-110, 64, 192), (1.0, 32, 192), (1.0, 96, 192)])
+def test_what_does_not_fit(size: float, group_size: int, columns: int) -> None:
+    """Weights that such products would take for zeros, and groups that are no whole blocks."""
+    scheme = Scheme(4, group_size, "symmetric", scale_format="float32")
+    weight = torch.randn(9, columns, generator=torch.Generator().manual_seed(0)) * size
+    parts, stored = finish(weight, settle(weight, WeightChoices(scheme), None, None), scheme)
+    assert not reading(parts, stored)
+    check_parts(parts, stored, 2, BFLOAT)
