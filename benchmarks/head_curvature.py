@@ -83,11 +83,9 @@ def main() -> None:
                     total.add(window_logits(model, window), window[1:], expected)
                 kl = float(torch.cat(total.divergences).double().mean())
                 damping, weighed = ("", "") if solver is None else (f"{solver.damping:g}", solver.importance)
-                print(
-                    f"| {arguments.model} | {bits} | {name} | {damping} | {weighed} | {side} | {error:.2e} | {kl:.5f} | "
-                    f"{math.exp(total.nll / total.tokens):.3f} | {took:.1f} |",
-                    flush=True,
-                )
+                chosen = f"| {arguments.model} | {bits} | {name} | {damping} | {weighed} | {side}"
+                perplexity = math.exp(total.nll / total.tokens)
+                print(f"{chosen} | {error:.2e} | {kl:.5f} | {perplexity:.3f} | {took:.1f} |", flush=True)
 
 
 def variants(arguments: argparse.Namespace) -> Iterator[tuple[str, SolverChoice | None]]:

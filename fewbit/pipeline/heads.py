@@ -25,7 +25,7 @@ from fewbit.solvers.choice import SolverChoice
 
 HEAD = "head"
 """The key of the head's curvature; layers in blocks have longer ones."""
-SOLVER = SolverChoice("column", damping=0.1, act_order=True)
+SOLVER = SolverChoice("column", damping=0.1, act_order=True, importance="inverse")
 """How heads are solved, whatever the method of the layers (`benchmarks/head_curvature.py`, docs/experiments.md)."""
 NOT_MEASURED = "rounded: the stored curvature has none of the head; the same `fewbit curvature` command adds it"
 
