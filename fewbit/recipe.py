@@ -72,8 +72,7 @@ class Recipe:
     methods. grid, scales: which weight a code stands for, and how scales are stored. solver: how codes are chosen.
     include, exclude: patterns of tensor names. sets: choices for the tensors that match a pattern, such as
     ``("*.down_proj.weight", (("bits", 4),))``; if several patterns match, the last one that sets a choice wins.
-    embeddings: how embeddings and output heads are stored, which are always quantized without data. inputs: how the
-    inputs of the layers are rounded at run time.
+    embeddings: how embeddings and output heads are stored. inputs: how the layers' inputs are rounded at run time.
     """
 
     method: str = "rtn"

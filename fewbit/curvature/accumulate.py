@@ -19,6 +19,9 @@ from fewbit.curvature.products import products
 from fewbit.errors import FewbitError
 
 _ADVICE = "run the model in float32 or bfloat16"
+_TALL = 16
+"""Of a layer with so many times as many outputs as inputs, which is a head, the gradient matrix is not formed."""
+_AT_ONCE = 1 << 24
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Accumulator:
         self._add(key, self._tempered(x).to(torch.float32), x.dtype)
 
     def _observe_fisher(self, key: str, x: Tensor, gradient: Tensor) -> None:
-        norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True, dtype=torch.float32)
+        norms = _norms(gradient)
         felt = norms > 0
         count = int(felt.sum())
         self.tokens[key] = self.tokens.get(key, 0) + count
@@ -77,7 +80,9 @@ class Accumulator:
         if not count:
             return
         precision, x = x.dtype, self._tempered(x)
-        if self.choice.terms == "sequence":
+        if self.choice.terms == "sequence" and gradient.shape[1] >= _TALL * x.shape[1]:
+            self._observe_tall(key, x, gradient)
+        elif self.choice.terms == "sequence":
             with products(precision):
                 whole = gradient.float().t() @ x.float()
             if self.choice.gram_share:
@@ -90,6 +95,18 @@ class Accumulator:
             self._add(key, x * (weights + rho).sqrt().unsqueeze(1), precision)
         else:
             self._add(key, x * norms, precision)
+
+    def _observe_tall(self, key: str, x: Tensor, gradient: Tensor) -> None:
+        """The sequence term ``G^T G`` as ``X^T (D D^T) X``, with `(tokens, tokens)` in memory, not `(out, in)`."""
+        precision, x = x.dtype, x.float()
+        with products(precision):
+            between = torch.zeros(gradient.shape[0], gradient.shape[0], device=x.device)
+            for part in gradient.split(max(1, _AT_ONCE // gradient.shape[0]), dim=1):
+                between.addmm_(part.float(), part.float().t())
+            whole = between @ x
+        if self.choice.gram_share:
+            whole += x * self._rho(key, (whole * x).sum(), _squares(x).sum())
+        self._add(key, x, precision, whole)
 
     def _rho(self, key: str, fisher: Tensor, gram: Tensor) -> Tensor:
         """The weight rho of the Gram, after adding the traces of one call to those of the calls before."""
@@ -167,22 +184,31 @@ class Accumulator:
     def _add_largest(self, key: str, largest: Tensor) -> None:
         self.largest[key] = torch.maximum(self.largest[key], largest) if key in self.largest else largest
 
-    def _add(self, key: str, rows: Tensor, precision: torch.dtype) -> None:
+    def _add(self, key: str, rows: Tensor, precision: torch.dtype, others: Tensor | None = None) -> None:
+        """Add ``R^T R``, or ``R^T O``, which must be symmetric, of rows and others `(any, in)`."""
+        others = rows if others is None else others
         if self.choice.diagonal:
-            squares = rows.square().sum(dim=0)
+            squares = (rows.square() if others is rows else rows * others).sum(dim=0)
             self.sums[key] = self.sums[key].add_(squares) if key in self.sums else squares
             return
         found = self.sums.get(key)
         with products(precision):
             half = _half(rows.shape[1])
             if found is None:
-                self.sums[key] = rows.t() @ rows
+                self.sums[key] = rows.t() @ others
             elif not half:
-                found.addmm_(rows.t(), rows)
+                found.addmm_(rows.t(), others)
             else:
                 left, right = rows[:, :half], rows[:, half:]
-                found[:half].addmm_(left.t(), rows)
-                found[half:, half:].addmm_(right.t(), right)
+                found[:half].addmm_(left.t(), others)
+                found[half:, half:].addmm_(right.t(), others[:, half:])
+
+
+def _norms(gradient: Tensor) -> Tensor:
+    """Norms of the rows, `(tokens, 1)` float32; of a head's gradients a few rows at a time, as each is converted."""
+    parts = gradient.split(max(1, _AT_ONCE // max(1, gradient.shape[1])))
+    norms = [torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=torch.float32) for part in parts]
+    return torch.cat(norms)
 
 
 def _squares(x: Tensor) -> Tensor:

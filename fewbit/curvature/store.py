@@ -1,4 +1,8 @@
-"""A measured curvature on disk: one file per block, written as soon as it is measured, and a description."""
+"""A measured curvature on disk: one file per block and one of the head, written as soon as they are measured, and a
+description.
+
+Folders of earlier versions have no file of the head; otherwise they are the same.
+"""
 
 import hashlib
 import json
@@ -28,8 +32,9 @@ VERSION = 2
 _DESCRIPTION = "fewbit_curvature.json"
 _MEASURING = "fewbit_measuring.json"
 """File with the state of the model's files when the measurement began; removed after the last block is written."""
-_BLOCK = re.compile(r"block-\d{5,}\.safetensors")
-_SCRATCH = re.compile(rf"(fewbit_|block-).*\.partial|\.tmp.*|.*{re.escape(SPILLED)}")
+_HEAD = "head.safetensors"
+_PART = re.compile(rf"block-\d{{5,}}\.safetensors|{re.escape(_HEAD)}")
+_SCRATCH = re.compile(rf"(fewbit_|block-|head).*\.partial|\.tmp.*|.*{re.escape(SPILLED)}")
 _SAMPLE_BYTES = 4096
 
 
@@ -65,8 +70,18 @@ class StoredCurvature:
 
     @property
     def files(self) -> list[Path]:
-        """The existing block files."""
-        return [path for path in self.folder.iterdir() if _BLOCK.fullmatch(path.name)]
+        """The existing files of blocks and of the head."""
+        return [path for path in self.folder.iterdir() if _PART.fullmatch(path.name)]
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head was measured."""
+        return (self.folder / _HEAD).is_file()
+
+    def head(self) -> Tensor:
+        """Float32 `(in, in)` of the head, which must have been measured."""
+        with safe_open(self.folder / _HEAD, framework="pt") as file:
+            return _whole(file.get_tensor("head"))
 
     def layers(self, index: int) -> set[str]:
         """Keys of the layers of one block that were measured."""
@@ -81,8 +96,7 @@ class StoredCurvature:
         found: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                matrix = file.get_tensor(name)
-                found[name] = torch.diag(matrix) if matrix.dim() == 1 else matrix
+                found[name] = _whole(file.get_tensor(name))
             shared = parse_json(file.metadata()["shared"])
         for name, owner in shared.items():
             found[name] = found[owner]
@@ -90,15 +104,22 @@ class StoredCurvature:
 
 
 class CurvatureWriter:
-    """A curvature folder that is being written; every block file in it is complete."""
+    """A curvature folder that is being written; every file of a block or of the head in it is complete."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, choice: CurvatureChoice, calibration: dict[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        choice: CurvatureChoice,
+        calibration: dict[str, Any],
+        with_head: bool = False,
+    ):
         """Start a folder, or resume one after an interruption at any point.
 
-        calibration: describes what is measured, including the number of `blocks`. Raises FewbitError if the folder
-        contains blocks of another measurement, or any other files.
+        calibration: describes what is measured, including the number of `blocks`. with_head: the head is measured too.
+        Raises FewbitError if the folder contains blocks of another measurement, or any other files.
         """
-        self.folder = folder
+        self.folder, self._with_head = folder, with_head
         self._blocks = int(calibration["blocks"])
         header = {
             "version": VERSION,
@@ -110,7 +131,7 @@ class CurvatureWriter:
         check_curvature_place(folder, checkpoint)
         self._new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        if any(_BLOCK.fullmatch(path.name) for path in folder.iterdir()):
+        if any(_PART.fullmatch(path.name) for path in folder.iterdir()):
             self._refuse_other(header, measuring)
         if not self._is_whole():
             write_json(folder / _MEASURING, measuring)
@@ -120,8 +141,8 @@ class CurvatureWriter:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        """If an exception ends the measurement before its first block, nothing is left behind."""
-        if kind is None or any(_BLOCK.fullmatch(path.name) for path in self.folder.iterdir()):
+        """If an exception ends the measurement before anything is measured, nothing is left behind."""
+        if kind is None or any(_PART.fullmatch(path.name) for path in self.folder.iterdir()):
             return
         for path in list(self.folder.iterdir()):
             if path.name in (_DESCRIPTION, _MEASURING) or _SCRATCH.fullmatch(path.name):
@@ -150,18 +171,33 @@ class CurvatureWriter:
         return _block_path(self.folder, index).is_file()
 
     def put(self, index: int, sums: dict[str, Tensor], shared: dict[str, str]) -> None:
-        """Write the matrices of one block; after the last one, all files that are not part of the curvature are
+        """Write the matrices of one block; after the last part, all files that are not part of the curvature are
         removed.
         """
         path = _block_path(self.folder, index)
         save_whole({name: tensor.cpu() for name, tensor in sums.items()}, path, {"shared": json.dumps(shared)})
+        self._tidy()
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head has been written."""
+        return (self.folder / _HEAD).is_file()
+
+    def put_head(self, matrix: Tensor | None) -> None:
+        """Write the matrix of the head; None if it never ran, which leaves the folder without one."""
+        self._with_head = matrix is not None
+        if matrix is not None:
+            save_whole({"head": matrix.cpu()}, self.folder / _HEAD)
+        self._tidy()
+
+    def _tidy(self) -> None:
         if self._is_whole():
             for left in [path for path in self.folder.iterdir() if _SCRATCH.fullmatch(path.name)]:
                 left.unlink()
             drop(self.folder / _MEASURING)
 
     def _is_whole(self) -> bool:
-        return all(self.has(index) for index in range(self._blocks))
+        return all(self.has(index) for index in range(self._blocks)) and (self.has_head or not self._with_head)
 
 
 def check_curvature_place(folder: Path, checkpoint: Checkpoint) -> None:
@@ -173,7 +209,7 @@ def check_curvature_place(folder: Path, checkpoint: Checkpoint) -> None:
         raise FewbitError(f"{folder}: is a file: give a folder for the curvature")
     for path in folder.iterdir():
         name = path.name
-        own = name in (_DESCRIPTION, _MEASURING) or _BLOCK.fullmatch(name) or _SCRATCH.fullmatch(name)
+        own = name in (_DESCRIPTION, _MEASURING) or _PART.fullmatch(name) or _SCRATCH.fullmatch(name)
         if not is_of_the_system(name) and not (own and path.is_file() and not path.is_symlink()):
             raise FewbitError(f"{folder}: contains {name}, which is not part of a curvature: choose another name")
 
@@ -210,6 +246,11 @@ def open_curvature(folder: Path, checkpoint: Checkpoint) -> StoredCurvature:
             f"{folder}: block {(missing or 0) + 1} is not measured: run the same fewbit curvature command again"
         )
     return StoredCurvature(folder, choice, calibration)
+
+
+def _whole(matrix: Tensor) -> Tensor:
+    """A matrix of which only the diagonal may be stored."""
+    return torch.diag(matrix) if matrix.dim() == 1 else matrix
 
 
 def _block_path(folder: Path, index: int) -> Path:

@@ -5,6 +5,7 @@ A stage is one block for the input Gram (which is measured on the outputs of the
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from fewbit.calibration.tokens import CalibrationSet
@@ -14,8 +15,9 @@ from fewbit.errors import FewbitError
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.calibration_tokens import calibration_set
 from fewbit.pipeline.curvatures import BlockCurvature, Source, fisher_blocks, gram_blocks, stored_blocks
-from fewbit.pipeline.network import open_network
-from fewbit.pipeline.plan import Plan
+from fewbit.pipeline.heads import NOT_MEASURED, solved_table
+from fewbit.pipeline.network import Network, open_network
+from fewbit.pipeline.plan import Plan, PlannedTensor
 from fewbit.pipeline.solve_blocks import BlockSolver
 from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.pipeline.stages import matrix_bytes, stages_of
@@ -38,9 +40,10 @@ def solve_model(
     """
     walking = options.stored is not None or (recipe.curvature is not None and not recipe.curvature.source.gradients)
     network = open_network(checkpoint, plan.coverage, device, walking)
+    table = solved_table(plan, recipe, network.head)
     if options.stored is None:
         # Checked before the model generates its calibration text, which takes minutes.
-        stages_of(matrix_bytes(network.sites), options.refresh, options.memory)
+        _stages(network, table, options)
     calibration = None if options.stored else calibration_set(checkpoint, options.choice, network.model, progress)
     if calibration is not None:
         store.same_tokens(calibration.sha256)
@@ -51,7 +54,7 @@ def solve_model(
     for item in plan.quantized:
         if item.tensor.entry.name not in placed:
             run.round_outside(item, checkpoint)
-    for block in _blocks(run, options, calibration):
+    for block in _blocks(run, options, calibration, table):
         run.solve_block(block)
     fallen = [name for name, path in run.paths.items() if path.startswith("fallback")]
     if len(fallen) > options.max_fallback:
@@ -68,12 +71,19 @@ def solve_model(
 
 
 def _blocks(
-    run: BlockSolver, options: CalibrationOptions, calibration: CalibrationSet | None
+    run: BlockSolver, options: CalibrationOptions, calibration: CalibrationSet | None, table: PlannedTensor | None
 ) -> Iterator[BlockCurvature]:
-    """The curvature of one block after another, from the source that the recipe and the options define."""
+    """The curvature of one block after another, from the source that the recipe and the options define.
+
+    table: the table that is the head; its curvature goes to the store of solved weights.
+    """
     network, choice = run.network, run.recipe.curvature
+    name = "" if table is None else table.tensor.entry.name
     if options.stored is not None:
         _check_measured(run, options.stored, options.max_fallback)
+        if table is not None:
+            matrix = options.stored.head() if options.stored.has_head else None
+            run.store.put_curvature(name, matrix, NOT_MEASURED)
         return stored_blocks(network, options.stored, run.counter)
     assert calibration is not None
     assert choice is not None
@@ -86,11 +96,17 @@ def _blocks(
         run.solved,
         run.counter,
         run.recipe.transform.kind.from_largest,
+        None if table is None or run.store.has_curvature(name) else partial(run.store.put_curvature, name),
     )
     if not choice.source.gradients:
         return gram_blocks(source, options.original_inputs)
-    stages = stages_of(matrix_bytes(network.sites), options.refresh, options.memory)
-    return fisher_blocks(source, stages, refreshed=options.refresh > 0)
+    return fisher_blocks(source, _stages(network, table, options), refreshed=options.refresh > 0)
+
+
+def _stages(network: Network, table: PlannedTensor | None, options: CalibrationOptions) -> list[list[int]]:
+    """The blocks that are measured together; the head is measured with the last ones."""
+    of_head = network.head.bytes if network.head is not None and table is not None else 0
+    return stages_of(matrix_bytes(network.sites, of_head), options.refresh, options.memory)
 
 
 def _check_measured(run: BlockSolver, stored: StoredCurvature, max_fallback: int) -> None:

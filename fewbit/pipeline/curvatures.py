@@ -16,12 +16,14 @@ from fewbit.curvature.choice import CurvatureChoice
 from fewbit.curvature.fisher import measure_fisher
 from fewbit.curvature.observe import Watched
 from fewbit.curvature.store import StoredCurvature
+from fewbit.pipeline.heads import HEAD
 from fewbit.pipeline.network import Network
 from fewbit.pipeline.stages import crowded
 from fewbit.pipeline.walk import Walk
 from fewbit.progress import Counter
 
 Known = Callable[[int], bool]
+PutHead = Callable[[Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Source:
     """What a curvature is measured on: sequences `(samples, length)` that run through a network, with `memory` bytes.
 
     spill: folder for hidden states that do not fit in memory. known(index): whether a block need not be measured.
-    with_largest: also measure the largest inputs, for a Gram.
+    with_largest: also measure the largest inputs, for a Gram. put_head: called with the curvature of the network's
+    head, or None if the head never ran; without it, the head is not measured.
     """
 
     network: Network
@@ -56,17 +59,28 @@ class Source:
     known: Known
     counter: Counter
     with_largest: bool = False
+    put_head: PutHead | None = None
 
     def layers(self, blocks: list[int]) -> list[Watched]:
         """The linear layers of some blocks, each once."""
         sites = [site for index in blocks for site in self.network.sites[index]]
         return list({site.watched.key: site.watched for site in sites}.values())
 
+    @property
+    def head(self) -> Watched | None:
+        """The head, if it is to be measured."""
+        return self.network.head.watched if self.network.head is not None and self.put_head is not None else None
+
+    def found_head(self, accumulator: Accumulator) -> None:
+        """The head is measured."""
+        if self.put_head is not None:
+            self.put_head(accumulator.curvature(HEAD))
+
 
 def gram_blocks(source: Source, original_inputs: bool) -> Iterator[BlockCurvature]:
     """Grams block by block, with changed weights in the preceding blocks, or with `original_inputs` original ones."""
     network, samples = source.network, source.ids.shape[0]
-    source.counter.total = (1 if original_inputs else 2) * len(network.blocks) * samples
+    source.counter.total = ((1 if original_inputs else 2) * len(network.blocks) + (source.head is not None)) * samples
     walk = Walk(network.model, network.blocks, source.ids, source.memory // 2, source.spill)
     for index in range(len(network.blocks)):
         accumulator = Accumulator(source.choice, source.with_largest)
@@ -84,6 +98,11 @@ def gram_blocks(source: Source, original_inputs: bool) -> Iterator[BlockCurvatur
         if not original_inputs:
             walk.advance(index, source.counter.step)
         network.release(index)
+    if source.head is not None:
+        accumulator = Accumulator(source.choice)
+        source.counter.show("curvature of the head")
+        walk.observe_head(source.head, accumulator, source.counter.step)
+        source.found_head(accumulator)
 
 
 def fisher_blocks(source: Source, stages: list[list[int]], refreshed: bool) -> Iterator[BlockCurvature]:
@@ -96,16 +115,21 @@ def fisher_blocks(source: Source, stages: list[list[int]], refreshed: bool) -> I
     source.counter.total = len(stages) * samples + len(network.blocks)
     for stage in stages:
         accumulator = Accumulator(source.choice)
-        if all(source.known(index) for index in stage):
+        last = stage[-1] == len(network.blocks) - 1
+        head = [source.head] if last and source.head is not None else []
+        measured = [] if all(source.known(index) for index in stage) else source.layers(stage)
+        if not measured and not head:
             source.counter.skip(samples)
         else:
             source.counter.show(f"curvature of blocks {stage[0] + 1} to {stage[-1] + 1}")
             recompute = crowded(network.model, source.ids.shape[1], source.memory)
-            blocks, layers = network.blocks[stage[0] :], source.layers(stage)
+            blocks = network.blocks[stage[0] if measured else -1 :]
             accumulator, _ = measure_fisher(
-                network.model, blocks, layers, source.ids, source.choice, source.counter.step, recompute
+                network.model, blocks, measured + head, source.ids, source.choice, source.counter.step, recompute
             )
             accumulator.check_gradients()
+            if head:
+                source.found_head(accumulator)
         for index in stage:
             # Without a refresh, the original weights are used even if limited memory requires several passes.
             yield _measured(index, accumulator, fixed=not refreshed)

@@ -62,7 +62,8 @@ def forecast(model: str | Path, recipe: Recipe, options: CalibrationOptions | No
     scratch, problems = 0, [problem] if problem else []
     if recipe.curvature is not None:
         try:
-            more, memory, spilled = _calibrated(checkpoint, items, recipe, options)
+            solved = [*items, *tables] if recipe.solver.method.compensates else items
+            more, memory, spilled = _calibrated(checkpoint, solved, recipe, options)
             seconds, scratch = seconds + more, size + spilled
         except FewbitError as error:
             problems.append(str(error))
@@ -163,13 +164,15 @@ def _calibrated(
 
 
 def _matrix_bytes(items: list[PlannedTensor]) -> list[int]:
-    """Bytes of the curvatures of each block's weights."""
+    """Bytes of the curvatures of each block's weights; that of the head is measured with the last block's."""
     sizes: dict[int, int] = {}
+    of_head = max((4 * item.tensor.matrix_shape[1] ** 2 for item in items if item.is_table), default=0)
     for item in items:
         if item.tensor.block is not None:
             experts = math.prod(item.tensor.entry.shape[:-2])
             sizes[item.tensor.block] = sizes.get(item.tensor.block, 0) + 4 * item.tensor.matrix_shape[1] ** 2 * experts
-    return [sizes[block] for block in sorted(sizes)] or [0]
+    found = [sizes[block] for block in sorted(sizes)] or [0]
+    return [*found[:-1], found[-1] + of_head]
 
 
 def _writing(checkpoint: Checkpoint, options: CalibrationOptions, speed: float) -> float:

@@ -45,7 +45,7 @@ def measure(
     coverage = cover_original(checkpoint, include, exclude)
     network = open_network(checkpoint, coverage, device, walking=not choice.source.gradients)
     # Checked before the model generates its calibration text, which takes minutes.
-    stages_of(matrix_bytes(network.sites), 0, options.memory)
+    stages_of(_sizes(network), 0, options.memory)
     calibration = calibration_set(checkpoint, options.choice, network.model, progress)
     with said_when_full("free some space and run the same command again; finished blocks are kept"):
         measure_tokens(network, checkpoint, calibration, out, choice, options, progress)
@@ -74,17 +74,32 @@ def measure_tokens(
 
     network: must be opened for running block by block if the kind is gram; its blocks are then empty afterwards.
     """
-    with CurvatureWriter(out, checkpoint, choice, {**calibration.describe(), "blocks": len(network.blocks)}) as writer:
+    described, with_head = {**calibration.describe(), "blocks": len(network.blocks)}, network.head is not None
+    with CurvatureWriter(out, checkpoint, choice, described, with_head) as writer:
         counter = Counter(progress)
-        source = Source(network, calibration.ids, choice, options.memory, writer.folder, writer.has, counter)
+        put_head = None if writer.has_head or not with_head else writer.put_head
+        source = Source(
+            network,
+            calibration.ids,
+            choice,
+            options.memory,
+            writer.folder,
+            writer.has,
+            counter,
+            put_head=put_head,
+        )
         if not choice.source.gradients:
             blocks = gram_blocks(source, original_inputs=True)
         else:
-            blocks = fisher_blocks(source, stages_of(matrix_bytes(network.sites), 0, options.memory), refreshed=False)
+            blocks = fisher_blocks(source, stages_of(_sizes(network), 0, options.memory), refreshed=False)
         for block in blocks:
             counter.show(f"block {block.index + 1} of {len(network.blocks)}")
             if not writer.has(block.index) and block.measured is not None:
                 _put(network, block.index, block.measured, writer)
+
+
+def _sizes(network: Network) -> list[int]:
+    return matrix_bytes(network.sites, network.head.bytes if network.head is not None else 0)
 
 
 def _put(network: Network, index: int, found: Accumulator, writer: CurvatureWriter) -> None:

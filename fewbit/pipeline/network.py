@@ -15,6 +15,7 @@ from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.safetensors_io import FileReader
 from fewbit.checkpoints.source import Checkpoint, open_checkpoint
 from fewbit.paging import page_out
+from fewbit.pipeline.heads import Head, find_head
 from fewbit.pipeline.plan import cover_original
 from fewbit.runtime.load import load_decoder
 
@@ -24,6 +25,7 @@ class Network:
     """The running model, its blocks, and the location of the checkpoint's linear layers in it, block by block.
 
     kept: for every block, parameter name in the block -> name in the checkpoint, for tensors that are not quantized.
+    head: the output head, or None if it has none that can be solved.
     """
 
     model: Any
@@ -31,6 +33,7 @@ class Network:
     sites: list[list[Site]]
     kept: list[dict[str, str]]
     device: torch.device
+    head: Head | None = None
 
     def take(self, index: int) -> None:
         """Give a block its own copy of the weights, on the compute device.
@@ -83,4 +86,5 @@ def open_network(
         sites = find_sites(blocks, coverage.of("quantize"), read, model, names, page_out if walking else None)
     kept_names = {tensor.entry.name: names[tensor.entry.name] for tensor in coverage.of("keep")}
     kept = names_by_parameter(model, blocks, kept_names)
-    return Network(model, blocks, sites, kept, torch.device(device) if device else model.device)
+    where = torch.device(device) if device else model.device
+    return Network(model, blocks, sites, kept, where, find_head(model, names))

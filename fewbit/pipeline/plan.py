@@ -32,7 +32,7 @@ _EXPERT = re.compile(r".*\.experts\.[0-9]+\..*")
 class PlannedTensor:
     """A tensor to quantize, its recipe, and its stored form (with the largest possible number of outliers).
 
-    is_table: it is an embedding or a head, quantized without data and counted separately.
+    is_table: it is an embedding or a head, counted separately; only a head is quantized with a curvature.
     """
 
     tensor: WeightTensor

@@ -1,10 +1,11 @@
 """Quantize one tensor of a checkpoint in chunks: workers read and quantize rows, which are then joined in order."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,10 +24,15 @@ from fewbit.pipeline.plan import PlannedTensor, place_outliers
 from fewbit.pipeline.records import LayerRecord, relative_errors
 from fewbit.pipeline.tensor_rows import TensorRows
 from fewbit.solvers.settled import Encoded, NotFiniteError, round_rows
+from fewbit.solvers.solved import Solved
+from fewbit.solvers.weight import row_solver
 from fewbit.transforms.table import TRANSFORMS
 
 # Small enough for a core's cache, and large enough that threads rarely wait for Python's global lock.
 _CHUNK_WEIGHTS = 1 << 19
+_SOLVED_AT_ONCE = 1 << 22
+"""The column solver takes several steps for every column, whatever the number of rows."""
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ def available_cores() -> int:
 def quantize_tensor(
     item: PlannedTensor, checkpoint: Checkpoint, reader: FileReader, workers: Workers
 ) -> Callable[[], SolvedWeight]:
-    """Quantize one planned tensor.
+    """Quantize one planned tensor by rounding.
 
     Returns a function that joins the rows (another thread can call it while the next tensor is quantized). Raises
     FewbitError, which names the tensor, if a weight is NaN or infinite or a scale cannot be stored.
@@ -77,15 +83,54 @@ def quantize_tensor(
         # The decoded weights of a whole embedding would take a gigabyte, and nobody reads them.
         return replace(found, decoded=found.decoded.new_empty(0))
 
+    return partial(assemble, item, _over_rows(item, work, source.spans, workers), source.spans)
+
+
+def solve_tensor(
+    item: PlannedTensor, curvature: Tensor, reader: FileReader, workers: Workers
+) -> Callable[[], SolvedWeight]:
+    """Solve a planned tensor without outliers, a few rows at a time, with a curvature `(in, in)`.
+
+    Returns and raises the same as :func:`quantize_tensor`.
+    """
+    source = TensorRows(item, reader, _SOLVED_AT_ONCE)
+    solve = row_solver(curvature.to(workers.device), item.choices, workers.device)
+
+    def work(span: tuple[int, int]) -> Solved:
+        found = solve(source.read(*span).to(workers.device))
+        return replace(found, rows=replace(found.rows, decoded=found.decoded.new_empty(0)))
+
+    results = _over_rows(item, work, source.spans, workers)
+
+    def join() -> SolvedWeight:
+        whole = assemble(item, [one.rows for one in results], source.spans)
+        return replace(whole, record=replace(whole.record, **solved_facts(results)))
+
+    return join
+
+
+def _over_rows(
+    item: PlannedTensor, work: Callable[[tuple[int, int]], _Found], spans: list[tuple[int, int]], workers: Workers
+) -> list[_Found]:
+    """The results of `work` on rows `(first, count)`, in their order."""
     try:
-        results = list(workers.pool.map(work, source.spans))
+        return list(workers.pool.map(work, spans))
     except NotFiniteError as error:
         raise FewbitError(
             f"{item.tensor.entry.name}: a weight is NaN or infinite: the checkpoint is damaged"
         ) from error
     except FewbitError as error:
         raise FewbitError(f"{item.tensor.entry.name}: {error}") from error
-    return partial(assemble, item, results, source.spans)
+
+
+def solved_facts(solved: Sequence[Solved]) -> dict[str, Any]:
+    """How the parts of a weight were solved, and their mean error under the curvature, for its record."""
+    paths = sorted({one.path for one in solved})
+    predicted = [one.predicted for one in solved if one.predicted is not None]
+    return {
+        "path": next((path for path in paths if path.startswith("fallback")), "; ".join(paths)),
+        "relative_curvature_error": sum(predicted) / len(predicted) if predicted else None,
+    }
 
 
 def _too_small(parts: dict[str, Tensor], stored: StoredWeight) -> bool:

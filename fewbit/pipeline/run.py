@@ -33,6 +33,7 @@ from fewbit.formats.native import FORMAT_VERSION, GUARD, check_scheme
 from fewbit.grids.scheme import Scheme
 from fewbit.memory import peak_rss_bytes
 from fewbit.pipeline.calibration_options import CalibrationOptions, check_fit
+from fewbit.pipeline.heads import quantize_table
 from fewbit.pipeline.plan import DEFAULT_SHARD_SIZE, KeptTensor, Plan, PlannedTensor, make_plan, stored_to_dict
 from fewbit.pipeline.quantize_tensor import SolvedWeight, Workers, available_cores, quantize_tensor
 from fewbit.pipeline.records import KeptRecord, Output, Report, WrittenTensor
@@ -215,7 +216,7 @@ def _quantize_table(
 ) -> Callable[[], WrittenTensor]:
     """Quantize an embedding or a head. It is kept if a weight is not finite: its row may be one that no text uses."""
     try:
-        return partial(_write, item, quantize_tensor(item, checkpoint, run.reader, run.workers), writer)
+        return partial(_write, item, quantize_table(item, checkpoint, run.reader, run.workers, run.solved), writer)
     except FewbitError as error:
         if not isinstance(error.__cause__, NotFiniteError):
             raise

@@ -18,7 +18,7 @@ from fewbit.pipeline.curvatures import BlockCurvature
 from fewbit.pipeline.fold import Folding, fold_block
 from fewbit.pipeline.network import Network
 from fewbit.pipeline.plan import PlannedTensor
-from fewbit.pipeline.quantize_tensor import SolvedWeight, assemble
+from fewbit.pipeline.quantize_tensor import SolvedWeight, assemble, solved_facts
 from fewbit.pipeline.solve_weight import solve_alike, solve_weight
 from fewbit.pipeline.solved_store import SolvedStore
 from fewbit.pipeline.walk import Walk
@@ -180,16 +180,12 @@ class BlockSolver:
             first = spans[-1][0] + spans[-1][1] if spans else 0
             spans.append((first, one.decoded.shape[0]))
         whole = assemble(item, [one.rows for one in solved], spans)
-        paths = sorted({one.path for one in solved})
-        path = next((path for path in paths if path.startswith("fallback")), "; ".join(paths))
+        facts = solved_facts(solved)
         unseen = [index for index, one in enumerate(solved) if one.path == NO_INPUT]
-        predicted = [one.predicted for one in solved if one.predicted is not None]
-        record = replace(
-            whole.record,
-            path="fallback: it never ran on the calibration text, or no gradient reached it" if idle else path,
-            experts_without_input=unseen if unseen and len(solved) > 1 else None,
-            relative_curvature_error=sum(predicted) / len(predicted) if predicted else None,
-        )
+        if idle:
+            facts["path"] = "fallback: it never ran on the calibration text, or no gradient reached it"
+        unreached = unseen if unseen and len(solved) > 1 else None
+        record = replace(whole.record, experts_without_input=unreached, **facts)
         return self.store.put(item.tensor.entry.name, replace(whole, record=record))
 
 

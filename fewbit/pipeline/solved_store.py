@@ -19,8 +19,10 @@ from fewbit.grids.scheme import Scheme
 from fewbit.pipeline.plan import stored_to_dict
 from fewbit.pipeline.quantize_tensor import SolvedWeight
 from fewbit.pipeline.records import LayerRecord
+from fewbit.solvers.weight import NO_INPUT
 
 _PLAIN = re.compile(r"[a-z0-9_]{1,60}(\.[a-z0-9_]{1,60}){1,9}")
+_CURVATURE = "curvature"
 _NOT_PLAIN = re.compile(r"[^a-z0-9_]")
 
 
@@ -73,6 +75,29 @@ class SolvedStore:
         """A changed tensor, or None if it is unchanged."""
         path = self._path(name)
         return load_file(path)["kept"] if path.is_file() else None
+
+    def put_curvature(self, name: str, matrix: Tensor | None, without: str = NO_INPUT) -> None:
+        """Store the curvature `(in, in)` of a table that is solved when it is written.
+
+        None: it is rounded. without: the path of its record then.
+        """
+        tensors = {} if matrix is None else {"curvature": matrix.cpu()}
+        save_whole(tensors, self._own(_CURVATURE), {"of": name, "without": without})
+
+    def has_curvature(self, name: str) -> bool:
+        """Whether the curvature of a table is stored, or that it has none."""
+        path = self._own(_CURVATURE)
+        if not path.is_file():
+            return False
+        with safe_open(path, framework="pt") as file:
+            return bool(file.metadata()["of"] == name)
+
+    def curvature(self, name: str) -> tuple[Tensor | None, str]:
+        """The stored curvature of a table, or None and the path of a table without one."""
+        assert self.has_curvature(name)
+        with safe_open(self._own(_CURVATURE), framework="pt") as file:
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return found.get("curvature"), file.metadata()["without"]
 
     def same_tokens(self, sha256: str) -> None:
         """Raise FewbitError if the interrupted run here was calibrated on other tokens: its text has changed since."""

@@ -10,9 +10,10 @@ from fewbit.memory import activation_bytes
 from fewbit.sizes import show_size
 
 
-def matrix_bytes(sites: list[list[Site]]) -> list[int]:
-    """Bytes of the curvatures of each block's layers, float32."""
-    return [sum({site.watched.key: 4 * site.columns**2 for site in block}.values()) for block in sites]
+def matrix_bytes(sites: list[list[Site]], of_head: int = 0) -> list[int]:
+    """Bytes of the curvatures of each block's layers, float32. of_head: those of the head's, measured with the last."""
+    sizes = [sum({site.watched.key: 4 * site.columns**2 for site in block}.values()) for block in sites]
+    return [*sizes[:-1], sizes[-1] + of_head]
 
 
 def stages_of(sizes: Sequence[int], refresh: int, memory_bytes: int) -> list[list[int]]:

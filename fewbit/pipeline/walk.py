@@ -5,11 +5,12 @@ The hidden states of all sequences are one tensor, in memory up to a limit and o
 a block (masks, position embeddings) are the same for all sequences of one length, so they are recorded in one run.
 """
 
+import contextlib
 import math
 import operator
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ class Walk:
         memory_bytes: larger hidden states are stored on disk, in the folder `spill` (None: the folder for temporary
         files). Raises OSError if the disk is too small, and FewbitError if the blocks cannot be run one by one.
         """
-        self._blocks, self._memory = blocks, memory_bytes
+        self._blocks, self._memory, self._model, self._ids = blocks, memory_bytes, model, ids
+        self._beside: tuple[Any, ...] | None = None
         first, self._calls = self._record(model, ids[:1])
         if ids.shape[0] > 1:
             _, other = self._record(model, ids[1:2])
@@ -70,6 +72,7 @@ class Walk:
 
         def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             leaving.append(_states(out))
+            self._beside = tuple(out[1:]) if isinstance(out, tuple | list) else None
 
         try:
             for block in self._blocks:
@@ -102,6 +105,33 @@ class Walk:
     def advance(self, index: int, step: Step) -> None:
         """Run block `index` with its current weights; its outputs become the states."""
         self._run(index, step, True, self._workers(index))
+
+    def observe_head(self, head: Watched, observer: Observing, step: Step) -> None:
+        """Observe the inputs of the head, a layer after the blocks, once the states have passed through all blocks.
+
+        Its outputs, one for each token of a vocabulary, are not computed. The blocks may be released.
+        """
+        model, beside = self._model, self._beside
+
+        def observe(key: str, x: Tensor, gradient: Tensor | None) -> None:
+            observer.observe(key, x, gradient)
+            raise _StopError
+
+        for sample in range(self._states.shape[0]):
+            states = self.states(sample)
+
+            def passed(*args: Any, out: Tensor = states, **kwargs: Any) -> Any:
+                return out if beside is None else (out, *beside)
+
+            with (
+                _called_instead(self._blocks, passed),
+                watching([head], observe, backward=False),
+                contextlib.suppress(_StopError),
+                torch.inference_mode(),
+                products(states.dtype),
+            ):
+                model(self._ids[sample : sample + 1].to(model.device), use_cache=False)
+            step()
 
     def states(self, sample: int) -> Tensor:
         """The states of one sequence that enter the next block, `(1, length, hidden)`, on the device of the states."""
@@ -197,6 +227,18 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, tuple | list):
         return len(one) == len(other) and all(map(_equal, one, other))
     return True
+
+
+@contextlib.contextmanager
+def _called_instead(blocks: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """While inside, calls of the blocks are answered by `forward`."""
+    try:
+        for block in blocks:
+            block.forward = forward
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
 
 
 class _StopError(Exception):

@@ -52,6 +52,7 @@ def quantize_summary(report: dict[str, Any], out: Path | None) -> str:
     paths = Counter(layer["path"] for layer in report["layers"] if "path" in layer)
     if paths:
         lines.append("weights: " + ", ".join(f"{count} {path}" for path, count in paths.most_common()))
+    lines += [f"{table['name']}: {table['path']}" for table in report["embeddings"] if "path" in table]
     if "export" in report and out is not None:
         return "\n".join([*map(printable, lines), export_summary(report["export"], out)])
     lines.append(f"wrote {out}" if out is not None else "nothing written (--report-only)")

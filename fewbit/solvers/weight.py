@@ -48,40 +48,77 @@ def solve_weights(weights: Sequence[Tensor], curvature: Tensor | None, choices: 
     weights = [weight.to(torch.float32) for weight in weights]
     for weight in weights:
         check_finite(weight)
-
-    def rounded(path: str) -> list[Solved]:
-        return [_rounded(weight, choices, None, path, None) for weight in weights]
-
-    if curvature is None:
-        return rounded(NO_INPUT)
-    if not bool(torch.isfinite(curvature).all()):
-        return rounded("fallback: the curvature is not finite")
-    if curvature.shape[0] != weights[0].shape[1]:
+    if curvature is not None and curvature.shape[0] != weights[0].shape[1]:
         raise FewbitError(
             f"its curvature has {curvature.shape[0]} columns, but the weight has {weights[0].shape[1]}: this layer "
             "cannot be calibrated: keep it with --exclude"
         )
-    prepared, dead = prepare(curvature.to(weights[0].device))
+    return _solve(weights, _prepared(curvature, choices, weights[0].device), choices)
+
+
+def row_solver(curvature: Tensor, choices: WeightChoices, device: torch.device) -> Callable[[Tensor], Solved]:
+    """A function that quantizes some rows `(rows, in)` of a weight on `device` with a curvature `(in, in)`.
+
+    For a weight that is too large to be solved at once; the factor is computed only once. Several threads may call it.
+    The choices must be without outliers, as they depend on all rows. It raises NotFiniteError as :func:`solve_weight`.
+    """
+    ready = _prepared(curvature, choices, device)
+
+    def solve(rows: Tensor) -> Solved:
+        rows = rows.to(torch.float32)
+        check_finite(rows)
+        return _solve([rows], ready, choices)[0]
+
+    return solve
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A curvature, prepared for the solver.
+
+    path: that of the result. columns: None for weights that are rounded. importance: c_j for rounding. live: the
+    scaled curvature, 0 in dead columns, for the predicted error; None to predict none.
+    """
+
+    path: str
+    columns: "_Columns | None" = None
+    importance: Tensor | None = None
+    live: Tensor | None = None
+
+
+def _prepared(curvature: Tensor | None, choices: WeightChoices, device: torch.device) -> _Ready:
+    if curvature is None:
+        return _Ready(NO_INPUT)
+    if not bool(torch.isfinite(curvature).all()):
+        return _Ready("fallback: the curvature is not finite")
+    prepared, dead = prepare(curvature.to(device))
     if bool(dead.all()):
-        return rounded("fallback: its curvature is all 0")
+        return _Ready("fallback: its curvature is all 0")
     if not choices.solver.method.compensates:
-        return rounded("rounded")
+        return _Ready("rounded")
     order = _order(prepared, choices)
     live = prepared - torch.diag(dead.to(prepared.dtype))
     found = factor(prepared[order][:, order], choices.solver.damping)
     importance = _importance(prepared, dead, found, order, choices.solver.importance)
-    path = "fallback: the curvature has no Cholesky factor"
-    if found is not None:
+    if found is None:
+        return _Ready("fallback: the curvature has no Cholesky factor", None, importance, live)
+    columns = _Columns(found, order, column_costs(found.upper, dead[order]), importance)
+    path = "solved" if found.step == 0 else f"solved with damping {found.damping:g}"
+    return _Ready(path, columns, importance, live)
+
+
+def _solve(weights: list[Tensor], ready: _Ready, choices: WeightChoices) -> list[Solved]:
+    """Quantize weights `(out, in)` float32 that can be solved as one matrix."""
+    path = ready.path
+    if ready.columns is not None:
         try:
-            columns = _Columns(found, order, column_costs(found.upper, dead[order]), importance)
-            ends = _columns(weights, choices, columns)
-            path = "solved" if found.step == 0 else f"solved with damping {found.damping:g}"
-            return [_finish(*one, path, live) for one in zip(weights, *ends, strict=True)]
+            ends = _columns(weights, choices, ready.columns)
+            return [_finish(*one, path, ready.live) for one in zip(weights, *ends, strict=True)]
         except DivergedError:
             if len(weights) > 1:
-                return [solve_weight(weight, curvature, choices) for weight in weights]
+                return [_solve([weight], ready, choices)[0] for weight in weights]
             path = "fallback: the solver diverged"
-    return [_rounded(weight, choices, importance, path, live) for weight in weights]
+    return [_rounded(weight, choices, ready.importance, path, ready.live) for weight in weights]
 
 
 def _stackable(weights: Sequence[Tensor], choices: WeightChoices) -> bool:

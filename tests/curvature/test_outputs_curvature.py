@@ -75,6 +75,7 @@ def test_the_command_goes_on_with_its_own_leftovers(tiny: Path, tmp_path: Path, 
         "block-00000.safetensors",
         "block-00001.safetensors",
         "fewbit_curvature.json",
+        "head.safetensors",
     ]
 
 
