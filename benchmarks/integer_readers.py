@@ -241,16 +241,12 @@ def choice_of(native: Path, width: str) -> tuple[float, str]:
     return schemes[0].bits, f"{GRIDS[schemes[0].grid].choice}, groups of {' and '.join(map(str, sizes))}"
 
 
-def cut(model: str, layers: int, scratch: Path) -> Path:
-    """The first layers of a model, in float32."""
+def widened(model: str, scratch: Path) -> Path:
+    """The model in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    whole, out = AutoModelForCausalLM.from_pretrained(locate(model), dtype=torch.float32), scratch / "cut"
-    whole.model.layers = whole.model.layers[:layers]
-    whole.config.num_hidden_layers = layers
-    if getattr(whole.config, "layer_types", None):
-        whole.config.layer_types = whole.config.layer_types[:layers]
-    whole.save_pretrained(out)
+    out = scratch / "wide"
+    AutoModelForCausalLM.from_pretrained(locate(model), dtype=torch.float32).save_pretrained(out)
     AutoTokenizer.from_pretrained(locate(model)).save_pretrained(out)
     return out
 
@@ -297,7 +293,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", required=True, choices=WIDTHS)
     parser.add_argument("--model", action="append")
-    parser.add_argument("--layers", type=int, help="cut the model to so many, and make it float32: for slow readers")
+    parser.add_argument(
+        "--float32", action="store_true", help="convert the model before: MLX is slow in 16 bits on CPUs"
+    )
     parser.add_argument("--bits", action="append")
     parser.add_argument("--grid", action="append", default=[], help=f"of compressed-tensors: fp8, nvfp4, {ROUNDED} ...")
     parser.add_argument("--group-size")
@@ -314,8 +312,8 @@ def main() -> int:
     reader = mlx_reader if kind == "mlx" else transformers_reader
     for model in choices.model or ["smollm2-135m"]:
         with tempfile.TemporaryDirectory() as scratch:
-            source = cut(model, choices.layers, Path(scratch)) if choices.layers else Path(locate(model))
-            name = f"{model} cut to {choices.layers} layers" if choices.layers else model
+            source = widened(model, Path(scratch)) if choices.float32 else Path(locate(model))
+            name = f"{model} in float32" if choices.float32 else model
             protocol = Protocol(sequence_length=choices.tokens, windows=choices.windows)
             windows, _ = read_windows(source, read_text(choices.data), protocol)
             plain = speed(reader(source, None, choices.dtype or "auto"), prompts_of(windows)[:1])
