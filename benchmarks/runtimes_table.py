@@ -80,12 +80,12 @@ def put(name: str, rows: Iterable[Row], folder: Path = RESULTS) -> None:
 
 
 _OF_A_KIND = {
-    "none": ("compressed-tensors", 16, "the original"),
-    "int4-64": ("compressed-tensors", 4, "symmetric, groups of 64"),
-    "int4-64+8": ("compressed-tensors", 4, "symmetric, groups of 64"),
-    "int4-32": ("compressed-tensors", 4, "symmetric, groups of 32"),
-    "int8-64": ("compressed-tensors", 8, "symmetric, groups of 64"),
+    "none": ("safetensors", 16, "the original"),
+    **{f"int4-{size}": ("compressed-tensors", 4, f"signed, groups of {size}") for size in (128, 64, 32)},
+    "int4-64+8": ("compressed-tensors", 4, "signed, groups of 64"),
+    "int8-64": ("compressed-tensors", 8, "signed, groups of 64"),
     "w8a8": ("compressed-tensors", 8, "w8a8"),
+    "smoothquant": ("compressed-tensors", 8, "smoothquant"),
     "gptq": ("gptq", 4, "signed, groups of 64"),
 }
 """Kinds of `vllm_client.py` -> format, bits and choice."""

@@ -22,7 +22,9 @@ def script() -> ModuleType:
 
 
 def test_rows(script: ModuleType, tmp_path: Path) -> None:
-    first = script.Row("gptq", 4, "symmetric", "A", "1.0", "tiny", True, True, 479, 480, 0.02, 30.0, 3.0, 1.2, 2_000_000)
+    first = script.Row(
+        "gptq", 4, "symmetric", "A", "1.0", "tiny", True, True, 479, 480, 0.02, 30.0, 3.0, 1.2, 2_000_000
+    )
     other = script.Row("gptq", 3, "symmetric", "A", "1.0", "tiny", False, note="no kernel")
     script.put("one", [first, other], tmp_path)
     again = script.Row(*first.key, True, False)
