@@ -270,6 +270,7 @@ def measure(
         greedy_gap=max(behind, default=0.0),
         tokens_per_second=fast["tokens_per_second"],
         load=fast["load"],
+        processor_seconds=fast["processor_seconds"],
         bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
         note=f"KL {found['kl_mean']:.1e}",
     ), {**found, **fast}

@@ -30,8 +30,8 @@ class Row:
     runtime and of what loads the file in it. same_weights: whether what the runtime decodes is bit-equal to what
     `fewbit unpack` gives; None where the runtime does not show it. greedy_equal of greedy_tokens tokens are equal; of
     the others, our two logits differ by greedy_gap at most. tokens_per_second: of the clock, generated on one thread,
-    one sequence at a time; load: of the machine meanwhile. to_16_bits: the same as a multiple of the same runtime's
-    with the 16-bit model in the same run, by the processor's time. bytes: of all weight files. None: not measured.
+    one sequence at a time; load: of the machine meanwhile. processor_seconds: for a token; to_16_bits: those of the
+    same runtime with the 16-bit model in the same run, divided by these. bytes: of all weight files. None: not measured.
     note: in few words, for instance why it does not load.
     """
 
@@ -47,8 +47,9 @@ class Row:
     greedy_tokens: int | None = None
     greedy_gap: float | None = None
     tokens_per_second: float | None = None
-    to_16_bits: float | None = None
     load: float | None = None
+    processor_seconds: float | None = None
+    to_16_bits: float | None = None
     bytes: int | None = None
     note: str = ""
 
@@ -98,7 +99,7 @@ def _compared(row: dict[str, Any]) -> dict[str, Any]:
         "greedy_tokens": row["greedy_tokens"],
         "greedy_gap": row["greedy_largest_gap"],
         "bytes": row["bytes"],
-        **{key: row.get(key) for key in ("tokens_per_second", "to_16_bits", "load")},
+        **{key: row.get(key) for key in ("tokens_per_second", "load", "processor_seconds", "to_16_bits")},
     }
 
 
@@ -151,9 +152,9 @@ def _greedy(row: Row) -> str:
 
 
 def _speed(row: Row) -> str:
-    if row.tokens_per_second is None:
+    if row.processor_seconds is None:
         return ""
-    return f"{row.tokens_per_second:.1f}" + (f" ({row.to_16_bits:.2f})" if row.to_16_bits else "")
+    return f"{1 / row.processor_seconds:.1f}" + (f" ({row.to_16_bits:.2f})" if row.to_16_bits else "")
 
 
 COLUMNS = {
@@ -165,8 +166,10 @@ COLUMNS = {
     "loads": lambda row: _said(row.loads),
     "same weights": lambda row: _said(row.same_weights),
     "same greedy tokens": _greedy,
-    "tokens/s (to 16 bits)": _speed,
-    "load": lambda row: "" if row.load is None else f"{row.load:.1f}",
+    "tokens/s, processor (to 16 bits)": _speed,
+    "tokens/s, clock (load)": lambda row: (
+        "" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f} ({row.load:.1f})"
+    ),
     "MB": lambda row: "" if row.bytes is None else f"{row.bytes / 1e6:.0f}",
     "note": lambda row: row.note,
 }

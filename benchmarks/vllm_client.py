@@ -82,7 +82,15 @@ def environment(folder: Path) -> Path | None:
     python = folder / "bin/python"
     if not (folder / ".ready").exists():
         venv.create(folder, with_pip=True, clear=True)
-        pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip: list[str | Path] = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-compile",
+        ]
         # Elsewhere than on its own index there may be builds of torch for CUDA only, of several gigabytes.
         if (
             subprocess.run([*pip, TORCH]).returncode
