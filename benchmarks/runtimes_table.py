@@ -31,8 +31,8 @@ class Row:
     `fewbit unpack` gives; None where the runtime does not show it. greedy_equal of greedy_tokens tokens are equal; of
     the others, our two logits differ by greedy_gap at most. tokens_per_second: of the clock, generated on one thread,
     one sequence at a time; load: of the machine meanwhile. processor_seconds: for a token; to_16_bits: those of the
-    same runtime with the 16-bit model in the same run, divided by these. bytes: of all weight files. None: not measured.
-    note: in few words, for instance why it does not load.
+    same runtime with the 16-bit model in the same run, divided by these. bytes: of all weight files. note: few
+    words, for instance why it does not load. None: not measured.
     """
 
     format: str
