@@ -34,7 +34,10 @@ class Part:
 
 _HALF = ("--dtype", "float16")
 # gptqmodel 7.7.0 asks for torch 2.14; it runs with the torch of constraints.txt, and then without much of the rest.
-_GPTQ = ("optimum==2.3.0", "datasets", "threadpoolctl", "protobuf", "device-smi", "pypcre", "tokenicer", "logbar")
+_GPTQ = (
+    *("optimum==2.3.0", "datasets", "threadpoolctl", "protobuf", "pillow"),
+    *("device-smi", "pypcre", "tokenicer", "logbar"),
+)
 PARTS = {
     "gptq": Part(
         _GPTQ,
@@ -57,7 +60,8 @@ def environment(name: str) -> Path | None:
     """The interpreter of the environment, or None with a line that says what does not install."""
     part, folder = PARTS[name], ROOT / f".venv-{name}"
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    if (folder / ".ready").exists():
+    ready, holds = folder / ".ready", " ".join(part.packages + part.alone)
+    if ready.exists() and ready.read_text() == holds:
         return python
     venv.create(folder, with_pip=True, clear=True)
     pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
@@ -70,9 +74,9 @@ def environment(name: str) -> Path | None:
     for step in steps:
         done = subprocess.run([*pip, *step], capture_output=True, text=True)
         if done.returncode:
-            print(f"{name}: skipped: {' '.join(part.packages + part.alone)}: {done.stderr.strip().splitlines()[-1]}")
+            print(f"{name}: skipped: {holds}: {done.stderr.strip().splitlines()[-1]}")
             return None
-    (folder / ".ready").touch()
+    ready.write_text(holds)
     return python
 
 
