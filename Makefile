@@ -33,8 +33,10 @@ test-interop:
 	    echo "test-interop: passed: $(INTEROP) (a part that was skipped says why)"
 
 test-interop-llama-cpp: $(FOR_TESTS)
-	$(BIN)/python benchmarks/llama_cpp.py --data $(or $(DATA),topics) \
-	    --out .interop-llama-cpp.json --windows 4 --model smollm2-135m --model gemma3-270m --grid none --grid q4_0 --grid iq4_nl
+	$(BIN)/python benchmarks/llama_cpp.py --data $(or $(DATA),topics) --out .interop-llama-cpp.json \
+	    --model smollm2-135m --windows 4 --grid none --grid q4_0 --grid iq4_nl
+	$(BIN)/python benchmarks/llama_cpp.py --data $(or $(DATA),topics) --out .interop-llama-cpp.json \
+	    --model gemma3-270m --windows 2 --grid none --grid iq4_nl
 	LLAMA_CPP_PYTHON=$(CURDIR)/.venv-llama-cpp/bin/python $(BIN)/python -m pytest tests/exports/test_in_llama_cpp.py
 
 test-interop-vllm: $(FOR_TESTS)
