@@ -33,14 +33,14 @@ test-interop:
 	    echo "test-interop: passed: $(INTEROP) (a part that was skipped says why)"
 
 test-interop-llama-cpp: $(FOR_TESTS)
-	$(BIN)/python benchmarks/llama_cpp.py --data $(or $(DATA),topics) --out .interop-llama-cpp.json \
+	TQDM_DISABLE=1 $(BIN)/python benchmarks/llama_cpp.py --data $(or $(DATA),topics) --out .interop-llama-cpp.json \
 	    --model smollm2-135m --windows 4 --grid none --grid q4_0 --grid iq4_nl
-	$(BIN)/python benchmarks/llama_cpp.py --data $(or $(DATA),topics) --out .interop-llama-cpp.json \
+	TQDM_DISABLE=1 $(BIN)/python benchmarks/llama_cpp.py --data $(or $(DATA),topics) --out .interop-llama-cpp.json \
 	    --model gemma3-270m --windows 2 --grid none --grid iq4_nl
 	LLAMA_CPP_PYTHON=$(CURDIR)/.venv-llama-cpp/bin/python $(BIN)/python -m pytest tests/exports/test_in_llama_cpp.py
 
 test-interop-vllm: $(FOR_TESTS)
-	$(BIN)/python benchmarks/vllm_client.py --data $(or $(DATA),topics) --out .interop-vllm.json \
+	TQDM_DISABLE=1 $(BIN)/python benchmarks/vllm_client.py --data $(or $(DATA),topics) --out .interop-vllm.json \
 	    --model smollm2-135m --kind none --kind int4-64 --kind w8a8 --kind smoothquant --kind gptq
 
 test-interop-transformers: $(FOR_TESTS)
