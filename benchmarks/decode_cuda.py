@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ def pack_model(model: Any, bits: int, device: torch.device) -> Any:
         fill(layer, known[shape])
         setattr(parent, name, layer)
     for module in (model.model.embed_tokens, model.lm_head):
-        packed = packed_weight(*module.weight.shape, table_choices(bits, module.weight.shape[1]), device)
+        rows, columns = module.weight.shape
+        packed = packed_weight(rows, columns, table_choices(bits, columns), device)
         source = PackedWeight("weight", packed[1])
         fill(source, packed)
         hold(module, "weight", PackedParameter("weight", [source], None, DTYPE))
@@ -189,6 +191,12 @@ def graph_of(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def replay(graph: torch.cuda.CUDAGraph, times: int) -> None:
+    """Run a graph so many times."""
+    for _ in range(times):
+        graph.replay()
+
+
 @torch.inference_mode()
 def measure_decode(model: Any, ids: Tensor, before: int, repeats: int) -> dict[str, Any]:
     """Seconds for a token: step by step, as a graph, compiled; megabytes."""
@@ -209,7 +217,7 @@ def measure_decode(model: Any, ids: Tensor, before: int, repeats: int) -> dict[s
     model(ids[:, :PROMPT], past_key_values=cache, use_cache=True)
     try:
         graph = graph_of(step)
-        row["graph_seconds"] = seconds(lambda: [graph.replay() for _ in range(STEPS)], repeats) / STEPS
+        row["graph_seconds"] = seconds(partial(replay, graph, STEPS), repeats) / STEPS
     except RuntimeError as error:
         print(f"no graph: {str(error).splitlines()[0]}", file=sys.stderr)
         row["graph_seconds"] = None
@@ -299,7 +307,7 @@ def report(row: dict[str, Any], call: Callable[[Tensor, Any], Any], x: Tensor, w
 
     once()
     graph = graph_of(once)
-    took = seconds(lambda: [graph.replay() for _ in range(10)], 5) / (10 * len(weights))
+    took = seconds(partial(replay, graph, 10), 5) / (10 * len(weights))
     print(json.dumps({**row, "microseconds": round(took * 1e6, 2)}), flush=True)
 
 

@@ -22,10 +22,9 @@ import torch
 from calibrated_quality import HERE, TEXT
 
 import fewbit
+from fewbit.api import quantize_request
 from fewbit.checkpoints.locate import locate
 from fewbit.evaluation.perplexity import Protocol
-from fewbit.exports.quantize_for import choices_for
-from fewbit.exports.table import target_named
 from fewbit.memory import keep_freed_memory
 
 RESULTS = HERE / "results" / "format_quality.json"
@@ -40,11 +39,10 @@ KEYS = ("model", "format", "bits", "group_size", "method")
 
 def ours(case: dict[str, Any], curvature: Path | None, out: Path) -> None:
     """The folder whose weights the format holds without loss."""
-    flat, _ = choices_for(
-        target_named(case["format"]), case["model"], {"bits": case["bits"], "group_size": str(case["group_size"])}
-    )
+    choices = {"target": case["format"], "bits": case["bits"], "group_size": str(case["group_size"])}
     own = {"curvature": str(curvature)} if curvature else {}
-    fewbit.quantize(case["model"], out, case["method"], **{**flat, **own})
+    request = quantize_request(case["model"], case["method"], {**choices, **own})
+    fewbit.quantize(case["model"], out, request.recipe, request.options)
 
 
 def theirs(case: dict[str, Any], python: Path, scratch: Path, out: Path) -> None:

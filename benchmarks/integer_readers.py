@@ -1,30 +1,32 @@
-"""What GPTQModel (through transformers) and MLX compute from our GPTQ, AWQ and MLX folders, against what we compute.
+"""What transformers (with GPTQModel or compressed-tensors) and MLX compute from our folders, against what we compute.
 
     python benchmarks/integer_readers.py --format gptq --model smollm2-135m --bits 4 --bits 3 --data wiki.txt
+    python benchmarks/integer_readers.py --format compressed-tensors --dtype float32 --bits 4 --grid nvfp4 --grid w8a8
 
 Runs where the reader is installed (`make test-interop-gptq` and `make test-interop-mlx` make such environments). For
-each model and bit-width: quantize as `--for` does, export, load, and compare with the same weights, decoded by fewbit
-and run by transformers in float32:
+each model and bit-width or grid: quantize as `--for` does, export, load, and compare with the same weights, decoded by
+fewbit and run by transformers in float32:
 
 - every packed weight, bit for bit, in the dtype in which the reader decodes;
 - logits on windows of a text: the mean KL divergence per token must be below LARGEST_KL;
 - 24 greedy tokens of 20 prompts, which must be equal except where our two logits are closer than TIE. Each token is
   compared after the tokens that the reader chose before it;
-- generated tokens for each second of processor time with one thread, and the same with the 16-bit model.
+- how fast it generates, on one thread, and the 16-bit model in the same program.
+
+The grid w8a8 (`--method w8a8`) rounds inputs to 8 bits, and reader and fewbit do so at slightly other steps: bounds are
+LARGEST_KL_ROUNDED and TIE_ROUNDED.
 
 Rows go to `results/runtimes/integer_readers.json`, for `runtimes_table.py`. Exits with 1 if anything is beyond its
 bound.
 """
 
 import argparse
-import json
 import math
-import statistics
+import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,23 +34,34 @@ from typing import Any
 import numpy as np
 import torch
 from runtimes_table import Row, put
+from stopwatch import speed_of
+from transformers.utils.logging import disable_progress_bar
 
 import fewbit
+from fewbit.api import quantize_request
 from fewbit.checkpoints.locate import locate
 from fewbit.checkpoints.source import open_checkpoint
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.evaluation.text import read_text
 from fewbit.evaluation.windows import read_windows
-from fewbit.exports.quantize_for import choices_for
-from fewbit.exports.table import target_named
 from fewbit.formats.config import weights_of
 from fewbit.grids.table import GRIDS
-from fewbit.recipe_choices import recipe_from_choices
 from fewbit.runtime.unpack import unpack_modules
 
 LARGEST_KL, TIE = 1e-3, 0.3
+LARGEST_KL_ROUNDED, TIE_ROUNDED = 0.1, 2.0
 PROMPTS, PROMPT_TOKENS, GREEDY = 20, 24, 24
-WIDTHS = {"gptq": (8, 4, 3, 2), "awq": (4,), "mlx": (8, 4, 3, 2)}
+WIDTHS = {"gptq": (8, 4, 3, 2), "awq": (4,), "mlx": (8, 4, 3, 2), "compressed-tensors": (8, 4, 3, 2)}
+TARGETS = {"compressed-tensors": "transformers"}
+"""Formats -> what `--for` calls them, where the name is another."""
+PACKAGES = {
+    "mlx": ("mlx-lm", "mlx"),
+    "compressed-tensors": ("transformers", "compressed-tensors", "torch"),
+    "gptq": ("gptqmodel", "transformers", "torch"),
+    "awq": ("gptqmodel", "transformers", "torch"),
+}
+RUNTIMES = {"mlx": "mlx-lm", "compressed-tensors": "transformers"}
+ROUNDED = "w8a8"
 
 
 @dataclass(frozen=True)
@@ -56,13 +69,14 @@ class Reader:
     """A loaded model.
 
     logits(ids): float32 `(tokens, vocabulary)` after each of `ids` `(tokens,)`. step(ids, cache): the most likely
-    tokens `(sequences,)` after `ids` `(sequences, tokens)`, and the cache with them, which is None at first. weights:
-    module -> what the reader decodes, `(out, in)`, in the dtype in which it does.
+    tokens `(sequences,)` after `ids` `(sequences, tokens)`, and the cache with them, which is None at first.
+    weights(names): module -> what the reader decodes, `(out, in)`, in the dtype in which it does. names: the modules
+    that we packed, for readers that show no difference once they have decoded.
     """
 
     logits: Callable[[torch.Tensor], torch.Tensor]
     step: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
-    weights: Callable[[], dict[str, torch.Tensor]]
+    weights: Callable[[set[str]], dict[str, torch.Tensor]]
 
 
 def transformers_reader(folder: Path, method: str | None, dtype: str) -> Reader:
@@ -75,6 +89,7 @@ def transformers_reader(folder: Path, method: str | None, dtype: str) -> Reader:
         None: dict,
         "gptq": lambda: {"quantization_config": GPTQConfig(bits=4, backend="gptq_torch")},
         "awq": lambda: {"quantization_config": AwqConfig(backend="torch_awq")},
+        "compressed-tensors": dict,
     }
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kernels[method]()).eval()
 
@@ -82,7 +97,9 @@ def transformers_reader(folder: Path, method: str | None, dtype: str) -> Reader:
         found = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return found.logits[:, -1].argmax(dim=-1), found.past_key_values
 
-    def weights() -> dict[str, torch.Tensor]:
+    def weights(names: set[str]) -> dict[str, torch.Tensor]:
+        if method == "compressed-tensors":
+            return {name: model.get_submodule(name).weight for name in names}
         layers = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
         return {name: _decoded(module, str(method)) for name, module in layers.items()}
 
@@ -114,7 +131,7 @@ def mlx_reader(folder: Path, method: str | None, dtype: str) -> Reader:
         last = model(mx.array(ids.numpy()), cache=cache)[:, -1]
         return torch.from_numpy(np.array(mx.argmax(last, axis=-1)).astype(np.int64)), cache
 
-    def weights() -> dict[str, torch.Tensor]:
+    def weights(_: set[str]) -> dict[str, torch.Tensor]:
         found = {}
         for name, layer in model.named_modules():
             if hasattr(layer, "scales"):
@@ -127,10 +144,12 @@ def mlx_reader(folder: Path, method: str | None, dtype: str) -> Reader:
     return Reader(logits, step, weights)
 
 
-def same_weights(native: Path, ours: Any, theirs: dict[str, torch.Tensor]) -> bool:
+def same_weights(native: Path, ours: Any, reader: Reader) -> bool:
     """Whether the reader has all packed weights, and decodes them to those of the unpacked model."""
+    packed = set(weights_of(open_checkpoint(native)))
+    theirs = reader.weights(packed)
     equal = (torch.equal(ours.get_submodule(name).weight.to(one.dtype), one) for name, one in theirs.items())
-    return theirs.keys() == weights_of(open_checkpoint(native)).keys() and all(equal)
+    return theirs.keys() == packed and all(equal)
 
 
 @torch.no_grad()
@@ -165,16 +184,14 @@ def generate(reader: Reader, prompts: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def tokens_per_second(reader: Reader, prompt: torch.Tensor) -> float:
-    """Tokens after one prompt `(1, tokens)` for each second of processor time, without the prompt."""
-    token, cache = reader.step(prompt, None)
-    seconds = []
-    for _ in range(GREEDY):
-        began = time.process_time()
-        token, cache = reader.step(token[:, None], cache)
-        seconds.append(time.process_time() - began)
-    # The first ones warm up.
-    return 1 / statistics.median(seconds)
+def speed(reader: Reader, prompt: torch.Tensor) -> dict[str, float]:
+    """How fast tokens follow one prompt `(1, tokens)`, one by one."""
+    state = list(reader.step(prompt, None))
+
+    def step() -> None:
+        state[:] = reader.step(state[0][:, None], state[1])
+
+    return speed_of(step)
 
 
 @torch.no_grad()
@@ -194,24 +211,82 @@ def prompts_of(windows: torch.Tensor) -> torch.Tensor:
 
 def versions_of(method: str) -> str:
     """Of what reads the format."""
-    first, *others = ("mlx-lm", "mlx") if method == "mlx" else ("gptqmodel", "transformers", "torch")
+    first, *others = PACKAGES[method]
     return ", ".join([version(first), *(f"{name} {version(name)}" for name in others)])
 
 
-def make(model: str, method: str, kind: str, bits: int, group_size: str | None, scratch: Path) -> tuple[Path, Path]:
+def choices_of(kind: str, width: str, method: str, group_size: str | None) -> tuple[str, dict[str, Any]]:
+    """The method and the choices of `fewbit quantize`. width: bits or the name of a grid."""
+    target = {"target": TARGETS.get(kind, kind)}
+    if width == ROUNDED:
+        return ROUNDED, target
+    chosen = {"bits": int(width)} if width.isdigit() else {"grid": width}
+    return method, {**target, **chosen, **({"group_size": group_size} if group_size else {})}
+
+
+def make(model: Path, kind: str, method: str, choices: dict[str, Any], scratch: Path) -> tuple[Path, Path]:
     """The native folder and the exported one."""
-    flat = {"bits": bits, **({"group_size": group_size} if group_size else {})}
-    flat, _ = choices_for(target_named(kind), model, flat)
-    fewbit.quantize(model, scratch / "native", recipe_from_choices(method, {**flat, "sets": ()}))
+    request = quantize_request(model, method, choices)
+    fewbit.quantize(model, scratch / "native", request.recipe, request.options)
     fewbit.export(scratch / "native", scratch / "out", kind)
     return scratch / "native", scratch / "out"
 
 
-def choice_of(native: Path) -> str:
-    """The grid and the group sizes of a folder, in words."""
+def choice_of(native: Path, width: str) -> tuple[float, str]:
+    """Bits of codes, and the grid and the group sizes of a folder in words."""
     schemes = [stored.scheme for stored in weights_of(open_checkpoint(native)).values()]
+    if not width.isdigit():
+        return schemes[0].bits, width
     sizes = sorted({scheme.group_size for scheme in schemes})
-    return f"{GRIDS[schemes[0].grid].choice}, groups of {' and '.join(map(str, sizes))}"
+    return schemes[0].bits, f"{GRIDS[schemes[0].grid].choice}, groups of {' and '.join(map(str, sizes))}"
+
+
+def widened(model: str, scratch: Path) -> Path:
+    """The model in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = scratch / "wide"
+    AutoModelForCausalLM.from_pretrained(locate(model), dtype=torch.float32).save_pretrained(out)
+    AutoTokenizer.from_pretrained(locate(model)).save_pretrained(out)
+    return out
+
+
+def measure(
+    row: Row, folders: tuple[Path, Path], open_reader: Callable[..., Reader], windows: torch.Tensor, dtype: str | None
+) -> tuple[Row, dict[str, float]]:
+    """The row with all that is measured, and what is not in it. folders: the native one and the exported one."""
+    native, out = folders
+    theirs, prompts = open_reader(out, row.format, dtype or "auto"), prompts_of(windows)
+    ours = unpack_modules(fewbit.load(native, dtype=torch.float32, device="cpu"))
+    behind = gaps(ours, prompts, generate(theirs, prompts))
+    found, fast = divergence(ours, theirs, windows), speed(theirs, prompts[:1])
+    return replace(
+        row,
+        runtime=RUNTIMES.get(row.format, "GPTQModel in transformers"),
+        version=versions_of(row.format),
+        same_weights=same_weights(native, ours, theirs),
+        greedy_equal=PROMPTS * GREEDY - len(behind),
+        greedy_tokens=PROMPTS * GREEDY,
+        greedy_gap=max(behind, default=0.0),
+        tokens_per_second=fast["tokens_per_second"],
+        load=fast["load"],
+        processor_seconds=fast["processor_seconds"],
+        bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
+        note=f"KL {found['kl_mean']:.1e}",
+    ), {**found, **fast}
+
+
+def said(row: Row, found: dict[str, float], bounds: tuple[float, float]) -> tuple[bool, str]:
+    """Whether a row is within its bounds, of the divergence and of gaps, and a line that says so."""
+    gap = row.greedy_gap or 0.0
+    passed = bool(row.same_weights) and found["kl_mean"] < bounds[0] and gap < bounds[1]
+    return passed, (
+        f"{'passed' if passed else 'FAILED'}: weights {'bit-equal' if row.same_weights else 'UNEQUAL'}; "
+        f"perplexity {found['perplexity_reader']:.3f}, ours {found['perplexity_ours']:.3f}; "
+        f"KL {found['kl_mean']:.1e} (bound {bounds[0]:g}); "
+        f"{row.greedy_equal} of {row.greedy_tokens} greedy tokens equal, largest gap {gap:.2g} ({bounds[1]}); "
+        f"{row.tokens_per_second:.1f} tokens/s"
+    )
 
 
 def main() -> int:
@@ -219,7 +294,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", required=True, choices=WIDTHS)
     parser.add_argument("--model", action="append")
-    parser.add_argument("--bits", type=int, action="append")
+    parser.add_argument(
+        "--float32", action="store_true", help="convert the model before: MLX is slow in 16 bits on CPUs"
+    )
+    parser.add_argument("--bits", action="append")
+    parser.add_argument("--grid", action="append", default=[], help=f"of compressed-tensors: fp8, nvfp4, {ROUNDED} ...")
     parser.add_argument("--group-size")
     parser.add_argument("--method", default="adpq+")
     parser.add_argument("--data", default="topics")
@@ -229,36 +308,29 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "runtimes")
     choices = parser.parse_args()
     torch.set_num_threads(1)
+    disable_progress_bar()
     kind, good = choices.format, True
     reader = mlx_reader if kind == "mlx" else transformers_reader
     for model in choices.model or ["smollm2-135m"]:
-        protocol = Protocol(sequence_length=choices.tokens, windows=choices.windows)
-        windows, _ = read_windows(locate(model), read_text(choices.data), protocol)
-        prompts = prompts_of(windows)
-        plain = tokens_per_second(reader(Path(locate(model)), None, choices.dtype or "auto"), prompts[:1])
-        for bits in choices.bits or WIDTHS[kind]:
-            with tempfile.TemporaryDirectory() as scratch:
-                native, out = make(model, choices.method, kind, bits, choices.group_size, Path(scratch))
-                theirs = reader(out, kind, choices.dtype or "auto")
-                ours = unpack_modules(fewbit.load(native, dtype=torch.float32, device="cpu"))
-                behind = gaps(ours, prompts, generate(theirs, prompts))
-                found = divergence(ours, theirs, windows)
-                row = Row(
-                    *(kind, bits, choice_of(native)),
-                    *("mlx-lm" if kind == "mlx" else "GPTQModel in transformers", versions_of(kind), model, True),
-                    same_weights=same_weights(native, ours, theirs.weights()),
-                    greedy_equal=PROMPTS * GREEDY - len(behind),
-                    greedy_tokens=PROMPTS * GREEDY,
-                    greedy_gap=max(behind, default=0.0),
-                    tokens_per_second=tokens_per_second(theirs, prompts[:1]),
-                    tokens_per_second_16_bit=plain,
-                    bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
-                    note=f"KL {found['kl_mean']:.1e}",
-                )
-            put("integer_readers", [row], choices.results)
-            within = row.same_weights and found["kl_mean"] < LARGEST_KL and max(behind, default=0.0) < TIE
-            good = good and bool(within)
-            print(f"{model} {kind} {bits} bits: {json.dumps({**found, 'within': within, 'gaps': behind})}", flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            source = widened(model, Path(scratch)) if choices.float32 else Path(locate(model))
+            name = f"{model} in float32" if choices.float32 else model
+            protocol = Protocol(sequence_length=choices.tokens, windows=choices.windows)
+            windows, _ = read_windows(source, read_text(choices.data), protocol)
+            plain = speed(reader(source, None, choices.dtype or "auto"), prompts_of(windows)[:1])
+            for width in [*(choices.bits or (() if choices.grid else map(str, WIDTHS[kind]))), *choices.grid]:
+                method, flat = choices_of(kind, width, choices.method, choices.group_size)
+                folders = make(source, kind, method, flat, Path(scratch))
+                choice = choice_of(folders[0], width)
+                row, found = measure(Row(kind, *choice, "", "", name, True), folders, reader, windows, choices.dtype)
+                row = replace(row, to_16_bits=plain["processor_seconds"] / found["processor_seconds"])
+                put("integer_readers", [row], choices.results)
+                bounds = (LARGEST_KL_ROUNDED, TIE_ROUNDED) if width == ROUNDED else (LARGEST_KL, TIE)
+                passed, line = said(row, found, bounds)
+                good = good and passed
+                print(f"{name} {kind} {width}: {line}", flush=True)
+                for folder in folders:
+                    shutil.rmtree(folder)
     return 0 if good else 1
 
 

@@ -4,7 +4,9 @@
     python benchmarks/interop.py mlx --data wiki.txt
 
 Makes `.venv-NAME` once (from constraints.txt), runs `tests/exports/test_integer_readers.py` in it, and compares
-smollm2-135m with `integer_readers.py`. Where a package does not install, it says so and succeeds.
+smollm2-135m with `integer_readers.py` (for MLX, whose build for processors is slow in 16 bits, in float32). The last
+line says what passed. Exits with 1 if a test failed or a figure is beyond its bound. Where a package does not install,
+it says so and succeeds.
 """
 
 import argparse
@@ -21,25 +23,36 @@ ROOT = Path(__file__).parent.parent
 @dataclass(frozen=True)
 class Part:
     """packages: what is installed. alone: what is installed without what it asks for. tests: which of the tests run.
-    runs: options of `integer_readers.py`, a run each."""
+    runs: options of `integer_readers.py`, a run each. modules: what must be there, or the tests would be skipped."""
 
     packages: tuple[str, ...]
     alone: tuple[str, ...]
     tests: str
     runs: tuple[tuple[str, ...], ...]
+    modules: tuple[str, ...]
 
 
 _HALF = ("--dtype", "float16")
 # gptqmodel 7.7.0 asks for torch 2.14; it runs with the torch of constraints.txt, and then without much of the rest.
-_GPTQ = ("optimum==2.3.0", "datasets", "threadpoolctl", "protobuf", "device-smi", "pypcre", "tokenicer", "logbar")
+_GPTQ = (
+    *("optimum==2.3.0", "datasets", "threadpoolctl", "protobuf", "pillow"),
+    *("device-smi", "pypcre", "tokenicer", "logbar"),
+)
 PARTS = {
     "gptq": Part(
         _GPTQ,
         ("gptqmodel==7.7.0", "defuser==0.0.28", "torchao==0.18.0"),
         "gptq or awq",
         (("--format", "gptq", *_HALF), ("--format", "awq", *_HALF)),
+        ("gptqmodel", "optimum"),
     ),
-    "mlx": Part(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"), (), "mlx", (("--format", "mlx", "--bits", "4"),)),
+    "mlx": Part(
+        ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"),
+        (),
+        "mlx",
+        (("--format", "mlx", "--float32"),),
+        ("mlx.core", "mlx_lm"),
+    ),
 }
 
 
@@ -47,19 +60,23 @@ def environment(name: str) -> Path | None:
     """The interpreter of the environment, or None with a line that says what does not install."""
     part, folder = PARTS[name], ROOT / f".venv-{name}"
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    if (folder / ".ready").exists():
+    ready, holds = folder / ".ready", " ".join(part.packages + part.alone)
+    if ready.exists() and ready.read_text() == holds:
         return python
     venv.create(folder, with_pip=True, clear=True)
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     tests = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100")
     own = ("--constraint", ROOT / "constraints.txt", "--editable", f"{ROOT}[hf,fast]", *tests)
-    steps = [(*own, *part.packages), *([("--no-deps", *part.alone)] if part.alone else [])]
+    steps: list[tuple[str | Path, ...]] = [
+        (*own, *part.packages),
+        *([("--no-deps", *part.alone)] if part.alone else []),
+    ]
     for step in steps:
         done = subprocess.run([*pip, *step], capture_output=True, text=True)
         if done.returncode:
-            print(f"{name}: skipped: {' '.join(part.packages + part.alone)}: {done.stderr.strip().splitlines()[-1]}")
+            print(f"{name}: skipped: {holds}: {done.stderr.strip().splitlines()[-1]}")
             return None
-    (folder / ".ready").touch()
+    ready.write_text(holds)
     return python
 
 
@@ -83,12 +100,27 @@ def main() -> int:
         "--results",
         ROOT / f".interop-{choices.name}",
     ]
-    commands = [
-        ["-m", "pytest", "-q", ROOT / "tests" / "exports" / "test_integer_readers.py", "-k", part.tests],
-        *([here / "integer_readers.py", *run, *common] for run in part.runs),
+    tests: list[str | Path] = [
+        "-m",
+        "pytest",
+        "-q",
+        ROOT / "tests" / "exports" / "test_integer_readers.py",
+        "-k",
+        part.tests,
     ]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return max(subprocess.run([python, *one], cwd=ROOT, env=one_thread).returncode for one in commands)
+    commands: dict[str, list[str | Path]] = {
+        "packages": ["-c", f"import {', '.join(part.modules)}"],
+        "tests": tests,
+        **{" ".join(run): [here / "integer_readers.py", *run, *common] for run in part.runs},
+    }
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    failed = []
+    for name, command in commands.items():
+        print(f"{choices.name}: {name}", flush=True)
+        if subprocess.run([python, *command], cwd=ROOT, env=one_thread).returncode:
+            failed.append(name)
+    print(f"{choices.name}: " + (f"FAILED: {'; '.join(failed)}" if failed else f"passed: {'; '.join(commands)}"))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ in an environment that this script makes) with transformers in float32 on the we
   llama.cpp chose before it;
 - the tokens of a text.
 
+And how fast llama.cpp generates, on one thread, beside the 16-bit model (--grid none) if that comes before in the run.
 Exits with 1 if anything is beyond its bound.
 """
 
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 import fewbit
 from fewbit.checkpoints.locate import locate
@@ -66,11 +68,15 @@ def ask(python: Path, model: Path, requests: list[dict[str, Any]], scratch: Path
     """llama.cpp's answers."""
     file = scratch / "requests.json"
     file.write_text(json.dumps(requests))
-    command = [python, HERE / "llama_cpp_runner.py", model, file]
-    done = subprocess.run(command, capture_output=True, text=True)
+    return list(run_llama_cpp(python, model, str(file))["answers"])
+
+
+def run_llama_cpp(python: Path, model: Path, asked: str) -> dict[str, Any]:
+    """What `llama_cpp_runner.py` prints."""
+    done = subprocess.run([python, HERE / "llama_cpp_runner.py", model, asked], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"llama.cpp failed: {done.stderr[-2000:]}")
-    return list(json.loads(done.stdout.splitlines()[-1])["answers"])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 @torch.no_grad()
@@ -200,6 +206,29 @@ def compare(folder: Path, file: Path, data: str, windows: int, python: Path) -> 
     return row
 
 
+def speed(python: Path, file: Path, plain: float | None) -> dict[str, Any]:
+    """Columns of a row. plain: the processor's seconds for a token with the 16-bit model."""
+    found = run_llama_cpp(python, file, "--speed")
+    return {
+        "tokens_per_second": found["tokens_per_second"],
+        "processor_seconds": found["decode_seconds"],
+        "to_16_bits": plain / found["decode_seconds"] if plain else None,
+        "load": found["load"],
+    }
+
+
+def said(row: dict[str, Any]) -> str:
+    """The row in one line, with its bounds."""
+    return (
+        f"{'passed' if row['within'] else 'FAILED'}: perplexity {row['perplexity_llama_cpp']:.3f}, "
+        f"{row['difference']:+.2%} of ours (bound {LARGEST_DIFFERENCE:.0%} and twice {row['standard_error']:.2%}); "
+        f"the same weights as float32 {row['difference_float32']:+.4%} ({LARGEST_WITHOUT_ROUNDING:.1%}); "
+        f"{row['greedy_unequal']} of {row['greedy_tokens']} greedy tokens unequal, "
+        f"largest gap {row['greedy_largest_gap']:.2f} ({TIE}); "
+        f"a text's tokens {'equal' if row['same_tokens'] else 'UNEQUAL'}; {row['tokens_per_second']:.1f} tokens/s"
+    )
+
+
 def main() -> None:
     """Compare, and write a JSON file of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -215,7 +244,9 @@ def main() -> None:
     before = json.loads(choices.out.read_text()) if choices.out.exists() else {}
     rows = before.get("rows", {}) if before.get("wheel") == WHEEL else {}
     good = True
+    disable_progress_bar()
     for model in choices.model or ["smollm2-135m"]:
+        plain: float | None = None
         for grid in choices.grid or ["none", "q4_0"]:
             with tempfile.TemporaryDirectory() as scratch:
                 folder = locate(model)
@@ -223,11 +254,17 @@ def main() -> None:
                     folder = Path(scratch) / "native"
                     fewbit.quantize(model, folder, choices.method, grid=grid, embedding_bits=16)
                 fewbit.export(folder, Path(scratch) / "out")
-                row = compare(folder, Path(scratch) / "out" / "out.gguf", choices.data, choices.windows, python)
+                file = Path(scratch) / "out" / "out.gguf"
+                row = {
+                    **compare(folder, file, choices.data, choices.windows, python),
+                    **speed(python, file, plain),
+                }
+            plain = row["processor_seconds"] if grid == "none" else plain
             rows[f"{model} {grid}"] = {"method": choices.method, "windows": choices.windows, **row}
             good = good and row["within"]
-            print(f"{model} {grid}: {json.dumps(row)}", flush=True)
+            print(f"{model} {grid}: {said(row)}", flush=True)
             choices.out.write_text(json.dumps({"wheel": WHEEL, "rows": rows}, indent=1) + "\n")
+    print(f"llama.cpp: {'passed' if good else 'FAILED'}")
     sys.exit(0 if good else 1)
 
 

@@ -102,10 +102,10 @@ def their_file(quantizer: str, folder: Path, model: str, grid: str, samples: int
     if samples and not importance.exists():
         write_importance(mean_squares(model, samples), importance, samples)
     eight = ["--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"]
-    command = [
+    command: list[str | Path] = [
         quantizer,
         "--pure",
-        *(["--imatrix", importance] if samples else []),
+        *(("--imatrix", importance) if samples else ()),
         *eight,
         next(source.glob("*.gguf")),
         out,
@@ -123,12 +123,12 @@ def our_file(folder: Path, model: str, grid: str, method: str, samples: int) -> 
     out, curvature = folder / f"{name_of(model)}-{grid}-{method}", folder / f"{name_of(model)}-curvature"
     if not out.exists():
         data: dict[str, Any] = {}
-        if fewbit.preset(method).curvature is not None:
+        wanted = fewbit.preset(method).curvature
+        if wanted is not None:
             if not curvature.exists():
                 text = ["--calibration", C4, "--samples", samples, "--sequence-length", LENGTH]
                 run = [sys.executable, "-m", "fewbit.cli", "curvature", model, curvature, "--kind", "fisher", *text]
-                share = fewbit.preset(method).curvature.gram_share
-                subprocess.run([*map(str, run), "--gram-share", str(share)], check=True)
+                subprocess.run([*map(str, run), "--gram-share", str(wanted.gram_share)], check=True)
             data = {"curvature": curvature}
         fewbit.quantize(model, out, method, grid=grid, target="llama.cpp", embedding_bits=8, **data)
     return next(out.glob("*.gguf"))

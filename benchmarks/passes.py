@@ -5,6 +5,7 @@ python benchmarks/passes.py
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -45,16 +46,15 @@ def main() -> None:
     network.model.requires_grad_(True)
     base = seconds(plain)
     for again in (True, False):
-        took = seconds(
-            lambda again=again: measure_fisher(network.model, network.blocks, layers, ids, choice, None, again)
-        )
+        took = seconds(partial(measure_fisher, network.model, network.blocks, layers, ids, choice, None, again))
         print(f"Fisher, blocks run again {again}: {took:.2f} s, {took / base:.2f} x a forward and backward pass")
     for vocabulary in (49_152, 262_144):
         logits, targets = torch.randn(511, vocabulary).bfloat16(), torch.randint(0, vocabulary, (511,))
         chosen = perplexity.rows_at_once
-        small = seconds(lambda x=logits, y=targets: perplexity.Totals().add(x, y, None))
+        add = partial(perplexity.Totals().add, logits, targets, None)
+        small = seconds(add)
         perplexity.rows_at_once = lambda matrix: 256
-        large = seconds(lambda x=logits, y=targets: perplexity.Totals().add(x, y, None))
+        large = seconds(add)
         perplexity.rows_at_once = chosen
         print(f"losses on 511 x {vocabulary} logits: 256 rows at a time {large:.2f} s, a cacheful {small:.2f} s")
 

@@ -29,9 +29,10 @@ class Row:
     format: as in `--format`. choice: grid, type or group size within it ("symmetric, groups of 64"). version: of the
     runtime and of what loads the file in it. same_weights: whether what the runtime decodes is bit-equal to what
     `fewbit unpack` gives; None where the runtime does not show it. greedy_equal of greedy_tokens tokens are equal; of
-    the others, our two logits differ by greedy_gap at most. tokens_per_second: generated tokens for each second of
-    processor time with one thread; tokens_per_second_16_bit: of the same runtime with the 16-bit model, in the same
-    run. bytes: of all weight files. None: not measured. note: in few words, for instance why it does not load.
+    the others, our two logits differ by greedy_gap at most. tokens_per_second: of the clock, generated on one thread,
+    one sequence at a time; load: of the machine meanwhile. processor_seconds: for a token; to_16_bits: those of the
+    same runtime with the 16-bit model in the same run, divided by these. bytes: of all weight files. note: few
+    words, for instance why it does not load. None: not measured.
     """
 
     format: str
@@ -46,7 +47,9 @@ class Row:
     greedy_tokens: int | None = None
     greedy_gap: float | None = None
     tokens_per_second: float | None = None
-    tokens_per_second_16_bit: float | None = None
+    load: float | None = None
+    processor_seconds: float | None = None
+    to_16_bits: float | None = None
     bytes: int | None = None
     note: str = ""
 
@@ -78,12 +81,12 @@ def put(name: str, rows: Iterable[Row], folder: Path = RESULTS) -> None:
 
 
 _OF_A_KIND = {
-    "none": ("compressed-tensors", 16, "the original"),
-    "int4-64": ("compressed-tensors", 4, "symmetric, groups of 64"),
-    "int4-64+8": ("compressed-tensors", 4, "symmetric, groups of 64"),
-    "int4-32": ("compressed-tensors", 4, "symmetric, groups of 32"),
-    "int8-64": ("compressed-tensors", 8, "symmetric, groups of 64"),
+    "none": ("safetensors", 16, "the original"),
+    **{f"int4-{size}": ("compressed-tensors", 4, f"signed, groups of {size}") for size in (128, 64, 32)},
+    "int4-64+8": ("compressed-tensors", 4, "signed, groups of 64"),
+    "int8-64": ("compressed-tensors", 8, "signed, groups of 64"),
     "w8a8": ("compressed-tensors", 8, "w8a8"),
+    "smoothquant": ("compressed-tensors", 8, "smoothquant"),
     "gptq": ("gptq", 4, "signed, groups of 64"),
 }
 """Kinds of `vllm_client.py` -> format, bits and choice."""
@@ -96,6 +99,7 @@ def _compared(row: dict[str, Any]) -> dict[str, Any]:
         "greedy_tokens": row["greedy_tokens"],
         "greedy_gap": row["greedy_largest_gap"],
         "bytes": row["bytes"],
+        **{key: row.get(key) for key in ("tokens_per_second", "load", "processor_seconds", "to_16_bits")},
     }
 
 
@@ -148,10 +152,9 @@ def _greedy(row: Row) -> str:
 
 
 def _speed(row: Row) -> str:
-    if row.tokens_per_second is None:
+    if row.processor_seconds is None:
         return ""
-    ratio = f" ({row.tokens_per_second / row.tokens_per_second_16_bit:.2f})" if row.tokens_per_second_16_bit else ""
-    return f"{row.tokens_per_second:.1f}{ratio}"
+    return f"{1 / row.processor_seconds:.1f}" + (f" ({row.to_16_bits:.2f})" if row.to_16_bits else "")
 
 
 COLUMNS = {
@@ -163,7 +166,10 @@ COLUMNS = {
     "loads": lambda row: _said(row.loads),
     "same weights": lambda row: _said(row.same_weights),
     "same greedy tokens": _greedy,
-    "tokens/s (to 16 bits)": _speed,
+    "tokens/s, processor (to 16 bits)": _speed,
+    "tokens/s, clock (load)": lambda row: (
+        "" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f} ({row.load:.1f})"
+    ),
     "MB": lambda row: "" if row.bytes is None else f"{row.bytes / 1e6:.0f}",
     "note": lambda row: row.note,
 }

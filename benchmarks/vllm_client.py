@@ -11,6 +11,8 @@ same folder, with the package compressed-tensors; folders of GPTQ are read with 
 - log-probabilities of a text in windows of 256 tokens: perplexities must differ by less than LARGEST_DIFFERENCE and two
   standard errors over the windows.
 
+And how fast vLLM generates, on one thread, beside the 16-bit model if the kind `none` is in the run.
+
 With matrix units for 8 bits (AMX), vLLM rounds the inputs of 4-bit layers to 8 bits unless VLLM_CPU_INT4_W4A8=0 is set.
 Rows are measured without that, and those whose name ends in +8 with it: they show what it costs, without a bound.
 Where vLLM runs no such folder, the row has its error. Exits with 1 if anything is beyond its bound, or a folder that
@@ -80,7 +82,15 @@ def environment(folder: Path) -> Path | None:
     python = folder / "bin/python"
     if not (folder / ".ready").exists():
         venv.create(folder, with_pip=True, clear=True)
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip: list[str | Path] = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-compile",
+        ]
         # Elsewhere than on its own index there may be builds of torch for CUDA only, of several gigabytes.
         if (
             subprocess.run([*pip, TORCH]).returncode
@@ -146,16 +156,30 @@ def compare(folder: Path, answer: dict[str, Any], job: dict[str, Any], scratch: 
         "greedy_tokens": sum(len(chosen) for chosen in answer["generated"]),
         "greedy_unequal": len(unequal),
         "greedy_largest_gap": max(unequal, default=0.0),
-        "tokens_per_second": answer["tokens_per_second"],
+        **{key: answer[key] for key in ("tokens_per_second", "processor_seconds", "load")},
         "dtype": answer["dtype"],
         "kernels": answer["kernels"],
         "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
     }
     is_rounded = job["name"].removesuffix(ENDING) in ROUNDED or job["name"].endswith(ENDING)
-    tie = TIE_OF_ROUNDED if is_rounded else TIE
+    row["greedy_bound"] = TIE_OF_ROUNDED if is_rounded else TIE
     near = abs(row["difference"]) < LARGEST_DIFFERENCE + 2 * row["standard_error"]
-    row["within"] = job["name"].endswith(ENDING) or (near and row["greedy_largest_gap"] < tie)
+    row["within"] = job["name"].endswith(ENDING) or (near and row["greedy_largest_gap"] < row["greedy_bound"])
     return row
+
+
+def said(name: str, row: dict[str, Any]) -> str:
+    """The row in one line, with its bounds."""
+    if "error" in row:
+        return f"{'expected' if row['as_expected'] else 'FAILED'}: does not run: {row['error']}"
+    verdict = "no bound" if name.endswith(ENDING) else "passed" if row["within"] else "FAILED"
+    return (
+        f"{verdict}: perplexity {row['perplexity_vllm']:.3f}, "
+        f"{row['difference']:+.2%} of transformers' (bound {LARGEST_DIFFERENCE:.0%} and twice "
+        f"{row['standard_error']:.2%}); {row['greedy_unequal']} of {row['greedy_tokens']} greedy tokens unequal, "
+        f"largest gap {row['greedy_largest_gap']:.2f} ({row['greedy_bound']}); "
+        f"{row['tokens_per_second']:.1f} tokens/s"
+    )
 
 
 def folder_of(model: str, kind: str, calibration: str, method: str, scratch: Path) -> Path | None:
@@ -209,23 +233,26 @@ def main() -> None:
                 job = {"name": name, "folder": str(folder), "prompts": prompts, "greedy": GREEDY, "texts": ids.tolist()}
                 jobs += [{**job, "inputs_in_8_bits": name != kind}] if folder is not None else []
             answers = ask(python, jobs, scratch)
+            plain = answers.get("none", {}).get("processor_seconds")
             for job in jobs:
                 name, answer = job["name"], answers[job["name"]]
                 if "error" in answer:
-                    row = {"error": answer["error"]}
-                    good = good and name.removesuffix(ENDING) in NOT_ON_CPUS
+                    row = {"error": answer["error"], "as_expected": name.removesuffix(ENDING) in NOT_ON_CPUS}
+                    good = good and row["as_expected"]
                 else:
                     row = compare(Path(job["folder"]), answer, job, scratch)
+                    row["to_16_bits"] = plain / answer["processor_seconds"] if plain else None
                     good = good and row["within"]
                     shutil.rmtree(scratch / "imported", ignore_errors=True)
                 rows[f"{model} {name}"] = {"windows": choices.windows, "versions": answer.get("versions"), **row}
-                print(f"{model} {name}: {json.dumps(row)}", flush=True)
+                print(f"{model} {name}: {said(name, row)}", flush=True)
                 ours = {name: version(name) for name in ("torch", "transformers", "compressed-tensors")}
                 choices.out.write_text(
                     json.dumps({"wheel": WHEEL, "compared_with": ours, "rows": rows}, indent=1) + "\n"
                 )
         finally:
             shutil.rmtree(scratch)
+    print(f"vLLM: {'passed' if good else 'FAILED'}")
     sys.exit(0 if good else 1)
 
 

@@ -6,9 +6,9 @@ Run by `vllm_client.py` in an environment of its own, which has vLLM:
 
 A job is {"name", "folder", "prompts": [[...]], "greedy": N, "texts": [[...]], "inputs_in_8_bits": false}. Each answer
 is a line of JSON: the N tokens that follow each prompt by always taking the most likely one, the natural
-log-probability of every token but the first of each text, tokens a second, the kernels that vLLM's log names, and
-versions; or the error with which vLLM ends. A line is written before the next job begins, so that a crash loses only
-one job.
+log-probability of every token but the first of each text, how fast it generates for one prompt (see `stopwatch.py`),
+the kernels that vLLM's log names, and versions; or the error with which vLLM ends. A line is written before the next
+job begins, so that a crash loses only one job.
 """
 
 import gc
@@ -17,10 +17,11 @@ import logging
 import os
 import re
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from stopwatch import STEPS, speed_of
 
 # In one process: starting a second one takes minutes on a slow machine. Read when vLLM is imported.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -43,6 +44,20 @@ class Kernels(logging.Handler):
             self.seen.append(match[1])
 
 
+def speed(engine: Any, prompt: list[int]) -> dict[str, float]:
+    """How fast tokens follow one prompt, one by one."""
+    from vllm import SamplingParams
+
+    # The first step reads the prompt.
+    sampling = SamplingParams(temperature=0, max_tokens=STEPS + 1, ignore_eos=True)
+    engine.add_request("speed", {"prompt_token_ids": prompt}, sampling)
+    engine.step()
+    found = speed_of(engine.step)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return found
+
+
 def answer(job: dict[str, Any], kernels: Kernels) -> dict[str, Any]:
     """Load a folder and run a job."""
     os.environ["VLLM_CPU_INT4_W4A8"] = "1" if job["inputs_in_8_bits"] else "0"
@@ -61,9 +76,7 @@ def answer(job: dict[str, Any], kernels: Kernels) -> dict[str, Any]:
             logprobs_mode="raw_logprobs",
         )
         greedy = SamplingParams(temperature=0, max_tokens=job["greedy"], ignore_eos=True)
-        started = time.perf_counter()
         made = llm.generate([{"prompt_token_ids": one} for one in job["prompts"]], greedy, use_tqdm=False)
-        seconds = time.perf_counter() - started
         scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
         texts = llm.generate([{"prompt_token_ids": one} for one in job["texts"]], scored, use_tqdm=False)
         return {
@@ -72,7 +85,7 @@ def answer(job: dict[str, Any], kernels: Kernels) -> dict[str, Any]:
                 [found[token].logprob for token, found in zip(ids[1:], one.prompt_logprobs[1:], strict=True)]
                 for ids, one in zip(job["texts"], texts, strict=True)
             ],
-            "tokens_per_second": sum(len(one.outputs[0].token_ids) for one in made) / seconds,
+            **speed(llm.llm_engine, job["prompts"][0]),
             "dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
             "kernels": kernels.seen,
         }

@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from fewbit.calibration.growing_cache import grow_in_place
 
 
 @torch.inference_mode()
-def seconds(model: torch.nn.Module, earlier: int, ours: bool, repeats: int) -> float:
+def seconds(model: Any, earlier: int, ours: bool, repeats: int) -> float:
     """The median time of one token after `earlier` ones."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     cache = None

@@ -22,7 +22,9 @@ def script() -> ModuleType:
 
 
 def test_rows(script: ModuleType, tmp_path: Path) -> None:
-    first = script.Row("gptq", 4, "symmetric", "A", "1.0", "tiny", True, True, 479, 480, 0.02, 30.0, 10.0, 2_000_000)
+    first = script.Row(
+        "gptq", 4, "symmetric", "A", "1.0", "tiny", True, True, 479, 480, 0.02, 30.0, 1.2, 0.02, 3.0, 2_000_000
+    )
     other = script.Row("gptq", 3, "symmetric", "A", "1.0", "tiny", False, note="no kernel")
     script.put("one", [first, other], tmp_path)
     again = script.Row(*first.key, True, False)
@@ -34,14 +36,16 @@ def test_rows(script: ModuleType, tmp_path: Path) -> None:
 def test_table(script: ModuleType) -> None:
     rows = [
         script.Row("gptq", 3, "symmetric", "A", "1.0", "tiny", False, note="no kernel"),
-        script.Row("gptq", 4, "symmetric", "A", "1.0", "tiny", True, True, 479, 480, 0.02, 30.0, 10.0, 2_000_000),
+        script.Row(
+            "gptq", 4, "symmetric", "A", "1.0", "tiny", True, True, 479, 480, 0.02, 30.0, 1.2, 0.02, 3.0, 2_000_000
+        ),
     ]
     assert script.table(rows).splitlines() == [
         "| format | bits | choice | model | runtime | loads | same weights | same greedy tokens "
-        "| tokens/s (to 16 bits) | MB | note |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| gptq | 4 | symmetric | tiny | A 1.0 | yes | yes | 479 of 480 (gap 0.02) | 30.0 (3.00) | 2 |  |",
-        "| gptq | 3 | symmetric | tiny | A 1.0 | no |  |  |  |  | no kernel |",
+        "| tokens/s, processor (to 16 bits) | tokens/s, clock (load) | MB | note |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| gptq | 4 | symmetric | tiny | A 1.0 | yes | yes | 479 of 480 (gap 0.02) | 50.0 (3.00) | 30.0 (1.2) | 2 |  |",
+        "| gptq | 3 | symmetric | tiny | A 1.0 | no |  |  |  |  |  | no kernel |",
     ]
 
 
