@@ -126,7 +126,9 @@ def measured(model: Any, ids: Tensor) -> dict[str, Tensor]:
         gradient[torch.arange(len(gradient)), sequence[1:]] -= 1
         squares = gradient.square().sum(dim=1)
         logits.backward(gradient.to(logits.dtype))
-        x, rows = inputs[0][0, :-1].detach().float(), entering[0].grad[0].float()
+        came = entering[0].grad
+        assert came is not None
+        x, rows = inputs[0][0, :-1].detach().float(), came[0].float()
         for name, weights in (("gram", torch.ones_like(squares)), ("fisher", squares), ("expected", expected)):
             sums[name] = sums.get(name, 0) + (x.t() @ (x * weights.unsqueeze(1))).double()
         sums["rows"] = sums.get("rows", 0) + (rows.t() @ rows).double()
@@ -137,7 +139,7 @@ def measured(model: Any, ids: Tensor) -> dict[str, Tensor]:
 
 def curvature(found: dict[str, Tensor], name: str) -> Tensor:
     kind, _, rows = name.partition("+")
-    matrix = found.get("fisher" if kind == "half" else kind)
+    matrix = found["fisher" if kind == "half" else kind]
     if kind == "half":
         matrix = matrix + found["gram"] * (matrix.trace() / found["gram"].trace())
     return matrix + found[rows] if rows else matrix
