@@ -128,6 +128,15 @@ def losses(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(nll), torch.cat(top)
 
 
+def prompts_of(ids: torch.Tensor) -> list[list[int]]:
+    """PROMPTS prompts from different places of windows `(windows, tokens)`. Raises ValueError if they do not fit."""
+    each = math.ceil(PROMPTS / len(ids))
+    step = min(64, ids.shape[1] // each)
+    if step < PROMPT_TOKENS:
+        raise ValueError(f"{PROMPTS} prompts of {PROMPT_TOKENS} tokens need more than {len(ids)} windows")
+    return [ids[i % len(ids), i // len(ids) * step :][:PROMPT_TOKENS].tolist() for i in range(PROMPTS)]
+
+
 def nll_of(answers: list[dict[str, Any]]) -> torch.Tensor:
     """llama.cpp's losses of all windows, one after the other."""
     return torch.tensor([value for answer in answers for value in answer["nll"]], dtype=torch.float64)
@@ -154,7 +163,7 @@ def compare(folder: Path, file: Path, data: str, windows: int, python: Path) -> 
     """The comparison of a native folder and its .gguf file, as a row of results."""
     text = read_text(data)
     ids, _ = read_windows(folder, text, Protocol(sequence_length=512, windows=windows))
-    prompts = [ids[i % len(ids), (i // len(ids)) * 64 :][:PROMPT_TOKENS].tolist() for i in range(PROMPTS)]
+    prompts = prompts_of(ids)
     tokenizer = read_tokenizer(folder)
     said = tokenizer.decode(ids[0], skip_special_tokens=True)
     requests = [{"tokens": row.tolist()} for row in ids] + [{"tokens": one, "greedy": GREEDY} for one in prompts]

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llama_cpp import losses, standard_error
+from llama_cpp import losses, prompts_of, standard_error
 
 import fewbit
 from fewbit.checkpoints.locate import locate
@@ -51,7 +51,7 @@ BROKEN = ("torchvision", "torchaudio", "torchcodec")
 LARGEST_DIFFERENCE, TIE, TIE_OF_ROUNDED = 0.01, 1.0, 2.0
 """A tie is near within TIE; within TIE_OF_ROUNDED where inputs are rounded to 8 bits, which moves logits further."""
 ROUNDED = ("w8a8", "smoothquant")
-PROMPTS, PROMPT_TOKENS, GREEDY = 20, 24, 24
+GREEDY = 24
 LENGTH = 256
 ENDING = "+8"
 KINDS: dict[str, dict[str, Any]] = {
@@ -225,7 +225,7 @@ def main() -> None:
         try:
             protocol = Protocol(sequence_length=LENGTH, windows=choices.windows)
             ids, _ = read_windows(locate(model), read_text(choices.data), protocol)
-            prompts = [ids[i % len(ids), (i // len(ids)) * 64 :][:PROMPT_TOKENS].tolist() for i in range(PROMPTS)]
+            prompts = prompts_of(ids)
             jobs = []
             for name in choices.kind or ["none", "int4-64", "w8a8", "gptq"]:
                 kind = name.removesuffix(ENDING)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from integer_models import build
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -63,6 +64,14 @@ def test_verdicts(script: Callable[[str], ModuleType]) -> None:
     unequal = readers.Row("gptq", 4, "symmetric", "A", "1", "tiny", True, False, 479, 480, 0.2, 30.0)
     passed, line = readers.said(unequal, figures, (1e-3, 0.3))
     assert not passed and line.startswith("FAILED: weights UNEQUAL")
+
+
+@pytest.mark.parametrize(("windows", "length"), [(2, 512), (4, 256), (8, 256), (24, 512)])
+def test_prompts_are_whole(script: Callable[[str], ModuleType], windows: int, length: int) -> None:
+    ids = torch.arange(windows * length).view(windows, length)
+    prompts = script("llama_cpp").prompts_of(ids)
+    assert {len(prompt) for prompt in prompts} == {24}
+    assert len({prompt[0] for prompt in prompts}) == 20
 
 
 def test_speed_is_the_median_after_the_first_steps(
