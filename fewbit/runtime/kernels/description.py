@@ -24,7 +24,9 @@ outliers, or their codes, which are to be multiplied by the STEPS of their rows 
 PLANES = 14
 """Three times five fields: a plane's address, the bytes from one row to the next, the codes in a byte, the address of
 the table of what a byte stands for, the bytes of a row."""
-_FIELDS = PLANES + 15
+SCALE_KIND, ZERO_KIND, MINIMUM_KIND, VALUE_KIND = range(PLANES + 15, PLANES + 19)
+"""Kinds of numbers, for kernels that do not have them compiled in."""
+_FIELDS = PLANES + 19
 
 FLOAT, HALF, BFLOAT, BYTE, SIGNED = 1, 2, 3, 4, 5
 """Kinds of numbers; SIGNED are bytes that a unit of their row belongs to."""
@@ -171,6 +173,7 @@ def describe(
     kept.append(own)
     for place, address in addresses.items():
         fields[place] = address
+    fields[SCALE_KIND : VALUE_KIND + 1] = [*kinds, reading.values]
     known, run = torch.tensor(fields, dtype=torch.int64), compiled(reading)
     return Description(stored.shape, dtype, reading, known, tuple(kept), run, known.data_ptr(), stored.groups)
 

@@ -5,6 +5,7 @@ The weights are those of :mod:`fewbit.runtime.kernels.products`, and sums are in
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,21 +14,27 @@ from fewbit.runtime.kernels.description import (
     BFLOAT,
     BYTE,
     COLUMNS,
+    FLOAT,
     GAPS,
     GROUP,
     GROUPS,
+    HALF,
     LADDER,
     MIDDLE,
     MINIMUM,
+    MINIMUM_KIND,
     PLANES,
     ROWS,
     SCALE,
+    SCALE_KIND,
     SIGNED,
     STARTS,
     STEPS,
     UNITS,
+    VALUE_KIND,
     VALUES,
     ZERO,
+    ZERO_KIND,
     Reading,
 )
 from fewbit.runtime.kernels.lanes import (
@@ -103,15 +110,36 @@ def times_eight_pairs(weights: int, step: int, inputs: int, columns: int) -> Any
     return eight_totals(a, b, c, d, e, f, g, h)
 
 
-@lru_cache
+@compiled
+def numbers_of(address: int, index: int, kind: int) -> Any:
+    """16 numbers of some kind from an index of an array on, as float32."""
+    if kind == BYTE:
+        return numbers_at(address, index, BYTE)
+    if kind == SIGNED:
+        return numbers_at(address, index, SIGNED)
+    if kind == HALF:
+        return numbers_at(address, index, HALF)
+    return numbers_at(address, index, FLOAT)
+
+
 def kernel(reading: Reading) -> Callable[..., int]:
     """The function of :func:`fewbit.runtime.kernels.products.kernel` for weights whose columns are in blocks."""
+    zero, minimum = (FLOAT if kind else 0 for kind in (reading.zero, reading.minimum))
+    return _kernel(replace(reading, scale=FLOAT, zero=zero, minimum=minimum, values=0, vectors=1))
+
+
+@lru_cache
+def _kernel(reading: Reading) -> Callable[..., int]:
+    """As :func:`kernel`, by what is compiled in.
+
+    Each function takes memory, so that is not what a few layers of a model have of their own, such as the kind of their
+    scales.
+    """
     widths = int("".join(map(str, reading.widths)))
     planes, bits, by_table = len(reading.widths), reading.bits, reading.by_table
     one, two, three = (8 * width for width in (*reading.widths, 0, 0)[:3])
     above, top = reading.widths[0], sum(reading.widths[:2])
-    scale_kind, zero_kind, minimum_kind, value_kind = reading.scale, reading.zero, reading.minimum, reading.values
-    in_units, by_code = scale_kind == SIGNED, value_kind == BYTE
+    has_zero, has_minimum = reading.zero != 0, reading.minimum != 0
     version = sources()
 
     @compiled
@@ -146,6 +174,9 @@ def kernel(reading: Reading) -> Callable[..., int]:
         scales, zeros, minima = long_at(about + 8 * SCALE), long_at(about + 8 * ZERO), long_at(about + 8 * MINIMUM)
         starts, gaps, values = long_at(about + 8 * STARTS), long_at(about + 8 * GAPS), long_at(about + 8 * VALUES)
         units, steps = long_at(about + 8 * UNITS), long_at(about + 8 * STEPS)
+        scale_kind, value_kind = long_at(about + 8 * SCALE_KIND), long_at(about + 8 * VALUE_KIND)
+        zero_kind, minimum_kind = long_at(about + 8 * ZERO_KIND), long_at(about + 8 * MINIMUM_KIND)
+        in_units, by_code = scale_kind == SIGNED, value_kind == BYTE
         middle = splat(long_at(about + 8 * MIDDLE))
         levels = floats_at(ladder)
         lowest = splat(8388608.0 - float_at(ladder))
@@ -160,23 +191,23 @@ def kernel(reading: Reading) -> Callable[..., int]:
                 unit = splat(float_at(units + 4 * row)) if in_units else no_floats()
                 for each in range(0, groups, 16):
                     index = row * groups + each
-                    scale = numbers_at(scales, index, scale_kind)
+                    scale = numbers_of(scales, index, scale_kind)
                     if in_units:
                         scale = multiply(scale, unit)
                     put_floats(scale_of + 4 * each, scale)
-                    if zero_kind:
-                        put_floats(zero_of + 4 * each, numbers_at(zeros, index, zero_kind))
-                    if minimum_kind:
-                        put_floats(minimum_of + 4 * each, numbers_at(minima, index, minimum_kind))
+                    if has_zero:
+                        put_floats(zero_of + 4 * each, numbers_of(zeros, index, zero_kind))
+                    if has_minimum:
+                        put_floats(minimum_of + 4 * each, numbers_of(minima, index, minimum_kind))
                 if by_table:
                     for each in range(0, groups, 2):
                         known, other = levels, levels
-                        if zero_kind:
+                        if has_zero:
                             known = subtract(known, splat(float_at(zero_of + 4 * each)))
                             other = subtract(other, splat(float_at(zero_of + 4 * each + 4)))
                         known = multiply(known, splat(float_at(scale_of + 4 * each)))
                         other = multiply(other, splat(float_at(scale_of + 4 * each + 4)))
-                        if minimum_kind:
+                        if has_minimum:
                             known = add(known, splat(float_at(minimum_of + 4 * each)))
                             other = add(other, splat(float_at(minimum_of + 4 * each + 4)))
                         put_integers(tables + 32 * each, pairs(known, other))
@@ -196,12 +227,12 @@ def kernel(reading: Reading) -> Callable[..., int]:
                             b = subtract(byte_of(code, 1, bits), lowest)
                             c = subtract(byte_of(code, 2, bits), lowest)
                             d = subtract(byte_of(code, 3, bits), lowest)
-                            if zero_kind:
+                            if has_zero:
                                 zero = splat(float_at(zero_of + 4 * each))
                                 a, b, c, d = subtract(a, zero), subtract(b, zero), subtract(c, zero), subtract(d, zero)
                             a, b = multiply(a, scale), multiply(b, scale)
                             c, d = multiply(c, scale), multiply(d, scale)
-                            if minimum_kind:
+                            if has_minimum:
                                 least = splat(float_at(minimum_of + 4 * each))
                                 a, b, c, d = add(a, least), add(b, least), add(c, least), add(d, least)
                             put_integers(target, pairs(a, b))
