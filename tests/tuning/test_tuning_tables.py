@@ -110,7 +110,8 @@ def test_a_trained_network_is_the_packed_one_at_first_and_its_stored_form_at_las
 @pytest.mark.parametrize("tied", [True, False])
 def test_tables_are_trained_like_layers(tied: bool, tmp_path: Path) -> None:
     packed = packed_folder(tmp_path, tied)
-    choice = replace(CHOICE, epochs=3, lr=0.02, scale_lr=0.01, held_out=2)
+    # Small steps: on any processor the first of them helps on the two sequences that are held out.
+    choice = replace(CHOICE, epochs=3, lr=0.005, scale_lr=0.002, held_out=2)
     report = tune(packed, tmp_path / "tuned", choice, OPTIONS)
     held = report["tuning"]["history"]["held_out"]
     assert min(held) < held[0]
