@@ -1,6 +1,5 @@
 """The scripts that compare runtimes: they make every folder that they name, and say what is beyond its bound."""
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,24 +7,15 @@ from types import ModuleType
 
 import pytest
 import torch
+from benchmark_scripts import BENCHMARKS, load_script
 from integer_models import build
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[Callable[[str], ModuleType]]:
-    def loaded(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
-
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        yield loaded
+        yield load_script
 
 
 @pytest.fixture(scope="module")
