@@ -3,11 +3,15 @@
 import ctypes
 import mmap
 import sys
+from collections.abc import Iterable
 
 from torch import Tensor
 
-_PAGE_OUT = 21
-"""MADV_PAGEOUT of Linux: what is unchanged leaves memory at once, what is changed is not lost."""
+_PAGE_OUT, _POPULATE = 21, 22
+"""MADV_PAGEOUT of Linux: what is unchanged leaves memory at once, what is changed is not lost. MADV_POPULATE_READ: all
+is read and stays where it is used."""
+_APART = 64
+"""Bytes between two tensors of a file that still follow each other."""
 
 
 def page_out(tensor: Tensor) -> None:
@@ -15,11 +19,45 @@ def page_out(tensor: Tensor) -> None:
 
     For a tensor that is mapped from a file. Nothing happens where the system has no such call.
     """
-    if not sys.platform.startswith("linux") or tensor.device.type != "cpu" or not tensor.numel():
+    if _is_mapped(tensor):
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        _advise(start, tensor.data_ptr() + tensor.nbytes, _PAGE_OUT)
+
+
+def page_in(tensor: Tensor) -> None:
+    """Read a contiguous tensor on the CPU that is mapped from a file, so that nobody waits for it later."""
+    if _is_mapped(tensor):
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        _advise(start, tensor.data_ptr() + tensor.nbytes, _POPULATE)
+
+
+def page_out_between(tensors: Iterable[Tensor]) -> None:
+    """As :func:`page_out`, for all of these tensors, but without the pages that contain something else.
+
+    Linux reads the pages around one that is missing, too. So one that is shared with a tensor in use would bring the
+    others back with it.
+    """
+    places = sorted((one.data_ptr(), one.data_ptr() + one.nbytes) for one in tensors if _is_mapped(one))
+    ranges: list[tuple[int, int]] = []
+    for start, end in places:
+        if ranges and start <= ranges[-1][1] + _APART:
+            ranges[-1] = ranges[-1][0], max(end, ranges[-1][1])
+        else:
+            ranges.append((start, end))
+    for start, end in ranges:
+        whole = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        _advise(*whole, _PAGE_OUT)
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    return sys.platform.startswith("linux") and tensor.device.type == "cpu" and tensor.nbytes > 0
+
+
+def _advise(start: int, end: int, advice: int) -> None:
+    """Advice to the system about memory from `start`, where a page begins; ignored where there is no such call."""
+    if end <= start:
         return
-    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    size = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
     try:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _PAGE_OUT)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
     except (OSError, AttributeError):
         return

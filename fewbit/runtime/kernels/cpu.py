@@ -105,4 +105,5 @@ NUMBA = Kernel(
     prepare=_prepare,
     product=_product,
     rows=_rows,
+    reads=lambda about: about.kept,
 )

@@ -1,6 +1,6 @@
 """The interface of a kernel: what multiplies with packed weights without decoding all of them first."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ class Kernel:
     rows(prepared, first, last): the rows of the weight from `first` to before `last`, in that dtype.
     gather(prepared, ids): the rows at ids `(n,)` on the device, of a weight without outliers, without waiting for the
     device; None if decoding with tensor operations is as good.
+    reads(prepared): the tensors that it goes on reading, parts among them; other parts were needed only for preparing.
+    None if that is not known.
     """
 
     name: str
@@ -40,4 +42,5 @@ class Kernel:
     product: Callable[[Any, Tensor, Tensor | None], Tensor]
     rows: Callable[[Any, int, int], Tensor]
     gather: Callable[[Any, Tensor], Tensor] | None = None
+    reads: Callable[[Any], Sequence[Tensor]] | None = None
     oldest: tuple[int, int] = (0, 0)

@@ -72,6 +72,19 @@ def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
 
 
 @intrinsic
+def fetch(_: Any, address: Any) -> Any:
+    """Ask for the 64 bytes around an address, which are read soon; any address is allowed."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place, read, near, data = builder.inttoptr(args[0], _BYTE.as_pointer()), _INT(0), _INT(3), _INT(1)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, _INT, _INT, _INT])
+        builder.call(builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind), [place, read, near, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def long_at(_: Any, address: Any) -> Any:
     """The 64-bit integer at an address."""
     return types.int64(types.int64), lambda context, builder, signature, args: _load(builder, args[0], _LONG, 8)

@@ -74,7 +74,7 @@ from fewbit.runtime.kernels.pair_lanes import (
     table_at,
     unless,
 )
-from fewbit.runtime.kernels.rows import number_at
+from fewbit.runtime.kernels.rows import fetch_later, number_at
 
 
 @compiled
@@ -181,13 +181,16 @@ def _kernel(reading: Reading) -> Callable[..., int]:
         levels = floats_at(ladder)
         lowest = splat(8388608.0 - float_at(ladder))
         share = 1 / columns
+        step_one, step_two, step_three = long_at(planes_at + 8), long_at(planes_at + 48), long_at(planes_at + 88)
         for start in range(first // ROWS * ROWS, last, ROWS):
             count = min(ROWS, last - start)
             for number in range(count):
                 row, target = start + number, work + number * step
-                some = long_at(planes_at) + row * long_at(planes_at + 8)
-                more = long_at(planes_at + 40) + row * long_at(planes_at + 48)
-                most = long_at(planes_at + 80) + row * long_at(planes_at + 88)
+                some, more = long_at(planes_at) + row * step_one, long_at(planes_at + 40) + row * step_two
+                most = long_at(planes_at + 80) + row * step_three
+                fetch_later(some, step_one, columns * one >> 6)
+                fetch_later(more, step_two, columns * two >> 6)
+                fetch_later(most, step_three, columns * three >> 6)
                 unit = splat(float_at(units + 4 * row)) if in_units else no_floats()
                 for each in range(0, groups, 16):
                     index = row * groups + each

@@ -50,7 +50,7 @@ from fewbit.runtime.kernels.lanes import (
 )
 from fewbit.runtime.kernels.look_up import look_up
 from fewbit.runtime.kernels.outliers import SKIP
-from fewbit.runtime.kernels.rows import expand, number_at, put_number, rounded, widen, write_row
+from fewbit.runtime.kernels.rows import expand, fetch_later, number_at, put_number, rounded, widen, write_row
 
 
 @compiled
@@ -121,17 +121,21 @@ def kernel(reading: Reading) -> Callable[..., int]:
         starts, gaps, values = long_at(about + 8 * STARTS), long_at(about + 8 * GAPS), long_at(about + 8 * VALUES)
         units, steps = long_at(about + 8 * UNITS), long_at(about + 8 * STEPS)
         middle = splat(long_at(about + 8 * MIDDLE))
+        step_one, step_two, step_three = long_at(planes_at + 8), long_at(planes_at + 48), long_at(planes_at + 88)
         for start in range(first, last, ROWS):
             count = min(ROWS, last - start)
             for number in range(count):
                 row, decoded = start + number, work + number * step
-                at_one = long_at(planes_at) + row * long_at(planes_at + 8)
-                at_two = long_at(planes_at + 40) + row * long_at(planes_at + 48)
-                at_three = long_at(planes_at + 80) + row * long_at(planes_at + 88)
+                at_one, at_two = long_at(planes_at) + row * step_one, long_at(planes_at + 40) + row * step_two
+                at_three = long_at(planes_at + 80) + row * step_three
                 unit = splat(float_at(units + 4 * row)) if in_units else no_floats()
                 if expanded:
                     expand(about, planes, row, codes)
                     at_one = codes
+                else:
+                    fetch_later(at_one, step_one, columns * one >> 3)
+                    fetch_later(at_two, step_two, columns * two >> 3)
+                    fetch_later(at_three, step_three, columns * three >> 3)
                 for each in range(groups):
                     index = row * groups + each
                     zero, minimum, known = no_floats(), no_floats(), no_floats()

@@ -66,6 +66,20 @@ class Ready:
         """Release the prepared form and the parts that it refers to."""
         self._prepared = None
 
+    def sorted_parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The parts that the kernel reads at each product, and those that were needed only for preparing.
+
+        Both are empty if the kernel does not say which.
+        """
+        found = self._prepared
+        if found is None or found.kernel is None or found.kernel.reads is None:
+            return [], []
+        places = {one.data_ptr() for one in found.kernel.reads(found.form)}
+        parts = list(found.parts.values())
+        return [one for one in parts if one.data_ptr() in places], [
+            one for one in parts if one.data_ptr() not in places
+        ]
+
     def get(self, parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> _Prepared:
         """The prepared form for inputs in `dtype`; without a kernel if none can compute with this weight."""
         state = _state(parts)

@@ -3,10 +3,11 @@
 from typing import Any
 
 from fewbit.runtime.kernels.compiled import compiled
-from fewbit.runtime.kernels.description import BFLOAT, BYTE, FLOAT, HALF, PLANES, SIGNED
+from fewbit.runtime.kernels.description import BFLOAT, BYTE, FLOAT, HALF, PLANES, ROWS, SIGNED
 from fewbit.runtime.kernels.lanes import (
     bfloat_at,
     byte_at,
+    fetch,
     float_at,
     floats_at,
     half_at,
@@ -49,12 +50,25 @@ def rounded(values: Any, to: int) -> Any:
 
 
 @compiled
+def fetch_later(address: int, step: int, size: int) -> None:
+    """Ask for what is as far behind an address as the next rows that are decoded together: `size` bytes.
+
+    step: bytes from one row to the next. Memory is slower than decoding, and the processor foresees no further than to
+    the end of a page.
+    """
+    for at in range(address + ROWS * step, address + ROWS * step + size, 64):
+        fetch(at)
+
+
+@compiled
 def expand(about: int, planes: int, row: int, codes: int) -> None:
     """One byte per code of a row, at `codes`, from each plane's table of what a byte stands for."""
     for plane in range(planes):
         at = about + 8 * (PLANES + 5 * plane)
-        source = long_at(at) + row * long_at(at + 8)
+        step = long_at(at + 8)
+        source = long_at(at) + row * step
         per_byte, table, count = long_at(at + 16), long_at(at + 24), long_at(at + 32)
+        fetch_later(source, step, count)
         for index in range(count):
             found = long_at(table + 8 * byte_at(source + index))
             to = codes + per_byte * index
