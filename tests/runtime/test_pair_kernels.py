@@ -1,4 +1,6 @@
-"""Products of bfloat16 by pairs, with weights that are decoded 64 columns at a time in an order of their own."""
+"""Products of bfloat16 with weights that are decoded 64 columns at a time, in an order of their own."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -6,29 +8,31 @@ from packed_matrices import finish, normal_float, pack
 
 from fewbit.formats import native
 from fewbit.grids.scheme import Scheme
-from fewbit.runtime.kernels.order import BLOCK, columns_in_order
+from fewbit.runtime.kernels.order import BLOCK, by_halves, by_words
 from fewbit.solvers.settled import WeightChoices, settle, settle_around
 
 pytest.importorskip("numba", reason="needs numba: pip install 'fewbit[fast]'")
 from test_kernels import CPU, check_parts, check_product, prepared
 
-from fewbit.runtime.kernels.pair_lanes import has_pairs
+from fewbit.runtime.kernels.pair_lanes import block_order
 
-needs_pairs = pytest.mark.skipif(not has_pairs(), reason="needs a processor with products of bfloat16 by pairs")
+Order = Callable[[tuple[int, ...], bool], list[int]]
+needs_blocks = pytest.mark.skipif(block_order() is None, reason="needs a processor with AVX2 or AVX512-BF16")
 BFLOAT = (torch.bfloat16,)
 
 
 def reading(parts: object, stored: object, dtype: torch.dtype = torch.bfloat16) -> bool:
-    return bool(prepared(parts, stored, dtype).reading.by_pairs)  # type: ignore[attr-defined, arg-type]
+    return bool(prepared(parts, stored, dtype).reading.by_blocks)  # type: ignore[attr-defined, arg-type]
 
 
 @pytest.mark.parametrize("widths", [(1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (8,)])
 @pytest.mark.parametrize("by_table", [True, False])
-def test_every_column_has_one_place(widths: tuple[int, ...], by_table: bool) -> None:
-    assert sorted(columns_in_order(widths, by_table)) == list(range(BLOCK))
+@pytest.mark.parametrize("order", [by_words, by_halves])
+def test_every_column_has_one_place(order: Order, widths: tuple[int, ...], by_table: bool) -> None:
+    assert sorted(order(widths, by_table)) == list(range(BLOCK))
 
 
-@needs_pairs
+@needs_blocks
 @pytest.mark.parametrize(
     "scheme",
     [
@@ -51,7 +55,7 @@ def test_products(scheme: Scheme, share: float) -> None:
     check_parts(parts, stored, 2, BFLOAT)
 
 
-@needs_pairs
+@needs_blocks
 def test_outliers_at_the_ends() -> None:
     """In the first and last column of rows, in one row only, and in all columns of a row."""
     scheme = normal_float(4, outlier_grid="row", outlier_bits=8)

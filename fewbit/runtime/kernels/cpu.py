@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from os import getpid
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ def _prepare(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dty
     from fewbit.runtime.kernels import pair_lanes, pairs, products
 
     def compiled(reading: Reading) -> Callable[..., int]:
-        return pairs.kernel(reading) if reading.by_pairs else products.kernel(reading)
+        return pairs.kernel(reading) if reading.by_blocks else products.kernel(reading)
 
-    return describe(parts, stored, dtype, compiled, pair_lanes.has_pairs())
+    return describe(parts, stored, dtype, compiled, pair_lanes.block_order())
 
 
 def _product(about: Description, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -42,11 +43,17 @@ def _product(about: Description, x: Tensor, bias: Tensor | None) -> Tensor:
     fixed = (about.address, x.data_ptr(), tokens, out.data_ptr(), rows)
     if rows * columns * tokens < 2 * _WORTH_A_THREAD:
         # A small layer takes little more time than what is around its product.
-        work = torch.empty(room(about, tokens), dtype=torch.uint8)
+        work = _work(get_ident(), room(about, tokens))
         run(*fixed, 0, rows, shift, work.data_ptr())
         return out
     _in_threads(lambda start, end, work: run(*fixed, start, end, shift, work), about, 0, rows, tokens)
     return out
+
+
+@lru_cache(maxsize=16)
+def _work(thread: int, size: int) -> Tensor:
+    """Working memory of a thread: small layers are multiplied thousands of times a second."""
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def _rows(about: Description, first: int, last: int) -> Tensor:

@@ -3,7 +3,7 @@
 Codes stay packed and are read where they are. Nothing decoded is kept but the numbers of the groups and the outliers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from mmap import mmap
 
@@ -14,7 +14,7 @@ from fewbit.grids.formula import Formula, Plane, Terms
 from fewbit.grids.scale_formats import SCALE_FORMATS
 from fewbit.grids.scheme import StoredWeight
 from fewbit.grids.table import grid_of
-from fewbit.runtime.kernels.order import BLOCK, columns_in_order
+from fewbit.runtime.kernels.order import BLOCK
 from fewbit.runtime.kernels.outliers import Arrangement, outliers_by_row
 
 COLUMNS, GROUP, GROUPS, MIDDLE, LADDER, PICKS, SCALE, ZERO, MINIMUM, UNITS, STARTS, GAPS, VALUES, STEPS = range(14)
@@ -52,8 +52,8 @@ class Reading:
     group has a table of its weights. by_levels: the levels are not 0, 1, 2, …. expanded: a row's codes are first
     written as bytes, because groups do not start at a whole vector or codes are not in planes. vectors: so many whole
     ones follow each other in a group, at least. scale, zero, minimum: kinds of numbers, 0 for none. magnitudes: scales
-    in a group. values: the kind of the outliers, 0 if there are none. to: the kind of the weights. by_pairs: whether
-    columns are decoded in blocks, in an order of their own, to be multiplied by pairs.
+    in a group. values: the kind of the outliers, 0 if there are none. to: the kind of the weights. by_blocks:
+    whether columns are decoded in blocks, in an order of their own, as bfloat16.
     """
 
     widths: tuple[int, ...]
@@ -68,7 +68,7 @@ class Reading:
     magnitudes: int
     values: int
     to: int
-    by_pairs: bool = False
+    by_blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def room(about: "Description", tokens: int) -> int:
     inputs of two bytes, sums, and for each group of a row its numbers and a table.
     """
     columns = about.shape[1]
-    if about.reading.by_pairs:
+    if about.reading.by_blocks:
         groups = (about.groups + 15) // 16 * 16
         return 2 * ROWS * columns + 4 * 64 + 3 * 4 * groups + 32 * groups + 2 * columns * tokens
     whole = (columns + _LANES - 1) // _LANES * _LANES
@@ -120,11 +120,12 @@ def describe(
     stored: StoredWeight,
     dtype: torch.dtype,
     compiled: Callable[[Reading], Callable[..., int]],
-    has_pairs: bool = False,
+    in_blocks: Callable[[tuple[int, ...], bool], Sequence[int]] | None = None,
 ) -> Description:
     """Prepare a weight on the CPU for products in `dtype`; raises ValueError if its outliers lie outside of it.
 
-    compiled: gives the function for a way of reading. has_pairs: whether the processor multiplies bfloat16 by pairs.
+    compiled: gives the function for a way of reading. in_blocks: the order of
+    the columns of a block, if the processor decodes bfloat16 in blocks (:mod:`fewbit.runtime.kernels.order`).
     """
     formula = formula_of(stored)
     if formula is None:
@@ -143,11 +144,17 @@ def describe(
             numbers = smallest(values) if values.shape[-1] == 1 else values.to(torch.float32)
             made[SCALE + place], kinds[place] = numbers, KIND_OF[numbers.dtype]
     reading = _reading(formula, stored, kinds, terms.scale.shape[-1], KIND_OF[dtype])
-    if has_pairs and dtype == torch.bfloat16 and _fits_in_blocks(formula, stored, reading) and _are_normal(terms):
-        reading = replace(reading, by_pairs=True)
+    if (
+        in_blocks is not None
+        and dtype == torch.bfloat16
+        and _fits_in_blocks(formula, stored, reading)
+        and _are_normal(terms)
+    ):
+        reading = replace(reading, by_blocks=True)
     if stored.scheme.has_outliers and stored.outliers > 0:
-        order = columns_in_order(reading.widths, reading.by_table)
-        how = Arrangement(ROWS, order) if reading.by_pairs else Arrangement()
+        how = Arrangement()
+        if in_blocks is not None and reading.by_blocks:
+            how = Arrangement(ROWS, in_blocks(reading.widths, reading.by_table))
         found = outliers_by_row(parts, stored, formula, dtype, how)
         made |= {STARTS: found.starts, GAPS: found.gaps, VALUES: found.values}
         reading = replace(reading, values=KIND_OF[found.values.dtype])

@@ -22,15 +22,24 @@ def column_of_byte(widths: tuple[int, ...], byte: int) -> int:
     return 16 // width * place + time + 8 // width * high
 
 
-def columns_in_order(widths: tuple[int, ...], by_table: bool) -> list[int]:
+def by_words(widths: tuple[int, ...], by_table: bool) -> list[int]:
     """The column in a block at each of the 64 places, which are two vectors of 32.
 
     by_table: each byte is a place in a table, and those of the first vector are the low bytes of words; otherwise those
-    are the first and second byte of each four.
+    are the first byte of each four, and then the second.
     """
-    found = []
-    for place in range(BLOCK):
-        vector, lane = divmod(place, 32)
-        byte = 2 * lane + vector if by_table else 4 * (lane % 16) + 2 * vector + lane // 16
-        found.append(column_of_byte(widths, byte))
-    return found
+    places = (divmod(place, 32) for place in range(BLOCK))
+    if by_table:
+        return [column_of_byte(widths, 2 * lane + vector) for vector, lane in places]
+    return [column_of_byte(widths, 4 * (lane % 16) + 2 * vector + lane // 16) for vector, lane in places]
+
+
+def by_halves(widths: tuple[int, ...], by_table: bool) -> list[int]:
+    """As :func:`by_words`, for AVX2.
+
+    With a table, the first vector has the first eight of every 16 bytes; otherwise the first two of each four.
+    """
+    places = (divmod(place, 32) for place in range(BLOCK))
+    if by_table:
+        return [column_of_byte(widths, 16 * (lane // 8) + 8 * vector + lane % 8) for vector, lane in places]
+    return [column_of_byte(widths, 4 * (lane // 2) + 2 * vector + lane % 2) for vector, lane in places]

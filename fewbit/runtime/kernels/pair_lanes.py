@@ -1,18 +1,20 @@
-"""Operations on 64 codes of a byte, and on 32 bfloat16, for numba: of processors that multiply bfloat16 by pairs.
+"""Operations on 64 codes of a byte, and on 32 bfloat16, for numba: with AVX512-BF16 (and -VBMI), or with AVX2.
 
 Both are kept in the same type as 16 integers of 32 bits. See :mod:`fewbit.runtime.kernels.lanes`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
+from fewbit.runtime.kernels import half_lanes
 from fewbit.runtime.kernels.description import BFLOAT, BYTE, FLOAT, HALF, SIGNED
 from fewbit.runtime.kernels.lanes import FLOATS, LANES, call, constant, floats, integers, repeated
 from fewbit.runtime.kernels.look_up import features
-from fewbit.runtime.kernels.order import column_of_byte, columns_in_order, widest
+from fewbit.runtime.kernels.order import by_halves, by_words, column_of_byte, widest
 
 _BYTE, _SHORT, _INT, _LONG = (ir.IntType(width) for width in (8, 16, 32, 64))
 _FLOAT = ir.FloatType()
@@ -40,8 +42,19 @@ _PAIRS = ir.VectorType(_BFloatType(), 32)
 
 
 def has_pairs() -> bool:
-    """Whether the processor, as numba sees it, has what is used here. Earlier versions of LLVM have other types."""
+    """Whether the processor, as numba sees it, multiplies by pairs. Earlier versions of LLVM have other types."""
     return features() >= _NEEDED and binding.llvm_version_info >= (20,)
+
+
+def block_order() -> Callable[[tuple[int, ...], bool], list[int]] | None:
+    """The order of a block's columns, given the widths of the planes and whether there is a table.
+
+    None if the processor has neither what multiplies by pairs nor AVX2, or has another AVX-512, whose lookups of 16
+    float32 are faster than those of bytes with AVX2.
+    """
+    if has_pairs():
+        return by_words
+    return by_halves if features() >= half_lanes.NEEDED and "avx512f" not in features() else None
 
 
 def _constants(kind: Any, values: Any) -> Any:
@@ -64,11 +77,14 @@ def block_at(_: Any, widths: Any, plane: Any, address: Any) -> Any:
         width, below = every[number], sum(every[:number])
         if width == 8:
             return builder.load(builder.inttoptr(args[2], _INTS.as_pointer()), align=1)
+        whole = width == widest(every) and not below
+        if not whole and not has_pairs():
+            return half_lanes.upper_plane(builder, every, number, args[2])
         kind = ir.VectorType(_LONG, width)
         some = builder.load(builder.inttoptr(args[2], kind.as_pointer()), align=1)
         bits = [width * column_of_byte(every, byte) for byte in range(64)]
         longs = builder.shuffle_vector(some, some, _constants(ir.VectorType(_INT, 8), [bit // 64 for bit in bits[::8]]))
-        if width == widest(every) and not below:
+        if whole:
             # Processors can shift while they look up what was shifted before.
             words = builder.bitcast(longs, _SHORTS)
             return builder.bitcast(builder.lshr(words, _constants(_SHORTS, [bit % 16 for bit in bits[::2]])), _INTS)
@@ -107,34 +123,96 @@ def byte_of(_: Any, codes: Any, byte: Any, bits: Any) -> Any:
     return floats(integers, byte, bits), generate
 
 
+def _pairs(builder: Any, first: Any, second: Any) -> Any:
+    found = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, second, first)
+    return builder.bitcast(found, _INTS)
+
+
 @intrinsic
 def pairs(_: Any, first: Any, second: Any) -> Any:
-    """Twice 16 float32 as 32 bfloat16, rounded half to even; numbers below 2^-126 become zeros."""
+    """Twice 16 float32 as 32 bfloat16, rounded half to even.
+
+    By pairs, numbers below 2^-126 become zeros; with AVX2, numbers have to be finite.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        found = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, args[1], args[0])
-        return builder.bitcast(found, _INTS)
+        return _pairs(builder, *args) if has_pairs() else half_lanes.pairs(builder, *args)
+
+    return integers(floats, floats), generate
+
+
+@intrinsic
+def in_a_block(_: Any, first: Any, second: Any) -> Any:
+    """As :func:`pairs`, in the order of a block without tables."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _pairs(builder, *args) if has_pairs() else half_lanes.in_turn(builder, *args)
+
+    return integers(floats, floats), generate
+
+
+@intrinsic
+def two_tables(_: Any, first: Any, second: Any) -> Any:
+    """Twice 16 finite float32 as tables of bfloat16, 32 bytes each, for :func:`table_at`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _pairs(builder, *args) if has_pairs() else half_lanes.tables(builder, *args)
 
     return integers(floats, floats), generate
 
 
 @intrinsic
 def table_at(_: Any, address: Any) -> Any:
-    """16 bfloat16 at an address, twice."""
+    """The table of 16 bfloat16 at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not has_pairs():
+            return half_lanes.table_at(builder, args[0])
         half = builder.load(builder.inttoptr(args[0], ir.VectorType(_INT, 8).as_pointer()), align=1)
         return builder.shuffle_vector(half, half, constant([*range(8), *range(8)]))
 
     return integers(types.int64), generate
 
 
+@intrinsic
+def small_table_at(_: Any, address: Any) -> Any:
+    """As :func:`table_at`, with AVX2, for one of two tables of eight that were stored as one of 16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return half_lanes.small_table_at(builder, args[0])
+
+    return integers(types.int64), generate
+
+
+@intrinsic
+def one_at(_: Any, address: Any) -> Any:
+    """The float32 at an address, 16 times."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return repeated(builder, builder.load(builder.inttoptr(args[0], _FLOAT.as_pointer()), align=4))
+
+    return floats(types.int64), generate
+
+
+@intrinsic
+def two_at(_: Any, address: Any) -> Any:
+    """The float32 at an address eight times, and then the next one."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        some = builder.load(builder.inttoptr(args[0], ir.VectorType(_FLOAT, 2).as_pointer()), align=4)
+        return builder.shuffle_vector(some, some, constant([0] * 8 + [1] * 8))
+
+    return floats(types.int64), generate
+
+
 @intrinsic(prefer_literal=True)
 def find(_: Any, table: Any, codes: Any, odd: Any) -> Any:
-    """The numbers of a table of 16, which is there twice, at the even or the odd ones of 64 codes in bytes."""
+    """The numbers of a table at 32 of 64 codes in bytes, the first or the others of a block's order."""
     shift = 8 * odd.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not has_pairs():
+            return half_lanes.find(builder, *args[:2], odd.literal_value)
         table, codes = (builder.bitcast(one, _SHORTS) for one in args[:2])
         if shift:
             codes = builder.lshr(codes, _constants(_SHORTS, [shift] * 32))
@@ -148,6 +226,8 @@ def add_products(_: Any, sums: Any, first: Any, second: Any) -> Any:
     """16 sums, and the products of 32 bfloat16 with 32 others, two to a sum."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not has_pairs():
+            return half_lanes.add_products(builder, *args)
         a, b = (builder.bitcast(one, _PAIRS) for one in args[1:])
         return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, args[0], a, b)
 
@@ -164,7 +244,7 @@ def ordered(_: Any, first: Any, second: Any, widths: Any, by_table: Any, which: 
     is_table = bool(by_table.literal_value)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        order = columns_in_order(every, is_table)
+        order = (block_order() or by_words)(every, is_table)
         if number > 1:
             order = [order.index(column) for column in range(64)]
         mask = ir.Constant(ir.VectorType(_INT, 32), [_INT(one) for one in order[number % 2 * 32 :][:32]])

@@ -1,4 +1,4 @@
-"""Products in bfloat16 on processors that multiply its numbers by pairs (AVX512-BF16): 64 codes are decoded at once.
+"""Products in bfloat16 with AVX512-BF16, which multiplies its numbers by pairs, or AVX2: 64 codes are decoded at once.
 
 The weights are those of :mod:`fewbit.runtime.kernels.products`, and sums are in float32. The columns of each block of
 64 are in another order here (:mod:`fewbit.runtime.kernels.order`), and so are the inputs.
@@ -62,16 +62,22 @@ from fewbit.runtime.kernels.pair_lanes import (
     copy_short,
     eight_totals,
     find,
+    has_pairs,
+    in_a_block,
     join,
     last_of,
     numbers_at,
+    one_at,
     ordered,
     pairs,
     parts_of,
     places_after,
     put_eight,
     put_integers,
+    small_table_at,
     table_at,
+    two_at,
+    two_tables,
     unless,
 )
 from fewbit.runtime.kernels.rows import fetch_later, number_at
@@ -122,6 +128,25 @@ def numbers_of(address: int, index: int, kind: int) -> Any:
     return numbers_at(address, index, FLOAT)
 
 
+@compiled
+def times_twice_four(weights: int, step: int, inputs: int, columns: int) -> Any:
+    """As :func:`times_eight_pairs`, with as many sums as AVX2 has registers for."""
+    a, b, c, d = no_floats(), no_floats(), no_floats(), no_floats()
+    for at in range(0, 2 * columns, 64):
+        some, row = integers_at(inputs + at), weights + at
+        a, b = add_products(a, integers_at(row), some), add_products(b, integers_at(row + step), some)
+        row += 2 * step
+        c, d = add_products(c, integers_at(row), some), add_products(d, integers_at(row + step), some)
+    e, f, g, h = no_floats(), no_floats(), no_floats(), no_floats()
+    weights += 4 * step
+    for at in range(0, 2 * columns, 64):
+        some, row = integers_at(inputs + at), weights + at
+        e, f = add_products(e, integers_at(row), some), add_products(f, integers_at(row + step), some)
+        row += 2 * step
+        g, h = add_products(g, integers_at(row), some), add_products(h, integers_at(row + step), some)
+    return eight_totals(a, b, c, d, e, f, g, h)
+
+
 def kernel(reading: Reading) -> Callable[..., int]:
     """The function of :func:`fewbit.runtime.kernels.products.kernel` for weights whose columns are in blocks."""
     zero, minimum = (FLOAT if kind else 0 for kind in (reading.zero, reading.minimum))
@@ -140,7 +165,11 @@ def _kernel(reading: Reading) -> Callable[..., int]:
     one, two, three = (8 * width for width in (*reading.widths, 0, 0)[:3])
     above, top = reading.widths[0], sum(reading.widths[:2])
     has_zero, has_minimum = reading.zero != 0, reading.minimum != 0
-    version = sources()
+    version, by_pairs = sources(), has_pairs()
+    times = times_eight_pairs if by_pairs else times_twice_four
+    # Groups whose tables are computed in one vector: two of eight levels at most.
+    together = 1 if by_pairs or bits > 3 else 2
+    spread_at, find_table_at = (one_at, table_at) if together == 1 else (two_at, small_table_at)
 
     @compiled
     def codes(some: int, more: int, most: int) -> Any:
@@ -203,19 +232,19 @@ def _kernel(reading: Reading) -> Callable[..., int]:
                     if has_minimum:
                         put_floats(minimum_of + 4 * each, numbers_of(minima, index, minimum_kind))
                 if by_table:
-                    for each in range(0, groups, 2):
-                        known, other = levels, levels
+                    for each in range(0, groups, 2 * together):
+                        known, other, next_one = levels, levels, 4 * (each + together)
                         if has_zero:
-                            known = subtract(known, splat(float_at(zero_of + 4 * each)))
-                            other = subtract(other, splat(float_at(zero_of + 4 * each + 4)))
-                        known = multiply(known, splat(float_at(scale_of + 4 * each)))
-                        other = multiply(other, splat(float_at(scale_of + 4 * each + 4)))
+                            known = subtract(known, spread_at(zero_of + 4 * each))
+                            other = subtract(other, spread_at(zero_of + next_one))
+                        known = multiply(known, spread_at(scale_of + 4 * each))
+                        other = multiply(other, spread_at(scale_of + next_one))
                         if has_minimum:
-                            known = add(known, splat(float_at(minimum_of + 4 * each)))
-                            other = add(other, splat(float_at(minimum_of + 4 * each + 4)))
-                        put_integers(tables + 32 * each, pairs(known, other))
+                            known = add(known, spread_at(minimum_of + 4 * each))
+                            other = add(other, spread_at(minimum_of + next_one))
+                        put_integers(tables + 32 // together * each, two_tables(known, other))
                     for each in range(groups):
-                        known = table_at(tables + 32 * each)
+                        known = find_table_at(tables + 32 * (each // together) + 8 * (each % together))
                         for _ in range(0, group, 64):
                             code = codes(some, more, most)
                             put_integers(target, find(known, code, 0))
@@ -238,8 +267,8 @@ def _kernel(reading: Reading) -> Callable[..., int]:
                             if has_minimum:
                                 least = splat(float_at(minimum_of + 4 * each))
                                 a, b, c, d = add(a, least), add(b, least), add(c, least), add(d, least)
-                            put_integers(target, pairs(a, b))
-                            put_integers(target + 64, pairs(c, d))
+                            put_integers(target, in_a_block(a, b))
+                            put_integers(target + 64, in_a_block(c, d))
                             some, more, most, target = some + one, more + two, most + three, target + 128
             if value_kind:
                 run_at = starts + start // ROWS * 4
@@ -265,9 +294,9 @@ def _kernel(reading: Reading) -> Callable[..., int]:
                         put_integers(to + at, ordered(low, high, widths, by_table, 2))
                         put_integers(to + at + 64, ordered(low, high, widths, by_table, 3))
             for token in range(tokens):
-                found = times_eight_pairs(work, step, inputs + step * token, columns)
+                found = times(work, step, inputs + step * token, columns)
                 to = out + 2 * (outputs * token + start)
-                if count == ROWS and not bias:
+                if by_pairs and count == ROWS and not bias:
                     put_eight(to, pairs(found, found))
                 else:
                     put_floats(sums, found)
