@@ -1,6 +1,10 @@
 """Products of bfloat16 with weights that are decoded 64 columns at a time, in an order of their own."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,8 @@ from fewbit.solvers.settled import WeightChoices, settle, settle_around
 pytest.importorskip("numba", reason="needs numba: pip install 'fewbit[fast]'")
 from test_kernels import CPU, check_parts, check_product, prepared
 
+from fewbit.runtime.kernels import half_lanes
+from fewbit.runtime.kernels.look_up import features
 from fewbit.runtime.kernels.pair_lanes import block_order
 
 Order = Callable[[tuple[int, ...], bool], list[int]]
@@ -82,3 +88,17 @@ def test_what_does_not_fit(size: float, group_size: int, columns: int) -> None:
     parts, stored = finish(weight, settle(weight, WeightChoices(scheme), None, None), scheme)
     assert not reading(parts, stored)
     check_parts(parts, stored, 2, BFLOAT)
+
+
+AVX2 = "+64bit,+avx,+avx2,+bmi,+bmi2,+cmov,+f16c,+fma,+lzcnt,+popcnt,+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not features() >= half_lanes.NEEDED, reason="needs a processor with AVX2")
+def test_with_avx2_alone(tmp_path: Path) -> None:
+    """The tests above, on a processor that has AVX-512."""
+    limits = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": AVX2, "NUMBA_CACHE_DIR": str(tmp_path)}
+    chosen = "test_outliers_at_the_ends or (test_products and 0.05)"
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    ended = subprocess.run(words, env={**os.environ, **limits}, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0 and ended.stdout.startswith("." * 9), ended.stdout + ended.stderr

@@ -212,7 +212,7 @@ def find(_: Any, table: Any, codes: Any, odd: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if not has_pairs():
-            return half_lanes.find(builder, *args[:2], odd.literal_value)
+            return half_lanes.find(builder, args[0], args[1], odd.literal_value)
         table, codes = (builder.bitcast(one, _SHORTS) for one in args[:2])
         if shift:
             codes = builder.lshr(codes, _constants(_SHORTS, [shift] * 32))
