@@ -62,6 +62,26 @@ def test_products(scheme: Scheme, share: float) -> None:
 
 
 @needs_blocks
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(5, 64, "zero-point"),
+        Scheme(6, 128, "symmetric", scale_format="two-level"),
+        Scheme(7, 64, "minimum"),
+        Scheme(8, 64, "symmetric", scale_format="two-level"),
+        Scheme(8, 128, "zero-point"),
+    ],
+    ids=str,
+)
+def test_without_outliers(scheme: Scheme) -> None:
+    """One input, and several."""
+    parts, stored = pack(scheme, rows=19, columns=640, share=0)
+    assert reading(parts, stored)
+    for tokens in (1, 3):
+        check_parts(parts, stored, tokens, BFLOAT)
+
+
+@needs_blocks
 def test_outliers_at_the_ends() -> None:
     """In the first and last column of rows, in one row only, and in all columns of a row."""
     scheme = normal_float(4, outlier_grid="row", outlier_bits=8)
@@ -98,7 +118,7 @@ AVX2 = "+64bit,+avx,+avx2,+bmi,+bmi2,+cmov,+f16c,+fma,+lzcnt,+popcnt,+sse,+sse2,
 def test_with_avx2_alone(tmp_path: Path) -> None:
     """The tests above, on a processor that has AVX-512."""
     limits = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": AVX2, "NUMBA_CACHE_DIR": str(tmp_path)}
-    chosen = "test_outliers_at_the_ends or (test_products and 0.05)"
+    chosen = "test_outliers_at_the_ends or test_without_outliers or (test_products and 0.05)"
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
     ended = subprocess.run(words, env={**os.environ, **limits}, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0 and ended.stdout.startswith("." * 9), ended.stdout + ended.stderr
+    assert ended.returncode == 0 and ended.stdout.startswith("." * 14), ended.stdout + ended.stderr
