@@ -3,7 +3,8 @@
     /other/venv/bin/python benchmarks/run_other_tool.py autoround MODEL_FOLDER TOKENS.pt OUT BITS GROUP_SIZE STEPS
 
 `against_calibrated_tools.py` calls it; fewbit itself is not needed here. TOKENS.pt holds token ids `(samples, length)`.
-OUT is a plain folder that transformers loads, with the seconds of the quantization alone in its `run.json`.
+OUT is a plain folder that transformers loads (of AWQ the packed one, which fewbit reads), with the seconds of the
+quantization alone in its `run.json`.
 """
 
 import json
@@ -65,6 +66,22 @@ def gptqmodel(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps:
     return plain, model.tokenizer, seconds
 
 
+def awq(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) -> tuple[Any, Any, float]:
+    """AWQ by GPTQModel, with its defaults (asymmetric) but for bits and groups; what is saved stays packed."""
+    import os
+
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    from gptqmodel.quantization.config import FORMAT, METHOD
+
+    config = QuantizeConfig(bits=bits, group_size=group_size, method=METHOD.AWQ, format=FORMAT.GEMM)
+    model = GPTQModel.load(folder, config, device="cpu")
+    samples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
+    began = time.perf_counter()
+    model.quantize(samples, batch_size=1, backend=BACKEND.TORCH_AWQ)
+    return model, model.tokenizer, time.perf_counter() - began
+
+
 def mlx(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) -> tuple[Any, Any, float]:
     """MLX's own rounding, as `mlx_lm.convert` does it, of the layers in the blocks; it needs no tokens."""
     import mlx.core as mx
@@ -83,7 +100,7 @@ def mlx(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) 
     return model.float(), AutoTokenizer.from_pretrained(folder), seconds
 
 
-TOOLS = {"autoround": autoround, "gptqmodel": gptqmodel, "mlx": mlx}
+TOOLS = {"autoround": autoround, "gptqmodel": gptqmodel, "awq": awq, "mlx": mlx}
 
 
 def main() -> None:
@@ -91,7 +108,7 @@ def main() -> None:
     tool, folder, tokens, out, bits, group_size, steps = sys.argv[1:]
     ids = torch.load(tokens, weights_only=True)
     model, tokenizer, seconds = TOOLS[tool](folder, ids, int(bits), int(group_size), int(steps))
-    model.save_pretrained(out)
+    (model.save if tool == "awq" else model.save_pretrained)(out)
     tokenizer.save_pretrained(out)
     Path(out, "run.json").write_text(json.dumps({"seconds": seconds}))
 
