@@ -17,15 +17,18 @@ def prepare(model: nn.Module) -> None:
     """Prepare every packed layer, embedding and head of the model, for inputs in its dtype; experts wait for tokens.
 
     Then the first token takes no longer than others, and all memory that is needed only for preparing is free again
-    before the model runs: that of the parts which no kernel reads again, too. They come back from the file if they are
-    needed, as for saving the model.
+    before the model runs: that of the parts of layers which no kernel reads again, too. They come back from the file if
+    they are needed, as for saving the model.
     """
     packed = list(_packed(model))
     # Reading all of a model that does not fit would only push out what was read first.
-    fits = sum(part.nbytes for _, parts, _, _ in packed for part in parts.values()) < available_bytes()
+    fits = sum(part.nbytes for _, parts, *_ in packed for part in parts.values()) < available_bytes()
     unread: list[Tensor] = []
-    for ready, parts, stored, dtype in packed:
+    for ready, parts, stored, dtype, is_layer in packed:
         ready.get(parts, stored, dtype)
+        if not is_layer or stored.scheme.transform != "none":
+            # Looking up rows and transforming inputs read all parts.
+            continue
         kept, rest = ready.sorted_parts()
         unread += rest
         if fits:
@@ -37,12 +40,12 @@ def prepare(model: nn.Module) -> None:
         page_out_between(unread)
 
 
-def _packed(model: nn.Module) -> Iterator[tuple[Ready, Mapping[str, Tensor], StoredWeight, torch.dtype]]:
+def _packed(model: nn.Module) -> Iterator[tuple[Ready, Mapping[str, Tensor], StoredWeight, torch.dtype, bool]]:
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            yield module.ready, parts_of(module), module.stored, module.like.dtype
+            yield module.ready, parts_of(module), module.stored, module.like.dtype, True
         elif isinstance(module, Held):
             for _, value in module.all():
                 table = value.table
                 if table is not None:
-                    yield table.ready, parts_of(table), table.stored, value.like.dtype
+                    yield table.ready, parts_of(table), table.stored, value.like.dtype, False

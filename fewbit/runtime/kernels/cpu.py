@@ -53,7 +53,7 @@ def _product(about: Description, x: Tensor, bias: Tensor | None) -> Tensor:
 @lru_cache(maxsize=16)
 def _work(thread: int, size: int) -> Tensor:
     """Working memory of a thread: small layers are multiplied thousands of times a second."""
-    return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def _rows(about: Description, first: int, last: int) -> Tensor:

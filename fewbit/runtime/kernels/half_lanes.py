@@ -27,7 +27,7 @@ def _places(values: Any) -> Any:
 
 
 def upper_plane(builder: Any, every: tuple[int, ...], number: int, address: Any) -> Any:
-    """64 codes of one plane as bytes, above those of the lower planes, where no whole words need only be shifted."""
+    """64 codes of one plane as bytes, above those of the lower planes, where shifting whole words is not enough."""
     width, below = every[number], sum(every[:number])
     kind = ir.VectorType(_BYTE, 8 * width)
     some = builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)

@@ -1,4 +1,4 @@
-"""The order of the columns of a block of 64, in which processors with products of bfloat16 pairs decode them."""
+"""The order of the columns of a block of 64, in which AVX512-BF16 and AVX2 decode them."""
 
 BLOCK = 64
 """Columns that are decoded together: a code in each of 64 bytes, which are 32 words of 16 bits."""
