@@ -41,21 +41,30 @@ def autoround(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps:
     return model, tokenizer, time.perf_counter() - began
 
 
-def gptqmodel(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) -> tuple[Any, Any, float]:
-    """GPTQModel with its defaults (symmetric) but for bits and groups."""
+def _by_gptqmodel(folder: str, ids: torch.Tensor, backend: str, **choices: Any) -> tuple[Any, float]:
+    """GPTQModel's model with its defaults but for some choices, and the seconds that it took."""
     import os
-    import tempfile
 
     # Its own default on two cores is one worker, with which it refuses to start.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-    from transformers import AutoModelForCausalLM
 
-    model = GPTQModel.load(folder, QuantizeConfig(bits=bits, group_size=group_size), device="cpu")
+    model = GPTQModel.load(folder, QuantizeConfig(**choices), device="cpu")
     samples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
     began = time.perf_counter()
-    model.quantize(samples, batch_size=1, backend=BACKEND.TORCH)
-    seconds = time.perf_counter() - began
+    model.quantize(samples, batch_size=1, backend=BACKEND(backend))
+    return model, time.perf_counter() - began
+
+
+def gptqmodel(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) -> tuple[Any, Any, float]:
+    """GPTQModel with its defaults (symmetric) but for bits and groups."""
+    import tempfile
+
+    from transformers import AutoModelForCausalLM
+
+    model, seconds = _by_gptqmodel(folder, ids, "torch", bits=bits, group_size=group_size)
+    from gptqmodel import BACKEND, GPTQModel
+
     with tempfile.TemporaryDirectory() as packed:
         model.save(packed)
         loaded = GPTQModel.load(packed, backend=BACKEND.TORCH, device="cpu").model
@@ -68,18 +77,9 @@ def gptqmodel(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps:
 
 def awq(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) -> tuple[Any, Any, float]:
     """AWQ by GPTQModel, with its defaults (asymmetric) but for bits and groups; what is saved stays packed."""
-    import os
-
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-    from gptqmodel.quantization.config import FORMAT, METHOD
-
-    config = QuantizeConfig(bits=bits, group_size=group_size, method=METHOD.AWQ, format=FORMAT.GEMM)
-    model = GPTQModel.load(folder, config, device="cpu")
-    samples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
-    began = time.perf_counter()
-    model.quantize(samples, batch_size=1, backend=BACKEND.TORCH_AWQ)
-    return model, model.tokenizer, time.perf_counter() - began
+    choices = {"bits": bits, "group_size": group_size, "method": "awq", "format": "gemm"}
+    model, seconds = _by_gptqmodel(folder, ids, "torch_awq", **choices)
+    return model, model.tokenizer, seconds
 
 
 def mlx(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) -> tuple[Any, Any, float]:
@@ -108,7 +108,7 @@ def main() -> None:
     tool, folder, tokens, out, bits, group_size, steps = sys.argv[1:]
     ids = torch.load(tokens, weights_only=True)
     model, tokenizer, seconds = TOOLS[tool](folder, ids, int(bits), int(group_size), int(steps))
-    (model.save if tool == "awq" else model.save_pretrained)(out)
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     Path(out, "run.json").write_text(json.dumps({"seconds": seconds}))
 

@@ -19,16 +19,12 @@ def page_out(tensor: Tensor) -> None:
 
     For a tensor that is mapped from a file. Nothing happens where the system has no such call.
     """
-    if _is_mapped(tensor):
-        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        _advise(start, tensor.data_ptr() + tensor.nbytes, _PAGE_OUT)
+    _advise_on_pages(tensor, _PAGE_OUT)
 
 
 def page_in(tensor: Tensor) -> None:
     """Read a contiguous tensor on the CPU that is mapped from a file, so that nobody waits for it later."""
-    if _is_mapped(tensor):
-        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        _advise(start, tensor.data_ptr() + tensor.nbytes, _POPULATE)
+    _advise_on_pages(tensor, _POPULATE)
 
 
 def page_out_between(tensors: Iterable[Tensor]) -> None:
@@ -37,7 +33,7 @@ def page_out_between(tensors: Iterable[Tensor]) -> None:
     Linux reads the pages around one that is missing, too. So one that is shared with a tensor in use would bring the
     others back with it.
     """
-    places = sorted((one.data_ptr(), one.data_ptr() + one.nbytes) for one in tensors if _is_mapped(one))
+    places = sorted((one.data_ptr(), one.data_ptr() + one.nbytes) for one in tensors if _takes_advice(one))
     ranges: list[tuple[int, int]] = []
     for start, end in places:
         if ranges and start <= ranges[-1][1] + _APART:
@@ -49,7 +45,13 @@ def page_out_between(tensors: Iterable[Tensor]) -> None:
         _advise(*whole, _PAGE_OUT)
 
 
-def _is_mapped(tensor: Tensor) -> bool:
+def _advise_on_pages(tensor: Tensor, advice: int) -> None:
+    if _takes_advice(tensor):
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        _advise(start, tensor.data_ptr() + tensor.nbytes, advice)
+
+
+def _takes_advice(tensor: Tensor) -> bool:
     return sys.platform.startswith("linux") and tensor.device.type == "cpu" and tensor.nbytes > 0
 
 

@@ -110,6 +110,29 @@ def test_what_does_not_fit(size: float, group_size: int, columns: int) -> None:
     check_parts(parts, stored, 2, BFLOAT)
 
 
+@pytest.mark.slow
+@needs_blocks
+def test_what_is_compiled_is_found_again(tmp_path: Path) -> None:
+    """By the next process, for weights with tables, with outliers, and with neither."""
+    code = """
+import torch
+from test_kernels import CPU, normal_float, pack, prepared
+from fewbit.grids.scheme import Scheme
+for scheme, share in ((normal_float(3, outlier_grid="row", outlier_bits=8), 0.05), (Scheme(6, 64, "zero-point"), 0)):
+    form = prepared(*pack(scheme, rows=8, columns=64, share=share), torch.bfloat16)
+    CPU.product(form, torch.ones(1, 64, dtype=torch.bfloat16), None)
+    print(sum(form.run.stats.cache_hits.values()), sum(form.run.stats.cache_misses.values()))
+"""
+    found = []
+    for _ in range(2):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+        words = [sys.executable, "-c", code]
+        ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        found.append(ended.stdout.split())
+    assert found == [["0", "1"] * 2, ["1", "0"] * 2]
+
+
 AVX2 = "+64bit,+avx,+avx2,+bmi,+bmi2,+cmov,+f16c,+fma,+lzcnt,+popcnt,+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2"
 
 

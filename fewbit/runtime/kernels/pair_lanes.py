@@ -65,49 +65,46 @@ def _digits(widths: Any) -> tuple[int, ...]:
     return tuple(int(digit) for digit in str(widths.literal_value))
 
 
-@intrinsic(prefer_literal=True)
-def block_at(_: Any, widths: Any, plane: Any, address: Any) -> Any:
-    """64 codes of one plane as bytes, shifted to their place above those of the lower planes; other bits mean nothing.
+def _plane(builder: Any, every: tuple[int, ...], number: int, address: Any) -> Any:
+    """64 codes of one plane as bytes, shifted to above those of the lower planes; other bits mean nothing."""
+    width, below = every[number], sum(every[:number])
+    if width == 8:
+        return builder.load(builder.inttoptr(address, _INTS.as_pointer()), align=1)
+    whole = width == widest(every) and not below
+    if not whole and not has_pairs():
+        return half_lanes.upper_plane(builder, every, number, address)
+    kind = ir.VectorType(_LONG, width)
+    some = builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+    bits = [width * column_of_byte(every, byte) for byte in range(64)]
+    longs = builder.shuffle_vector(some, some, _constants(ir.VectorType(_INT, 8), [bit // 64 for bit in bits[::8]]))
+    if whole:
+        # Processors can shift while they look up what was shifted before.
+        words = builder.bitcast(longs, _SHORTS)
+        return builder.bitcast(builder.lshr(words, _constants(_SHORTS, [bit % 16 for bit in bits[::2]])), _INTS)
+    shifts = _constants(_BYTES, [(bit - below) % 64 for bit in bits])
+    found = call(builder, "llvm.x86.avx512.pmultishift.qb.512", _BYTES, shifts, builder.bitcast(longs, _BYTES))
+    return builder.bitcast(found, _INTS)
 
-    widths: of all planes, from the lowest bits: a decimal digit for each.
+
+@intrinsic(prefer_literal=True)
+def block_at(_: Any, widths: Any, first: Any, second: Any, third: Any) -> Any:
+    """64 codes as bytes, in the order of a block, from the addresses of their planes; bits above them mean nothing.
+
+    widths: of the planes, from the lowest bits: a decimal digit for each.
     """
-    every, number = _digits(widths), plane.literal_value
+    every = _digits(widths)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        width, below = every[number], sum(every[:number])
-        if width == 8:
-            return builder.load(builder.inttoptr(args[2], _INTS.as_pointer()), align=1)
-        whole = width == widest(every) and not below
-        if not whole and not has_pairs():
-            return half_lanes.upper_plane(builder, every, number, args[2])
-        kind = ir.VectorType(_LONG, width)
-        some = builder.load(builder.inttoptr(args[2], kind.as_pointer()), align=1)
-        bits = [width * column_of_byte(every, byte) for byte in range(64)]
-        longs = builder.shuffle_vector(some, some, _constants(ir.VectorType(_INT, 8), [bit // 64 for bit in bits[::8]]))
-        if whole:
-            # Processors can shift while they look up what was shifted before.
-            words = builder.bitcast(longs, _SHORTS)
-            return builder.bitcast(builder.lshr(words, _constants(_SHORTS, [bit % 16 for bit in bits[::2]])), _INTS)
-        shifts = _constants(_BYTES, [(bit - below) % 64 for bit in bits])
-        found = call(builder, "llvm.x86.avx512.pmultishift.qb.512", _BYTES, shifts, builder.bitcast(longs, _BYTES))
-        return builder.bitcast(found, _INTS)
+        found = _plane(builder, every, 0, args[1])
+        for number in range(1, len(every)):
+            mask = (2 ** sum(every[:number]) - 1) * 0x01010101
+            found = builder.or_(
+                builder.and_(found, constant([mask] * LANES)),
+                builder.and_(_plane(builder, every, number, args[1 + number]), constant([mask ^ 0xFFFFFFFF] * LANES)),
+            )
+        return found
 
-    return integers(widths, plane, types.int64), generate
-
-
-@intrinsic(prefer_literal=True)
-def join(_: Any, low: Any, high: Any, below: Any) -> Any:
-    """The lowest `below` bits of each byte of `low`, and the other ones of `high`."""
-    bits = below.literal_value
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        mask = (2**bits - 1) * 0x01010101
-        return builder.or_(
-            builder.and_(args[0], constant([mask] * LANES)),
-            builder.and_(args[1], constant([mask ^ 0xFFFFFFFF] * LANES)),
-        )
-
-    return integers(integers, integers, below), generate
+    return integers(widths, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -161,48 +158,30 @@ def two_tables(_: Any, first: Any, second: Any) -> Any:
     return integers(floats, floats), generate
 
 
-@intrinsic
-def table_at(_: Any, address: Any) -> Any:
-    """The table of 16 bfloat16 at an address."""
+@intrinsic(prefer_literal=True)
+def table_at(_: Any, address: Any, together: Any) -> Any:
+    """The table of 16 bfloat16 at an address; with two together, which only AVX2 has, one of two tables of eight."""
+    small = together.literal_value > 1
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if not has_pairs():
-            return half_lanes.table_at(builder, args[0])
+            return (half_lanes.small_table_at if small else half_lanes.table_at)(builder, args[0])
         half = builder.load(builder.inttoptr(args[0], ir.VectorType(_INT, 8).as_pointer()), align=1)
         return builder.shuffle_vector(half, half, constant([*range(8), *range(8)]))
 
-    return integers(types.int64), generate
+    return integers(types.int64, together), generate
 
 
-@intrinsic
-def small_table_at(_: Any, address: Any) -> Any:
-    """As :func:`table_at`, with AVX2, for one of two tables of eight that were stored as one of 16."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return half_lanes.small_table_at(builder, args[0])
-
-    return integers(types.int64), generate
-
-
-@intrinsic
-def one_at(_: Any, address: Any) -> Any:
-    """The float32 at an address, 16 times."""
+@intrinsic(prefer_literal=True)
+def spread_at(_: Any, address: Any, together: Any) -> Any:
+    """The float32 at an address 16 times; with two together, eight times, and then the next one."""
+    count = together.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return repeated(builder, builder.load(builder.inttoptr(args[0], _FLOAT.as_pointer()), align=4))
+        some = builder.load(builder.inttoptr(args[0], ir.VectorType(_FLOAT, count).as_pointer()), align=4)
+        return builder.shuffle_vector(some, some, constant([lane * count // LANES for lane in range(LANES)]))
 
-    return floats(types.int64), generate
-
-
-@intrinsic
-def two_at(_: Any, address: Any) -> Any:
-    """The float32 at an address eight times, and then the next one."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        some = builder.load(builder.inttoptr(args[0], ir.VectorType(_FLOAT, 2).as_pointer()), align=4)
-        return builder.shuffle_vector(some, some, constant([0] * 8 + [1] * 8))
-
-    return floats(types.int64), generate
+    return floats(types.int64, together), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -64,19 +64,16 @@ from fewbit.runtime.kernels.pair_lanes import (
     find,
     has_pairs,
     in_a_block,
-    join,
     last_of,
     numbers_at,
-    one_at,
     ordered,
     pairs,
     parts_of,
     places_after,
     put_eight,
     put_integers,
-    small_table_at,
+    spread_at,
     table_at,
-    two_at,
     two_tables,
     unless,
 )
@@ -129,21 +126,22 @@ def numbers_of(address: int, index: int, kind: int) -> Any:
 
 
 @compiled
-def times_twice_four(weights: int, step: int, inputs: int, columns: int) -> Any:
-    """As :func:`times_eight_pairs`, with as many sums as AVX2 has registers for."""
+def times_four(weights: int, step: int, inputs: int, columns: int) -> Any:
+    """Four rows of bfloat16 times one input, each 16 float32 to be added: as many sums as AVX2 has registers for."""
     a, b, c, d = no_floats(), no_floats(), no_floats(), no_floats()
     for at in range(0, 2 * columns, 64):
         some, row = integers_at(inputs + at), weights + at
         a, b = add_products(a, integers_at(row), some), add_products(b, integers_at(row + step), some)
         row += 2 * step
         c, d = add_products(c, integers_at(row), some), add_products(d, integers_at(row + step), some)
-    e, f, g, h = no_floats(), no_floats(), no_floats(), no_floats()
-    weights += 4 * step
-    for at in range(0, 2 * columns, 64):
-        some, row = integers_at(inputs + at), weights + at
-        e, f = add_products(e, integers_at(row), some), add_products(f, integers_at(row + step), some)
-        row += 2 * step
-        g, h = add_products(g, integers_at(row), some), add_products(h, integers_at(row + step), some)
+    return a, b, c, d
+
+
+@compiled
+def times_twice_four(weights: int, step: int, inputs: int, columns: int) -> Any:
+    """As :func:`times_eight_pairs`."""
+    a, b, c, d = times_four(weights, step, inputs, columns)
+    e, f, g, h = times_four(weights + 4 * step, step, inputs, columns)
     return eight_totals(a, b, c, d, e, f, g, h)
 
 
@@ -158,27 +156,16 @@ def _kernel(reading: Reading) -> Callable[..., int]:
     """As :func:`kernel`, by what is compiled in.
 
     Each function takes memory, so that is not what a few layers of a model have of their own, such as the kind of their
-    scales.
+    scales. All that `run` takes from here is plain values: with functions among them, numba would never find what it
+    compiled in another process.
     """
     widths = int("".join(map(str, reading.widths)))
-    planes, bits, by_table = len(reading.widths), reading.bits, reading.by_table
+    bits, by_table = reading.bits, reading.by_table
     one, two, three = (8 * width for width in (*reading.widths, 0, 0)[:3])
-    above, top = reading.widths[0], sum(reading.widths[:2])
     has_zero, has_minimum = reading.zero != 0, reading.minimum != 0
     version, by_pairs = sources(), has_pairs()
-    times = times_eight_pairs if by_pairs else times_twice_four
     # Groups whose tables are computed in one vector: two of eight levels at most.
     together = 1 if by_pairs or bits > 3 else 2
-    spread_at, find_table_at = (one_at, table_at) if together == 1 else (two_at, small_table_at)
-
-    @compiled
-    def codes(some: int, more: int, most: int) -> Any:
-        found = block_at(widths, 0, some)
-        if planes > 1:
-            found = join(found, block_at(widths, 1, more), above)
-        if planes > 2:
-            found = join(found, block_at(widths, 2, most), top)
-        return found
 
     @kept
     def run(
@@ -235,18 +222,18 @@ def _kernel(reading: Reading) -> Callable[..., int]:
                     for each in range(0, groups, 2 * together):
                         known, other, next_one = levels, levels, 4 * (each + together)
                         if has_zero:
-                            known = subtract(known, spread_at(zero_of + 4 * each))
-                            other = subtract(other, spread_at(zero_of + next_one))
-                        known = multiply(known, spread_at(scale_of + 4 * each))
-                        other = multiply(other, spread_at(scale_of + next_one))
+                            known = subtract(known, spread_at(zero_of + 4 * each, together))
+                            other = subtract(other, spread_at(zero_of + next_one, together))
+                        known = multiply(known, spread_at(scale_of + 4 * each, together))
+                        other = multiply(other, spread_at(scale_of + next_one, together))
                         if has_minimum:
-                            known = add(known, spread_at(minimum_of + 4 * each))
-                            other = add(other, spread_at(minimum_of + next_one))
+                            known = add(known, spread_at(minimum_of + 4 * each, together))
+                            other = add(other, spread_at(minimum_of + next_one, together))
                         put_integers(tables + 32 // together * each, two_tables(known, other))
                     for each in range(groups):
-                        known = find_table_at(tables + 32 * (each // together) + 8 * (each % together))
+                        known = table_at(tables + 32 * (each // together) + 8 * (each % together), together)
                         for _ in range(0, group, 64):
-                            code = codes(some, more, most)
+                            code = block_at(widths, some, more, most)
                             put_integers(target, find(known, code, 0))
                             put_integers(target + 64, find(known, code, 1))
                             some, more, most, target = some + one, more + two, most + three, target + 128
@@ -254,7 +241,7 @@ def _kernel(reading: Reading) -> Callable[..., int]:
                     for each in range(groups):
                         scale = splat(float_at(scale_of + 4 * each))
                         for _ in range(0, group, 64):
-                            code = codes(some, more, most)
+                            code = block_at(widths, some, more, most)
                             a = subtract(byte_of(code, 0, bits), lowest)
                             b = subtract(byte_of(code, 1, bits), lowest)
                             c = subtract(byte_of(code, 2, bits), lowest)
@@ -294,7 +281,11 @@ def _kernel(reading: Reading) -> Callable[..., int]:
                         put_integers(to + at, ordered(low, high, widths, by_table, 2))
                         put_integers(to + at + 64, ordered(low, high, widths, by_table, 3))
             for token in range(tokens):
-                found = times(work, step, inputs + step * token, columns)
+                source = inputs + step * token
+                if by_pairs:
+                    found = times_eight_pairs(work, step, source, columns)
+                else:
+                    found = times_twice_four(work, step, source, columns)
                 to = out + 2 * (outputs * token + start)
                 if by_pairs and count == ROWS and not bias:
                     put_eight(to, pairs(found, found))
