@@ -36,7 +36,7 @@ def _prepare(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torch.dty
 
 def _product(about: Description, x: Tensor, bias: Tensor | None) -> Tensor:
     (rows, columns), run = about.shape, about.run
-    x, out, tokens, shift = x.contiguous(), x.new_empty((*x.shape[:-1], rows)), x.numel() // columns, 0
+    x, out, tokens, shift = x.contiguous(), x.new_empty(*x.shape[:-1], rows), x.numel() // columns, 0
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
         shift = bias.data_ptr()
@@ -64,6 +64,18 @@ def _rows(about: Description, first: int, last: int) -> Tensor:
         run(about.address, 0, 0, out.data_ptr() + (start - first) * step, 0, start, end, 0, work)
 
     _in_threads(some, about, first, last, 0)
+    return out
+
+
+def _gather(about: Description, ids: Tensor) -> Tensor:
+    rows, columns = about.shape
+    out, run, places = ids.new_empty(len(ids), columns, dtype=about.dtype), about.run, ids.tolist()
+    work = _work(get_ident(), room(about, 0))
+    step = columns * about.dtype.itemsize
+    for number, row in enumerate(places):
+        if not 0 <= row < rows:
+            raise IndexError(f"there is no row {row}: the weight has {rows}")
+        run(about.address, 0, 0, out.data_ptr() + number * step, 0, row, row + 1, 0, work.data_ptr())
     return out
 
 
@@ -112,5 +124,6 @@ NUMBA = Kernel(
     prepare=_prepare,
     product=_product,
     rows=_rows,
+    gather=_gather,
     reads=lambda about: about.kept,
 )

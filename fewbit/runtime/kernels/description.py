@@ -53,7 +53,8 @@ class Reading:
     written as bytes, because groups do not start at a whole vector or codes are not in planes. vectors: so many whole
     ones follow each other in a group, at least. scale, zero, minimum: kinds of numbers, 0 for none. magnitudes: scales
     in a group. values: the kind of the outliers, 0 if there are none. to: the kind of the weights. by_blocks:
-    whether columns are decoded in blocks, in an order of their own, as bfloat16.
+    whether columns are decoded in blocks, in an order of their own, as bfloat16. in_bytes: whether the levels are whole
+    numbers that fit into a byte with a sign.
     """
 
     widths: tuple[int, ...]
@@ -69,6 +70,7 @@ class Reading:
     values: int
     to: int
     by_blocks: bool = False
+    in_bytes: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,12 +222,13 @@ def _are_normal(terms: Terms) -> bool:
 def _reading(formula: Formula, stored: StoredWeight, kinds: list[int], magnitudes: int, to: int) -> Reading:
     widths = tuple(plane.width for plane in formula.planes)
     bits, first, group = sum(widths), formula.ladder[0], stored.scheme.group_size
+    by_levels = formula.ladder != tuple(first + place for place in range(len(formula.ladder)))
     scale, zero, minimum = kinds
     return Reading(
         widths,
         bits,
         by_table=2**bits <= _LANES,
-        by_levels=formula.ladder != tuple(first + place for place in range(len(formula.ladder))),
+        by_levels=by_levels,
         expanded=group % _LANES != 0 or any(plane.base != 2**plane.width for plane in formula.planes),
         vectors=next((count for count in (4, 2) if group % (count * _LANES) == 0), 1),
         scale=scale,
@@ -234,6 +237,7 @@ def _reading(formula: Formula, stored: StoredWeight, kinds: list[int], magnitude
         magnitudes=magnitudes,
         values=0,
         to=to,
+        in_bytes=not by_levels and first == int(first) and -128 <= first <= 128 - 2**bits,
     )
 
 

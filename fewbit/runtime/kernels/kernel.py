@@ -24,7 +24,8 @@ class Kernel:
     `weights_at_once` of them at a time.
     rows(prepared, first, last): the rows of the weight from `first` to before `last`, in that dtype.
     gather(prepared, ids): the rows at ids `(n,)` on the device, of a weight without outliers, without waiting for the
-    device; None if decoding with tensor operations is as good.
+    device; None if decoding with tensor operations is as good. For an id that has no row: IndexError on the CPU, NaN
+    elsewhere.
     reads(prepared): the tensors that it goes on reading, parts among them; other parts were needed only for preparing.
     None if that is not known.
     """

@@ -120,6 +120,34 @@ def byte_of(_: Any, codes: Any, byte: Any, bits: Any) -> Any:
     return floats(integers, byte, bits), generate
 
 
+@intrinsic(prefer_literal=True)
+def signed_bytes(_: Any, codes: Any, first: Any, bits: Any) -> Any:
+    """64 codes, whose lowest bits count, plus `first`, as bytes with a sign."""
+    count = bits.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        low = builder.bitcast(builder.and_(args[0], constant([(2**count - 1) * 0x01010101] * LANES)), _BYTES)
+        one = builder.insert_element(ir.Constant(_BYTES, ir.Undefined), builder.trunc(args[1], _BYTE), _INT(0))
+        every = builder.shuffle_vector(one, one, _constants(ir.VectorType(_INT, 64), [0] * 64))
+        return builder.bitcast(builder.add(low, every), _INTS)
+
+    return integers(integers, types.int64, bits), generate
+
+
+@intrinsic(prefer_literal=True)
+def signed_byte_of(_: Any, values: Any, byte: Any) -> Any:
+    """Of every four bytes with a sign one, times 2^24, as float32: that takes two instructions."""
+    place = byte.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        places = [4 * lane + place if top else 64 for lane in range(LANES) for top in (0, 0, 0, 1)]
+        some, none = builder.bitcast(args[0], _BYTES), ir.Constant(_BYTES, None)
+        moved = builder.shuffle_vector(some, none, _constants(ir.VectorType(_INT, 64), places))
+        return builder.sitofp(builder.bitcast(moved, _INTS), FLOATS)
+
+    return floats(integers, byte), generate
+
+
 def _pairs(builder: Any, first: Any, second: Any) -> Any:
     found = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, second, first)
     return builder.bitcast(found, _INTS)
@@ -315,28 +343,28 @@ def put_eight(_: Any, address: Any, values: Any) -> Any:
 
 
 @intrinsic
-def places_after(_: Any, gaps: Any, before: Any) -> Any:
-    """The place `before`, and after it 16 gaps: where each of them ends."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        found, none, step = args[0], ir.Constant(_INTS, None), 1
-        while step < LANES:
-            lanes = constant([lane - step if lane >= step else LANES for lane in range(LANES)])
-            found = builder.add(found, builder.shuffle_vector(found, none, lanes))
-            step *= 2
-        return builder.add(found, repeated(builder, builder.trunc(args[1], _INT)))
-
-    return integers(integers, types.int64), generate
+def no_integers(_: Any) -> Any:
+    """16 zeros."""
+    return integers(), lambda context, builder, signature, args: ir.Constant(_INTS, None)
 
 
 @intrinsic
-def last_of(_: Any, values: Any) -> Any:
-    """The last of 16 integers."""
+def places_after(_: Any, gaps: Any, before: Any) -> Any:
+    """Where each of 16 gaps of a byte ends, the first after the last of the places `before`, and so on."""
+    half, kind = LANES // 2, ir.VectorType(_SHORT, LANES)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.sext(builder.extract_element(args[0], _INT(LANES - 1)), _LONG)
+        # Sums of 16 bytes fit into 16 bits, and each half into a register of its own.
+        found, none, step = builder.trunc(args[0], kind), ir.Constant(kind, None), 1
+        while step < half:
+            lanes = constant([lane - step if lane % half >= step else LANES for lane in range(LANES)])
+            found = builder.add(found, builder.shuffle_vector(found, none, lanes))
+            step *= 2
+        lanes = constant([LANES] * half + [half - 1] * half)
+        found = builder.zext(builder.add(found, builder.shuffle_vector(found, none, lanes)), _INTS)
+        return builder.add(found, builder.shuffle_vector(args[1], args[1], constant([LANES - 1] * LANES)))
 
-    return types.int64(integers), generate
+    return integers(integers, integers), generate
 
 
 @intrinsic
@@ -344,8 +372,10 @@ def parts_of(_: Any, places: Any, share: Any) -> Any:
     """Into which equal part of `1 / share` places each of 16 falls."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        middle = builder.fadd(builder.sitofp(args[0], FLOATS), ir.Constant(FLOATS, [_FLOAT(0.5)] * LANES))
-        return builder.fptosi(builder.fmul(middle, repeated(builder, args[1])), _INTS)
+        share = repeated(builder, args[1])
+        half = builder.fmul(share, ir.Constant(FLOATS, [_FLOAT(0.5)] * LANES))
+        found = call(builder, f"llvm.fma.v{LANES}f32", FLOATS, builder.sitofp(args[0], FLOATS), share, half)
+        return builder.fptosi(found, _INTS)
 
     return integers(integers, types.float32), generate
 
@@ -356,9 +386,11 @@ def unless(_: Any, places: Any, gaps: Any, no: Any, left: Any, other: Any) -> An
     skip = no.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        some = repeated(builder, builder.trunc(args[3], _INT))
-        here = builder.icmp_signed("<", constant(range(LANES)), some)
-        real = builder.icmp_unsigned("!=", args[1], constant([skip] * LANES))
+        kind, most = ir.VectorType(_SHORT, LANES), _LONG(LANES)
+        some = builder.select(builder.icmp_signed("<", args[3], most), args[3], most)
+        some = repeated(builder, builder.trunc(some, _SHORT))
+        here = builder.icmp_signed("<", _constants(kind, range(LANES)), some)
+        real = builder.icmp_unsigned("!=", builder.trunc(args[1], kind), _constants(kind, [skip] * LANES))
         return builder.select(builder.and_(here, real), args[0], repeated(builder, builder.trunc(args[4], _INT)))
 
     return integers(integers, integers, no, types.int64, types.int64), generate

@@ -64,7 +64,7 @@ from fewbit.runtime.kernels.pair_lanes import (
     find,
     has_pairs,
     in_a_block,
-    last_of,
+    no_integers,
     numbers_at,
     ordered,
     pairs,
@@ -72,6 +72,8 @@ from fewbit.runtime.kernels.pair_lanes import (
     places_after,
     put_eight,
     put_integers,
+    signed_byte_of,
+    signed_bytes,
     spread_at,
     table_at,
     two_tables,
@@ -163,6 +165,9 @@ def _kernel(reading: Reading) -> Callable[..., int]:
     bits, by_table = reading.bits, reading.by_table
     one, two, three = (8 * width for width in (*reading.widths, 0, 0)[:3])
     has_zero, has_minimum = reading.zero != 0, reading.minimum != 0
+    in_bytes = reading.in_bytes and not by_table
+    # Bytes are taken times 2^24, and scales as much smaller, which changes no result.
+    up, down = 2.0**24, 2.0**-24
     version, by_pairs = sources(), has_pairs()
     # Groups whose tables are computed in one vector: two of eight levels at most.
     together = 1 if by_pairs or bits > 3 else 2
@@ -195,6 +200,7 @@ def _kernel(reading: Reading) -> Callable[..., int]:
         in_units, by_code = scale_kind == SIGNED, value_kind == BYTE
         middle = splat(long_at(about + 8 * MIDDLE))
         levels = floats_at(ladder)
+        least_level = int(float_at(ladder))
         lowest = splat(8388608.0 - float_at(ladder))
         share = 1 / columns
         step_one, step_two, step_three = long_at(planes_at + 8), long_at(planes_at + 48), long_at(planes_at + 88)
@@ -213,9 +219,10 @@ def _kernel(reading: Reading) -> Callable[..., int]:
                     scale = numbers_of(scales, index, scale_kind)
                     if in_units:
                         scale = multiply(scale, unit)
-                    put_floats(scale_of + 4 * each, scale)
+                    put_floats(scale_of + 4 * each, multiply(scale, splat(down)) if in_bytes else scale)
                     if has_zero:
-                        put_floats(zero_of + 4 * each, numbers_of(zeros, index, zero_kind))
+                        zero = numbers_of(zeros, index, zero_kind)
+                        put_floats(zero_of + 4 * each, multiply(zero, splat(up)) if in_bytes else zero)
                     if has_minimum:
                         put_floats(minimum_of + 4 * each, numbers_of(minima, index, minimum_kind))
                 if by_table:
@@ -242,10 +249,15 @@ def _kernel(reading: Reading) -> Callable[..., int]:
                         scale = splat(float_at(scale_of + 4 * each))
                         for _ in range(0, group, 64):
                             code = block_at(widths, some, more, most)
-                            a = subtract(byte_of(code, 0, bits), lowest)
-                            b = subtract(byte_of(code, 1, bits), lowest)
-                            c = subtract(byte_of(code, 2, bits), lowest)
-                            d = subtract(byte_of(code, 3, bits), lowest)
+                            if in_bytes:
+                                number = signed_bytes(code, least_level, bits)
+                                a, b = signed_byte_of(number, 0), signed_byte_of(number, 1)
+                                c, d = signed_byte_of(number, 2), signed_byte_of(number, 3)
+                            else:
+                                a = subtract(byte_of(code, 0, bits), lowest)
+                                b = subtract(byte_of(code, 1, bits), lowest)
+                                c = subtract(byte_of(code, 2, bits), lowest)
+                                d = subtract(byte_of(code, 3, bits), lowest)
                             if has_zero:
                                 zero = splat(float_at(zero_of + 4 * each))
                                 a, b, c, d = subtract(a, zero), subtract(b, zero), subtract(c, zero), subtract(d, zero)
@@ -259,16 +271,16 @@ def _kernel(reading: Reading) -> Callable[..., int]:
                             some, more, most, target = some + one, more + two, most + three, target + 128
             if value_kind:
                 run_at = starts + start // ROWS * 4
-                behind, place, of_rows = int_at(run_at + 4), 0, floats_at(steps + 4 * start) if by_code else levels
+                behind, places = int_at(run_at + 4), no_integers()
+                of_rows = floats_at(steps + 4 * start) if by_code else levels
                 for index in range(int_at(run_at), behind, 16):
                     gap = codes_at(8, gaps + index)
-                    places = places_after(gap, place)
-                    place = last_of(places)
+                    places = places_after(gap, places)
                     put_integers(offsets, unless(places, gap, SKIP, behind - index, nowhere))
                     source = values + 2 * index
                     if by_code:
                         value = subtract(as_floats(codes_at(8, values + index)), middle)
-                        value = multiply(value, look_up(of_rows, parts_of(places, share), 4))
+                        value = multiply(value, look_up(of_rows, parts_of(places, share), 3))
                         source = sums
                         put_integers(sums, pairs(value, value))
                     for each in range(16):

@@ -181,7 +181,7 @@ def through_kernel(
 def gather(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows `(n, in)` of a weight that has separate rows, at ids `(n,)`: as :func:`fewbit.formats.native.decode_rows`.
 
-    A kernel gives NaN for an id that has no row, where there would be an IndexError without one.
+    A kernel for another device than the CPU gives NaN for an id that has no row, instead of an IndexError.
     """
     if operators.in_a_graph():
         return operators.packed_rows(ids, ready.in_order(parts), ready.number, stored.shape[1], dtype)
