@@ -1,4 +1,4 @@
-"""Fine-tuning end to end on a tiny model: losses, the loop, interruption, several processes, bad input."""
+"""Fine-tuning end to end on a tiny model: losses, the loop, interruption, bad input."""
 
 import json
 import shutil
@@ -23,7 +23,6 @@ from fewbit.formats.config import describe
 from fewbit.pipeline.calibration_options import CalibrationOptions
 from fewbit.pipeline.run import RunOptions
 from fewbit.tuning import loop
-from fewbit.tuning import run as tuning_run
 from fewbit.tuning.choice import TuningChoice
 from fewbit.tuning.losses import mean_loss, predict
 from fewbit.tuning.reconstruct import reconstruct_blocks
@@ -172,73 +171,6 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(folder: Path, tmp_path: P
     tune(folder, tmp_path / "straight", CHOICE, options)
     assert folder_bytes(out) == folder_bytes(tmp_path / "straight")
     assert not list(out.glob("tuning-*"))
-
-
-def launch(processes: int, *arguments: Any) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0", "-m", "fewbit.tuning", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives(folder: Path, tmp_path: Path) -> None:
-    choices = ["--calibration", "random-tokens", "--samples", 36, "--sequence-length", 32, "--epochs", 2, "--top", 16]
-    choices += ["--held-out", 4, "--lr", 0.02, "--scale-lr", 0.01, "--device", "cpu"]
-    launch(2, folder, tmp_path / "two", *choices)
-    run_cli("tune", folder, tmp_path / "one", *choices)
-    one, two = (
-        json.loads((tmp_path / name / "fewbit_report.json").read_text())["tuning"]["history"] for name in ("one", "two")
-    )
-    assert two["losses"] == pytest.approx(one["losses"], rel=2e-3)
-    assert two["held_out"] == pytest.approx(one["held_out"], rel=2e-3)
-
-
-SHARDED = """
-import sys
-from accelerate import FullyShardedDataParallelPlugin
-from accelerate.utils import DistributedType
-from fewbit.tuning import run
-from test_tuning import GENTLE, HARSH, TEXT
-original = run._accelerator
-def sharding(device):
-    # Accelerate's own launcher shards on accelerators only; from here on everything is as it is there.
-    found = original(device)
-    found.state.distributed_type = DistributedType.FSDP
-    found.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
-    return found
-run._accelerator = sharding
-for name, choice in (("gentle", GENTLE), ("harsh", HARSH)):
-    run.tune(sys.argv[1], sys.argv[2] + name, choice, run.TuneOptions(calibration=TEXT, device="cpu"))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_that_share_the_parameters(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "sharded.py"), str(folder), str(tmp_path / "two-")]
-    environment = with_tests(ACCELERATE_USE_CPU="true")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    # Then embeddings and head stay as they are.
-    choice = replace(GENTLE, embeddings=False)
-    one = tune(folder, tmp_path / "one", choice, TuneOptions(calibration=TEXT, device="cpu"))["tuning"]["history"]
-    gentle, harsh = (
-        json.loads((tmp_path / f"two-{name}" / "fewbit_report.json").read_text())["tuning"]["history"]
-        for name in ("gentle", "harsh")
-    )
-    assert gentle["held_out"] == pytest.approx(one["held_out"], rel=5e-3)
-    # Weights that made it worse were put back, sharded as they are.
-    assert harsh["stopped"] and harsh["best_epoch"] < len(harsh["held_out"]) - 1
-
-
-def test_the_first_version_of_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
-    monkeypatch.setattr("accelerate.Accelerator", lambda **options: SimpleNamespace(state=state))
-    with pytest.raises(FewbitError, match="launch with --fsdp_version 2"):
-        tuning_run._accelerator("cpu")
 
 
 @pytest.mark.slow
