@@ -3,7 +3,8 @@
     python benchmarks/llama_cpp.py --data wiki.txt --model smollm2-135m --model gemma3-270m --grid q4_0 --grid iq4_nl
 
 For each model and grid: quantize, export without rounding anything else, and compare llama.cpp (the wheel `xllamacpp`,
-in an environment that this script makes) with transformers in float32 on the weights of the native folder:
+in an environment that this script makes) with transformers in float32 on the weights of the native folder. With --file
+FILE.gguf, that file is compared, as `fewbit import` reads it:
 
 - perplexity on the same windows. llama.cpp rounds the inputs of quantized layers to 8 bits. So it also reads a file
   with the same weights decoded to float32, with which it rounds nothing: this must differ by less than 0.1 % from ours.
@@ -88,7 +89,8 @@ def our_logits(model: Any, tokens: list[int]) -> torch.Tensor:
 def round_inputs(model: Any, kinds: dict[str, str]) -> list[Any]:
     """Round the inputs of layers to 8 bits as llama.cpp does for their types; returns the hooks.
 
-    A block has 32 weights and a float16 scale, with k-quants 256 and a float32 scale.
+    The head has the type of the embeddings, if those are tied. A block has 32 weights and a float16 scale, with
+    k-quants 256 and a float32 scale.
     """
 
     def hook(size: int, dtype: torch.dtype) -> Any:
@@ -101,9 +103,12 @@ def round_inputs(model: Any, kinds: dict[str, str]) -> list[Any]:
         return rounded
 
     found = []
+    table = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     for name, module in model.named_modules():
+        if module is model.get_output_embeddings() and model.config.get_text_config().tie_word_embeddings:
+            name = table
         kind = kinds.get(f"{name}.weight")
-        if kind is not None:
+        if kind is not None and module is not model.get_input_embeddings():
             nested = kind.endswith(("_k", "_xs"))
             found.append(
                 module.register_forward_pre_hook(hook(*((256, torch.float32) if nested else (32, torch.float16))))
@@ -245,6 +250,7 @@ def main() -> None:
     parser.add_argument("--model", action="append")
     parser.add_argument("--grid", action="append", help="grids; none: the 16-bit model")
     parser.add_argument("--method", default="rtn")
+    parser.add_argument("--file", type=Path, action="append", help="a .gguf file to compare, instead of --model")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--environment", type=Path, default=HERE / "../.venv-llama-cpp")
     parser.add_argument("--out", type=Path, default=HERE / "results/llama_cpp.json")
@@ -254,25 +260,31 @@ def main() -> None:
     rows = before.get("rows", {}) if before.get("wheel") == WHEEL else {}
     good = True
     disable_progress_bar()
-    for model in choices.model or ["smollm2-135m"]:
-        plain: float | None = None
+    plain: float | None = None
+
+    def measure(name: str, method: str, folder: Path, file: Path) -> dict[str, Any]:
+        row = {**compare(folder, file, choices.data, choices.windows, python), **speed(python, file, plain)}
+        rows[name] = {"method": method, "windows": choices.windows, **row}
+        print(f"{name}: {said(row)}", flush=True)
+        choices.out.write_text(json.dumps({"wheel": WHEEL, "rows": rows}, indent=1) + "\n")
+        return row
+
+    for file in choices.file or []:
+        with tempfile.TemporaryDirectory() as scratch:
+            fewbit.import_model(file, Path(scratch) / "native")
+            good &= measure(file.stem, "as it is", Path(scratch) / "native", file)["within"]
+    for model in choices.model or ([] if choices.file else ["smollm2-135m"]):
+        plain = None
         for grid in choices.grid or ["none", "q4_0"]:
             with tempfile.TemporaryDirectory() as scratch:
-                folder = locate(model)
+                folder = Path(locate(model))
                 if grid != "none":
                     folder = Path(scratch) / "native"
                     fewbit.quantize(model, folder, choices.method, grid=grid, embedding_bits=16)
                 fewbit.export(folder, Path(scratch) / "out")
-                file = Path(scratch) / "out" / "out.gguf"
-                row = {
-                    **compare(folder, file, choices.data, choices.windows, python),
-                    **speed(python, file, plain),
-                }
+                row = measure(f"{model} {grid}", choices.method, folder, Path(scratch) / "out" / "out.gguf")
             plain = row["processor_seconds"] if grid == "none" else plain
-            rows[f"{model} {grid}"] = {"method": choices.method, "windows": choices.windows, **row}
-            good = good and row["within"]
-            print(f"{model} {grid}: {said(row)}", flush=True)
-            choices.out.write_text(json.dumps({"wheel": WHEEL, "rows": rows}, indent=1) + "\n")
+            good &= row["within"]
     print(f"llama.cpp: {'passed' if good else 'FAILED'}")
     sys.exit(0 if good else 1)
 
