@@ -250,7 +250,9 @@ def main() -> None:
     parser.add_argument("--model", action="append")
     parser.add_argument("--grid", action="append", help="grids; none: the 16-bit model")
     parser.add_argument("--method", default="rtn")
-    parser.add_argument("--file", type=Path, action="append", help="a .gguf file to compare, instead of --model")
+    parser.add_argument(
+        "--file", type=Path, action="append", help="a .gguf file to compare as it is, whatever --grid and --method say"
+    )
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--environment", type=Path, default=HERE / "../.venv-llama-cpp")
     parser.add_argument("--out", type=Path, default=HERE / "results/llama_cpp.json")
@@ -273,7 +275,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             fewbit.import_model(file, Path(scratch) / "native")
             good &= measure(file.stem, "as it is", Path(scratch) / "native", file)["within"]
-    for model in choices.model or ([] if choices.file else ["smollm2-135m"]):
+    for model in [] if choices.file else choices.model or ["smollm2-135m"]:
         plain = None
         for grid in choices.grid or ["none", "q4_0"]:
             with tempfile.TemporaryDirectory() as scratch:

@@ -7,7 +7,6 @@ the transform are stored. This module combines them.
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -78,7 +77,6 @@ def decode_stored(parts: Mapping[str, Tensor], stored: StoredWeight, dtype: torc
     return weight.view(rows, columns).to(dtype)
 
 
-@lru_cache(maxsize=256)
 def has_separate_rows(stored: StoredWeight) -> bool:
     """Whether every part has one row for each row of the weight, so that some rows can be decoded alone."""
     scheme, rows = stored.scheme, stored.shape[0]

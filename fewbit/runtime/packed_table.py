@@ -4,6 +4,7 @@ The whole weight is decoded only for a module that does something else with it.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +25,14 @@ _KNOWN = frozenset(("__get__", "size", "dim", "numel", "stride", "is_floating_po
 
 def has_rows(value: Any) -> bool:
     """Whether a packed parameter (:class:`fewbit.runtime.packed_parameter.PackedParameter`) can decode single rows."""
-    return value.table is not None and native.has_separate_rows(value.table.stored)
+    if value.table is None:
+        return False
+    # What torch.compile traces cannot look into a cache.
+    known = native.has_separate_rows if torch.compiler.is_compiling() else _has_separate_rows
+    return known(value.table.stored)
+
+
+_has_separate_rows = lru_cache(maxsize=256)(native.has_separate_rows)
 
 
 def gather(value: Any, ids: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def prepare(model: nn.Module) -> None:
     for ready, parts, stored, dtype, is_layer in packed:
         ready.get(parts, stored, dtype)
         if not is_layer or stored.scheme.transform != "none":
-            # Looking up rows and transforming inputs read all parts.
+            # Looking up rows without a kernel and transforming inputs read all parts.
             continue
         kept, rest = ready.sorted_parts()
         unread += rest

@@ -91,6 +91,9 @@ def test_rows_are_gathered_without_the_others(bits: int, tmp_path: Path, monkeyp
         for wrong in (320, -1):
             with pytest.raises(IndexError):
                 embeddings(torch.tensor([[wrong]]))
+        for kind in (torch.bool, torch.float32):
+            with pytest.raises((IndexError, RuntimeError)):
+                embeddings(torch.ones(1, 1, dtype=kind))
         # A kernel decodes the rows itself, if there are any.
         by_kernel = bool(kernels) and find_spec("numba") is not None
         assert seen == ([0] if by_kernel else [ids.numel() for ids in cases])

@@ -71,11 +71,11 @@ def _gather(about: Description, ids: Tensor) -> Tensor:
     rows, columns = about.shape
     out, run, places = ids.new_empty(len(ids), columns, dtype=about.dtype), about.run, ids.tolist()
     work = _work(get_ident(), room(about, 0))
-    step = columns * about.dtype.itemsize
+    to, at, step = out.data_ptr(), work.data_ptr(), columns * about.dtype.itemsize
     for number, row in enumerate(places):
         if not 0 <= row < rows:
-            raise IndexError(f"there is no row {row}: the weight has {rows}")
-        run(about.address, 0, 0, out.data_ptr() + number * step, 0, row, row + 1, 0, work.data_ptr())
+            raise IndexError(f"there is no row {row}: the weight has {rows} rows")
+        run(about.address, 0, 0, to + number * step, 0, row, row + 1, 0, at)
     return out
 
 

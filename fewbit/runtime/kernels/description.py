@@ -42,6 +42,7 @@ ROWS = 8
 _LANES = 16
 _ALIGNED = 64
 _SMALL, _LARGE = 2.0**-70, 2.0**20
+"""Kernels divide scales by up to 2^24 and still need normal numbers of float32."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Reading:
     written as bytes, because groups do not start at a whole vector or codes are not in planes. vectors: so many whole
     ones follow each other in a group, at least. scale, zero, minimum: kinds of numbers, 0 for none. magnitudes: scales
     in a group. values: the kind of the outliers, 0 if there are none. to: the kind of the weights. by_blocks:
-    whether columns are decoded in blocks, in an order of their own, as bfloat16. in_bytes: whether the levels are whole
-    numbers that fit into a byte with a sign.
+    whether columns are decoded in blocks, in an order of their own, as bfloat16. in_bytes: whether every
+    code, also one above the levels, stands for a whole number that fits into a signed byte.
     """
 
     widths: tuple[int, ...]

@@ -21,8 +21,9 @@ class Outliers:
 
     The place in the first of the rows is that of the column, the next row begins behind it, and so on. The first gap is
     the first outlier's place. Larger gaps than a byte can say have a gap of :data:`SKIP` in front. starts has one
-    number more, the end. values: in the dtype of the weights, or codes to be multiplied by `steps` `(rows,)` float32
-    after `middle` is subtracted.
+    number more, the end. Where several rows belong together, the last outlier is repeated until their number is a
+    multiple of 16, and a start is odd, one larger, if there is a :data:`SKIP` before the next start. values: in the
+    dtype of the weights, or codes to be multiplied by `steps` `(rows,)` float32 after `middle` is subtracted.
     """
 
     starts: Tensor
@@ -69,15 +70,26 @@ def outliers_by_row(
     before = torch.cat([place.new_zeros(1), place[:-1]])
     before[torch.cat([run.new_ones(1, dtype=torch.bool), run[1:] != run[:-1]])] = 0
     gap = place - before
-    skips = gap // SKIP
-    last = (skips + 1).cumsum(0) - 1
+    skips, runs = gap // SKIP, -(-rows // how.rows)
+    counts = torch.zeros(runs, dtype=torch.int64).index_add_(0, run, skips + 1)
+    padding = -counts % _LANES if how.rows > 1 else torch.zeros_like(counts)
+    starts = torch.zeros(runs + 1, dtype=torch.int64)
+    starts[1:] = (counts + padding).cumsum(0)
+    # Where each outlier is, behind what was added to those of the rows before.
+    last = (skips + 1).cumsum(0) - 1 + (padding.cumsum(0) - padding)[run]
     # Both are read in whole vectors.
-    gaps = torch.full((int(last[-1]) + 1 + _LANES,), SKIP, dtype=torch.uint8)
+    size = int(starts[-1]) + _LANES
+    gaps, source = torch.full((size,), SKIP, dtype=torch.uint8), torch.zeros(size, dtype=torch.int64)
     gaps[last] = (gap % SKIP).to(torch.uint8)
-    spread = values.new_zeros(len(gaps))
-    spread[last] = values
-    starts = torch.zeros(-(-rows // how.rows) + 1, dtype=torch.int64)
-    starts[1:] = torch.zeros(len(starts) - 1, dtype=torch.int64).index_add_(0, run, skips + 1).cumsum(0)
+    source[last] = torch.arange(1, len(last) + 1)
+    ends, added = starts[1:] - padding, int(padding.max())
+    for step in range(added):
+        where_added = (ends + step)[padding > step]
+        gaps[where_added] = 0
+        source[where_added] = source[where_added - 1]
+    spread = torch.cat([values.new_zeros(1), values])[source]
+    if how.rows > 1:
+        starts[:-1] += torch.zeros(runs, dtype=torch.int64).index_add_(0, run, skips).clamp(max=1)
     return Outliers(starts.to(torch.int32), gaps, spread, steps, middle)
 
 

@@ -122,7 +122,7 @@ def byte_of(_: Any, codes: Any, byte: Any, bits: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def signed_bytes(_: Any, codes: Any, first: Any, bits: Any) -> Any:
-    """64 codes, whose lowest bits count, plus `first`, as bytes with a sign."""
+    """64 codes, whose lowest bits count, plus `first`, as signed bytes."""
     count = bits.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -136,7 +136,7 @@ def signed_bytes(_: Any, codes: Any, first: Any, bits: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def signed_byte_of(_: Any, values: Any, byte: Any) -> Any:
-    """Of every four bytes with a sign one, times 2^24, as float32: that takes two instructions."""
+    """One of every four signed bytes, times 2^24, as float32: that takes two instructions."""
     place = byte.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -350,7 +350,7 @@ def no_integers(_: Any) -> Any:
 
 @intrinsic
 def places_after(_: Any, gaps: Any, before: Any) -> Any:
-    """Where each of 16 gaps of a byte ends, the first after the last of the places `before`, and so on."""
+    """The end of each of 16 gaps (bytes), counted on from the last of the places `before`."""
     half, kind = LANES // 2, ir.VectorType(_SHORT, LANES)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -381,16 +381,12 @@ def parts_of(_: Any, places: Any, share: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def unless(_: Any, places: Any, gaps: Any, no: Any, left: Any, other: Any) -> Any:
-    """The first `left` of 16 places, but `other` for those whose gap is `no`, and for those behind."""
+def unless(_: Any, places: Any, gaps: Any, no: Any, other: Any) -> Any:
+    """16 places, but `other` for those whose gap is `no`."""
     skip = no.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind, most = ir.VectorType(_SHORT, LANES), _LONG(LANES)
-        some = builder.select(builder.icmp_signed("<", args[3], most), args[3], most)
-        some = repeated(builder, builder.trunc(some, _SHORT))
-        here = builder.icmp_signed("<", _constants(kind, range(LANES)), some)
-        real = builder.icmp_unsigned("!=", builder.trunc(args[1], kind), _constants(kind, [skip] * LANES))
-        return builder.select(builder.and_(here, real), args[0], repeated(builder, builder.trunc(args[4], _INT)))
+        real = builder.icmp_unsigned("!=", args[1], constant([skip] * LANES))
+        return builder.select(real, args[0], repeated(builder, builder.trunc(args[3], _INT)))
 
-    return integers(integers, integers, no, types.int64, types.int64), generate
+    return integers(integers, integers, no, types.int64), generate

@@ -166,7 +166,8 @@ def _kernel(reading: Reading) -> Callable[..., int]:
     one, two, three = (8 * width for width in (*reading.widths, 0, 0)[:3])
     has_zero, has_minimum = reading.zero != 0, reading.minimum != 0
     in_bytes = reading.in_bytes and not by_table
-    # Bytes are taken times 2^24, and scales as much smaller, which changes no result.
+    # Bytes are taken times 2^24, and scales as much smaller. That is exact: both are powers of two, and scales are
+    # large enough to stay normal numbers.
     up, down = 2.0**24, 2.0**-24
     version, by_pairs = sources(), has_pairs()
     # Groups whose tables are computed in one vector: two of eight levels at most.
@@ -206,7 +207,9 @@ def _kernel(reading: Reading) -> Callable[..., int]:
         step_one, step_two, step_three = long_at(planes_at + 8), long_at(planes_at + 48), long_at(planes_at + 88)
         for start in range(first // ROWS * ROWS, last, ROWS):
             count = min(ROWS, last - start)
-            for number in range(count):
+            # The places of outliers go on from row to row.
+            skipped = 0 if value_kind else max(0, first - start)
+            for number in range(skipped, count):
                 row, target = start + number, work + number * step
                 some, more = long_at(planes_at) + row * step_one, long_at(planes_at + 40) + row * step_two
                 most = long_at(planes_at + 80) + row * step_three
@@ -250,9 +253,9 @@ def _kernel(reading: Reading) -> Callable[..., int]:
                         for _ in range(0, group, 64):
                             code = block_at(widths, some, more, most)
                             if in_bytes:
-                                number = signed_bytes(code, least_level, bits)
-                                a, b = signed_byte_of(number, 0), signed_byte_of(number, 1)
-                                c, d = signed_byte_of(number, 2), signed_byte_of(number, 3)
+                                signed = signed_bytes(code, least_level, bits)
+                                a, b = signed_byte_of(signed, 0), signed_byte_of(signed, 1)
+                                c, d = signed_byte_of(signed, 2), signed_byte_of(signed, 3)
                             else:
                                 a = subtract(byte_of(code, 0, bits), lowest)
                                 b = subtract(byte_of(code, 1, bits), lowest)
@@ -271,12 +274,15 @@ def _kernel(reading: Reading) -> Callable[..., int]:
                             some, more, most, target = some + one, more + two, most + three, target + 128
             if value_kind:
                 run_at = starts + start // ROWS * 4
-                behind, places = int_at(run_at + 4), no_integers()
+                first_of_them, behind, places = int_at(run_at), int_at(run_at + 4), no_integers()
                 of_rows = floats_at(steps + 4 * start) if by_code else levels
-                for index in range(int_at(run_at), behind, 16):
+                for index in range(first_of_them & -16, behind & -16, 16):
                     gap = codes_at(8, gaps + index)
                     places = places_after(gap, places)
-                    put_integers(offsets, unless(places, gap, SKIP, behind - index, nowhere))
+                    if first_of_them & 1:
+                        put_integers(offsets, unless(places, gap, SKIP, nowhere))
+                    else:
+                        put_integers(offsets, places)
                     source = values + 2 * index
                     if by_code:
                         value = subtract(as_floats(codes_at(8, values + index)), middle)

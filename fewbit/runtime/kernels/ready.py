@@ -185,7 +185,8 @@ def gather(ready: Ready, parts: Mapping[str, Tensor], stored: StoredWeight, ids:
     """
     if operators.in_a_graph():
         return operators.packed_rows(ids, ready.in_order(parts), ready.number, stored.shape[1], dtype)
-    found = ready.get(parts, stored, dtype) if can_gather(ids.device) and _is_plain(ids) else None
+    whole = ids.dtype in (torch.int32, torch.int64)
+    found = ready.get(parts, stored, dtype) if whole and can_gather(ids.device) and _is_plain(ids) else None
     if found is None or found.kernel is None or found.kernel.gather is None or ids.device.type != found.kernel.device:
         return native.decode_rows(parts, stored, ids, dtype)
     return found.kernel.gather(found.form, ids)
