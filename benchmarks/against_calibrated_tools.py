@@ -4,9 +4,10 @@
     python benchmarks/against_calibrated_tools.py --tool autoround --python ar/bin/python --model gemma3-270m --bits 3
 
 The tool runs in an environment of its own; what its weights decode to is written as a plain folder (of AWQ the packed
-one, which fewbit reads) and measured here. AutoRound: asymmetric, 50 steps, 64 sequences of 512 tokens; GPTQModel, and
-AWQ in it: their defaults, 128 sequences. Groups of 64 on smollm2-135m, of 128 on gemma3-270m where they divide, else
-the largest divisor. Bits are codes, a 16-bit scale and a zero-point of the codes' width for each group.
+one, which fewbit reads) and measured here. AutoRound: asymmetric, 50 steps, 64 sequences of 512 tokens; GPTQModel, AWQ
+in it, and GPTQ in llm-compressor: their defaults, 128 sequences. Groups of 64 on smollm2-135m, of 128 on gemma3-270m
+where they divide, else the largest divisor. Bits are codes, a 16-bit scale and a zero-point of the codes' width for
+each group.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from fewbit.checkpoints.locate import locate
 from fewbit.evaluation.perplexity import Protocol
 from fewbit.memory import keep_freed_memory
 
-SAMPLES = {"autoround": 64, "gptqmodel": 128, "awq": 128}
+SAMPLES = {"autoround": 64, "gptqmodel": 128, "awq": 128, "llmcompressor": 128}
 STEPS = 50
 
 

@@ -1,11 +1,11 @@
-"""GPTQ, AWQ and MLX files that fewbit fills against those of the formats' own quantizers, at equal size.
+"""GPTQ, AWQ, MLX and compressed-tensors files that fewbit fills against those of the formats' own quantizers, at equal size.
 
     python benchmarks/format_quality.py --format gptq --model smollm2-135m --bits 3 --method precal+oac --curvature DIR
     python benchmarks/format_quality.py --format mlx --model smollm2-135m --bits 4 --python mlx/bin/python
     python benchmarks/format_quality.py --table
 
-The same grid parameters in every row of a format: bits, groups (64 on smollm2-135m, on gemma3-270m 128 for GPTQ and 64
-for MLX), scales of 16 bits. `--python`: an interpreter with MLX, whose own rounding (`run_other_tool.py`) is then
+The same grid parameters in every row of a format: bits, groups (64 on smollm2-135m, on gemma3-270m 128, and 64 for
+MLX), scales of 16 bits. `--python`: an interpreter with MLX, whose own rounding (`run_other_tool.py`) is then
 measured. GPTQModel's own figures (its AWQ too) come from `against_calibrated_tools.py`. Curvatures: `fewbit curvature
 MODEL DIR --calibration c4_rp_sample1.jsonl --samples 128 --sequence-length 512`. Perplexity: WikiText-2 raw test, 24
 windows of 1,024 tokens.
@@ -34,6 +34,7 @@ GROUPS = {
     ("smollm2-135m", "mlx"): 64,
     ("gemma3-270m", "gptq"): 128,
     ("gemma3-270m", "mlx"): 64,
+    ("gemma3-270m", "transformers"): 128,
 }
 KEYS = ("model", "format", "bits", "group_size", "method")
 
@@ -64,7 +65,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure the rows that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--format", choices=("gptq", "awq", "mlx"), default="gptq")
+    parser.add_argument("--format", choices=("gptq", "awq", "mlx", "transformers"), default="gptq")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--bits", type=int, action="append")
     parser.add_argument("--method", action="append", default=[])

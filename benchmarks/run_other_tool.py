@@ -82,6 +82,35 @@ def awq(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) 
     return model, model.tokenizer, seconds
 
 
+def llmcompressor(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) -> tuple[Any, Any, float]:
+    """GPTQ by llm-compressor, with its defaults (symmetric) but for bits and groups."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    weights = QuantizationArgs(num_bits=bits, symmetric=True, strategy="group", group_size=group_size)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    samples = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    began = time.perf_counter()
+    found = oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        dataset=Dataset.from_dict(samples),
+        recipe=GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"]),
+        num_calibration_samples=len(ids),
+        max_seq_length=ids.shape[1],
+    )
+    seconds = time.perf_counter() - began
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    weights_found = {name: tensor for name, tensor in found.state_dict().items() if name in plain.state_dict()}
+    plain.load_state_dict(weights_found)
+    return plain, tokenizer, seconds
+
+
 def mlx(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) -> tuple[Any, Any, float]:
     """MLX's own rounding, as `mlx_lm.convert` does it, of the layers in the blocks; it needs no tokens."""
     import mlx.core as mx
@@ -100,7 +129,7 @@ def mlx(folder: str, ids: torch.Tensor, bits: int, group_size: int, steps: int) 
     return model.float(), AutoTokenizer.from_pretrained(folder), seconds
 
 
-TOOLS = {"autoround": autoround, "gptqmodel": gptqmodel, "awq": awq, "mlx": mlx}
+TOOLS = {"autoround": autoround, "gptqmodel": gptqmodel, "awq": awq, "llmcompressor": llmcompressor, "mlx": mlx}
 
 
 def main() -> None:
