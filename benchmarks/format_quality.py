@@ -1,4 +1,4 @@
-"""GPTQ, AWQ, MLX and compressed-tensors files that fewbit fills against those of the formats' own quantizers, at equal size.
+"""Files that fewbit fills in the formats of other tools against those of the formats' own quantizers, at equal size.
 
     python benchmarks/format_quality.py --format gptq --model smollm2-135m --bits 3 --method precal+oac --curvature DIR
     python benchmarks/format_quality.py --format mlx --model smollm2-135m --bits 4 --python mlx/bin/python
