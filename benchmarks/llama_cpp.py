@@ -259,22 +259,24 @@ def main() -> None:
     choices = parser.parse_args()
     python = environment(choices.environment)
     before = json.loads(choices.out.read_text()) if choices.out.exists() else {}
-    rows = before.get("rows", {}) if before.get("wheel") == WHEEL else {}
+    # The table of docs/exports.md has the rows of models, and not those of given files.
+    kept = {part: before.get(part, {}) if before.get("wheel") == WHEEL else {} for part in ("rows", "files")}
     good = True
     disable_progress_bar()
     plain: float | None = None
 
-    def measure(name: str, method: str, folder: Path, file: Path) -> dict[str, Any]:
+    def measure(part: str, name: str, folder: Path, file: Path) -> dict[str, Any]:
         row = {**compare(folder, file, choices.data, choices.windows, python), **speed(python, file, plain)}
-        rows[name] = {"method": method, "windows": choices.windows, **row}
+        method = {"method": choices.method} if part == "rows" else {}
+        kept[part][name] = {**method, "windows": choices.windows, **row}
         print(f"{name}: {said(row)}", flush=True)
-        choices.out.write_text(json.dumps({"wheel": WHEEL, "rows": rows}, indent=1) + "\n")
+        choices.out.write_text(json.dumps({"wheel": WHEEL, **kept}, indent=1) + "\n")
         return row
 
     for file in choices.file or []:
         with tempfile.TemporaryDirectory() as scratch:
             fewbit.import_model(file, Path(scratch) / "native")
-            good &= measure(file.stem, "as it is", Path(scratch) / "native", file)["within"]
+            good &= measure("files", file.stem, Path(scratch) / "native", file)["within"]
     for model in [] if choices.file else choices.model or ["smollm2-135m"]:
         plain = None
         for grid in choices.grid or ["none", "q4_0"]:
@@ -284,7 +286,7 @@ def main() -> None:
                     folder = Path(scratch) / "native"
                     fewbit.quantize(model, folder, choices.method, grid=grid, embedding_bits=16)
                 fewbit.export(folder, Path(scratch) / "out")
-                row = measure(f"{model} {grid}", choices.method, folder, Path(scratch) / "out" / "out.gguf")
+                row = measure("rows", f"{model} {grid}", folder, Path(scratch) / "out" / "out.gguf")
             plain = row["processor_seconds"] if grid == "none" else plain
             good &= row["within"]
     print(f"llama.cpp: {'passed' if good else 'FAILED'}")
